@@ -1,0 +1,56 @@
+# From nothing but Python 3.11: `make demo` or `make test`. Each target sets the environment up first if it has to.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# uniform settings for every pip call: quiet, and no word about a newer pip
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: help setup demo test lint slow bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    set up, then answer a question about the shipped document with fewer tokens"
+	@echo "make test    set up, then check style and types and run the tests"
+	@echo "make slow    set up, then run the slow tests"
+	@echo "make bench   set up, gather the benchmark documents, then measure"
+	@echo "make clean   remove the environment and what the tools left"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "quickmerge needs Python 3.11 or newer; %s is %d.%d: run make PYTHON=/path/to/python3.11" % (sys.executable, v[0], v[1]))'
+	@echo "[1/4] creating $(VENV) with $(PYTHON)"
+	@"$(PYTHON)" -m venv $(VENV)
+	@$(PIP) install pip==26.3
+	@echo "[2/4] installing torch (the largest part)"
+	@$(PIP) install torch==2.13.0
+	@echo "[3/4] installing the build backend"
+	@$(PIP) install -c constraints.txt hatchling editables
+	@echo "[4/4] installing quickmerge and its development tools"
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+	@echo "ready: $(BIN)/quickmerge"
+
+demo: setup
+	@$(BIN)/quickmerge demo
+
+lint: setup
+	@$(BIN)/ruff check --quiet . && echo "ruff check: clean"
+	@$(BIN)/ruff format --quiet --check . && echo "ruff format: clean"
+	@$(BIN)/mypy
+
+test: lint
+	@$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+slow: setup
+	@$(BIN)/python -m pytest -q -m slow
+
+bench: setup
+	@$(BIN)/python benchmarks/documents.py
+	@$(BIN)/python benchmarks/context_recovery.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,52 @@
+"""quickmerge makes transformers predict with fewer tokens, and tells you what it cost.
+
+Public names are loaded on first use, so that importing the package stays cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quickmerge.errors import QuickmergeError as QuickmergeError
+    from quickmerge.hosts import Run as Run
+    from quickmerge.hosts import reduce as reduce
+    from quickmerge.models import load as load
+    from quickmerge.reducers import Attention as Attention
+    from quickmerge.reducers import QuickMerge as QuickMerge
+    from quickmerge.reducers import Random as Random
+    from quickmerge.reducers import Reducer as Reducer
+    from quickmerge.reducers import ToMe as ToMe
+    from quickmerge.reducers import TopNorm as TopNorm
+    from quickmerge.reducers import Truncate as Truncate
+    from quickmerge.reducers import Uniform as Uniform
+    from quickmerge.tokens import Count as Count
+    from quickmerge.tokens import Entropy as Entropy
+    from quickmerge.tokens import Mass as Mass
+    from quickmerge.tokens import MergePlan as MergePlan
+    from quickmerge.tokens import Ratio as Ratio
+    from quickmerge.tokens import Schedule as Schedule
+    from quickmerge.tokens import TokenView as TokenView
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "errors": ("QuickmergeError",),
+    "hosts": ("Run", "reduce"),
+    "models": ("load",),
+    "reducers": ("Attention", "QuickMerge", "Random", "Reducer", "ToMe", "TopNorm", "Truncate", "Uniform"),
+    "tokens": ("Count", "Entropy", "Mass", "MergePlan", "Ratio", "Schedule", "TokenView"),
+}
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'quickmerge' has no attribute {name!r}")
+    return getattr(import_module(f"quickmerge.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

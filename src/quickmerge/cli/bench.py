@@ -1,0 +1,83 @@
+"""``quickmerge bench``: quality beside cost for several reducers on your documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quickmerge.cli.common import (
+    JSON,
+    LAYER,
+    MODEL,
+    load_model,
+    one_sentence,
+    parse_keeps,
+    parse_layer,
+    parse_reducer,
+    progress,
+    read_text,
+    write_json,
+)
+from quickmerge.errors import QuickmergeError
+
+EXAMPLE = (
+    "Example: quickmerge bench --text a.txt b.txt --reducer quickmerge,tome,random --keep 0.2,0.42 --json out.json"
+)
+
+
+def bench(
+    text: Annotated[list[Path], typer.Option("--text", help="UTF-8 files of at least 1,000 tokens; give several.")],
+    more: Annotated[list[Path] | None, typer.Argument(help="Further files after --text.", show_default=False)] = None,
+    model: MODEL = "smollm2-135m",
+    reducer: Annotated[
+        str, typer.Option("--reducer", help="Names with commas; see quickmerge ls.")
+    ] = "quickmerge,random",
+    keep: Annotated[str, typer.Option("--keep", help="Shares with commas.")] = "0.2,0.42,0.6",
+    layer: LAYER = None,
+    context: Annotated[int, typer.Option("--context", help="Tokens of context per document.")] = 1024,
+    target: Annotated[int, typer.Option("--target", help="Tokens of continuation that are scored.")] = 192,
+    out: Annotated[Path | None, typer.Option("--out", help="Write report.html here (a folder).")] = None,
+    json: JSON = None,
+) -> None:
+    """Context recovery and cost of every reducer at every keep, on the same target tokens, timed interleaved."""
+    from rich.console import Console
+
+    from quickmerge.evaluation.bench import bench as measure
+    from quickmerge.evaluation.bench import environment
+    from quickmerge.evaluation.documents import split_document
+    from quickmerge.report import bench_report, bench_table, write_page
+
+    keeps = parse_keeps(keep)
+    methods = [parse_reducer(name.strip(), keeps[0]) for name in reducer.split(",")]
+    depth = parse_layer(layer)
+    paths = [*text, *(more or [])]
+    texts = [read_text(path) for path in paths]
+    lm, tokenizer = load_model(model)
+    # Documents sorted into several folders are told apart by the folder's name in the tables.
+    parents = [path.absolute().parent.name for path in paths]
+    kinds = parents if len(set(parents)) > 1 else [None] * len(paths)
+    documents = [
+        split_document(tokenizer, body, str(path), context=context, target=target, kind=kind)
+        for path, body, kind in zip(paths, texts, kinds, strict=True)
+    ]
+    with progress() as bar, one_sentence():
+        task = bar.add_task("measuring", total=len(documents) * (1 + len(methods) * len(keeps)))
+
+        def advance(label: str) -> None:
+            bar.update(task, advance=1, description=Path(label).name)
+
+        rows, records = measure(lm, documents, methods, keeps, layer=depth, advance=advance)
+    meta = {
+        "model": model, "context": context, "target": target, "layer": layer or "default",
+        "documents": [str(path) for path in paths], "environment": environment(),
+        "reducers": {m.name: repr(m) for m in methods},
+    }  # fmt: skip
+    write_json(json, {"rows": rows, "documents": records, "meta": meta})
+    bench_table(rows, Console())
+    if out is not None:
+        if out.exists() and not out.is_dir():
+            raise QuickmergeError(f"--out must be a folder, got the file {out}")
+        write_page(out / "report.html", bench_report(rows, meta))
+        print(f"wrote {out / 'report.html'}")

@@ -1,0 +1,145 @@
+"""What several commands share: reading input, making reducers, writing results."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quickmerge.errors import QuickmergeError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from quickmerge.reducers import Reducer
+
+MODEL = Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, or a Hugging Face id.")]
+KEEP = Annotated[float, typer.Option("--keep", help="Share of the tokens that is kept, in (0, 1].")]
+LAYER = Annotated[
+    str | None,
+    typer.Option("--layer", help="First block that reads fewer tokens, or several: 8,14,20. Default: the method's."),
+]
+JSON = Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")]
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turn a ValueError about the user's settings into an error the command line tells in one sentence."""
+    try:
+        yield
+    except QuickmergeError:
+        raise
+    except ValueError as error:
+        raise QuickmergeError(str(error)) from error
+
+
+def parse_layer(text: str | None) -> int | list[int] | None:
+    """``"8"`` is one block, ``"8,14"`` several, None the default."""
+    if text is None:
+        return None
+    try:
+        layers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise QuickmergeError(
+            f"--layer must be a whole number or several with commas (8,14,20), got {text!r}"
+        ) from None
+    return layers[0] if len(layers) == 1 else layers
+
+
+def parse_keeps(text: str) -> list[float]:
+    """``"0.2,0.42"`` as numbers, each in (0, 1]."""
+    try:
+        keeps = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise QuickmergeError(f"--keep must be numbers in (0, 1] with commas (0.2,0.42), got {text!r}") from None
+    for keep in keeps:
+        if not 0 < keep <= 1:
+            raise QuickmergeError(f"--keep must be a number in (0, 1], got {keep:g}")
+    return keeps
+
+
+def parse_reducer(name: str, keep: float) -> Reducer:
+    """A reducer by its name."""
+    from quickmerge.reducers import make_reducer
+
+    if not 0 < keep <= 1:
+        raise QuickmergeError(f"--keep must be a number in (0, 1], got {keep:g}")
+    with one_sentence():
+        return make_reducer(name, keep=keep)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, or an error that says what is wrong with it."""
+    try:
+        data = path.read_bytes()
+    except IsADirectoryError:
+        raise QuickmergeError(f"{path} must be a text file, got a folder") from None
+    except OSError as error:
+        raise QuickmergeError(f"{path} can't be read: {error.strerror}") from None
+    if not data.strip():
+        raise QuickmergeError(f"{path} must hold some text, got an empty file")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise QuickmergeError(f"{path} must be UTF-8 text, got other bytes at offset {error.start}") from None
+    if "\0" in text:
+        raise QuickmergeError(f"{path} must be text, got binary data (a zero byte at offset {text.index(chr(0))})")
+    return text
+
+
+def write_json(path: Path | None, data: Any) -> None:
+    """Write results whole or not at all; None writes nothing."""
+    if path is None:
+        return
+    path = path.absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    except OSError as error:
+        raise QuickmergeError(f"{path} can't be written: {error.strerror}") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """Model and tokenizer, the libraries' own chatter kept quiet."""
+    quiet()
+    from quickmerge.models import load
+
+    return load(name)
+
+
+def quiet() -> None:
+    """Keep transformers' bars and notices out of the output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def progress() -> Progress:
+    """A progress bar on stderr, so that stdout stays what the command prints."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

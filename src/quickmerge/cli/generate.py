@@ -1,0 +1,69 @@
+"""``quickmerge generate``: answer a prompt about a document with fewer tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quickmerge.cli.common import (
+    JSON,
+    KEEP,
+    LAYER,
+    MODEL,
+    load_model,
+    one_sentence,
+    parse_layer,
+    parse_reducer,
+    read_text,
+    write_json,
+)
+from quickmerge.errors import QuickmergeError
+
+EXAMPLE = 'Example: quickmerge generate --file report.txt --prompt "Summarise." --keep 0.4 --compare'
+
+
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", help="What to ask; never reduced.")],
+    file: Annotated[Path | None, typer.Option("--file", help="UTF-8 text that the prompt is about.")] = None,
+    model: MODEL = "smollm2-135m",
+    reducer: Annotated[str, typer.Option("--reducer", help="See quickmerge ls.")] = "quickmerge",
+    keep: KEEP = 0.4,
+    layer: LAYER = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="For --sample.")] = 0,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer with all tokens too.")] = False,
+    json: JSON = None,
+) -> None:
+    """Answer a prompt about a document, the document read with fewer tokens."""
+    from rich.console import Console
+
+    from quickmerge.evaluation.answer import answer
+
+    method = parse_reducer(reducer, keep)
+    depth = parse_layer(layer)
+    document = read_text(file) if file is not None else ""
+    if not (document or prompt).strip():
+        raise QuickmergeError("--prompt must hold some text, got an empty one")
+    lm, tokenizer = load_model(model)
+    errors = Console(stderr=True)
+    results = {}
+    ways = [("reduced", method), ("full", None)] if compare else [("reduced", method)]
+    for name, way in ways:
+        with errors.status(f"generating ({name})"), one_sentence():
+            results[name] = answer(
+                lm, tokenizer, document, prompt, way, depth, max_new_tokens=max_new_tokens, sample=sample, seed=seed
+            )
+    for name, _ in ways:
+        found = results[name]
+        if compare:
+            print(f"== {name} ==")
+        print(found.text)
+        print()
+        print(found.stats, file=errors.file)
+    write_json(json, {
+        "model": model, "reducer": reducer, "keep": keep, "prompt": prompt,
+        **{name: found.as_dict() for name, found in results.items()},
+    })  # fmt: skip

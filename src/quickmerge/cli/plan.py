@@ -1,0 +1,77 @@
+"""``quickmerge plan``: what a setting will cost, before running it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quickmerge.cli.common import (
+    JSON,
+    KEEP,
+    LAYER,
+    MODEL,
+    one_sentence,
+    parse_layer,
+    parse_reducer,
+    quiet,
+    write_json,
+)
+from quickmerge.errors import QuickmergeError
+
+EXAMPLE = "Example: quickmerge plan --model smollm2-135m --tokens 4096 --keep 0.4 --layer 8"
+
+
+def plan(
+    tokens: Annotated[int, typer.Option("--tokens", help="Length of the prompt.")] = 4096,
+    model: MODEL = "smollm2-135m",
+    reducer: Annotated[str, typer.Option("--reducer", help="See quickmerge ls.")] = "quickmerge",
+    keep: KEEP = 0.4,
+    layer: LAYER = None,
+    json: JSON = None,
+) -> None:
+    """Tokens per layer, FLOPs, cache bytes, expected speed-up and break-even length, from the shapes alone."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from quickmerge.evaluation.cost import break_even, model_shape, plan_cost
+    from quickmerge.models import load_shape_only
+    from quickmerge.tokens.schedule import Schedule
+
+    quiet()
+    if tokens < 21:
+        raise QuickmergeError(f"--tokens must be at least 21 (20 are protected: 4 sinks and 16 recent), got {tokens}")
+    method = parse_reducer(reducer, keep)
+    shape = model_shape(load_shape_only(model))
+    with one_sentence():
+        schedule = Schedule.of(parse_layer(layer), len(shape.weights))
+        cost = plan_cost(shape, method, schedule, tokens)
+        even = break_even(shape, method, schedule)
+    lossy = cost.tokens_per_layer[-1] < tokens
+    table = Table(title=f"{model}: {tokens} tokens, {reducer} keep {keep:g}", show_header=False)
+    for first, last, count in _runs(cost.tokens_per_layer):
+        table.add_row(f"layers {first} to {last}", f"{count:g} tokens")
+    table.add_row("prefill FLOPs", f"{cost.flops:.3g} of {cost.flops_full:.3g} ({100 * cost.flops_ratio:.1f} %)")
+    table.add_row(
+        "cache after the prompt", f"{cost.cache_bytes / 2**20:.1f} MiB of {cost.cache_bytes_full / 2**20:.1f} MiB"
+    )
+    table.add_row("expected prefill speed-up", f"{cost.speedup:.2f}x if time goes as FLOPs")
+    table.add_row("break-even prompt length", "never" if even is None else f"{even} tokens (FLOPs saved exceed spent)")
+    table.add_row("quality", "lossy: the prompt is reduced" if lossy else "lossless: nothing is reduced")
+    console = Console()
+    console.print(table)
+    if even is None or tokens < even:
+        console.print("[yellow]This setting can't pay off at this length: the reducer spends what it saves.[/]")
+    write_json(json, {
+        "model": model, "reducer": reducer, "keep": keep, "layers": list(schedule.layers), "tokens": tokens,
+        "tokens_per_layer": list(cost.tokens_per_layer), "flops": cost.flops, "flops_full": cost.flops_full,
+        "flops_ratio": cost.flops_ratio, "cache_bytes": cost.cache_bytes, "cache_bytes_full": cost.cache_bytes_full,
+        "cache_ratio": cost.cache_ratio, "expected_speedup": cost.speedup, "break_even_tokens": even, "lossy": lossy,
+    })  # fmt: skip
+
+
+def _runs(counts: tuple[float, ...]) -> list[tuple[int, int, float]]:
+    out: list[tuple[int, int, float]] = []
+    for i, n in enumerate(counts):
+        out[-1:] = [(out[-1][0], i, n)] if out and out[-1][2] == n else [*out[-1:], (i, i, n)]
+    return out

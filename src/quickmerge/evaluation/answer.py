@@ -1,0 +1,111 @@
+"""One answer about a document, with what it cost: the job a user has."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quickmerge.errors import QuickmergeError
+from quickmerge.hosts import Run, observe, reduce
+from quickmerge.hosts.summary import RunStats
+from quickmerge.reducers import Reducer
+from quickmerge.tokens.plan import MergePlan
+
+
+@dataclass
+class Answer:
+    """An answer's text, seconds to its first token (tokenizing left out), run statistics and, if reduced, plan."""
+
+    text: str
+    ids: Tensor
+    ttft_seconds: float
+    stats: RunStats
+    plan: MergePlan | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Text and numbers, for JSON."""
+        return {"text": self.text, "ttft_seconds": self.ttft_seconds, **self.stats.as_dict()}
+
+
+def chat(tokenizer: Any, document: str, prompt: str) -> tuple[str, slice]:
+    """The text the model reads, and where in it the document stands.
+
+    Document and prompt go into one user message where the tokenizer has a chat template, else one after the other.
+    """
+    content = f"{document}\n\n{prompt}" if document else prompt
+    text = content
+    if getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    # A template may strip white space at the ends; what is between stays as it is.
+    body = document.strip()
+    start = text.find(body) if body else len(text)
+    if start < 0:
+        raise QuickmergeError("the chat template changes the document's text, so its tokens can't be told apart")
+    return text, slice(start, start + len(body))
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    document: str,
+    prompt: str,
+    reducer: Reducer | None,
+    layer: Any = None,
+    *,
+    max_new_tokens: int = 128,
+    sample: bool = False,
+    seed: int = 0,
+) -> Answer:
+    """Generate an answer to ``prompt`` about ``document``, reading the document through ``reducer``.
+
+    Only the document is reduced: template and prompt tokens stay alone. With no document the prompt itself is
+    reduced, sinks and the last tokens apart. ``reducer=None`` reads everything, through the same code.
+    """
+    text, where = chat(tokenizer, document, prompt)
+    encoded = tokenizer(text, return_tensors="pt", return_offsets_mapping=True, add_special_tokens=False)
+    start, end = encoded.pop("offset_mapping")[0].T
+    inside = (start >= where.start) & (end <= where.stop)
+    ids = encoded["input_ids"].to(model.device)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and ids.shape[1] + max_new_tokens > limit:
+        raise QuickmergeError(
+            f"the text and --max-new-tokens must fit the model's {limit} positions, "
+            f"got {ids.shape[1]} and {max_new_tokens} tokens"
+        )
+
+    def protect(_: Tensor) -> Tensor:
+        return (~inside).to(ids.device).expand_as(ids) if document else torch.zeros_like(ids, dtype=torch.bool)
+
+    run: Run = observe(model)
+    if reducer is not None:
+        run = reduce(model, reducer, layer, protect=protect, recent=1 if document else 16)
+    torch.manual_seed(seed)
+    clock = _FirstToken()
+    with torch.inference_mode(), run:
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=sample,
+            pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=[clock],
+        )
+    new = out[0, ids.shape[1] :]
+    text = tokenizer.decode(new, skip_special_tokens=True).strip()
+    return Answer(text, ids, clock.seconds, run.summary(), getattr(run, "plan", None))
+
+
+class _FirstToken:
+    """A stopping criterion that never stops; it notes when the first token was there."""
+
+    def __init__(self) -> None:
+        self.began, self.seconds = time.perf_counter(), 0.0
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.seconds = self.seconds or time.perf_counter() - self.began
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)

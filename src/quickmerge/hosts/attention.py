@@ -1,0 +1,92 @@
+"""Standing in front of a model's attention function, through transformers' attention registry.
+
+For each implementation we can serve, one function is registered under a name of our own ("quickmerge_sdpa"...).
+While a run is attached, the model's configuration names that function; it lets the run look at queries, keys and
+values, and then calls the very function that the model would have called. Nothing that exists is replaced.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from quickmerge.errors import UnsupportedModelError
+from quickmerge.hosts.structure import IMPLEMENTATIONS, Decoder
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+PREFIX = "quickmerge_"
+
+
+class Watcher(Protocol):
+    """What an attached run does with one call of attention."""
+
+    def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Return the attention output, usually ``call(module, *args, **kwargs)``."""
+        ...
+
+
+_WATCHED: WeakKeyDictionary[nn.Module, tuple[Watcher, int]] = WeakKeyDictionary()
+
+
+def base_function(implementation: str, module: nn.Module) -> AttentionFunction:
+    """The attention function that transformers itself would use for this module."""
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]  # type: ignore[no-any-return]
+    # Eager is not in the registry: every modeling file has its own.
+    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if function is None:
+        raise UnsupportedModelError(f"{type(module).__name__} has no eager_attention_forward beside it; use sdpa")
+    return function  # type: ignore[no-any-return]
+
+
+def _front(implementation: str) -> AttentionFunction:
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = base_function(implementation, module)
+        watched = _WATCHED.get(module)
+        if watched is None:
+            return call(module, *args, **kwargs)
+        watcher, layer = watched
+        return watcher.attend(layer, call, module, args, kwargs)
+
+    return attention
+
+
+def watch(decoder: Decoder, watcher: Watcher) -> Callable[[], None]:
+    """Route the decoder's attention through ``watcher``; the returned function undoes it.
+
+    Raises:
+        UnsupportedModelError: if another run is attached already.
+    """
+    if any(module in _WATCHED for module in decoder.attentions):
+        raise UnsupportedModelError(
+            f"{type(decoder.model).__name__} is already inside a quickmerge run; leave it first"
+        )
+    implementation = decoder.config._attn_implementation
+    name = PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        for each in IMPLEMENTATIONS:
+            AttentionInterface.register(PREFIX + each, _front(each))
+            AttentionMaskInterface.register(PREFIX + each, ALL_MASK_ATTENTION_FUNCTIONS[each])
+    decoder.model.set_attn_implementation(name)
+    for layer, module in enumerate(decoder.attentions):
+        _WATCHED[module] = (watcher, layer)
+
+    def undo() -> None:
+        for module in decoder.attentions:
+            _WATCHED.pop(module, None)
+        decoder.model.set_attn_implementation(implementation)
+
+    return undo
+
+
+def mask_function(decoder: Decoder) -> Callable[..., Any]:
+    """The mask builder registered for the decoder's attention implementation."""
+    name = decoder.config._attn_implementation.removeprefix(PREFIX)
+    return ALL_MASK_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]

@@ -1,0 +1,228 @@
+"""Block-causal mode: keys and values of finished chunks are merged once they have left the recent window.
+
+Query t sees chunk c as slots from the moment ``t >= end_c + window`` (its closing time) and as single tokens before,
+whether the text is fed whole, in pieces or token by token. Budget and statistics of a chunk come from that chunk
+alone, so nothing after t can change a logit at or before t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from quickmerge.errors import QuickmergeError
+from quickmerge.hosts.attention import AttentionFunction, mask_function
+from quickmerge.hosts.causal_lm import Run
+from quickmerge.hosts.structure import Decoder
+from quickmerge.reducers.base import Reducer
+from quickmerge.tokens.plan import MergePlan
+from quickmerge.tokens.saliency import AttentionTrace
+from quickmerge.tokens.view import TokenView
+
+
+class ChunkedLayer(DynamicLayer):  # type: ignore[misc]
+    """A cache layer that stores slots of old chunks and then the tokens that no chunk has absorbed yet.
+
+    Its logical length counts every token it was ever given; what it stores is shorter. ``query`` keeps the queries
+    of the unabsorbed tokens, from which a chunk's statistics are taken when it closes.
+    """
+
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.absorbed = 0
+        self.slots = 0
+        self.query: Tensor | None = None
+        self.valid: Tensor | None = None
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, merged or not."""
+        return int(super().get_seq_length()) - self.slots + self.absorbed
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Stored entries plus the new ones; the offset makes logical and stored length agree."""
+        stored = super().get_seq_length()
+        return stored + query_length, self.get_seq_length() - stored
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not possible: merged chunks can't be taken apart."""
+        raise QuickmergeError("a cache merged in block_causal mode can't be cropped; use prefix mode")
+
+    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.query = None if self.query is None else change(self.query)
+        self.valid = None if self.valid is None else change(self.valid)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rows follow their beams."""
+        super().reorder_cache(beam_idx)
+        self._each_row(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self._each_row(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        self._each_row(lambda t: t[indices, ...])
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.absorbed = self.slots = 0
+        self.query = self.valid = None
+
+
+class BlockCausalRun(Run):
+    """See `quickmerge.reduce`. Sliding-window blocks bound their cache themselves and are left alone."""
+
+    mode = "block_causal"
+
+    def __init__(self, decoder: Decoder, reducer: Reducer, first: int, *, sinks: int, chunk: int, window: int) -> None:
+        super().__init__(decoder, reducer)
+        self.sinks, self.chunk, self.window = sinks, chunk, window
+        self.merged = tuple(i for i in range(first, len(decoder)) if decoder.windows[i] is None)
+        if not self.merged:
+            raise QuickmergeError(f"layer {first} and above hold sliding-window attention only, nothing to merge")
+        self._layers: dict[int, ChunkedLayer] = {}
+
+    def begin(self, prompt: bool, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Give a fresh cache our layers, and check that there is no padding."""
+        mask = inputs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2 or not bool(mask.all())):
+            raise QuickmergeError("attention_mask must be all ones in block_causal mode (no padding), got another mask")
+        ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        cache = inputs.get("past_key_values")
+        if not prompt and cache is not None:
+            layers = [cache.layers[i] for i in self.merged]
+            if not all(isinstance(layer, ChunkedLayer) for layer in layers):
+                raise QuickmergeError("past_key_values was filled outside this run; start it with an empty cache")
+            self._layers = dict(zip(self.merged, layers, strict=True))
+            return {}
+        self.stats.rows, self.stats.tokens_in = ids.shape[0], float(ids.shape[1])
+        self._layers = {i: ChunkedLayer() for i in self.merged}
+        use_cache = inputs.get("use_cache")
+        if cache is None and (self.decoder.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=self.decoder.config)
+        if cache is None:
+            return {}
+        if not isinstance(cache, DynamicCache):
+            raise QuickmergeError(f"past_key_values must be a DynamicCache, got {type(cache).__name__}")
+        while len(cache.layers) < len(self.decoder):
+            cache.layers.append(DynamicLayer())
+        for i, layer in self._layers.items():
+            cache.layers[i] = layer
+        return {"past_key_values": cache}
+
+    def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Attend block by block, absorbing each chunk when it closes."""
+        held = self._layers.get(layer)
+        if held is None:
+            return call(module, *args, **kwargs)
+        query, key, value = args[:3]
+        q = query.shape[2]
+        began = key.shape[2] - q - held.slots  # unabsorbed tokens that were there before
+        held.query = query if held.query is None else torch.cat([held.query, query], 2)
+        out, weights, done = [], None, 0
+        while done < q:
+            # The next chunk closes once `chunk + window` unabsorbed tokens are there.
+            ready = self.chunk + self.window - (began + done)
+            take = min(q - done, max(ready, 1))
+            end = held.slots + began + done + take
+            mask = self._mask(held, query[:, :, done : done + take], end)
+            part, weights = call(module, query[:, :, done : done + take], key[:, :, :end], value[:, :, :end], mask,
+                                 *args[4:], **kwargs)  # fmt: skip
+            out.append(part)
+            done += take
+            if began + done >= self.chunk + self.window:
+                clock = self.clock()
+                key, value = self._absorb(held, layer, key, value, kwargs.get("scaling"))
+                began -= self.chunk
+                self.stats.reducer_seconds += self.clock() - clock
+        held.keys, held.values, held.is_initialized = key, value, True
+        return (out[0] if len(out) == 1 else torch.cat(out, 1)), weights
+
+    def _mask(self, held: ChunkedLayer, query: Tensor, end: int) -> Any:
+        q = query.shape[2]
+        valid = held.valid
+        if valid is not None:
+            fresh = torch.ones(len(valid), end - held.slots, dtype=torch.bool, device=valid.device)
+            valid = torch.cat([valid, fresh], 1)
+        return mask_function(self.decoder)(
+            batch_size=len(query),
+            q_length=q,
+            kv_length=end,
+            q_offset=end - q,
+            kv_offset=0,
+            attention_mask=valid,
+            allow_is_causal_skip=True,
+            dtype=query.dtype,
+            config=self.decoder.config,
+            device=query.device,
+        )
+
+    def _absorb(
+        self, held: ChunkedLayer, layer: int, key: Tensor, value: Tensor, scaling: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Replace the oldest unabsorbed chunk by its slots.
+
+        A slot keeps its anchor's key, already rotated to the anchor's own position, since rotated keys must not be
+        averaged; its value is the weighted mean of its members' values.
+        """
+        assert held.query is not None
+        start, c = held.slots, self.chunk
+        inside = slice(start, start + c)
+        place = torch.arange(held.absorbed, held.absorbed + c, device=key.device).expand(len(key), -1)
+        trace = AttentionTrace(
+            held.query[:, :, :c],
+            key[:, :, inside],
+            value[:, :, inside],
+            held.query.shape[-1] ** -0.5 if scaling is None else scaling,
+        )
+        view = TokenView(
+            hidden=value[:, :, inside].transpose(1, 2).flatten(2),
+            position=place,
+            protected=place < self.sinks,
+            attention=(trace,) if self.reducer.probes else (),
+        )
+        plan = self.reducer.plan(view)
+        slot_key, slot_value = self._slots(plan, trace, held.absorbed)
+        key = torch.cat([key[:, :, :start], slot_key, key[:, :, start + c :]], 2)
+        value = torch.cat([value[:, :, :start], slot_value, value[:, :, start + c :]], 2)
+        if held.valid is not None or not bool(plan.valid.all()):
+            before = plan.valid.new_ones(len(key), start) if held.valid is None else held.valid
+            held.valid = torch.cat([before, plan.valid], 1)
+        held.query = held.query[:, :, c:]
+        held.slots, held.absorbed = held.slots + plan.slots, held.absorbed + c
+        return key, value
+
+    @staticmethod
+    def _slots(plan: MergePlan, trace: AttentionTrace, first: int) -> tuple[Tensor, Tensor]:
+        index = (plan.position - first).clamp_min(0)[:, None, :, None]
+        key = trace.key.gather(2, index.expand(-1, trace.key.shape[1], -1, trace.key.shape[3]))
+        value = plan.merge(trace.value.transpose(1, 2)).transpose(1, 2)
+        return key, value
+
+    def tokens_per_layer(self) -> list[float]:
+        """Entries that each block holds of the prompt."""
+        counts = []
+        for i in range(len(self.decoder)):
+            held = self._layers.get(i)
+            if held is None:
+                counts.append(self.stats.tokens_in)
+                continue
+            tail = self.stats.tokens_in - held.absorbed
+            slots = float(held.slots) if held.valid is None else float(held.valid.sum(-1).float().mean())
+            counts.append(slots + tail)
+        return counts
+
+    def forget(self) -> None:
+        """Drop the layers of the last prompt; the caller's cache keeps its own."""
+        self._layers = {}

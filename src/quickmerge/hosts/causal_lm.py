@@ -1,0 +1,202 @@
+"""``reduce``: run a causal LM with fewer tokens inside a ``with`` block, and leave it as it was."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from quickmerge.hosts.attention import AttentionFunction, watch
+from quickmerge.hosts.structure import Decoder, find_decoder
+from quickmerge.hosts.summary import RunStats, cache_bytes, cache_bytes_full
+from quickmerge.reducers.base import Reducer
+from quickmerge.tokens.schedule import Schedule
+
+MODES = ("prefix", "block_causal")
+
+
+def reduce(
+    model: PreTrainedModel,
+    reducer: Reducer,
+    layer: int | Sequence[int] | Schedule | None = None,
+    *,
+    mode: str = "prefix",
+    sinks: int = 4,
+    recent: int = 16,
+    protect: Callable[[Tensor], Tensor] | None = None,
+    chunk: int = 128,
+    window: int = 64,
+) -> Run:
+    """Make ``model`` read with fewer tokens while the returned run is entered as a context manager.
+
+    ``prefix`` mode merges the residual stream of a fully known prompt at the given depth: blocks below read every
+    token, blocks above read the slots, and so do their caches. ``block_causal`` mode merges keys and values of every
+    finished chunk once it has left the recent window, from statistics of that chunk alone; it is exact for scoring.
+
+    Args:
+        model: a causal LM of one of the proven families (`quickmerge.hosts.FAMILIES`).
+        reducer: the method, with its ``keep``.
+        layer: in ``prefix`` mode the first block that reads the reduced sequence, 1..L-1; a list of such blocks
+            or a `Schedule` merges at several depths. Default: about a quarter of the depth (8 of 30). In
+            ``block_causal`` mode the first block whose cache is merged, 0..L-1; default 0.
+        mode: ``"prefix"`` or ``"block_causal"``.
+        sinks: tokens at the start of every sequence that stay alone.
+        recent: in ``prefix`` mode, tokens at the end of every prompt that stay alone; at least 1, since the last
+            one predicts the next token.
+        protect: further tokens that stay alone: a function from ``input_ids (B, N)`` to a bool mask ``(B, N)``.
+            ``prefix`` mode only.
+        chunk: ``block_causal`` mode, tokens per chunk.
+        window: ``block_causal`` mode, recent tokens that are never merged.
+
+    Returns:
+        A `Run`: enter it with ``with``; afterwards ask it for `Run.summary`.
+
+    Raises:
+        UnsupportedModelError: for a model that can't be served, naming its class.
+        ValueError: for a setting out of range.
+    """
+    from quickmerge.hosts.block_causal import BlockCausalRun
+    from quickmerge.hosts.prefix import PrefixRun
+
+    if not isinstance(reducer, Reducer):
+        raise ValueError(f"reducer must be a quickmerge reducer such as QuickMerge(keep=0.4), got {reducer!r}")
+    decoder = find_decoder(model)
+    if mode == "prefix":
+        schedule = layer if isinstance(layer, Schedule) else Schedule.of(layer, len(decoder))
+        _whole("sinks", sinks, 0)
+        _whole("recent", recent, 1)
+        return PrefixRun(decoder, reducer, schedule, sinks=sinks, recent=recent, protect=protect)
+    if mode == "block_causal":
+        first = 0 if layer is None else layer
+        if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < len(decoder):
+            raise ValueError(f"layer must be one block in 0..{len(decoder) - 1} in block_causal mode, got {layer!r}")
+        if protect is not None:
+            raise ValueError("protect must be None in block_causal mode, got a function")
+        _whole("sinks", sinks, 0)
+        _whole("chunk", chunk, 2)
+        _whole("window", window, 1)
+        return BlockCausalRun(decoder, reducer, first, sinks=sinks, chunk=chunk, window=window)
+    raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+
+
+def _whole(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+
+
+class Run(ABC):
+    """One attachment of a reducer to a model. Enter it with ``with``; it detaches on any way out.
+
+    A run sees every forward of the model while it is attached. It may be entered again after it was left; it is not
+    for two threads at once.
+    """
+
+    mode: str
+    watches_attention = True
+
+    def __init__(self, decoder: Decoder, reducer: Reducer) -> None:
+        self.decoder = decoder
+        self.reducer = reducer
+        self.stats = RunStats(mode=self.mode, reducer=repr(reducer))
+        self._undo: list[Callable[[], None]] = []
+        self._fresh = False
+        self._began = 0.0
+        self._cache: Cache | None = None
+        self._signature = inspect.signature(decoder.base.forward)
+
+    def __enter__(self) -> Run:
+        try:
+            if self.watches_attention:
+                self._undo.append(watch(self.decoder, self))
+            base = self.decoder.base
+            self._undo.append(base.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
+            self._undo.append(base.register_forward_hook(self._after_model, with_kwargs=True).remove)
+            for index, block in enumerate(self.decoder.layers):
+                hook = self._block_hook(index)
+                if hook is not None:
+                    self._undo.append(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        except BaseException:
+            self._detach()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self._cache = None
+        self.forget()
+
+    # What a mode implements -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def begin(self, prompt: bool, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Called before the decoder; ``inputs`` are its arguments by name. Returns the arguments to change."""
+
+    @abstractmethod
+    def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Called for every attention; see `quickmerge.hosts.attention.Watcher`."""
+
+    @abstractmethod
+    def tokens_per_layer(self) -> list[float]:
+        """Mean valid tokens that each block holds of the prompt just read."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Drop everything that refers to a prompt."""
+
+    def _block_hook(self, index: int) -> Callable[..., Any] | None:
+        """A forward pre-hook for block ``index``, or None."""
+        return None
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = dict(self._signature.bind_partial(*args, **kwargs).arguments)
+        inputs.update(inputs.pop("kwargs", {}))
+        cache = inputs.get("past_key_values")
+        self._fresh = cache is None or cache.get_seq_length() == 0
+        if self._fresh:
+            self.stats = RunStats(mode=self.mode, reducer=repr(self.reducer))
+        inputs.update(self.begin(self._fresh, inputs))
+        self._began = self.clock()
+        return (), inputs
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seconds = self.clock() - self._began
+        self._cache = getattr(output, "past_key_values", None)
+        if self._fresh:
+            self.stats.prefill_seconds = seconds
+            self.stats.tokens_per_layer = self.tokens_per_layer()
+        else:
+            self.stats.decode_steps += 1
+            self.stats.decode_seconds += seconds
+        if self._cache is not None:
+            tokens = self._cache.get_seq_length()
+            self.stats.cache_bytes = cache_bytes(self._cache)
+            self.stats.cache_bytes_full = cache_bytes_full(self._cache, tokens, self.decoder.windows)
+            if self._fresh:
+                self.stats.prompt_cache_bytes = self.stats.cache_bytes
+                self.stats.prompt_cache_bytes_full = self.stats.cache_bytes_full
+
+    def clock(self) -> float:
+        """Seconds, after the device has finished what it was given."""
+        device = self.decoder.base.device
+        if isinstance(device, torch.device) and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def summary(self) -> RunStats:
+        """Tokens in and kept per layer, seconds and cache bytes of the last prompt; prints as a few lines."""
+        return self.stats

@@ -1,0 +1,242 @@
+"""Prefix mode: the residual stream of a known prompt is merged at one or several depths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from quickmerge.errors import PromptTooShortError, QuickmergeError
+from quickmerge.hosts.attention import AttentionFunction
+from quickmerge.hosts.causal_lm import Run
+from quickmerge.hosts.segment import Segment
+from quickmerge.hosts.structure import Decoder
+from quickmerge.reducers.base import Reducer
+from quickmerge.tokens.plan import MergePlan
+from quickmerge.tokens.saliency import AttentionTrace
+from quickmerge.tokens.schedule import Schedule
+from quickmerge.tokens.view import TokenView
+
+
+@dataclass
+class Prompt:
+    """One prompt that was read: its tokens, and the segments its merges made, by first block."""
+
+    valid: Tensor
+    protected: Tensor
+    length: Tensor
+    segments: dict[int, Segment] = field(default_factory=dict)
+    plan: MergePlan | None = None
+
+
+class PrefixRun(Run):
+    """See `quickmerge.reduce`. Only the forward that fills an empty cache is merged; what follows is read in full."""
+
+    mode = "prefix"
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        reducer: Reducer,
+        schedule: Schedule,
+        *,
+        sinks: int,
+        recent: int,
+        protect: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        super().__init__(decoder, reducer)
+        self.schedule = schedule
+        self.stages = {s.layer: s.keep for s in schedule.stages(reducer.keep, len(decoder))}
+        self.sinks, self.recent, self.protect = sinks, recent, protect
+        self._prompts: WeakKeyDictionary[Cache, Prompt] = WeakKeyDictionary()
+        self._prompt: Prompt | None = None
+        self._traces: dict[int, AttentionTrace] = {}
+        self._new: Tensor | None = None
+        self.plans: list[MergePlan] = []
+        """The plan of each merge of the last prompt, from the lowest block up."""
+        self.protected: Tensor | None = None
+        """``(B, N)`` bool: the tokens of the last prompt that were kept out of merging."""
+        self.plan: MergePlan | None = None
+        """All merges of the last prompt composed: from its N tokens to the slots that the top block read."""
+
+    def begin(self, prompt: bool, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Note what is read: a prompt to merge, or more tokens after one that was merged here."""
+        cache = inputs.get("past_key_values")
+        ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        mask = inputs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise QuickmergeError("attention_mask must be a 2-D padding mask inside a quickmerge run, got another kind")
+        if not prompt:
+            self._prompt = self._prompts.get(cache)
+            if self._prompt is None:
+                raise QuickmergeError("past_key_values was filled outside this run; start it with an empty cache")
+            rows = len(self._prompt.valid)
+            if rows != len(ids):
+                raise QuickmergeError(f"past_key_values holds {rows} rows that were merged here, got {len(ids)} rows")
+            fresh = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
+            self._new = fresh if mask is None else mask[:, -ids.shape[1] :].bool()
+            for segment in self._prompt.segments.values():
+                segment.masks = {}
+            return {}
+        self._check_cache(cache)
+        self._traces, self.plans, self.plan = {}, [], None
+        valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
+        if valid.shape != ids.shape[:2]:
+            raise QuickmergeError(f"attention_mask must be {tuple(ids.shape[:2])}, got {tuple(valid.shape)}")
+        self._prompt = Prompt(valid, self._protect(valid, inputs.get("input_ids")), valid.sum(-1))
+        self.protected = self._prompt.protected
+        self.stats.rows, self.stats.tokens_in = len(valid), float(self._prompt.length.float().mean())
+        return {}
+
+    def _protect(self, valid: Tensor, ids: Tensor | None) -> Tensor:
+        """Sinks, the recent tokens, BOS and EOS, and what the user asked for."""
+        rank = valid.long().cumsum(-1)
+        count = rank[:, -1:]
+        runs = (valid[:, 1:] != valid[:, :-1]).sum(-1)
+        if bool(((runs > 1) | ((runs == 1) & valid[:, 0] & valid[:, -1])).any()) or bool((count == 0).any()):
+            raise QuickmergeError("attention_mask must pad on one side and leave tokens in every row, got holes")
+        keep = (rank <= self.sinks) | (rank > count - self.recent)
+        if ids is not None:
+            special = [self.decoder.config.bos_token_id, self.decoder.config.eos_token_id]
+            flat = [i for s in special if s is not None for i in (s if isinstance(s, list) else [s])]
+            keep = keep | torch.isin(ids, torch.tensor(flat, dtype=ids.dtype, device=ids.device))
+            if self.protect is not None:
+                extra = self.protect(ids)
+                if extra.shape != ids.shape or extra.dtype != torch.bool:
+                    raise QuickmergeError(f"protect must return a bool mask of shape {tuple(ids.shape)}")
+                keep = keep | extra
+        elif self.protect is not None:
+            raise QuickmergeError("protect needs input_ids, and the model was called with inputs_embeds")
+        keep = keep & valid
+        if bool((keep.sum(-1) >= count[:, 0]).any()):
+            least = int(count.min())
+            raise PromptTooShortError(
+                f"prompt must be longer than its protected tokens, got a row of {least} tokens that are all protected "
+                f"(sinks={self.sinks}, recent={self.recent}, special tokens); lower these or give a longer text"
+            )
+        return keep
+
+    def _check_cache(self, cache: Cache | None) -> None:
+        for layer in cache.layers if cache is not None else ():
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                raise QuickmergeError(
+                    f"past_key_values must be a DynamicCache inside a quickmerge run, got layers of type "
+                    f"{type(layer).__name__}"
+                )
+
+    def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Keep references to what the next merge will ask for; add log(size) where the method wants it."""
+        query, key, value = args[:3]
+        if self._fresh and any(stage - self.reducer.probes <= layer < stage for stage in self.stages):
+            scaling = kwargs.get("scaling")
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            self._traces[layer] = AttentionTrace(query, key, value, scaling, self.decoder.windows[layer])
+        segment = self._segment(layer)
+        if segment is None or not self.reducer.proportional:
+            return call(module, *args, **kwargs)
+        # Proportional attention: one more channel adds log(size) to the scores inside any fused kernel.
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        bias = segment.size[:, -key.shape[2] :].clamp_min(1).to(torch.float32).log() / scaling
+        bias = bias[:, None, :, None].expand(*key.shape[:3], 1).to(key.dtype)
+        wide = [
+            torch.cat([query, torch.ones_like(query[..., :1])], -1),
+            torch.cat([key, bias], -1),
+            torch.cat([value, torch.zeros_like(value[..., :1])], -1),
+        ]
+        out, weights = call(module, *wide, *args[3:], **{**kwargs, "scaling": scaling})
+        return out[..., :-1], weights
+
+    def _segment(self, layer: int) -> Segment | None:
+        """The segment a block belongs to; None below the first merge and where merging changed nothing."""
+        if self._prompt is None:
+            return None
+        below = [first for first in self._prompt.segments if first <= layer]
+        return self._prompt.segments[max(below)] if below else None
+
+    def _block_hook(self, index: int) -> Callable[..., Any] | None:
+        if index < min(self.stages):
+            return None
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._enter_block(index, args, kwargs)
+
+        return hook
+
+    def _enter_block(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        prompt = self._prompt
+        if prompt is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        position_ids = kwargs["position_ids"].expand(len(hidden), -1)
+        if self._fresh and index in self.stages:
+            hidden = self._merge(index, hidden, position_ids, prompt)
+            if cache is not None:
+                self._prompts[cache] = prompt
+        segment = self._segment(index)
+        if segment is None:
+            return None
+        kwargs = dict(kwargs)
+        if not self._fresh and index in prompt.segments:
+            assert self._new is not None and cache is not None
+            segment.extend(position_ids, self._new, cache.get_seq_length(index))
+        if self._fresh:
+            kwargs["position_ids"] = segment.position
+            if kwargs.get("position_embeddings") is not None:
+                kwargs["position_embeddings"] = tuple(
+                    t.expand(len(hidden), -1, -1).gather(1, segment.source[..., None].expand(-1, -1, t.shape[-1]))
+                    for t in kwargs["position_embeddings"]
+                )
+        kwargs["attention_mask"] = segment.mask(self.decoder, index, hidden, cache)
+        if args:
+            return (hidden, *args[1:]), kwargs
+        kwargs["hidden_states"] = hidden
+        return args, kwargs
+
+    def _merge(self, index: int, hidden: Tensor, position_ids: Tensor, prompt: Prompt) -> Tensor:
+        began = self.clock()
+        below = self._segment(index - 1)
+        wanted = [layer for layer in range(max(0, index - self.reducer.probes), index) if layer in self._traces]
+        # A probe below an earlier merge saw more tokens than there are now, so it can't speak for them.
+        traces = [self._traces[i] for i in wanted if self._traces[i].query.shape[2] == hidden.shape[1]]
+        view = TokenView(
+            hidden=hidden,
+            valid=prompt.valid if below is None else below.valid,
+            protected=prompt.protected if self.plan is None else self.plan.carry(prompt.protected),
+            position=position_ids if below is None else below.position,
+            size=None if below is None else below.size,  # type: ignore[arg-type]
+            length=prompt.length,
+            attention=traces,
+        )
+        plan = replace(self.reducer, keep=self.stages[index]).plan(view)
+        self.plans.append(plan)
+        self.plan = plan if self.plan is None else self.plan.compose(plan)
+        # A plan that changes nothing leaves the block's own arguments alone, so keep=1 is the model bit for bit.
+        if not plan.is_identity():
+            hidden = plan.merge(hidden)
+            prompt.segments[index] = Segment.from_plan(plan, position_ids, prompt.valid)
+        self._traces = {layer: t for layer, t in self._traces.items() if layer >= index}
+        self.stats.reducer_seconds += self.clock() - began
+        return hidden
+
+    def tokens_per_layer(self) -> list[float]:
+        """Mean valid tokens per row that each block read of the prompt."""
+        if self._prompt is None:
+            return []
+        counts = []
+        for layer in range(len(self.decoder)):
+            segment = self._segment(layer)
+            valid = self._prompt.valid if segment is None else segment.valid
+            counts.append(float(valid.sum(-1).float().mean()))
+        return counts
+
+    def forget(self) -> None:
+        """Drop prompts and traces; plans and statistics stay for the summary."""
+        self._prompts.clear()
+        self._prompt, self._new, self._traces = None, None, {}

@@ -1,0 +1,92 @@
+"""What a run did: tokens per layer, seconds, bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Cache
+
+
+@dataclass
+class RunStats:
+    """Counts of the last prompt and of everything generated since.
+
+    ``tokens_per_layer`` is the mean over the batch's rows of the valid tokens each block read in the prefill;
+    ``prefill_seconds`` is the decoder's forward over the prompt with the reducer inside, ``reducer_seconds`` the
+    reducer alone (saliency, plan and merge). ``cache_bytes`` are measured on the cache as it is now and
+    ``prompt_cache_bytes`` as it was after the prompt; ``..._full`` is what it would hold unreduced.
+    """
+
+    mode: str = "prefix"
+    reducer: str = ""
+    rows: int = 0
+    tokens_in: float = 0.0
+    tokens_per_layer: list[float] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    reducer_seconds: float = 0.0
+    decode_steps: int = 0
+    decode_seconds: float = 0.0
+    prompt_cache_bytes: int = 0
+    prompt_cache_bytes_full: int = 0
+    cache_bytes: int = 0
+    cache_bytes_full: int = 0
+
+    @property
+    def tokens_kept(self) -> float:
+        """Mean tokens per block over the blocks above the first merge, or ``tokens_in`` if nothing was merged."""
+        above = [n for n in self.tokens_per_layer if n < self.tokens_in]
+        return sum(above) / len(above) if above else self.tokens_in
+
+    @property
+    def decode_seconds_per_token(self) -> float:
+        """Seconds of the decoder per generated step after the first token."""
+        return self.decode_seconds / self.decode_steps if self.decode_steps else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        out = dict(self.__dict__)
+        out["tokens_kept"] = self.tokens_kept
+        out["decode_seconds_per_token"] = self.decode_seconds_per_token
+        return out
+
+    def __str__(self) -> str:
+        if not self.tokens_per_layer:
+            return f"{self.reducer} ({self.mode}): nothing has been read yet"
+        runs: list[tuple[int, int, float]] = []
+        for i, n in enumerate(self.tokens_per_layer):
+            if runs and runs[-1][2] == n:
+                runs[-1] = (runs[-1][0], i, n)
+            else:
+                runs.append((i, i, n))
+        layers = ", ".join(f"{n:g} in layers {a}-{b}" if a != b else f"{n:g} in layer {a}" for a, b, n in runs)
+        ratio = self.cache_bytes / self.cache_bytes_full if self.cache_bytes_full else 1.0
+        held, full = self.cache_bytes / 2**20, self.cache_bytes_full / 2**20
+        return (
+            f"{self.reducer} ({self.mode}), {self.rows} row(s), {self.tokens_in:g} tokens in\n"
+            f"  read:    {layers}\n"
+            f"  prefill: {self.prefill_seconds:.3f} s, of which the reducer {self.reducer_seconds:.3f} s\n"
+            f"  decode:  {self.decode_steps} steps, {1e3 * self.decode_seconds_per_token:.1f} ms each\n"
+            f"  cache:   {held:.2f} MiB, {100 * ratio:.0f} % of {full:.2f} MiB"
+        )
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all keys and values that a cache holds."""
+    total = 0
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            if tensor is not None:
+                total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def cache_bytes_full(cache: Cache, tokens: int, windows: tuple[int | None, ...]) -> int:
+    """Bytes the same cache would hold with every one of ``tokens`` tokens in every layer (windows respected)."""
+    total = 0
+    for layer, window in zip(cache.layers, windows, strict=False):
+        for tensor in (layer.keys, layer.values):
+            if tensor is not None and tensor.ndim == 4 and tensor.shape[2]:
+                held = tokens if window is None else min(tokens, window - 1)
+                total += tensor.numel() // tensor.shape[2] * held * tensor.element_size()
+    return total

@@ -1,0 +1,117 @@
+"""One way to load a model: an embedded name, a folder, or a hub id."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quickmerge.errors import DamagedWeightsError, UnknownModelError, near_match
+from quickmerge.models import smollm2
+from quickmerge.models.cache import cache_folder
+from quickmerge.models.console import saying
+from quickmerge.models.folder import check_model_folder
+from quickmerge.models.options import check_attention, check_device, check_dtype
+from quickmerge.models.read import read
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["MODELS", "find_model", "load", "verify"]
+
+MODELS: dict[str, str] = {smollm2.NAME: smollm2.DESCRIPTION}
+"""The embedded models, which need no hub: their names, and how to describe each in a report."""
+
+_ALLOWED = f"give an embedded name ({', '.join(MODELS)}), a local model folder, or a hub id such as owner/name"
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, ready to generate.
+
+    Args:
+        name_or_path: an embedded name (`"smollm2-135m"`), a local model folder, or a hub id (`"owner/name"`).
+        dtype: what the weights are held in, as `torch.bfloat16` or `"bfloat16"`.
+        device: where the weights are held, as `"cpu"`, `"cuda"` or `"cuda:1"`.
+        attn_implementation: `"sdpa"`, `"eager"` or another that transformers knows; None lets it choose.
+        cache_dir: where embedded models are kept; None means `$QUICKMERGE_CACHE`, else the user's cache folder.
+        progress: whether to show on stderr what goes on.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer, which pads on the left.
+
+    Raises:
+        UnknownModelError: there is no such model, or the hub cannot be reached.
+        UnsupportedModelError: it is not a causal language model.
+        DamagedWeightsError: a weights file is truncated, garbled or incomplete.
+        CacheFolderError: the cache folder cannot be written.
+        FetchError: an embedded model could not be downloaded.
+        QuickmergeError: `dtype`, `device` or `attn_implementation` is not one that can be used.
+    """
+    name = os.fspath(name_or_path)
+    placement = check_device(device)
+    options: dict[str, Any] = {"dtype": check_dtype(dtype)}
+    if attn_implementation is not None:
+        options["attn_implementation"] = check_attention(attn_implementation)
+    if name in MODELS:
+        source = str(smollm2.prepare(cache_folder(cache_dir), progress=progress))
+    else:
+        source = find_model(name)
+    with saying(f"loading {name}", progress=progress, only_on_terminal=True):
+        try:
+            model, tokenizer = read(source, options)
+        except DamagedWeightsError:
+            if name in MODELS:  # we know what every file should be, so say which one is not
+                smollm2.check_folder(Path(source), full=True)
+            raise
+        return model.to(placement).eval(), tokenizer
+
+
+def verify(name: str = smollm2.NAME, *, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Hash every file of an embedded model that is already in the cache.
+
+    Returns:
+        The folder of the model.
+
+    Raises:
+        UnknownModelError: `name` is not an embedded model.
+        DamagedWeightsError: a file is missing, or is not what was written.
+    """
+    if name not in MODELS:
+        raise UnknownModelError(f"name is {name!r}{near_match(name, MODELS)}, but must be one of: {', '.join(MODELS)}")
+    folder = smollm2.folder_in(cache_folder(cache_dir))
+    smollm2.check_folder(folder, full=True)
+    return folder
+
+
+def find_model(name: str) -> str:
+    """Tell what a name that is not an embedded one stands for: a folder that looks sound, or a hub id.
+
+    Returns:
+        What `from_pretrained` takes.
+
+    Raises:
+        UnknownModelError: it can be neither.
+        DamagedWeightsError: the folder holds truncated or garbled weights.
+    """
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        check_model_folder(folder)
+        return str(folder)
+    if folder.is_file():
+        raise UnknownModelError(f"name_or_path is {name!r}, which is a file: give the folder that it is in")
+    # a hub id is exactly owner/name; whatever else has a slash was meant as a path
+    owner, slash, rest = name.partition("/")
+    if not slash:
+        raise UnknownModelError(f"no model is called {name!r}{near_match(name, MODELS)}: {_ALLOWED}")
+    if owner in ("", ".", "..", "~") or not rest or "/" in rest:
+        raise UnknownModelError(f"there is no folder {name!r}: {_ALLOWED}")
+    return name

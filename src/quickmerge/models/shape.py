@@ -1,0 +1,35 @@
+"""A model without its weights: enough to count tokens, operations and bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quickmerge.models import smollm2
+from quickmerge.models.cache import cache_folder
+from quickmerge.models.load import MODELS, find_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["load_shape_only"]
+
+
+def load_shape_only(name: str) -> PreTrainedModel:
+    """The model on the meta device: all shapes, no values, nothing but its config read.
+
+    Raises:
+        UnknownModelError: there is no such model.
+        UnsupportedModelError: it is not a causal language model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from quickmerge.errors import UnsupportedModelError
+
+    source = str(smollm2.prepare(cache_folder(None))) if name in MODELS else find_model(name)
+    config = AutoConfig.from_pretrained(source)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        raise UnsupportedModelError(f"{name} ({type(config).__name__}) is not a causal language model") from None

@@ -1,0 +1,42 @@
+"""Attention: keep what the last tokens look at, drop the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from quickmerge.reducers.base import ScoreReducer, mean_attention, positive_int
+from quickmerge.tokens.view import TokenView
+
+
+@dataclass(frozen=True)
+class Attention(ScoreReducer):
+    """Keep the tokens that receive most attention from the last ``window`` tokens; drop the rest.
+
+    The selection that SnapKV (arXiv 2404.14469) makes for a cache, without its pooling, here in the residual
+    stream: ``score_j = mean over probed layers and heads of r_hj``.
+
+    Args:
+        keep: share of the tokens kept, or a budget.
+        layers: how many layers below the merge are probed.
+        window: query rows that vote.
+    """
+
+    layers: int = 4
+    window: int = 64
+    name: ClassVar[str] = "attention"
+    source: ClassVar[str] = "arXiv 2404.14469"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive_int("layers", self.layers)
+        positive_int("window", self.window)
+
+    @property
+    def probes(self) -> int:  # noqa: D102
+        return self.layers
+
+    def score(self, view: TokenView) -> Tensor:  # noqa: D102
+        return mean_attention(tuple(view.attention), view, self.window, norm=False)

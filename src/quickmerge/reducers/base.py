@@ -1,0 +1,83 @@
+"""What every method is: a frozen dataclass of its settings and one function from tokens to a plan."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quickmerge.tokens.budget import Budget, as_budget, select
+from quickmerge.tokens.plan import MergePlan
+from quickmerge.tokens.saliency import AttentionTrace, attention_norm, received_attention
+from quickmerge.tokens.view import TokenView
+
+
+@dataclass(frozen=True)
+class Reducer(ABC):
+    """Base of all reducers.
+
+    Args:
+        keep: share of the tokens that is kept, in (0, 1], or a `Budget`.
+
+    A subclass sets ``name`` (what the command line calls it) and ``source`` (paper), and implements `plan`.
+    Reducers hold settings only; a run's state lives with the host, so one object may serve many models at once.
+    """
+
+    keep: float | Budget = 0.4
+
+    name: ClassVar[str]
+    source: ClassVar[str] = ""
+    proportional: ClassVar[bool] = False
+    """True if attention above the merge should add log(size) to the scores of a slot (ToMe, eq. 1)."""
+
+    def __post_init__(self) -> None:
+        as_budget(self.keep)
+
+    @property
+    def probes(self) -> int:
+        """How many layers below the merge must hand over their queries, keys and values; 0 for none."""
+        return 0
+
+    @property
+    def budget(self) -> Budget:
+        """`keep` as a budget."""
+        return as_budget(self.keep)
+
+    @abstractmethod
+    def plan(self, view: TokenView) -> MergePlan:
+        """Decide for a batch of tokens which are kept, merged and dropped. A pure function of the view."""
+
+
+class ScoreReducer(Reducer):
+    """Keeps the highest-scoring tokens and drops the rest: a subclass only says what the score is."""
+
+    @abstractmethod
+    def score(self, view: TokenView) -> Tensor:
+        """``(B, N)``, higher is kept; padding may hold anything finite."""
+
+    def plan(self, view: TokenView) -> MergePlan:
+        """Keep the ``keep`` best-scoring tokens; protected tokens are always among them."""
+        score = self.score(view)
+        return MergePlan.from_anchors(view, select(score, self.budget.count(view, score), view))
+
+
+def mean_attention(traces: tuple[AttentionTrace, ...], view: TokenView, window: int, norm: bool) -> Tensor:
+    """Mean over layers and heads of received attention, or of attention norm: ``(B, N)``.
+
+    Raises:
+        ValueError: if there is no trace to read.
+    """
+    if not traces:
+        raise ValueError("attention must hold at least one layer's trace for this reducer, got none")
+    measure = attention_norm if norm else received_attention
+    per_layer = [measure(t, view.valid, view.position, window).mean(1) for t in traces]
+    return torch.stack(per_layer).mean(0)
+
+
+def positive_int(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

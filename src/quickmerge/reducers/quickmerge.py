@@ -1,0 +1,65 @@
+"""QuickMerge++: keep by attention norm, merge the rest into what is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quickmerge.reducers.base import Reducer, mean_attention, positive_int
+from quickmerge.tokens.budget import select
+from quickmerge.tokens.grouping import next_anchor
+from quickmerge.tokens.plan import MergePlan
+from quickmerge.tokens.saliency import pool
+from quickmerge.tokens.view import TokenView
+
+
+@dataclass(frozen=True)
+class QuickMerge(Reducer):
+    """QuickMerge++ (arXiv 2508.13204), training-free.
+
+    Saliency is the attention norm: what the last ``window`` tokens draw from each token,
+    ``s_j = max over the pool of mean over layers, heads of r_hj ||v_hj||``. The highest stay as anchors; each other
+    token merges into the next anchor on its right with share ``merge`` against the anchor's 1.
+
+    Args:
+        keep: share of the tokens kept, or a budget such as `Entropy`.
+        layers: how many blocks below the merge are probed.
+        window: query rows that vote.
+        pool: neighbourhood, in tokens, that a salient token lifts with it; odd.
+        merge: share of a merged token against its anchor's 1; 0 drops instead of merging.
+    """
+
+    layers: int = 4
+    window: int = 192
+    pool: int = 11
+    merge: float = 0.1
+    name: ClassVar[str] = "quickmerge"
+    source: ClassVar[str] = "arXiv 2508.13204"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("layers", "window", "pool"):
+            positive_int(name, getattr(self, name))
+        if self.pool % 2 == 0:
+            raise ValueError(f"pool must be odd, got {self.pool}")
+        if not (isinstance(self.merge, (int, float)) and 0 <= self.merge <= 1):
+            raise ValueError(f"merge must be a number in [0, 1], got {self.merge!r}")
+
+    @property
+    def probes(self) -> int:  # noqa: D102
+        return self.layers
+
+    def saliency(self, view: TokenView) -> Tensor:
+        """``(B, N)`` pooled attention norm."""
+        return pool(mean_attention(tuple(view.attention), view, self.window, norm=True), view.valid, self.pool)
+
+    def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
+        saliency = self.saliency(view)
+        anchor = select(saliency, self.budget.count(view, saliency), view)
+        if self.merge == 0:
+            return MergePlan.from_anchors(view, anchor)
+        share = torch.where(anchor, 1.0, float(self.merge))
+        return MergePlan.from_anchors(view, anchor, next_anchor(view, anchor), share)

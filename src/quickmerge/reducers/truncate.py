@@ -1,0 +1,35 @@
+"""Truncate: the first tokens (attention sinks) and the most recent ones, StreamingLLM's choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quickmerge.reducers.base import ScoreReducer
+from quickmerge.tokens.view import TokenView
+
+
+@dataclass(frozen=True)
+class Truncate(ScoreReducer):
+    """Keep the first ``sinks`` tokens and then the most recent ones (arXiv 2309.17453); drop the middle.
+
+    Args:
+        keep: share of the tokens kept, or a budget.
+        sinks: tokens kept at the start, whatever is protected besides.
+    """
+
+    sinks: int = 4
+    name: ClassVar[str] = "truncate"
+    source: ClassVar[str] = "arXiv 2309.17453"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
+            raise ValueError(f"sinks must be a whole number of at least 0, got {self.sinks!r}")
+
+    def score(self, view: TokenView) -> Tensor:  # noqa: D102
+        recency = view.position.to(torch.float64)
+        return torch.where(view.position < self.sinks, recency + 2 * recency.amax(-1, keepdim=True) + 1, recency)

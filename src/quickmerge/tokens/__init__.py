@@ -1,0 +1,27 @@
+"""The words of the library: what a reducer may look at, what it decides, and the maths in between.
+
+Pure tensors: nothing in here knows a model.
+"""
+
+from quickmerge.tokens.budget import Budget, Count, Entropy, Mass, Ratio, as_budget
+from quickmerge.tokens.plan import MergePlan
+from quickmerge.tokens.saliency import AttentionTrace, attention_entropy, attention_norm, received_attention
+from quickmerge.tokens.schedule import Schedule, Stage
+from quickmerge.tokens.view import TokenView
+
+__all__ = [
+    "AttentionTrace",
+    "Budget",
+    "Count",
+    "Entropy",
+    "Mass",
+    "MergePlan",
+    "Ratio",
+    "Schedule",
+    "Stage",
+    "TokenView",
+    "as_budget",
+    "attention_entropy",
+    "attention_norm",
+    "received_attention",
+]

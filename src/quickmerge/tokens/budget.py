@@ -1,0 +1,155 @@
+"""How many tokens to keep: a ratio, a count, an entropy or a share of the saliency mass.
+
+Every budget answers for each row on its own and counts protected tokens as kept.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from quickmerge.tokens.view import TokenView
+
+
+@runtime_checkable
+class Budget(Protocol):
+    """Anything that says how many slots each row gets."""
+
+    def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:
+        """``(B,)`` long, at least the protected tokens and at most the valid ones."""
+        ...
+
+
+def _clamp(count: Tensor, view: TokenView) -> Tensor:
+    low = (view.protected & view.valid).sum(-1).clamp_min(1)
+    return torch.minimum(torch.maximum(count.long(), low), view.valid.sum(-1))
+
+
+def _share(name: str, value: float) -> None:
+    if not (isinstance(value, (int, float)) and 0 < value <= 1):
+        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+
+
+def round_half_up(x: Tensor) -> Tensor:
+    """Nearest integer, halves up, so that a count does not depend on being odd or even.
+
+    The nudge is far above float64 error of ``keep * length`` and far below one token.
+    """
+    return (x + 0.5 + 1e-9).floor().long()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Keep ``round(keep * original length)`` tokens of each row."""
+
+    keep: float
+
+    def __post_init__(self) -> None:
+        _share("keep", self.keep)
+
+    def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
+        return _clamp(round_half_up(view.length.double() * self.keep), view)
+
+
+@dataclass(frozen=True)
+class Count:
+    """Keep exactly ``tokens`` tokens of each row (all of them where the row is shorter)."""
+
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
+            raise ValueError(f"tokens must be a whole number of at least 1, got {self.tokens!r}")
+
+    def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
+        return _clamp(torch.full_like(view.length, self.tokens), view)
+
+
+def _distribution(view: TokenView, saliency: Tensor | None, who: str) -> Tensor:
+    if saliency is None:
+        raise ValueError(f"budget {who} needs a saliency, and this reducer has none; use a ratio or a count")
+    mass = torch.where(view.valid, saliency.double().clamp_min(0), 0.0)
+    total = mass.sum(-1, keepdim=True)
+    flat = view.valid.double() / view.valid.sum(-1, keepdim=True)
+    return torch.where(total > 0, mass / total.clamp_min(torch.finfo(torch.float64).tiny), flat)
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Entropy budget: a row whose saliency is spread over many tokens keeps more of them.
+
+    With ``p = saliency / sum(saliency)`` over the row and ``exp H(p)`` in [1, N] the number of tokens that it
+    effectively spreads over, ``K = round(scale * exp H(p))``, held between ``low`` and ``high`` as shares of the
+    original length. The paper (arXiv 2508.13204) names an entropy-based budget without a public formula; this
+    is ours.
+
+    Args:
+        scale: tokens kept per effective token.
+        low: least share of the row that is kept.
+        high: largest share of the row that is kept.
+    """
+
+    scale: float = 1.0
+    low: float = 0.05
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.scale, (int, float)) and math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale must be a positive number, got {self.scale!r}")
+        _share("low", self.low)
+        _share("high", self.high)
+        if self.low > self.high:
+            raise ValueError(f"low must not exceed high, got low={self.low!r} and high={self.high!r}")
+
+    def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
+        p = _distribution(view, saliency, "Entropy")
+        effective = torch.special.entr(p).sum(-1).exp()
+        length = view.length.double()
+        wanted = torch.minimum(torch.maximum(self.scale * effective, self.low * length), self.high * length)
+        return _clamp(round_half_up(wanted), view)
+
+
+@dataclass(frozen=True)
+class Mass:
+    """Keep the fewest tokens that together hold a share ``mass`` of the row's saliency."""
+
+    mass: float
+
+    def __post_init__(self) -> None:
+        _share("mass", self.mass)
+
+    def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
+        ranked = _distribution(view, saliency, "Mass").sort(-1, descending=True).values
+        # The nudge keeps rounding in the running sum from asking for one token more than mass=1 holds.
+        held = ranked.cumsum(-1) < self.mass - 1e-12
+        return _clamp(held.sum(-1) + 1, view)
+
+
+def as_budget(keep: float | Budget) -> Budget:
+    """A number is a ratio; a budget is itself.
+
+    Raises:
+        ValueError: for a number outside (0, 1] or any other object.
+    """
+    if isinstance(keep, (int, float)) and not isinstance(keep, bool):
+        return Ratio(float(keep))
+    if isinstance(keep, Budget):
+        return keep
+    raise ValueError(f"keep must be a number in (0, 1] or a budget (Ratio, Count, Entropy, Mass), got {keep!r}")
+
+
+def select(score: Tensor, count: Tensor, view: TokenView) -> Tensor:
+    """``(B, N)`` bool: the ``count`` best tokens of each row, protected ones first, ties to the earlier token.
+
+    Exactly ``count`` tokens are chosen in every row, whatever the ties, so budgets are met to the token.
+    """
+    ranked = torch.where(view.protected, torch.inf, score.to(torch.promote_types(score.dtype, torch.float32)))
+    ranked = torch.where(view.valid, ranked, -torch.inf)
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    chosen = torch.zeros_like(view.valid).scatter_(1, order, place < count[:, None])
+    return chosen & view.valid

@@ -1,0 +1,131 @@
+"""Who merges with whom: anchors, bipartite matching, chunked clustering.
+
+Anchor rules return, for every token, the index of the anchor that takes it, or -1 to drop it. A protected token
+takes nobody.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from quickmerge.tokens.view import TokenView
+
+
+def next_anchor(view: TokenView, anchor: Tensor) -> Tensor:
+    """Each token goes to the next kept token on its right: ``(B, N)`` long, -1 where there is none.
+
+    The groups are intervals that end at their anchor, so a slot never holds anything later than its own position.
+    """
+    b, n = anchor.shape
+    index = torch.arange(n, device=anchor.device).expand(b, n)
+    takes = anchor & ~view.protected
+    ahead = torch.where(takes, index, n).flip(1).cummin(1).values.flip(1)
+    return torch.where(view.valid & (ahead < n), ahead, -1)
+
+
+def similar_anchor(view: TokenView, anchor: Tensor, window: int, causal: bool = True) -> Tensor:
+    """Each token goes to the kept token most like it (cosine) at most ``window`` tokens away.
+
+    Args:
+        view: the tokens; similarity is of ``hidden``.
+        anchor: ``(B, N)`` bool.
+        window: how far to look, in tokens; memory and time are O(N window).
+        causal: look only to the right, so that a slot holds nothing later than its own position.
+
+    Returns:
+        ``(B, N)`` long, -1 where no anchor is in reach. Ties go to the nearest anchor, then to the right.
+    """
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    b, n = anchor.shape
+    x = normalize(view.hidden.to(torch.promote_types(view.hidden.dtype, torch.float32)), dim=-1)
+    takes = anchor & ~view.protected
+    index = torch.arange(n, device=anchor.device).expand(b, n)
+    best = torch.full((b, n), -torch.inf, dtype=x.dtype, device=x.device)
+    leader = torch.full_like(index, -1)
+    for step in range(1, min(window, n - 1) + 1):
+        for shift in (-step,) if causal else (-step, step):
+            target = index - shift
+            inside = (target >= 0) & (target < n)
+            similarity = (x * x.roll(shift, 1)).sum(-1)
+            better = inside & takes.roll(shift, 1) & (similarity > best)
+            best = torch.where(better, similarity, best)
+            leader = torch.where(better, target, leader)
+    return torch.where(view.valid, leader, -1)
+
+
+def bipartite_matching(metric: Tensor, open_: Tensor, remove: Tensor) -> Tensor:
+    """ToMe's matching (arXiv 2210.09461): alternate tokens form two sets, the closest pairs merge.
+
+    Args:
+        metric: ``(B, N, D)`` features to compare by cosine.
+        open_: ``(B, N)`` bool, tokens that may merge. The sets alternate over these.
+        remove: ``(B,)`` how many tokens should disappear; at most as many as the first set holds do.
+
+    Returns:
+        ``(B, N)`` long, the index of the partner each removed token merges into, -1 for tokens that stay.
+        Ties go to the earlier token.
+    """
+    b, n, _ = metric.shape
+    x = normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+    rank = open_.long().cumsum(-1) - 1
+    first = open_ & (rank % 2 == 0)
+    second = open_ & (rank % 2 == 1)
+    # The two sets are packed to the left so that the similarity matrix is N/2 x N/2.
+    a, b_ = _pack(first), _pack(second)
+    if a.shape[1] == 0 or b_.shape[1] == 0:
+        return torch.full((b, n), -1, device=metric.device)
+    rows = torch.arange(b, device=metric.device)[:, None]
+    similarity = x[rows, a.clamp_min(0)] @ x[rows, b_.clamp_min(0)].transpose(1, 2)
+    similarity = similarity.masked_fill((b_ < 0)[:, None], -torch.inf)
+    best, partner = similarity.max(-1)
+    best = best.masked_fill(a < 0, -torch.inf)
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(1, order, torch.arange(a.shape[1], device=a.device).expand_as(order))
+    limit = torch.minimum(remove, torch.minimum(first.sum(-1), second.any(-1) * n))
+    goes = (place < limit[:, None]) & (a >= 0)
+    leader = torch.full((b, n + 1), -1, device=metric.device)
+    leader.scatter_(1, torch.where(goes, a, n), b_.gather(1, partner))
+    return leader[:, :n]
+
+
+def chunked_clusters(x: Tensor, valid: Tensor, chunk: int, clusters: int, steps: int = 4) -> Tensor:
+    """k-means by cosine inside consecutive chunks: ``(B, N)`` cluster labels, ``chunk_index * clusters + label``.
+
+    Deterministic: centres start at evenly spaced tokens of the chunk, ``steps`` Lloyd rounds follow, ties go to the
+    lower label. Padding gets -1. Cost O(steps N clusters D).
+    """
+    if chunk < 1 or not 1 <= clusters <= chunk:
+        raise ValueError(f"clusters must lie in 1..chunk, got clusters={clusters} and chunk={chunk}")
+    b, n, d = x.shape
+    pieces = -(-n // chunk)
+    pad = pieces * chunk - n
+    x = normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+    x = torch.nn.functional.pad(x, (0, 0, 0, pad)).view(b * pieces, chunk, d)
+    there = torch.nn.functional.pad(valid, (0, pad)).view(b * pieces, chunk)
+    start = (torch.arange(clusters, device=x.device) * chunk // clusters).expand(b * pieces, -1)
+    centre = x.gather(1, start[..., None].expand(-1, -1, d))
+    alive = there.gather(1, start)
+    label = torch.zeros(b * pieces, chunk, dtype=torch.long, device=x.device)
+    for _ in range(steps):
+        score = (x @ centre.transpose(1, 2)).masked_fill(~alive[:, None], -torch.inf)
+        label = score.argmax(-1)
+        member = torch.nn.functional.one_hot(label, clusters).to(x.dtype) * there[..., None]
+        total = member.transpose(1, 2) @ x
+        # A centre that lost all its members stays where it was: no empty cluster ever becomes a zero vector.
+        centre = torch.where(member.sum(1)[..., None] > 0, normalize(total, dim=-1), centre)
+    chunk_of = torch.arange(pieces, device=x.device).repeat(b)[:, None]
+    label = torch.where(there, label + chunk_of * clusters, -1)
+    return label.view(b, pieces * chunk)[:, :n]
+
+
+def _pack(mask: Tensor) -> Tensor:
+    """Indices of the True entries of each row, left-packed, filled up with -1: ``(B, max count)``."""
+    b, n = mask.shape
+    width = int(mask.sum(-1).max()) if n else 0
+    seat = torch.where(mask, mask.long().cumsum(-1) - 1, width)
+    out = torch.full((b, width + 1), -1, dtype=torch.long, device=mask.device)
+    index = torch.arange(n, device=mask.device).expand(b, n)
+    return out.scatter_(1, seat, index)[:, :width]

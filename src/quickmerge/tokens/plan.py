@@ -1,0 +1,170 @@
+"""MergePlan: what a reducer decides. Merging, pruning and both at once are the same object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quickmerge.tokens.view import TokenView
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Which output slot each of N tokens goes to, with what share; pruning is one member a slot.
+
+    ``slot (B, N)`` long: the output slot of each token, -1 where it was dropped or is padding.
+    ``weight (B, N)`` float: the token's share in its slot; the shares of a slot sum to one; 0 where slot is -1.
+    ``position (B, K)`` long: the slot's place in the original sequence, rising over the valid slots of a row.
+    ``size (B, K)`` long: how many original tokens the slot stands for, 0 for padding slots.
+    ``valid (B, K)`` bool: False for slots that only pad a ragged batch.
+    """
+
+    slot: Tensor
+    weight: Tensor
+    position: Tensor
+    size: Tensor
+    valid: Tensor
+
+    @classmethod
+    def identity(cls, view: TokenView) -> MergePlan:
+        """The plan that changes nothing: every token its own slot, padding included."""
+        index = torch.arange(view.valid.shape[1], device=view.valid.device).expand_as(view.valid)
+        return cls(
+            slot=torch.where(view.valid, index, -1),
+            weight=view.valid.to(torch.float32),
+            position=view.position,
+            size=view.size * view.valid,
+            valid=view.valid,
+        )
+
+    @classmethod
+    def from_anchors(
+        cls, view: TokenView, anchor: Tensor, leader: Tensor | None = None, share: Tensor | None = None
+    ) -> MergePlan:
+        """Build a plan in which every slot is led by one kept token, the anchor.
+
+        Args:
+            view: the tokens.
+            anchor: ``(B, N)`` bool, the kept tokens; protected tokens are always kept.
+            leader: ``(B, N)`` long, for a token that is not kept the index of the anchor it merges into, or -1
+                to drop it. A leader must be an anchor and must not be protected. None drops all the rest.
+            share: ``(B, N)`` non-negative float, how heavily each token counts in its slot before shares are
+                normalised to sum to one. Default: equal shares. An anchor's share must be positive.
+
+        The slot keeps its anchor's position and the slots keep the anchors' order. Padding slots fill a ragged
+        batch on the side where the tokens are padded.
+
+        Raises:
+            ValueError: if an anchor is padding, or a leader is no free anchor.
+        """
+        kept = (anchor & view.valid) | (view.protected & view.valid)
+        if bool((anchor & ~view.valid).any()):
+            raise ValueError("anchor must be valid tokens, got padding among them")
+        n = view.valid.shape[1]
+        count = kept.sum(-1)
+        k = int(count.max())
+        shift = k - count if view.pads_left else torch.zeros_like(count)
+        rank = kept.long().cumsum(-1) - 1 + shift[:, None]
+        slot = torch.where(kept, rank, -1)
+        if leader is not None:
+            follows = view.valid & ~kept & (leader >= 0)
+            target = leader.clamp(0, n - 1)
+            if bool((follows & ~(kept & ~view.protected).gather(1, target)).any()):
+                raise ValueError("leader must point to kept tokens that are not protected, got another token")
+            slot = torch.where(follows, slot.gather(1, target), slot)
+        member = slot >= 0
+        raw = torch.ones_like(slot, dtype=torch.float32) if share is None else share.to(torch.float32)
+        raw = raw * member
+        into = slot.clamp_min(0)
+        total = torch.zeros(len(slot), k, device=slot.device).scatter_add_(1, into, raw)
+        weight = torch.where(member, raw / total.gather(1, into).clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+        zeros = torch.zeros(len(slot), k, dtype=torch.long, device=slot.device)
+        # Only the anchor writes its position, so the slot stands exactly where its anchor stood. Everybody else
+        # writes to one extra column that is cut off.
+        seat = torch.where(kept, rank, k)
+        position = zeros.new_zeros(len(slot), k + 1).scatter_(1, seat, view.position)[:, :k]
+        size = zeros.scatter_add(1, into, view.size * member)
+        valid = zeros.new_zeros(len(slot), k + 1).scatter_(1, seat, 1)[:, :k].bool()
+        return cls(slot=slot, weight=weight, position=position, size=size, valid=valid)
+
+    @property
+    def slots(self) -> int:
+        """K, the number of output slots of the widest row."""
+        return self.position.shape[1]
+
+    def is_identity(self) -> bool:
+        """True when applying the plan would change nothing at all."""
+        if self.slots != self.slot.shape[1]:
+            return False
+        index = torch.arange(self.slots, device=self.slot.device)
+        return bool(((self.slot == index) | ~self.valid).all())
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Weighted sum of each slot's members: ``(B, N, ...)`` to ``(B, K, ...)``; padding slots are zero.
+
+        Sums run in float32 at least, so that half precision loses nothing to the order of addition. A slot with
+        one member is a copy of it, to the bit.
+        """
+        work = x.flatten(2) if x.ndim > 2 else x[..., None]
+        dtype = torch.promote_types(work.dtype, torch.float32)
+        # One extra slot collects the dropped tokens and is cut off.
+        into = torch.where(self.slot >= 0, self.slot, self.slots)
+        flat = into + torch.arange(len(into), device=into.device)[:, None] * (self.slots + 1)
+        out = work.new_zeros(len(into) * (self.slots + 1), work.shape[-1], dtype=dtype)
+        out.index_add_(0, flat.flatten(), (work.to(dtype) * self.weight[..., None].to(dtype)).flatten(0, 1))
+        out = out.view(len(into), self.slots + 1, -1)[:, : self.slots].to(x.dtype)
+        return out.reshape(x.shape[0], self.slots, *x.shape[2:])
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """Copy each slot back to its members: ``(B, K, ...)`` to ``(B, N, ...)``; dropped tokens become zero."""
+        index = self.slot.clamp_min(0)
+        while index.ndim < y.ndim:
+            index = index[..., None]
+        member = (self.slot >= 0).view(*self.slot.shape, *[1] * (y.ndim - 2))
+        out = y.gather(1, index.expand(-1, -1, *y.shape[2:]))
+        return torch.where(member, out, torch.zeros((), dtype=y.dtype, device=y.device))
+
+    def compose(self, then: MergePlan) -> MergePlan:
+        """The single plan that equals applying this one and then ``then`` to its slots."""
+        if then.slot.shape[1] != self.slots:
+            raise ValueError(f"then must act on {self.slots} tokens, got a plan for {then.slot.shape[1]}")
+        into = self.slot.clamp_min(0)
+        slot = torch.where(self.slot >= 0, then.slot.gather(1, into), -1)
+        weight = torch.where(slot >= 0, self.weight * then.weight.gather(1, into), 0.0)
+        return MergePlan(slot=slot, weight=weight, position=then.position, size=then.size, valid=then.valid)
+
+    def carry(self, mask: Tensor) -> Tensor:
+        """Which slots hold a marked token: ``(B, N)`` bool to ``(B, K)`` bool."""
+        into = self.slot.clamp_min(0)
+        return torch.zeros_like(self.size).scatter_add(1, into, (mask & (self.slot >= 0)).long()) > 0
+
+    def check(self, view: TokenView) -> None:
+        """Raise ValueError, naming the broken law, unless this is a lawful plan for ``view``.
+
+        The laws: every valid token is in one slot or dropped, padding in none; no slot is empty; shares sum to
+        one; sizes are conserved, dropped tokens counted apart; protected tokens stay alone; positions rise.
+        """
+        member = self.slot >= 0
+        if bool((member & ~view.valid).any()) or bool((self.slot >= self.slots).any()):
+            raise ValueError("slot: padding may not enter a slot, and slots must lie in 0..K-1")
+        into = self.slot.clamp_min(0)
+        zeros = torch.zeros(len(into), self.slots, device=into.device)
+        crowd = zeros.scatter_add(1, into, member.float())
+        if bool(((crowd > 0) != self.valid).any()):
+            raise ValueError("valid: a slot is valid exactly when it has a member")
+        share = zeros.scatter_add(1, into, self.weight.float() * member)
+        if not torch.allclose(share[self.valid], torch.ones_like(share[self.valid]), atol=1e-4):
+            raise ValueError("weight: the shares of a slot must sum to one")
+        if bool((self.weight < 0).any()) or bool((self.weight[~member] != 0).any()):
+            raise ValueError("weight: shares are never negative, and zero for dropped tokens")
+        size = torch.zeros_like(self.size).scatter_add(1, into, view.size * member)
+        if bool((size != self.size).any()):
+            raise ValueError("size: a slot's size must be the sum of its members' sizes")
+        if bool((view.protected & view.valid & (~member | (crowd.gather(1, into) != 1))).any()):
+            raise ValueError("protected: a protected token must be alone in its slot")
+        for row in range(len(into)):
+            places = self.position[row][self.valid[row]]
+            if bool((places[1:] <= places[:-1]).any()):
+                raise ValueError("position: slots must be in rising order of position")

@@ -1,0 +1,146 @@
+"""How much each token matters, from the model's own attention, never through an N x N matrix.
+
+All statistics are exact: scores are recomputed from the queries and keys that the model itself used (after rotary
+embedding), a block of query rows at a time, so memory is O(block x N).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 128  # query rows scored at once
+
+
+@dataclass(frozen=True)
+class AttentionTrace:
+    """Queries, keys and values of one attention layer, as the model used them.
+
+    ``query (B, H, N, d)``, ``key (B, G, N, d)``, ``value (B, G, N, e)`` with ``G`` key heads shared by ``H / G``
+    query heads each; ``scaling``, the factor on the scores; ``window``, the layer's sliding window in positions,
+    or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    window: int | None = None
+
+
+def _probabilities(trace: AttentionTrace, rows: Tensor, valid: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of the chosen query rows: probabilities and log-sum-exp.
+
+    Args:
+        trace: one layer.
+        rows: ``(B, w)`` indices of query rows.
+        valid, position: ``(B, N)``, as in TokenView.
+
+    Returns:
+        ``(B, G, H/G, w, N)`` probabilities in float32 (float64 if the trace is), and ``(B, G, H/G, w)`` log-sum-exp.
+    """
+    b, h, n, d = trace.query.shape
+    g = trace.key.shape[1]
+    dtype = torch.promote_types(trace.query.dtype, torch.float32)
+    pick = rows[:, None, :, None].expand(b, h, rows.shape[1], d)
+    query = trace.query.gather(2, pick).to(dtype).view(b, g, (h // g) * rows.shape[1], d)
+    scores = (query * trace.scaling) @ trace.key.to(dtype).transpose(-1, -2)
+    scores = scores.view(b, g, h // g, rows.shape[1], n)
+    index = torch.arange(n, device=rows.device)
+    seen = (index <= rows[..., None]) & valid[:, None, :]
+    if trace.window is not None:
+        seen = seen & (position.gather(1, rows)[..., None] - position[:, None, :] < trace.window)
+    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+    lse = scores.logsumexp(-1)
+    # A padding row sees nothing: its log-sum-exp is -inf and its probabilities are set to zero, not NaN.
+    probs = (scores - lse[..., None].clamp_min(torch.finfo(dtype).min)).exp_()
+    return probs, lse
+
+
+def last_rows(valid: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Indices of the last ``window`` valid tokens of each row and which of them are real, both ``(B, w)``."""
+    n = valid.shape[1]
+    w = min(window, n)
+    end = (torch.arange(n, device=valid.device) * valid).amax(-1)
+    rows = end[:, None] - torch.arange(w - 1, -1, -1, device=valid.device)
+    real = (rows >= 0) & valid.gather(1, rows.clamp_min(0))
+    return rows.clamp_min(0), real
+
+
+def received_attention(trace: AttentionTrace, valid: Tensor, position: Tensor, window: int) -> Tensor:
+    """Attention that each token receives from the last ``window`` tokens of its row.
+
+    ``r_hj = 1/w sum_{i in last w} softmax_j(scaling * q_hi . k_hj)``, causal, exact.
+
+    Returns:
+        ``(B, H, N)``, zero for padding; sums to one over the tokens of a row.
+
+    Note: a statistic of the whole sequence, so for prompts that are fully known. For sequences that are being
+    scored, take it inside finished chunks only.
+    """
+    rows, real = last_rows(valid, window)
+    total = torch.zeros(1)
+    for start in range(0, rows.shape[1], BLOCK):
+        part = slice(start, start + BLOCK)
+        probs, _ = _probabilities(trace, rows[:, part], valid, position)
+        probs = (real[:, None, None, None, part].to(probs.dtype) @ probs).squeeze(-2)
+        total = probs if start == 0 else total + probs
+    count = real.sum(-1).clamp_min(1).view(-1, 1, 1, 1)
+    return (total / count).flatten(1, 2)
+
+
+def attention_norm(trace: AttentionTrace, valid: Tensor, position: Tensor, window: int) -> Tensor:
+    """Size of what each token contributes to the outputs of the last ``window`` tokens.
+
+    ``a_hj = r_hj * ||v_hj||``: received attention times the norm of the value it moves, ``(B, H, N)``.
+    This is the attention-norm magnitude that QuickMerge++ (arXiv 2508.13204) keeps tokens by.
+    """
+    received = received_attention(trace, valid, position, window)
+    norm: Tensor = torch.linalg.vector_norm(trace.value.to(received.dtype), dim=-1)
+    return received * norm.repeat_interleave(received.shape[1] // norm.shape[1], dim=1)
+
+
+def attention_entropy(trace: AttentionTrace, valid: Tensor, position: Tensor) -> Tensor:
+    """Entropy of each token's own attention row over log(number of keys it sees), ``(B, H, N)`` in [0, 1].
+
+    ``H_i = LSE_i - scaling * q_i . o_i`` where ``o_i = sum_j p_ij k_j`` is the attention output with keys for
+    values, so only row sums are kept. Dividing by the log of the number of visible keys takes out the growth with
+    position that raw causal entropy has. A row that sees one key has entropy 0; padding gets 0.
+    """
+    b, h, n, d = trace.query.shape
+    g = trace.key.shape[1]
+    dtype = torch.promote_types(trace.query.dtype, torch.float32)
+    key = trace.key.to(dtype)[:, :, None]
+    out = []
+    for start in range(0, n, BLOCK):
+        rows = torch.arange(start, min(start + BLOCK, n), device=valid.device).expand(b, -1)
+        probs, lse = _probabilities(trace, rows, valid, position)
+        query = trace.query[:, :, start : start + BLOCK].to(dtype).view(b, g, h // g, -1, d)
+        energy = trace.scaling * (query * (probs @ key)).sum(-1)
+        out.append((lse - energy).flatten(1, 2))
+    entropy = torch.cat(out, -1)
+    seen = valid.long().cumsum(-1)
+    if trace.window is not None:
+        # Positions rise by one over unmerged tokens, so this counts keys inside the window; merged slots are
+        # fewer, which only makes the normaliser an upper bound.
+        seen = seen.clamp_max(trace.window)
+    ceiling = seen.clamp_min(2).to(dtype).log()[:, None]
+    usable = (valid & (seen > 1))[:, None]
+    return torch.where(usable, entropy / ceiling, 0.0).clamp(0, 1)
+
+
+def pool(score: Tensor, valid: Tensor, width: int) -> Tensor:
+    """Largest score among each token's ``width`` nearest neighbours in the sequence: spans survive whole.
+
+    Args:
+        score: ``(B, N)`` non-negative.
+        valid: ``(B, N)``; padding neither gives nor gets.
+        width: odd number of tokens; 1 changes nothing.
+    """
+    if width == 1:
+        return score
+    masked = torch.where(valid, score, 0.0)
+    pooled = torch.nn.functional.max_pool1d(masked[:, None], width, stride=1, padding=width // 2)[:, 0]
+    return torch.where(valid, pooled, 0.0)

@@ -1,0 +1,96 @@
+"""At which depths tokens are reduced, and how far each time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quickmerge.tokens.budget import Budget, as_budget
+
+DEFAULT_DEPTH = 4 / 15
+"""Where the first merge goes by default, as a share of the depth: block 8 of 30."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One merge: before block ``layer``, down to ``keep`` of the original tokens."""
+
+    layer: int
+    keep: float | Budget
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Merges before the given blocks, each keeping ``decay`` times the share of the one before.
+
+    ``keep`` is the mean share of tokens that the blocks from the first merge on read, so every schedule with the
+    same first block and the same ``keep`` costs the same. With stage s covering d_s blocks,
+    ``keep_s = c * decay^s`` (at most 1) with c such that ``sum_s d_s keep_s = keep * sum_s d_s``.
+
+    Args:
+        layers: blocks that read a newly reduced sequence, rising.
+        decay: in (0, 1]; 1 reduces once and leaves the later merges nothing to do.
+
+    Raises:
+        ValueError: if layers are not rising whole numbers of at least 1 or decay is out of range.
+    """
+
+    layers: tuple[int, ...]
+    decay: float = 0.7
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in self.layers)
+        rising = all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False))
+        if not self.layers or not whole or not rising:
+            raise ValueError(f"layer must be rising whole numbers of at least 1, got {list(self.layers)}")
+        if not (isinstance(self.decay, (int, float)) and 0 < self.decay <= 1):
+            raise ValueError(f"decay must be a number in (0, 1], got {self.decay!r}")
+
+    @classmethod
+    def of(cls, layer: int | Sequence[int] | None, depth: int) -> Schedule:
+        """The schedule a user means by ``layer`` in a model of ``depth`` blocks; None is the default depth.
+
+        Raises:
+            ValueError: if a block lies outside 1..depth-1.
+        """
+        if layer is None:
+            layer = min(depth - 1, max(1, math.floor(DEFAULT_DEPTH * depth + 0.5)))
+        layers = tuple(layer) if isinstance(layer, Sequence) else (layer,)
+        schedule = cls(layers)
+        schedule.check(depth)
+        return schedule
+
+    def check(self, depth: int) -> None:
+        """Raise ValueError unless every block lies in 1..depth-1."""
+        if self.layers[-1] > depth - 1:
+            raise ValueError(f"layer must lie in 1..{depth - 1} for a model of {depth} blocks, got {self.layers[-1]}")
+
+    def stages(self, keep: float | Budget, depth: int) -> list[Stage]:
+        """The merges, for a share or budget ``keep``.
+
+        Raises:
+            ValueError: if a budget that is not a plain share meets several merges, or a block is out of range.
+        """
+        self.check(depth)
+        as_budget(keep)
+        if len(self.layers) == 1:
+            return [Stage(self.layers[0], keep)]
+        if not isinstance(keep, (int, float)):
+            raise ValueError(f"keep must be a number in (0, 1] with several merge layers, got {keep!r}")
+        spans = [b - a for a, b in zip(self.layers, (*self.layers[1:], depth), strict=True)]
+        shares = [self.decay**s for s in range(len(spans))]
+        target = keep * sum(spans)
+        # Shares above 1 are cut to 1 and what they leave over goes to the later stages, at most once per stage.
+        keeps = [0.0] * len(spans)
+        full = 0
+        for full in range(len(spans) + 1):
+            rest = target - sum(spans[:full])
+            if full == len(spans):
+                break
+            scale = rest / sum(d * r for d, r in zip(spans[full:], shares[full:], strict=True))
+            keeps = [1.0] * full + [scale * r for r in shares[full:]]
+            if keeps[full] <= 1.0:
+                break
+        keeps = [min(1.0, k) for k in keeps] if full < len(spans) else [1.0] * len(spans)
+        return [Stage(layer, k) for layer, k in zip(self.layers, keeps, strict=True)]

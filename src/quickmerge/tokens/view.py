@@ -1,0 +1,74 @@
+"""TokenView: everything a reducer may look at, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quickmerge.tokens.saliency import AttentionTrace
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """The tokens of a batch at one place of a model, as a reducer sees them.
+
+    Args:
+        hidden: ``(B, N, D)`` features of the tokens (the residual stream in a language model).
+        valid: ``(B, N)`` bool, False for padding. The valid tokens of a row are contiguous. Default: all.
+        protected: ``(B, N)`` bool, tokens that must stay alone in a slot of their own. Default: none.
+        position: ``(B, N)`` int, the place of each token in the original sequence, rising over the valid
+            tokens. Default: ``0..N-1`` counted over the valid tokens of the row.
+        size: ``(B, N)`` int, how many original tokens each token already stands for. Default: one each.
+        length: ``(B,)`` int, how many original tokens the row had; what a ratio budget is a ratio of.
+            Default: the sum of ``size`` over the valid tokens.
+        attention: one `AttentionTrace` per probed layer, lowest layer first; empty when the reducer did not
+            ask for any.
+        grid: ``(T, H, W)`` for images and video, else None.
+        text: ``(B, M, D)`` text features, for methods that need the question, else None.
+
+    Raises:
+        ValueError: if the shapes do not agree or a row has no valid token.
+    """
+
+    hidden: Tensor
+    valid: Tensor = field(default=None)  # type: ignore[assignment]
+    protected: Tensor = field(default=None)  # type: ignore[assignment]
+    position: Tensor = field(default=None)  # type: ignore[assignment]
+    size: Tensor = field(default=None)  # type: ignore[assignment]
+    length: Tensor = field(default=None)  # type: ignore[assignment]
+    attention: Sequence[AttentionTrace] = ()
+    grid: tuple[int, int, int] | None = None
+    text: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.hidden.ndim != 3:
+            raise ValueError(f"hidden must be (batch, tokens, features), got shape {tuple(self.hidden.shape)}")
+        shape, device = self.hidden.shape[:2], self.hidden.device
+
+        def default(name: str, value: Tensor) -> None:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+        default("valid", torch.ones(shape, dtype=torch.bool, device=device))
+        default("protected", torch.zeros(shape, dtype=torch.bool, device=device))
+        default("position", (self.valid.long().cumsum(-1) - 1).clamp_min(0))
+        default("size", self.valid.long())
+        default("length", (self.size * self.valid).sum(-1))
+        for name in ("valid", "protected", "position", "size"):
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(getattr(self, name).shape)}")
+        if not bool(self.valid.any(-1).all()):
+            raise ValueError("valid must mark at least one token in every row, got a row that is all padding")
+
+    @property
+    def free(self) -> Tensor:
+        """``(B, N)`` bool: valid and not protected, so open to merging and dropping."""
+        return self.valid & ~self.protected
+
+    @property
+    def pads_left(self) -> bool:
+        """True when every row ends in a valid token, so that output slots are aligned to the right too."""
+        return bool(self.valid[:, -1].all())
