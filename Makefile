@@ -4,8 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# uniform settings for every pip call: quiet, and no word about a newer pip
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# errors only: the steps are announced here
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .PHONY: help setup demo test lint slow bench clean
 .DEFAULT_GOAL := help

@@ -42,7 +42,8 @@ def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 128}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=False, **sizes, **heads)).eval()
+    config = LlamaConfig(vocab_size=64, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, **sizes, **heads)
+    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture

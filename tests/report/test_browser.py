@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from samples import HOSTILE, cells_for, demo, rows
+from report_samples import HOSTILE, cells_for, demo, rows
 
 from quickmerge.report.bench import bench_report
 from quickmerge.report.demo import demo_report
@@ -19,28 +19,30 @@ _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom --virtual-time-budget=3000"
-).split()
+)
 
 pytestmark = pytest.mark.skipif(_BROWSER is None, reason="no chromium found")
 
 
 def opened(path: Path, folder: Path) -> tuple[str, str]:
     assert _BROWSER is not None
-    command = [_BROWSER, *_FLAGS, f"--user-data-dir={folder / 'profile'}", path.as_uri()]
+    command = [_BROWSER, *_FLAGS.split(), f"--user-data-dir={folder / 'profile'}", path.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=True)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return done.stdout, "\n".join(console)
 
 
-def test_reports_open_without_a_complaint(tmp_path: Path) -> None:
-    hostile = demo(question=" ".join(HOSTILE), cells=cells_for([*HOSTILE] * 4))
-    for name, html in (("demo", demo_report(hostile)), ("bench", bench_report(rows(kinds=True), {}))):
-        page, console = opened(write_page(tmp_path / f"{name}.html", html), tmp_path)
-        assert console == ""
-        assert page.count("<svg") >= 3
+@pytest.mark.parametrize("name", ["demo", "bench"])
+def test_reports_open_without_a_complaint(name: str, tmp_path: Path) -> None:
+    if name == "demo":
+        html = demo_report(demo(question=" ".join(HOSTILE), cells=cells_for([*HOSTILE] * 4)))
+    else:
+        html = bench_report(rows(kinds=True), {})
+    page, console = opened(write_page(tmp_path / f"{name}.html", html), tmp_path)
+    assert console == ""
+    assert page.count("<svg") >= 3
     # The script takes this attribute away, so its absence shows that the policy let the script run.
-    page, _ = opened(tmp_path / "demo.html", tmp_path)
-    assert re.search(r'class="qm-read"(?! hidden)', page)
+    assert name == "bench" or re.search(r'class="qm-read"(?! hidden)', page)
 
 
 def test_pointing_at_a_token_rings_its_slot(tmp_path: Path) -> None:

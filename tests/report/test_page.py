@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from samples import Parsed, cells_for, demo, rows
+from report_samples import Parsed, cells_for, demo, rows
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.report.bench import bench_report
@@ -29,7 +29,7 @@ def test_page_asks_for_nothing_outside_itself(name: str) -> None:
             assert not re.search(r"https?://|^//", value), (tag, attribute, value)
     assert not {"iframe", "object", "embed", "base", "form"} & set(parsed.tags)
     assert "@import" not in html
-    assert set(re.findall(r"url\(([^)]*)\)", html)) <= {match for match in re.findall(r"url\((#[^)]*)\)", html)}
+    assert set(re.findall(r"url\(([^)]*)\)", html)) <= set(re.findall(r"url\((#[^)]*)\)", html))
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from report_samples import HOSTILE, Parsed, cell, cells_for
 from rich.console import Console
-from samples import HOSTILE, Parsed, cell, cells_for
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.report.cells import Slots, State, TokenCell, summary
@@ -75,7 +75,7 @@ def test_terminal_map_shows_text_as_it_is() -> None:
     token_map_text(cells, Console(file=stream, width=200, force_terminal=True, color_system="truecolor"))
     out = stream.getvalue()
     assert "[bold]not markup[/]" in out
-    assert "↵" in out and "\x1b[2;9m at" in out  # dim and struck through
+    assert "↵" in out and " \x1b[2;9mat" in out  # dim and struck through
     assert "\x07" not in out and "\x1b[31m DEL" not in out
     out.encode("utf-8")
 

@@ -11,6 +11,7 @@ from quickmerge.cli.common import (
     JSON,
     LAYER,
     MODEL,
+    check_output,
     load_model,
     one_sentence,
     parse_keeps,
@@ -20,7 +21,6 @@ from quickmerge.cli.common import (
     read_text,
     write_json,
 )
-from quickmerge.errors import QuickmergeError
 
 EXAMPLE = (
     "Example: quickmerge bench --text a.txt b.txt --reducer quickmerge,tome,random --keep 0.2,0.42 --json out.json"
@@ -49,6 +49,7 @@ def bench(
     from quickmerge.evaluation.documents import split_document
     from quickmerge.report import bench_report, bench_table, write_page
 
+    check_output(json, out / "report.html" if out is not None else None)
     keeps = parse_keeps(keep)
     methods = [parse_reducer(name.strip(), keeps[0]) for name in reducer.split(",")]
     depth = parse_layer(layer)
@@ -77,7 +78,5 @@ def bench(
     write_json(json, {"rows": rows, "documents": records, "meta": meta})
     bench_table(rows, Console())
     if out is not None:
-        if out.exists() and not out.is_dir():
-            raise QuickmergeError(f"--out must be a folder, got the file {out}")
         write_page(out / "report.html", bench_report(rows, meta))
         print(f"wrote {out / 'report.html'}")

@@ -93,6 +93,25 @@ def read_text(path: Path) -> str:
     return text
 
 
+def check_output(*paths: Path | None) -> None:
+    """Before long work: make sure that every file a command will write can be written.
+
+    Raises:
+        QuickmergeError: naming the first path that can't.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        try:
+            path.absolute().parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.absolute().parent):
+                pass
+        except OSError as error:
+            raise QuickmergeError(f"{path} can't be written: {error.strerror}") from None
+        if path.is_dir():
+            raise QuickmergeError(f"{path} can't be written: it is a folder")
+
+
 def write_json(path: Path | None, data: Any) -> None:
     """Write results whole or not at all; None writes nothing."""
     if path is None:

@@ -12,6 +12,7 @@ from quickmerge.cli.common import (
     KEEP,
     LAYER,
     MODEL,
+    check_output,
     load_model,
     one_sentence,
     parse_layer,
@@ -39,6 +40,7 @@ def demo(
     from quickmerge.evaluation.answer import answer
     from quickmerge.report import demo_report, write_page
 
+    check_output(json, out)
     method, depth = parse_reducer(reducer, keep), parse_layer(layer)
     console = Console()
     lm, tokenizer = load_model(model)

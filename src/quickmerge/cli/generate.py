@@ -12,6 +12,7 @@ from quickmerge.cli.common import (
     KEEP,
     LAYER,
     MODEL,
+    check_output,
     load_model,
     one_sentence,
     parse_layer,
@@ -42,6 +43,7 @@ def generate(
 
     from quickmerge.evaluation.answer import answer
 
+    check_output(json)
     method = parse_reducer(reducer, keep)
     depth = parse_layer(layer)
     document = read_text(file) if file is not None else ""

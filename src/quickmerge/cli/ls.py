@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from quickmerge.cli.common import JSON, write_json
+from quickmerge.cli.common import JSON, check_output, write_json
 
 EXAMPLE = "Example: quickmerge ls --json inventory.json"
 
@@ -27,6 +27,7 @@ def ls(json: JSON = None) -> None:
         }
         for name, cls in REDUCERS.items()
     ]
+    check_output(json)
     console = Console()
     table = Table("reducer", "what it does", "settings (defaults)", "source", title="Reducers", show_lines=True)
     for r in reducers:

@@ -11,6 +11,7 @@ from quickmerge.cli.common import (
     KEEP,
     LAYER,
     MODEL,
+    check_output,
     one_sentence,
     parse_layer,
     parse_reducer,
@@ -38,6 +39,7 @@ def plan(
     from quickmerge.models import load_shape_only
     from quickmerge.tokens.schedule import Schedule
 
+    check_output(json)
     quiet()
     if tokens < 21:
         raise QuickmergeError(f"--tokens must be at least 21 (20 are protected: 4 sinks and 16 recent), got {tokens}")

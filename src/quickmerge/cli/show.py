@@ -12,6 +12,7 @@ from quickmerge.cli.common import (
     KEEP,
     LAYER,
     MODEL,
+    check_output,
     load_model,
     one_sentence,
     parse_layer,
@@ -43,6 +44,7 @@ def show(
     from quickmerge.report.collect import token_cells
     from quickmerge.report.page import page
 
+    check_output(json, html, picture)
     if (file is None) == (text is None):
         raise QuickmergeError("give either --file or --text, got " + ("both" if file else "neither"))
     if picture is not None and picture.suffix not in (".png", ".svg"):

@@ -22,7 +22,7 @@ class DemoQuestion(TypedDict):
 
 def demo_document() -> str:
     """The shipped document: the handbook of an observatory that does not exist, a little over 3,000 tokens long."""
-    return (files(__name__) / "demo.txt").read_text(encoding="utf-8")
+    return (files(__name__) / "demo.txt").read_text(encoding="utf-8").strip()
 
 
 def demo_question() -> DemoQuestion:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,9 @@ def plain_settings(*, text_as_paths: bool) -> Iterator[None]:
     """
     import matplotlib
 
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # A name in a script that the font lacks shows as a box; a page of warnings would not help the reader.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         matplotlib.rcdefaults()
         matplotlib.rcParams["svg.fonttype"] = "path" if text_as_paths else "none"
         matplotlib.rcParams["svg.hashsalt"] = "quickmerge"

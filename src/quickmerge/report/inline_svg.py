@@ -87,6 +87,9 @@ def _tidy(element: ET.Element) -> None:
             element.remove(child)
         else:
             _tidy(child)
+    if element.attrib.get("stroke-opacity") == "0":
+        del element.attrib["stroke-opacity"]
+        element.set("stroke", "none")
     if element.tag == "text" and not element.get("fill"):
         element.set("fill", _ROLES[LIGHT.ink])
 

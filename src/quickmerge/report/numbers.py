@@ -89,8 +89,8 @@ def change(before: float | None, after: float | None) -> str:
 
 def _digits(value: float, like: float | None = None) -> str:
     """Return ``value`` to three significant digits of ``like`` (itself), never in scientific notation."""
-    guide = abs(value if like is None else like)
+    guide = float(f"{abs(value if like is None else like):.3g}")  # 0.9999 counts as 1.00
     if guide == 0:
         return "0"
-    places = min(3, max(0, 2 - math.floor(math.log10(guide) + 1e-9)))
+    places = min(3, max(0, 2 - math.floor(math.log10(guide))))
     return f"{value:,.{places}f}"

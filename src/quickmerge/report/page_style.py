@@ -73,7 +73,8 @@ summary:focus-visible,.scroll:focus-visible,.tablebox:focus-visible{outline:2px 
 table:not(.dense) tbody th{white-space:normal;min-width:8.5rem}
 :is(thead,tbody) tr>:first-child{position:sticky;left:0;background:var(--card)}
 @media (max-width:40rem){
-table,table.dense{font-size:.82rem}th,td{padding:.45rem .45rem}.cards li{padding:.85rem .95rem}.cards .value{font-size:1.55rem}}
+table,table.dense{font-size:.82rem}th,td{padding:.45rem .45rem}
+.cards li{padding:.85rem .95rem}.cards .value{font-size:1.55rem}}
 @media print{body{background:none;font-size:10.5pt}main{max-width:none;padding:0}
 .cards li,.sides section,figure.shot,tr{break-inside:avoid}h2,h3{break-after:avoid}
 .qm-chart{min-width:0}.scroll,.tablebox{overflow:visible}th,td{white-space:normal}}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-SLOT_COLORS: tuple[str, ...] = ("#5bb8ec", "#f0a12b", "#9b8cf0", "#e6d544", "#e88cc3", "#43c59e", "#f58766")
+SLOT_COLORS: tuple[str, ...] = ("#5bb8ec", "#f0a12b", "#9b8cf0", "#e88cc3", "#e6d544", "#43c59e", "#f58766")
 
 # The ink on a filled slot colour, in both schemes.
 ON_SLOT = "#11151c"

@@ -64,7 +64,8 @@ overflow-wrap:anywhere}}
 """
 )
 
-# One listener for all maps of a page; the line it writes to shows only where it runs. It only ever moves text that is already there (textContent, never HTML).
+# One listener for all maps of a page; the line it writes to shows only where it runs.
+# It only ever moves text that is already there (textContent, never HTML).
 TOKEN_MAP_JS = """
 (()=>{
 document.currentScript.parentNode.querySelector('.qm-read').hidden=false;

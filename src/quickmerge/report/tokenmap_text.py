@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quickmerge.report.cells import Slots, State, TokenCell, summary
-from quickmerge.report.text import clean
+from quickmerge.report.text import clean, split_lead
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +24,9 @@ def token_map_text(cells: Sequence[TokenCell], console: Console) -> None:
     # Built piece by piece, never parsed: a document that says "[bold]" must print as "[bold]".
     text = Text()
     for cell in cells:
-        text.append(clean(cell.text).replace("\n", "↵\n"), style=_style(slots, cell))
+        lead, body = split_lead(clean(cell.text))
+        text.append(lead)
+        text.append(body.replace("\n", "↵\n"), style=_style(slots, cell))
     legend = Text(f"{summary(slots)}   ", style="bold")
     samples = {
         State.ALONE: "bold",

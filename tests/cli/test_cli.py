@@ -1,0 +1,179 @@
+"""The command line on a tiny model: results, and one clear sentence for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quickmerge.cli import app
+
+COMMANDS = ["demo", "generate", "bench", "show", "plan", "ls"]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Call the command line in this process: (exit code, stdout, stderr)."""
+    from quickmerge.cli import main
+
+    def call(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["quickmerge", *map(str, args)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "a.txt"
+    path.write_text("the sea " * 700, encoding="utf-8")
+    return path
+
+
+def test_every_command_has_help_with_an_example(run) -> None:
+    assert {c.callback.__name__ for c in app.registered_commands} == set(COMMANDS)
+    for command in COMMANDS:
+        code, out, _ = run(command, "--help")
+        assert code == 0 and "Example: quickmerge " + command in re.sub(r"\s+", " ", out)
+        assert "--json" in out
+
+
+def test_plan_counts_before_running(run, tiny_folder, tmp_path) -> None:
+    code, out, _ = run("plan", "--model", tiny_folder, "--tokens", "100", "--keep", "0.5", "--layer", "1",
+                       "--json", tmp_path / "p.json")  # fmt: skip
+    data = json.loads((tmp_path / "p.json").read_text())
+    assert code == 0 and "50 tokens" in out
+    assert data["tokens_per_layer"] == [100, 50] and data["lossy"] is True and data["cache_ratio"] == 0.75
+
+
+def test_show_writes_page_and_picture(run, tiny_folder, text, tmp_path) -> None:
+    code, out, _ = run("show", "--model", tiny_folder, "--file", text, "--limit", "60", "--keep", "0.5", "--layer", "1",
+                       "--html", tmp_path / "m.html", "--picture", tmp_path / "m.png", "--json", tmp_path / "m.json")  # fmt: skip
+    assert code == 0, out
+    data = json.loads((tmp_path / "m.json").read_text())
+    assert data["kept"] == 30 and len(data["tokens"]) == 60
+    assert (tmp_path / "m.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert (tmp_path / "m.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_generate_compares(run, tiny_folder, text, tmp_path) -> None:
+    short = tmp_path / "s.txt"
+    short.write_text("the sea " * 20, encoding="utf-8")
+    code, out, _ = run("generate", "--model", tiny_folder, "--file", short, "--prompt", "sea the sea", "--keep", "0.6",
+                       "--layer", "1", "--max-new-tokens", "4", "--compare", "--json", tmp_path / "g.json")  # fmt: skip
+    assert code == 0 and "== reduced ==" in out and "== full ==" in out
+    data = json.loads((tmp_path / "g.json").read_text())
+    assert data["full"]["tokens_per_layer"] == [43, 43] and data["reduced"]["tokens_per_layer"][0] == 43
+    assert data["reduced"]["tokens_per_layer"][1] < 43
+
+
+def teach(folder: Path) -> None:
+    """Teach the tiny model that "the" and "sea" take turns: now context is worth something."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    rows = torch.tensor([[2, 3] * 40, [3, 2] * 40])
+    for _ in range(30):
+        model(rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # Without context the first token of a target decides everything; noise leaves something to gain.
+    model.save_pretrained(folder)
+
+
+def test_bench_writes_rows(run, tiny_folder, text, tmp_path) -> None:
+    teach(tiny_folder)
+    code, out, err = run("bench", "--model", tiny_folder, "--text", text, "--reducer", "quickmerge,random", "--keep",
+                         "0.5", "--layer", "1", "--context", "60", "--target", "20", "--json", tmp_path / "b.json",
+                         "--out", tmp_path / "r")  # fmt: skip
+    assert code == 0, err
+    data = json.loads((tmp_path / "b.json").read_text())
+    assert [r["reducer"] for r in data["rows"]] == ["quickmerge", "random"] and data["meta"]["environment"]["torch"]
+    assert (tmp_path / "r" / "report.html").exists()
+
+
+def wrong(tmp_path: Path, folder: Path, text: Path) -> dict[str, tuple[list[object], str]]:
+    (tmp_path / "empty.txt").write_bytes(b" \n")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "zero.txt").write_bytes(b"ab\0cd")
+    (tmp_path / "short.txt").write_text("the sea")
+    base: list[object] = ["generate", "--model", folder, "--prompt", "sea"]
+    bench: list[object] = ["bench", "--model", folder]
+    show: list[object] = ["show", "--model", folder]
+    return {
+        "keep above": ([*base, "--file", text, "--keep", "1.2"], r"--keep must be a number in \(0, 1\], got 1.2"),
+        "keep zero": ([*bench, "--text", text, "--keep", "0,0.5"], r"--keep must be a number in \(0, 1\], got 0"),
+        "keep word": ([*bench, "--text", text, "--keep", "half"], "--keep must be numbers"),
+        "layer": ([*base, "--max-new-tokens", "4", "--layer", "2"], r"layer must lie in 1..1 .* got 2"),
+        "layer word": ([*base, "--layer", "first"], "--layer must be a whole number"),
+        "reducer": (
+            [*base, "--file", text, "--reducer", "quickmerg"],
+            r"got 'quickmerg' \(did you mean 'quickmerge'\?\)",
+        ),
+        "model": (["plan", "--model", "smollm-135m"], r"did you mean 'smollm2-135m'\?"),
+        "empty": ([*bench, "--text", tmp_path / "empty.txt"], "got an empty file"),
+        "binary": ([*bench, "--text", tmp_path / "binary.txt"], "must be UTF-8 text"),
+        "zero byte": ([*show, "--file", tmp_path / "zero.txt"], "got binary data"),
+        "folder": ([*show, "--file", tmp_path], "got a folder"),
+        "missing": ([*show, "--file", tmp_path / "nowhere.txt"], "can't be read"),
+        "short document": ([*bench, "--text", tmp_path / "short.txt"], "at least 1000 tokens to be measured, got 2"),
+        "short prompt": ([*show, "--file", tmp_path / "short.txt"], "longer than its protected tokens"),
+        "both": ([*show, "--file", text, "--text", "sea"], "either --file or --text"),
+        "picture": ([*show, "--file", text, "--picture", "m.gif"], ".png or .svg"),
+        "unwritable": (["ls", "--json", text / "x.json"], "can't be written"),
+    }
+
+
+CASES = """keep above,keep zero,keep word,layer,layer word,reducer,model,empty,binary,zero byte,folder,missing,
+short document,short prompt,both,picture,unwritable""".replace("\n", "").split(",")
+
+
+def test_the_list_of_cases_is_whole(tiny_folder, text, tmp_path) -> None:
+    assert list(wrong(tmp_path, tiny_folder, text)) == CASES
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_sentence_and_exit_2(case, run, tiny_folder, text, tmp_path) -> None:
+    args, message = wrong(tmp_path, tiny_folder, text)[case]
+    code, out, err = run(*map(str, args))
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code == 2 and out == ""
+    assert len(lines) == 1 and lines[0].startswith("quickmerge: ") and re.search(message, lines[0]), err
+
+
+def test_an_unsupported_architecture_is_named(run, tmp_path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64)).save_pretrained(
+        tmp_path / "g"
+    )
+    code, _, err = run("plan", "--model", tmp_path / "g")
+    assert code == 2 and "GPT2LMHeadModel" in err and "not supported" in err
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
+    from quickmerge.cli.common import write_json
+
+    path = tmp_path / "out.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_importing_the_package_stays_cheap() -> None:
+    code = "import sys, quickmerge; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
