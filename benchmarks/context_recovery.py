@@ -1,6 +1,6 @@
 """Context recovery of every reducer on the held-out documents: writes benchmarks/results/context_recovery.json.
 
-    python benchmarks/documents.py && python benchmarks/context_recovery.py
+python benchmarks/documents.py && python benchmarks/context_recovery.py
 """
 
 from __future__ import annotations

@@ -89,13 +89,12 @@ def teach(folder: Path) -> None:
         model(rows, labels=rows).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    # Without context the first token of a target decides everything; noise leaves something to gain.
     model.save_pretrained(folder)
 
 
 def test_bench_writes_rows(run, tiny_folder, text, tmp_path) -> None:
     teach(tiny_folder)
-    code, out, err = run("bench", "--model", tiny_folder, "--text", text, "--reducer", "quickmerge,random", "--keep",
+    code, _, err = run("bench", "--model", tiny_folder, "--text", text, "--reducer", "quickmerge,random", "--keep",
                          "0.5", "--layer", "1", "--context", "60", "--target", "20", "--json", tmp_path / "b.json",
                          "--out", tmp_path / "r")  # fmt: skip
     assert code == 0, err

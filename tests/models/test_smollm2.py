@@ -71,3 +71,13 @@ def test_the_manifest_of_the_real_model(smollm2: tuple[Any, Any]) -> None:
     assert {"model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"} <= set(
         manifest["files"]
     )
+
+
+@pytest.mark.slow
+def test_an_empty_cache_is_filled_and_the_same_every_time(smollm2: tuple[Any, Any], tmp_path: Path) -> None:
+    folder = embedded.prepare(tmp_path, progress=False)
+    first, again = (json.loads((path / "manifest.json").read_text()) for path in (verify(), folder))
+    assert {name: entry["sha256"] for name, entry in again["files"].items()} == {
+        name: entry["sha256"] for name, entry in first["files"].items()
+    }
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [folder.name]

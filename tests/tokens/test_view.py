@@ -43,14 +43,10 @@ def test_given_fields_are_kept() -> None:
 @prop(40)
 @given(views())
 def test_free_is_valid_and_unprotected(view: TokenView) -> None:
-    for row in range(view.valid.shape[0]):
-        for token in range(view.valid.shape[1]):
-            assert (
-                bool(view.free[row, token]) == bool(view.valid[row, token])
-                and not view.protected[row, token]
-                or (not view.free[row, token])
-            )
-    assert torch.equal(view.free, view.valid & ~view.protected)
+    for valid, protected, free in zip(
+        view.valid.flatten().tolist(), view.protected.flatten().tolist(), view.free.flatten().tolist(), strict=True
+    ):
+        assert free is (valid and not protected)
 
 
 @pytest.mark.parametrize(

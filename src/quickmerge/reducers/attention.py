@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from quickmerge.reducers.base import ScoreReducer, mean_attention, positive_int
+from quickmerge.tokens.saliency import received_attention
 from quickmerge.tokens.view import TokenView
 
 
@@ -39,4 +40,4 @@ class Attention(ScoreReducer):
         return self.layers
 
     def score(self, view: TokenView) -> Tensor:  # noqa: D102
-        return mean_attention(tuple(view.attention), view, self.window, norm=False)
+        return mean_attention(view, self.window, received_attention)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from quickmerge.tokens.budget import Budget, as_budget, select
 from quickmerge.tokens.plan import MergePlan
-from quickmerge.tokens.saliency import AttentionTrace, attention_norm, received_attention
+from quickmerge.tokens.saliency import AttentionTrace
 from quickmerge.tokens.view import TokenView
 
 
@@ -64,16 +65,17 @@ class ScoreReducer(Reducer):
         return MergePlan.from_anchors(view, select(score, self.budget.count(view, score), view))
 
 
-def mean_attention(traces: tuple[AttentionTrace, ...], view: TokenView, window: int, norm: bool) -> Tensor:
-    """Mean over layers and heads of received attention, or of attention norm: ``(B, N)``.
+def mean_attention(
+    view: TokenView, window: int, measure: Callable[[AttentionTrace, Tensor, Tensor, int], Tensor]
+) -> Tensor:
+    """Mean of an attention statistic over the probed layers and their heads: ``(B, N)``.
 
     Raises:
         ValueError: if there is no trace to read.
     """
-    if not traces:
+    if not view.attention:
         raise ValueError("attention must hold at least one layer's trace for this reducer, got none")
-    measure = attention_norm if norm else received_attention
-    per_layer = [measure(t, view.valid, view.position, window).mean(1) for t in traces]
+    per_layer = [measure(t, view.valid, view.position, window).mean(1) for t in view.attention]
     return torch.stack(per_layer).mean(0)
 
 

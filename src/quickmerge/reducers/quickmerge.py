@@ -12,7 +12,7 @@ from quickmerge.reducers.base import Reducer, mean_attention, positive_int
 from quickmerge.tokens.budget import select
 from quickmerge.tokens.grouping import next_anchor
 from quickmerge.tokens.plan import MergePlan
-from quickmerge.tokens.saliency import pool
+from quickmerge.tokens.saliency import attention_norm, pool
 from quickmerge.tokens.view import TokenView
 
 
@@ -20,9 +20,10 @@ from quickmerge.tokens.view import TokenView
 class QuickMerge(Reducer):
     """QuickMerge++ (arXiv 2508.13204), training-free.
 
-    Saliency is the attention norm: what the last ``window`` tokens draw from each token,
-    ``s_j = max over the pool of mean over layers, heads of r_hj ||v_hj||``. The highest stay as anchors; each other
-    token merges into the next anchor on its right with share ``merge`` against the anchor's 1.
+    Saliency is the attention norm, the root mean square length of what each token adds to the outputs of the last
+    ``window`` tokens, averaged over probed layers and heads and over a neighbourhood of ``pool`` tokens:
+    ``s_j = mean_{|j'-j| <= pool/2} mean_{l,h} sqrt(mean_i ||p_lhij' v_lhj'||^2)``. The highest stay as anchors; each
+    other token merges into the next anchor on its right with share ``merge`` against the anchor's 1.
 
     Args:
         keep: share of the tokens kept, or a budget such as `Entropy`.
@@ -34,7 +35,7 @@ class QuickMerge(Reducer):
 
     layers: int = 4
     window: int = 192
-    pool: int = 11
+    pool: int = 17
     merge: float = 0.1
     name: ClassVar[str] = "quickmerge"
     source: ClassVar[str] = "arXiv 2508.13204"
@@ -54,7 +55,7 @@ class QuickMerge(Reducer):
 
     def saliency(self, view: TokenView) -> Tensor:
         """``(B, N)`` pooled attention norm."""
-        return pool(mean_attention(tuple(view.attention), view, self.window, norm=True), view.valid, self.pool)
+        return pool(mean_attention(view, self.window, attention_norm), view.valid, self.pool)
 
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
         saliency = self.saliency(view)

@@ -69,13 +69,19 @@ def last_rows(valid: Tensor, window: int) -> tuple[Tensor, Tensor]:
     return rows.clamp_min(0), real
 
 
-def received_attention(trace: AttentionTrace, valid: Tensor, position: Tensor, window: int) -> Tensor:
+def received_attention(trace: AttentionTrace, valid: Tensor, position: Tensor, window: int, moment: int = 1) -> Tensor:
     """Attention that each token receives from the last ``window`` tokens of its row.
 
-    ``r_hj = 1/w sum_{i in last w} softmax_j(scaling * q_hi . k_hj)``, causal, exact.
+    ``r_hj = (1/w sum_{i in last w} p_hij^m)^(1/m)`` with ``p_hi = softmax(scaling * q_hi . k_h)``, causal, exact.
+
+    Args:
+        trace: one layer.
+        valid, position: ``(B, N)``, as in TokenView.
+        window: w, the query rows that vote.
+        moment: m; 1 is the mean, 2 the root mean square, which heeds a token that few rows need much.
 
     Returns:
-        ``(B, H, N)``, zero for padding; sums to one over the tokens of a row.
+        ``(B, H, N)``, zero for padding; with ``moment=1`` it sums to one over the tokens of a row.
 
     Note: a statistic of the whole sequence, so for prompts that are fully known. For sequences that are being
     scored, take it inside finished chunks only.
@@ -85,19 +91,22 @@ def received_attention(trace: AttentionTrace, valid: Tensor, position: Tensor, w
     for start in range(0, rows.shape[1], BLOCK):
         part = slice(start, start + BLOCK)
         probs, _ = _probabilities(trace, rows[:, part], valid, position)
+        if moment != 1:
+            probs = probs.pow_(moment)
         probs = (real[:, None, None, None, part].to(probs.dtype) @ probs).squeeze(-2)
         total = probs if start == 0 else total + probs
-    count = real.sum(-1).clamp_min(1).view(-1, 1, 1, 1)
-    return (total / count).flatten(1, 2)
+    mean = (total / real.sum(-1).clamp_min(1).view(-1, 1, 1, 1)).flatten(1, 2)
+    return mean if moment == 1 else mean.pow(1 / moment)
 
 
-def attention_norm(trace: AttentionTrace, valid: Tensor, position: Tensor, window: int) -> Tensor:
-    """Size of what each token contributes to the outputs of the last ``window`` tokens.
+def attention_norm(trace: AttentionTrace, valid: Tensor, position: Tensor, window: int, moment: int = 2) -> Tensor:
+    """Size of what each token contributes to the outputs of the last ``window`` tokens, ``(B, H, N)``.
 
-    ``a_hj = r_hj * ||v_hj||``: received attention times the norm of the value it moves, ``(B, H, N)``.
-    This is the attention-norm magnitude that QuickMerge++ (arXiv 2508.13204) keeps tokens by.
+    ``a_hj = (1/w sum_i ||p_hij v_hj||^m)^(1/m) = r_hj ||v_hj||``: with ``moment=2`` the root mean square length of
+    the vectors that the token adds to those outputs. This is the attention-norm magnitude that QuickMerge++
+    (arXiv 2508.13204) keeps tokens by.
     """
-    received = received_attention(trace, valid, position, window)
+    received = received_attention(trace, valid, position, window, moment)
     norm: Tensor = torch.linalg.vector_norm(trace.value.to(received.dtype), dim=-1)
     return received * norm.repeat_interleave(received.shape[1] // norm.shape[1], dim=1)
 
@@ -131,16 +140,27 @@ def attention_entropy(trace: AttentionTrace, valid: Tensor, position: Tensor) ->
     return torch.where(usable, entropy / ceiling, 0.0).clamp(0, 1)
 
 
-def pool(score: Tensor, valid: Tensor, width: int) -> Tensor:
-    """Largest score among each token's ``width`` nearest neighbours in the sequence: spans survive whole.
+def pool(score: Tensor, valid: Tensor, width: int, kind: str = "mean") -> Tensor:
+    """Pool scores over each token's ``width`` nearest neighbours in the sequence, so that spans survive whole.
 
     Args:
         score: ``(B, N)`` non-negative.
         valid: ``(B, N)``; padding neither gives nor gets.
         width: odd number of tokens; 1 changes nothing.
+        kind: ``"mean"`` over the neighbours that are there, or ``"max"``.
+
+    Returns:
+        ``(B, N)``, zero for padding.
     """
-    if width == 1:
-        return score
-    masked = torch.where(valid, score, 0.0)
-    pooled = torch.nn.functional.max_pool1d(masked[:, None], width, stride=1, padding=width // 2)[:, 0]
-    return torch.where(valid, pooled, 0.0)
+    if kind not in ("mean", "max"):
+        raise ValueError(f"kind must be 'mean' or 'max', got {kind!r}")
+    masked = torch.where(valid, score, 0.0)[:, None]
+    if kind == "max":
+        pooled = torch.nn.functional.max_pool1d(masked, width, stride=1, padding=width // 2)
+    else:
+        there = valid.to(masked.dtype)[:, None]
+        total = torch.nn.functional.avg_pool1d(masked, width, stride=1, padding=width // 2)
+        # Divide by the neighbours that are there, at the ends of the text as beside padding.
+        share = torch.nn.functional.avg_pool1d(there, width, stride=1, padding=width // 2)
+        pooled = total / share.clamp_min(1 / (2 * width))
+    return torch.where(valid, pooled[:, 0], 0.0)

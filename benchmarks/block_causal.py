@@ -1,0 +1,99 @@
+"""Perplexity with a bounded cache: block-causal merging against rivals that keep as many entries.
+
+    python benchmarks/documents.py && python benchmarks/block_causal.py
+
+For each held-out document, per original token and on the same positions for everybody: the model as it is, every
+reducer in block-causal mode, and a sliding window with sinks that holds as many entries as block-causal mode ends
+with. Writes benchmarks/results/block_causal.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from quickmerge.cli.common import quiet, write_json
+from quickmerge.evaluation.bench import environment
+from quickmerge.evaluation.perplexity import token_nll
+from quickmerge.hosts import reduce
+from quickmerge.models import cache_folder, load
+from quickmerge.reducers import make_reducer
+
+HERE = Path(__file__).parent
+
+
+def windowed_nll(model: Any, ids: Tensor, entries: int, sinks: int) -> Tensor:
+    """NLL when each token sees the first ``sinks`` tokens and the most recent ones, ``entries`` in all."""
+    n = ids.shape[1]
+    query, key = torch.arange(n)[:, None], torch.arange(n)[None]
+    seen = (key <= query) & ((key < sinks) | (query - key < entries - sinks))
+    with torch.inference_mode():
+        logits = model(ids, attention_mask=seen[None, None], use_cache=False).logits[:, :-1]
+        picked: Tensor = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])
+    return -picked[..., 0]
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--documents", type=Path, default=None)
+    parser.add_argument("--reducer", default="quickmerge,attention,uniform,random")
+    parser.add_argument("--keep", default="0.2,0.42")
+    parser.add_argument("--tokens", type=int, default=1216)
+    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "block_causal.json")
+    args = parser.parse_args()
+    quiet()
+    folder = args.documents or cache_folder(None) / "documents"
+    files = sorted((folder / "test").rglob("*.txt"))
+    model, tokenizer = load(args.model)
+    skip = args.chunk + args.window  # before this nothing has been merged, so nobody differs
+    nll: dict[tuple[str, float], list[float]] = {}
+    held: dict[tuple[str, float], float] = {}
+    for path in track(files, "documents"):
+        text = path.read_text(encoding="utf-8")[: 64 * args.tokens]
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, : args.tokens]
+        nll.setdefault(("full", 1.0), []).append(float(token_nll(model, ids)[:, skip:].mean()))
+        held["full", 1.0] = float(ids.shape[1])
+        for keep in map(float, args.keep.split(",")):
+            for name in args.reducer.split(","):
+                reducer = replace(make_reducer(name), keep=keep)
+                run = reduce(model, reducer, mode="block_causal", chunk=args.chunk, window=args.window)
+                nll.setdefault((name, keep), []).append(float(token_nll(model, ids, run)[:, skip:].mean()))
+                held[name, keep] = run.summary().tokens_per_layer[-1]
+            entries = int(held[name, keep])
+            key = ("window", keep)
+            nll.setdefault(key, []).append(float(windowed_nll(model, ids, entries, 4)[:, skip:].mean()))
+            held[key] = float(entries)
+    base = np.array(nll["full", 1.0])
+    rows = []
+    for (name, keep), values in nll.items():
+        extra = np.array(values) - base
+        rows.append({
+            "reducer": name, "keep": keep, "documents": len(values), "entries_at_end": held[name, keep],
+            "perplexity": float(np.exp(np.mean(values))), "extra_nll": float(extra.mean()),
+            "extra_nll_stderr": float(extra.std(ddof=1) / len(extra) ** 0.5),
+        })  # fmt: skip
+    write_json(args.out, {"rows": rows, "environment": environment(), "settings": {
+        "model": args.model, "tokens": args.tokens, "chunk": args.chunk, "window": args.window, "skipped": skip,
+    }})  # fmt: skip
+    table = Table("reducer", "keep", "entries per layer at the end", "perplexity", "extra nats per token (± stderr)")
+    for r in rows:
+        table.add_row(r["reducer"], f"{r['keep']:g}", f"{r['entries_at_end']:.0f}", f"{r['perplexity']:.2f}",
+                      f"{r['extra_nll']:+.4f} ± {r['extra_nll_stderr']:.4f}")  # fmt: skip
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

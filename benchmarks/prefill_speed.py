@@ -1,0 +1,83 @@
+"""Measured prefill speed-up beside what the operations allow: writes benchmarks/results/prefill_speed.json.
+
+    python benchmarks/prefill_speed.py [--tokens 512,1024,2048,4096] [--rounds 7]
+
+Full and reduced prefills take turns in one process; each round gives one ratio, and medians and quartiles of the
+ratios are reported. The reducer's own seconds are inside the reduced prefill and shown apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from quickmerge.cli.common import quiet, write_json
+from quickmerge.data import demo_document
+from quickmerge.evaluation.bench import environment
+from quickmerge.evaluation.cost import model_shape, plan_cost
+from quickmerge.hosts import observe, reduce
+from quickmerge.models import load
+from quickmerge.reducers import QuickMerge
+from quickmerge.tokens import Schedule
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", default="512,1024,2048,4096")
+    parser.add_argument("--keep", default="0.2,0.42,0.6")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "prefill_speed.json")
+    args = parser.parse_args()
+    quiet()
+    model, tokenizer = load(args.model)
+    ids = tokenizer(demo_document(), return_tensors="pt", add_special_tokens=False)["input_ids"]
+    shape = model_shape(model)
+    schedule = Schedule.of(None, len(shape.weights))
+    rows = []
+    for tokens in map(int, args.tokens.split(",")):
+        prompt = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
+        for keep in map(float, args.keep.split(",")):
+            reducer = replace(QuickMerge(), keep=keep)
+            runs = {"full": observe(model), "reduced": reduce(model, reducer)}
+            seen: dict[str, list[float]] = {"full": [], "reduced": [], "own": []}
+            for round_ in track(range(args.rounds + 1), f"{tokens} tokens, keep {keep:g}", transient=True):
+                for name, run in runs.items():
+                    with torch.inference_mode(), run:
+                        model(prompt, use_cache=True, logits_to_keep=1)
+                    if round_:  # the first round warms up
+                        seen[name].append(run.summary().prefill_seconds)
+                if round_:
+                    seen["own"].append(runs["reduced"].summary().reducer_seconds)
+            ratios = [a / b for a, b in zip(seen["full"], seen["reduced"], strict=True)]
+            allowed = plan_cost(shape, reducer, schedule, tokens).speedup
+            low, _, high = quantiles(ratios, n=4)
+            rows.append({
+                "tokens": tokens, "keep": keep, "layer": schedule.layers[0], "rounds": args.rounds,
+                "full_seconds": median(seen["full"]), "reduced_seconds": median(seen["reduced"]),
+                "speedup": median(ratios), "speedup_q1": low, "speedup_q3": high, "allowed_by_flops": allowed,
+                "of_allowed": median(ratios) / allowed, "reducer_seconds": median(seen["own"]),
+                "reducer_share": median(o / r for o, r in zip(seen["own"], seen["reduced"], strict=True)),
+            })  # fmt: skip
+    write_json(args.out, {"rows": rows, "environment": environment(), "model": args.model})
+    table = Table("tokens", "keep", "full s", "reduced s", "speed-up (quartiles)", "FLOPs allow", "of it", "reducer")
+    for r in rows:
+        table.add_row(f"{r['tokens']}", f"{r['keep']:g}", f"{r['full_seconds']:.2f}", f"{r['reduced_seconds']:.2f}",
+                      f"{r['speedup']:.2f} ({r['speedup_q1']:.2f}-{r['speedup_q3']:.2f})",
+                      f"{r['allowed_by_flops']:.2f}", f"{100 * r['of_allowed']:.0f} %",
+                      f"{100 * r['reducer_share']:.1f} %")  # fmt: skip
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Put the committed results into README.md and docs/: every number there comes from a JSON file.
+
+    python benchmarks/tables.py [--check]
+
+A block between ``<!-- table:NAME -->`` and ``<!-- /table -->`` is replaced by the table of that name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(<!-- table:(\w+) -->\n)(.*?)(<!-- /table -->)", re.S)
+Row = dict[str, Any]
+
+
+def rows_of(name: str) -> list[Row]:
+    """The rows of a result file."""
+    data: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    rows: list[Row] = data["rows"]
+    return rows
+
+
+def markdown(headers: list[str], body: list[list[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = ["| " + " | ".join(headers) + " |", "| --- |" + " ---: |" * (len(headers) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body]) + "\n"
+
+
+def overall() -> list[Row]:
+    """Context recovery over all documents, best first at each keep."""
+    rows = [r for r in rows_of("context_recovery") if r["kind"] is None]
+    return sorted(rows, key=lambda r: (r["keep"], -r["recovery"]))
+
+
+def recovery() -> str:
+    """Every reducer at every keep."""
+    body = [
+        [
+            f"**{r['reducer']}**" if r["reducer"] == "quickmerge" else r["reducer"],
+            f"{r['keep']:g}",
+            f"{r['recovery']:.3f} ({r['recovery_low']:.3f} to {r['recovery_high']:.3f})",
+            f"{r['nll']:.3f}",
+            f"{r['flops_ratio']:.3f}",
+            f"{r['prefill_speedup']:.2f}x",
+            f"{1e3 * r['reducer_seconds']:.0f} ms",
+            f"{r['cache_bytes'] / 2**20:.1f} MiB ({r['cache_ratio']:.2f})",
+        ]
+        for r in overall()
+    ]
+    headers = ["reducer", "keep", "recovery (95 % interval)", "NLL", "FLOPs", "prefill", "reducer", "cache"]
+    return markdown(headers, body)
+
+
+def kinds() -> str:
+    """Recovery by kind of document."""
+    rows = rows_of("context_recovery")
+    names = sorted({r["kind"] for r in rows if r["kind"] is not None})
+    body = []
+    for r in overall():
+        same = {k["kind"]: k for k in rows if (k["reducer"], k["keep"]) == (r["reducer"], r["keep"])}
+        body.append([r["reducer"], f"{r['keep']:g}", *(f"{same[n]['recovery']:.3f}" for n in names)])
+    return markdown(["reducer", "keep", *names], body)
+
+
+def short() -> str:
+    """QuickMerge alone, for the README."""
+    rows = [r for r in overall() if r["reducer"] == "quickmerge"]
+    full = rows[0]
+    body = [["1 (all tokens)", "1.000", f"{full['nll_full']:.3f}", "1.00", "1.00x", "1.00"]]
+    body += [
+        [
+            f"{r['keep']:g}",
+            f"{r['recovery']:.3f}",
+            f"{r['nll']:.3f}",
+            f"{r['flops_ratio']:.2f}",
+            f"{r['prefill_speedup']:.2f}x",
+            f"{r['cache_ratio']:.2f}",
+        ]
+        for r in sorted(rows, key=lambda r: -r["keep"])
+    ]
+    body.append(["0 (no context)", "0.000", f"{full['nll_none']:.3f}", "", "", ""])
+    return markdown(["keep", "recovery", "NLL", "prefill FLOPs", "prefill speed", "cache bytes"], body)
+
+
+def depths() -> str:
+    """QuickMerge at several depths."""
+    body = [
+        [
+            f"{r['layer']}",
+            f"{r['keep']:g}",
+            f"{r['flops_ratio']:.3f}",
+            f"{r['recovery']:.3f} ({r['recovery_low']:.3f} to {r['recovery_high']:.3f})",
+        ]
+        for r in sorted(rows_of("depths"), key=lambda r: (r["keep"], r["layer"]))
+    ]
+    return markdown(["layer", "keep", "FLOPs", "recovery (95 % interval)"], body)
+
+
+def speed() -> str:
+    """Measured prefill speed beside the limit."""
+    body = [
+        [
+            f"{r['tokens']:,}",
+            f"{r['keep']:g}",
+            f"{r['full_seconds']:.2f} s",
+            f"{r['reduced_seconds']:.2f} s",
+            f"{r['speedup']:.2f}x ({r['speedup_q1']:.2f} to {r['speedup_q3']:.2f})",
+            f"{r['allowed_by_flops']:.2f}x",
+            f"{100 * r['of_allowed']:.0f} %",
+            f"{100 * r['reducer_share']:.1f} %",
+        ]
+        for r in rows_of("prefill_speed")
+    ]
+    headers = ["tokens", "keep", "full", "reduced", "speed-up (quartiles)", "FLOPs allow", "of it", "reducer's share"]
+    return markdown(headers, body)
+
+
+def block_causal() -> str:
+    """Perplexity with a bounded cache."""
+    rows = sorted(rows_of("block_causal"), key=lambda r: (-r["keep"], r["perplexity"]))
+    body = [
+        [
+            r["reducer"],
+            f"{r['keep']:g}",
+            f"{r['entries_at_end']:.0f}",
+            f"{r['perplexity']:.2f}",
+            f"{r['extra_nll']:+.4f} ± {r['extra_nll_stderr']:.4f}",
+        ]
+        for r in rows
+    ]
+    return markdown(["reducer", "keep", "cache entries at the end", "perplexity", "extra nats per token"], body)
+
+
+def matrix() -> str:
+    """The support matrix that the tests hold."""
+    cells: dict[str, str] = json.loads((HERE.parent / "tests" / "hosts" / "matrix.json").read_text(encoding="utf-8"))
+    return markdown(["family / attention / padding / cache", "result"], [[k, v] for k, v in sorted(cells.items())])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (recovery, kinds, short, depths, speed, block_causal, matrix)
+}
+
+
+def main() -> int:
+    """Rewrite the pages, or with ``--check`` only say which are stale."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fresh = BLOCK.sub(lambda m: m[1] + TABLES[m[2]]() + m[4], text)
+        if fresh != text:
+            stale.append(page.name)
+            if not check:
+                page.write_text(fresh, encoding="utf-8")
+    print("stale: " + ", ".join(stale) if stale else "the tables are up to date")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

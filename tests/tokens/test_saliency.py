@@ -1,0 +1,319 @@
+"""Saliency against the same definitions said slowly, one number at a time, in Python floats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import FLOATS, alone, generator, numbers, padded, prop, seeds, traces, valid_masks, views
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quickmerge.tokens import AttentionTrace, TokenView, attention_entropy, attention_norm, received_attention
+from quickmerge.tokens.saliency import BLOCK, last_rows, pool
+
+DOUBLE = (torch.float64,)
+
+
+def slow_row(trace: AttentionTrace, view: TokenView, row: int, head: int, i: int) -> dict[int, float]:
+    """Softmax weights of query ``i`` over the keys that it sees."""
+    group = head // (trace.query.shape[1] // trace.key.shape[1])
+    query = trace.query[row, head, i].double().tolist()
+    scores = {}
+    for j in range(i + 1):
+        near = trace.window is None or int(view.position[row, i]) - int(view.position[row, j]) < trace.window
+        if bool(view.valid[row, j]) and near:
+            key = trace.key[row, group, j].double().tolist()
+            scores[j] = trace.scaling * math.fsum(a * b for a, b in zip(query, key, strict=True))
+    top = max(scores.values())
+    total = math.fsum(math.exp(s - top) for s in scores.values())
+    return {j: math.exp(s - top) / total for j, s in scores.items()}
+
+
+def cells(trace: AttentionTrace, view: TokenView) -> Iterator[tuple[int, int, list[int]]]:
+    """Every row and head, with the row's valid tokens."""
+    for row in range(view.valid.shape[0]):
+        tokens = view.valid[row].nonzero().flatten().tolist()
+        for head in range(trace.query.shape[1]):
+            yield row, head, tokens
+
+
+def slow_received(trace: AttentionTrace, view: TokenView, window: int) -> Tensor:
+    out = torch.zeros(trace.query.shape[:3], dtype=torch.float64)
+    for row, head, tokens in cells(trace, view):
+        voters = tokens[-window:]
+        for i in voters:
+            for j, p in slow_row(trace, view, row, head, i).items():
+                out[row, head, j] += p / len(voters)
+    return out
+
+
+def slow_norm(trace: AttentionTrace, view: TokenView, window: int) -> Tensor:
+    out = slow_received(trace, view, window)
+    for row, head, tokens in cells(trace, view):
+        group = head // (trace.query.shape[1] // trace.key.shape[1])
+        for j in tokens:
+            out[row, head, j] *= math.sqrt(math.fsum(v * v for v in trace.value[row, group, j].double().tolist()))
+    return out
+
+
+def slow_entropy(trace: AttentionTrace, view: TokenView) -> Tensor:
+    out = torch.zeros(trace.query.shape[:3], dtype=torch.float64)
+    for row, head, tokens in cells(trace, view):
+        for i in tokens:
+            p = slow_row(trace, view, row, head, i)
+            if len(p) > 1:
+                out[row, head, i] = -math.fsum(x * math.log(x) for x in p.values() if x > 0) / math.log(len(p))
+    return out
+
+
+@st.composite
+def probed(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DOUBLE, **kwargs: Any) -> TokenView:
+    """A small fresh view with one trace."""
+    kwargs = {"max_tokens": 9, "merged": False, "protect": ("none",), **kwargs}
+    return draw(views(attention=1, dtypes=dtypes, **kwargs))
+
+
+def as_double(trace: AttentionTrace) -> AttentionTrace:
+    return replace(trace, query=trace.query.double(), key=trace.key.double(), value=trace.value.double())
+
+
+@prop(60)
+@given(probed(), st.integers(1, 12))
+def test_received_attention(view: TokenView, window: int) -> None:
+    (trace,) = view.attention
+    got = received_attention(trace, view.valid, view.position, window)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, slow_received(trace, view, window), rtol=0, atol=1e-10)
+    torch.testing.assert_close(got.sum(-1), torch.ones_like(got[..., 0]), rtol=0, atol=1e-10)
+    assert (got[~view.valid[:, None].expand_as(got)] == 0).all() and (got >= 0).all()
+
+
+@prop(30)
+@given(probed(merged=True), st.integers(1, 12))
+def test_received_attention_over_merged_tokens(view: TokenView, window: int) -> None:
+    """A sliding window is counted in positions, the voters in tokens."""
+    (trace,) = view.attention
+    got = received_attention(trace, view.valid, view.position, window)
+    torch.testing.assert_close(got, slow_received(trace, view, window), rtol=0, atol=1e-10)
+
+
+@prop(40)
+@given(probed(), st.integers(1, 12))
+def test_attention_norm(view: TokenView, window: int) -> None:
+    (trace,) = view.attention
+    got = attention_norm(trace, view.valid, view.position, window)
+    want = slow_norm(trace, view, window)
+    valid = view.valid[:, None].expand_as(got)
+    torch.testing.assert_close(got[valid], want[valid], rtol=0, atol=1e-10)
+    assert (got[~valid] == 0).all()
+
+
+@prop(60)
+@given(probed())
+def test_attention_entropy(view: TokenView) -> None:
+    (trace,) = view.attention
+    got = attention_entropy(trace, view.valid, view.position)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, slow_entropy(trace, view), rtol=0, atol=1e-10)
+    assert (got >= 0).all() and (got <= 1).all()
+
+
+@prop(40)
+@given(probed(dtypes=FLOATS, max_tokens=40, merged=None))
+def test_attention_entropy_lies_between_0_and_1(view: TokenView) -> None:
+    (trace,) = view.attention
+    got = attention_entropy(trace, view.valid, view.position)
+    assert (got >= 0).all() and (got <= 1).all()
+    assert (got[~view.valid[:, None].expand_as(got)] == 0).all()
+
+
+def test_entropy_of_even_attention_is_1_and_of_a_single_key_0() -> None:
+    n = 7
+    even = AttentionTrace(*(torch.zeros(1, 1, n, 2) for _ in range(3)), scaling=1.0)
+    valid, position = torch.ones(1, n, dtype=torch.bool), torch.arange(n)[None]
+    torch.testing.assert_close(attention_entropy(even, valid, position)[0, 0], torch.tensor([0.0] + [1.0] * 6))
+    assert attention_entropy(replace(even, window=1), valid, position).eq(0).all()
+
+
+@prop(20)
+@given(probed(max_tokens=30))
+def test_entropy_is_causal(view: TokenView) -> None:
+    """A token's entropy does not change when later tokens do."""
+    (trace,) = view.attention
+    cut = view.valid.shape[1] // 2
+    later = torch.arange(view.valid.shape[1])[None, None, :, None] >= cut
+    other = replace(trace, query=torch.where(later, 3.0, trace.query), key=torch.where(later, -2.0, trace.key))
+    before, changed = (attention_entropy(t, view.valid, view.position)[..., :cut] for t in (trace, other))
+    torch.testing.assert_close(before, changed, rtol=0, atol=1e-12)
+
+
+@prop(20)
+@given(st.data(), st.integers(BLOCK - 2, 2 * BLOCK + 3))
+def test_blocks_join_without_a_seam(data: st.DataObject, n: int) -> None:
+    """More rows than are scored at once, against one plain masked softmax."""
+    valid = data.draw(valid_masks(2, n, "mixed"))
+    view = TokenView(torch.zeros(2, n, 1), valid=valid)
+    trace = data.draw(traces(2, n, dtype=torch.float64))
+    probs = dense(trace, view)
+    window = data.draw(st.sampled_from((1, BLOCK, BLOCK + 1, n)))
+    got = received_attention(trace, valid, view.position, window)
+    rank = valid.long().cumsum(-1)
+    votes = (valid & (rank > rank[:, -1:] - window)).double()
+    want = (votes[:, None, None] @ probs).squeeze(-2) / votes.sum(-1)[:, None, None]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    keys = (probs > 0).sum(-1).clamp_min(2).double()
+    entropy = torch.special.entr(probs).sum(-1) / keys.log()
+    torch.testing.assert_close(attention_entropy(trace, valid, view.position), entropy, rtol=0, atol=1e-10)
+
+
+def dense(trace: AttentionTrace, view: TokenView) -> Tensor:
+    """All probabilities ``(B, H, N, N)`` in the dtype of the trace; rows that see nothing are zero."""
+    n = view.valid.shape[1]
+    key = trace.key.repeat_interleave(trace.query.shape[1] // trace.key.shape[1], 1)
+    scores = trace.query @ key.transpose(-1, -2) * trace.scaling
+    seen = torch.ones(n, n, dtype=torch.bool).tril() & view.valid[:, None, :] & view.valid[:, :, None]
+    if trace.window is not None:
+        seen &= view.position[:, :, None] - view.position[:, None, :] < trace.window
+    return scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0)
+
+
+Measure = Callable[[AttentionTrace, TokenView], Tensor]
+
+
+def naive_received(trace: AttentionTrace, view: TokenView, window: int) -> Tensor:
+    rank = view.valid.long().cumsum(-1)
+    votes = (view.valid & (rank > rank[:, -1:] - window)).to(trace.query.dtype)
+    return (votes[:, None, None] @ dense(trace, view)).squeeze(-2) / votes.sum(-1)[:, None, None]
+
+
+def naive_norm(trace: AttentionTrace, view: TokenView, window: int) -> Tensor:
+    norm = torch.linalg.vector_norm(trace.value, dim=-1)
+    return naive_received(trace, view, window) * norm.repeat_interleave(trace.query.shape[1] // norm.shape[1], 1)
+
+
+def naive_entropy(trace: AttentionTrace, view: TokenView, window: int) -> Tensor:
+    p = dense(trace, view)
+    entropy = torch.where(p > 0, -p * p.log(), torch.zeros_like(p)).sum(-1)
+    return entropy / (p > 0).sum(-1).clamp_min(2).to(p.dtype).log()
+
+
+@pytest.mark.parametrize(
+    ("fast", "naive"),
+    [
+        (lambda t, v, w: received_attention(t, v.valid, v.position, w), naive_received),
+        (lambda t, v, w: attention_norm(t, v.valid, v.position, w), naive_norm),
+        (lambda t, v, w: attention_entropy(t, v.valid, v.position), naive_entropy),
+    ],
+    ids=["received", "norm", "entropy"],
+)
+@prop(30)
+@given(
+    view=probed(dtypes=(torch.bfloat16,), max_tokens=40, kinds=("normal",), garbage=False), window=st.integers(1, 45)
+)
+def test_bfloat16_errs_less_than_twice_a_plain_bfloat16_version(
+    fast: Callable[..., Tensor], naive: Callable[..., Tensor], view: TokenView, window: int
+) -> None:
+    (trace,) = view.attention
+    truth = naive(as_double(trace), view, window)
+    ours = (fast(trace, view, window).double() - truth).abs().max()
+    plain = (naive(trace, view, window).double() - truth).abs().max()
+    assert ours <= 2 * plain + 1e-5
+
+
+@prop(30)
+@given(probed(dtypes=(torch.float32,), max_tokens=40, kinds=("normal",)), st.integers(1, 45))
+def test_float32_stays_near_float64(view: TokenView, window: int) -> None:
+    (trace,) = view.attention
+    exact = as_double(trace)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    for measure in (received_attention, attention_norm):
+        got, want = (measure(t, view.valid, view.position, window) for t in (trace, exact))
+        torch.testing.assert_close(*(x * view.valid[:, None] for x in (got.double(), want)), **close)
+    got, want = (attention_entropy(t, view.valid, view.position) for t in (trace, exact))
+    torch.testing.assert_close(got.double(), want, **close)
+
+
+@prop(30)
+@given(probed(max_tokens=20, merged=None), st.integers(0, 4), st.integers(0, 4), seeds, st.integers(1, 12))
+def test_padding_and_batch_mates_change_nothing(view: TokenView, left: int, right: int, seed: int, window: int) -> None:
+    wider = padded(view, left, right, seed)
+    for row in range(len(view.valid)):
+        one = alone(view, row)
+        for name in ("received", "norm", "entropy"):
+            of_batch, of_wider, of_one = (
+                statistic(name, v, window)[r][:, v.valid[r]] for v, r in ((view, row), (wider, row), (one, 0))
+            )
+            torch.testing.assert_close(of_batch, of_one, rtol=0, atol=1e-12)
+            torch.testing.assert_close(of_wider, of_one, rtol=0, atol=1e-12)
+
+
+def statistic(name: str, view: TokenView, window: int) -> Tensor:
+    (trace,) = view.attention
+    if name == "entropy":
+        return attention_entropy(trace, view.valid, view.position)
+    measure = received_attention if name == "received" else attention_norm
+    return measure(trace, view.valid, view.position, window)
+
+
+@prop(60)
+@given(st.data(), st.integers(1, 12), st.integers(1, 20))
+def test_last_rows(data: st.DataObject, n: int, window: int) -> None:
+    valid = data.draw(valid_masks(3, n, "mixed"))
+    rows, real = last_rows(valid, window)
+    assert rows.shape == real.shape == (3, min(window, n))
+    assert (rows >= 0).all() and (rows < n).all()
+    for row in range(3):
+        assert rows[row][real[row]].tolist() == valid[row].nonzero().flatten().tolist()[-window:]
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation gives out, in numbers and in bytes of storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("name", ["received", "norm", "entropy"])
+def test_no_tensor_is_as_large_as_the_attention_matrix(name: str) -> None:
+    n, rng = 4096, generator(0)
+    trace = AttentionTrace(*(numbers((1, 1, n, 1), "normal", rng) for _ in range(3)), scaling=1.0)
+    view = TokenView(torch.zeros(1, n, 1), attention=(trace,))
+    with Largest() as largest:
+        statistic(name, view, n)
+    assert BLOCK * n <= largest.numel <= 2 * BLOCK * n < n * n
+
+
+@prop(60)
+@given(st.data(), st.integers(1, 15), st.sampled_from((1, 3, 5, 11)), st.sampled_from(FLOATS))
+def test_pool(data: st.DataObject, n: int, width: int, dtype: torch.dtype) -> None:
+    valid = data.draw(valid_masks(2, n, "mixed"))
+    score = torch.rand(2, n, generator=generator(data.draw(seeds)), dtype=torch.float64).to(dtype)
+    score = torch.where(valid, score, 1e6)
+    got = pool(score, valid, width)
+    assert got.dtype == dtype and got.shape == score.shape
+    for row in range(2):
+        for i in valid[row].nonzero().flatten().tolist():
+            near = [j for j in range(n) if abs(i - j) <= width // 2 and bool(valid[row, j])]
+            assert got[row, i] == max(score[row, j] for j in near)
+    if width > 1:
+        assert (got[~valid] == 0).all()
+
+
+def test_pool_of_one_changes_nothing() -> None:
+    score = torch.tensor([[3.0, 1.0, 2.0]])
+    assert torch.equal(pool(score, torch.ones(1, 3, dtype=torch.bool), 1), score)
