@@ -111,7 +111,7 @@ def window_of(config: Any, layer: int) -> int | None:
 
 
 def rotary(base: Any, hidden: Tensor, position: Tensor, layer: int) -> Any:
-    """cos and sin at the given positions."""
+    """Cosine and sine at the given positions."""
     if base.config.model_type == "gemma3_text":
         return base.rotary_emb(hidden, position, _LAYERS[layer])
     return base.rotary_emb(hidden, position)

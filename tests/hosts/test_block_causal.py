@@ -25,7 +25,7 @@ REDUCERS = {
     "attention": qm.Attention(keep=0.5),
     "entropy": qm.QuickMerge(keep=qm.Entropy(scale=0.8), window=8, pool=1),
 }
-SHAPES = [(7, 3), (8, 5), (5, 11), (2, 1)]
+SHAPES = [(7, 3), (5, 11), pytest.param(8, 5, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow)]
 SIZES = [name for name in ZOO if name != "mistral"]  # Mistral slides in every block
 
 
@@ -53,10 +53,9 @@ def test_later_tokens_change_nothing_before_them(name: str, chunk: int, window: 
     with torch.no_grad(), attach(model, REDUCERS[name], chunk=chunk, window=window):
         logits = model(ids).logits
         for t in (0, 1, chunk - 1, chunk, chunk + window - 1, chunk + window, 17, 20, 27, 33, 38):
-            for seed in (11, 12):
-                changed = torch.cat([ids[:, : t + 1], tokens(2, 39 - t, seed)], 1)
-                other = model(changed).logits
-                assert torch.equal(other[:, : t + 1], logits[:, : t + 1]), t
+            changed = torch.cat([ids[:, : t + 1], tokens(2, 39 - t, t + 1)], 1)
+            other = model(changed).logits
+            assert torch.equal(other[:, : t + 1], logits[:, : t + 1]), t
             assert not torch.equal(other[:, t + 1 :], logits[:, t + 1 :])
 
 
@@ -107,8 +106,8 @@ def test_every_family_reads_in_pieces(family: str, attn: str) -> None:
             parts.append(model(part, past_key_values=cache).logits)
         # eager takes its softmax in float32
         close(torch.cat(parts, 1), whole, EXACT if attn == "sdpa" else 1e-5)
-        plain = model.eval()
-    assert (whole - plain(ids).logits).abs().max() > 1e-3
+    with torch.no_grad():
+        assert (whole - model(ids).logits).abs().max() > 1e-3
 
 
 # (c) Against attention written out query by query ------------------------------------------------------------------
@@ -299,16 +298,21 @@ def test_keep_one_is_the_model(family: str, reducer: Any) -> None:
     assert torch.equal(again.sequences, written.sequences)
 
 
-def test_short_texts_are_the_model() -> None:
-    """No chunk has closed yet, so there is nothing to merge."""
+def test_the_first_merge_is_seen_by_the_first_token_after_the_window() -> None:
     model = build("llama")
-    ids = tokens(2, 10)
+    ids = tokens(2, 11)
     with torch.no_grad():
         plain = model(ids).logits
         with attach(model, REDUCERS["quickmerge"], chunk=7, window=3) as run:
-            assert torch.equal(model(ids).logits, plain)
-            assert torch.equal(model(ids[:, :1]).logits, model(ids).logits[:, :1]) or True
-    assert run.summary().mode == "block_causal"
+            merged = model(ids).logits
+            counts = []
+            for n in (9, 10, 11):
+                model(ids[:, :n])
+                counts.append(run.summary().tokens_per_layer)
+    close(merged[:, :10], plain[:, :10], 1e-5)
+    assert bool(((merged[:, 10] - plain[:, 10]).abs().amax(-1) > 1e-3).all())
+    # The chunk of 7 becomes 4 slots right behind the tenth token.
+    assert counts == [[9.0] * 4, [7.0] * 4, [8.0] * 4]
 
 
 @pytest.mark.parametrize("first", [0, 1, 3])

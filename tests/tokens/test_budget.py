@@ -198,7 +198,7 @@ def test_select_takes_the_best_protected_first_and_the_earlier_of_equals(
     for row in range(len(view.valid)):
         ranked = sorted(
             view.valid[row].nonzero().flatten().tolist(),
-            key=lambda i, row=row: (not view.protected[row, i], -float(score[row, i]), i),  # type: ignore[misc]
+            key=lambda i, row=row: (not view.protected[row, i], -float(score[row, i]), i),
         )
         assert chosen[row].nonzero().flatten().tolist() == sorted(ranked[: int(count[row])])
 

@@ -167,7 +167,7 @@ def slow_clusters(x: Tensor, valid: Tensor, chunk: int, clusters: int, steps: in
             label = {}
             for i in members:
                 score = {c: float(x[i] @ centre[c]) for c in centre}
-                label[i] = max(score, key=lambda c: (score[c], -c)) if score else 0  # noqa: B023
+                label[i] = max(score, key=lambda c: (score[c], -c)) if score else 0
             for c in centre:
                 group = [x[i] for i in members if label[i] == c]
                 if group:

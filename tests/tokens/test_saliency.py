@@ -44,22 +44,28 @@ def cells(trace: AttentionTrace, view: TokenView) -> Iterator[tuple[int, int, li
             yield row, head, tokens
 
 
-def slow_received(trace: AttentionTrace, view: TokenView, window: int) -> Tensor:
+def slow_received(trace: AttentionTrace, view: TokenView, window: int, moment: int) -> Tensor:
     out = torch.zeros(trace.query.shape[:3], dtype=torch.float64)
     for row, head, tokens in cells(trace, view):
         voters = tokens[-window:]
-        for i in voters:
-            for j, p in slow_row(trace, view, row, head, i).items():
-                out[row, head, j] += p / len(voters)
+        votes = [slow_row(trace, view, row, head, i) for i in voters]
+        for j in tokens:
+            mean = math.fsum(p.get(j, 0.0) ** moment for p in votes) / len(voters)
+            out[row, head, j] = mean ** (1 / moment)
     return out
 
 
-def slow_norm(trace: AttentionTrace, view: TokenView, window: int) -> Tensor:
-    out = slow_received(trace, view, window)
+def slow_norm(trace: AttentionTrace, view: TokenView, window: int, moment: int) -> Tensor:
+    """Power mean of the length of what a token adds to the outputs of the voters."""
+    out = torch.zeros(trace.query.shape[:3], dtype=torch.float64)
     for row, head, tokens in cells(trace, view):
         group = head // (trace.query.shape[1] // trace.key.shape[1])
+        voters = tokens[-window:]
+        votes = [slow_row(trace, view, row, head, i) for i in voters]
         for j in tokens:
-            out[row, head, j] *= math.sqrt(math.fsum(v * v for v in trace.value[row, group, j].double().tolist()))
+            value = trace.value[row, group, j].double().tolist()
+            added = [math.sqrt(math.fsum((p.get(j, 0.0) * v) ** 2 for v in value)) for p in votes]
+            out[row, head, j] = (math.fsum(a**moment for a in added) / len(voters)) ** (1 / moment)
     return out
 
 
@@ -84,15 +90,25 @@ def as_double(trace: AttentionTrace) -> AttentionTrace:
     return replace(trace, query=trace.query.double(), key=trace.key.double(), value=trace.value.double())
 
 
+moments = st.sampled_from((1, 2, 3))
+
+
 @prop(60)
-@given(probed(), st.integers(1, 12))
-def test_received_attention(view: TokenView, window: int) -> None:
+@given(probed(), st.integers(1, 12), moments)
+def test_received_attention(view: TokenView, window: int, moment: int) -> None:
     (trace,) = view.attention
-    got = received_attention(trace, view.valid, view.position, window)
+    got = received_attention(trace, view.valid, view.position, window, moment)
     assert got.dtype == torch.float64
-    torch.testing.assert_close(got, slow_received(trace, view, window), rtol=0, atol=1e-10)
-    torch.testing.assert_close(got.sum(-1), torch.ones_like(got[..., 0]), rtol=0, atol=1e-10)
+    torch.testing.assert_close(got, slow_received(trace, view, window, moment), rtol=0, atol=1e-10)
     assert (got[~view.valid[:, None].expand_as(got)] == 0).all() and (got >= 0).all()
+
+
+@prop(30)
+@given(probed(max_tokens=40, merged=None), st.integers(1, 45))
+def test_what_a_row_receives_sums_to_one(view: TokenView, window: int) -> None:
+    (trace,) = view.attention
+    total = received_attention(trace, view.valid, view.position, window).sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-10)
 
 
 @prop(30)
@@ -101,15 +117,15 @@ def test_received_attention_over_merged_tokens(view: TokenView, window: int) -> 
     """A sliding window is counted in positions, the voters in tokens."""
     (trace,) = view.attention
     got = received_attention(trace, view.valid, view.position, window)
-    torch.testing.assert_close(got, slow_received(trace, view, window), rtol=0, atol=1e-10)
+    torch.testing.assert_close(got, slow_received(trace, view, window, 1), rtol=0, atol=1e-10)
 
 
 @prop(40)
-@given(probed(), st.integers(1, 12))
-def test_attention_norm(view: TokenView, window: int) -> None:
+@given(probed(), st.integers(1, 12), moments)
+def test_attention_norm(view: TokenView, window: int, moment: int) -> None:
     (trace,) = view.attention
-    got = attention_norm(trace, view.valid, view.position, window)
-    want = slow_norm(trace, view, window)
+    got = attention_norm(trace, view.valid, view.position, window, moment)
+    want = slow_norm(trace, view, window, moment)
     valid = view.valid[:, None].expand_as(got)
     torch.testing.assert_close(got[valid], want[valid], rtol=0, atol=1e-10)
     assert (got[~valid] == 0).all()
@@ -184,21 +200,21 @@ def dense(trace: AttentionTrace, view: TokenView) -> Tensor:
     return scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0)
 
 
-Measure = Callable[[AttentionTrace, TokenView], Tensor]
-
-
-def naive_received(trace: AttentionTrace, view: TokenView, window: int) -> Tensor:
+def naive_received(trace: AttentionTrace, view: TokenView, window: int, moment: int) -> Tensor:
     rank = view.valid.long().cumsum(-1)
     votes = (view.valid & (rank > rank[:, -1:] - window)).to(trace.query.dtype)
-    return (votes[:, None, None] @ dense(trace, view)).squeeze(-2) / votes.sum(-1)[:, None, None]
+    mean = (votes[:, None, None] @ dense(trace, view) ** moment).squeeze(-2) / votes.sum(-1)[:, None, None]
+    return mean ** (1 / moment)
 
 
-def naive_norm(trace: AttentionTrace, view: TokenView, window: int) -> Tensor:
+def naive_norm(trace: AttentionTrace, view: TokenView, window: int, moment: int) -> Tensor:
     norm = torch.linalg.vector_norm(trace.value, dim=-1)
-    return naive_received(trace, view, window) * norm.repeat_interleave(trace.query.shape[1] // norm.shape[1], 1)
+    return naive_received(trace, view, window, moment) * norm.repeat_interleave(
+        trace.query.shape[1] // norm.shape[1], 1
+    )
 
 
-def naive_entropy(trace: AttentionTrace, view: TokenView, window: int) -> Tensor:
+def naive_entropy(trace: AttentionTrace, view: TokenView, window: int, moment: int) -> Tensor:
     p = dense(trace, view)
     entropy = torch.where(p > 0, -p * p.log(), torch.zeros_like(p)).sum(-1)
     return entropy / (p > 0).sum(-1).clamp_min(2).to(p.dtype).log()
@@ -207,23 +223,25 @@ def naive_entropy(trace: AttentionTrace, view: TokenView, window: int) -> Tensor
 @pytest.mark.parametrize(
     ("fast", "naive"),
     [
-        (lambda t, v, w: received_attention(t, v.valid, v.position, w), naive_received),
-        (lambda t, v, w: attention_norm(t, v.valid, v.position, w), naive_norm),
-        (lambda t, v, w: attention_entropy(t, v.valid, v.position), naive_entropy),
+        (lambda t, v, w, m: received_attention(t, v.valid, v.position, w, m), naive_received),
+        (lambda t, v, w, m: attention_norm(t, v.valid, v.position, w, m), naive_norm),
+        (lambda t, v, w, m: attention_entropy(t, v.valid, v.position), naive_entropy),
     ],
     ids=["received", "norm", "entropy"],
 )
 @prop(30)
 @given(
-    view=probed(dtypes=(torch.bfloat16,), max_tokens=40, kinds=("normal",), garbage=False), window=st.integers(1, 45)
+    view=probed(dtypes=(torch.bfloat16,), max_tokens=40, kinds=("normal",), garbage=False),
+    window=st.integers(1, 45),
+    moment=moments,
 )
 def test_bfloat16_errs_less_than_twice_a_plain_bfloat16_version(
-    fast: Callable[..., Tensor], naive: Callable[..., Tensor], view: TokenView, window: int
+    fast: Callable[..., Tensor], naive: Callable[..., Tensor], view: TokenView, window: int, moment: int
 ) -> None:
     (trace,) = view.attention
-    truth = naive(as_double(trace), view, window)
-    ours = (fast(trace, view, window).double() - truth).abs().max()
-    plain = (naive(trace, view, window).double() - truth).abs().max()
+    truth = naive(as_double(trace), view, window, moment)
+    ours = (fast(trace, view, window, moment).double() - truth).abs().max()
+    plain = (naive(trace, view, window, moment).double() - truth).abs().max()
     assert ours <= 2 * plain + 1e-5
 
 
@@ -235,7 +253,8 @@ def test_float32_stays_near_float64(view: TokenView, window: int) -> None:
     close = {"rtol": 1e-4, "atol": 1e-5}
     for measure in (received_attention, attention_norm):
         got, want = (measure(t, view.valid, view.position, window) for t in (trace, exact))
-        torch.testing.assert_close(*(x * view.valid[:, None] for x in (got.double(), want)), **close)
+        valid = view.valid[:, None].expand_as(got)
+        torch.testing.assert_close(got[valid].double(), want[valid], **close)
     got, want = (attention_entropy(t, view.valid, view.position) for t in (trace, exact))
     torch.testing.assert_close(got.double(), want, **close)
 
@@ -274,7 +293,7 @@ def test_last_rows(data: st.DataObject, n: int, window: int) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Notes the largest tensor that any operation gives out, in numbers and in bytes of storage."""
+    """Notes the largest tensor that any operation gives out, in numbers that its storage holds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -298,22 +317,29 @@ def test_no_tensor_is_as_large_as_the_attention_matrix(name: str) -> None:
     assert BLOCK * n <= largest.numel <= 2 * BLOCK * n < n * n
 
 
+@pytest.mark.parametrize("kind", ["mean", "max"])
 @prop(60)
-@given(st.data(), st.integers(1, 15), st.sampled_from((1, 3, 5, 11)), st.sampled_from(FLOATS))
-def test_pool(data: st.DataObject, n: int, width: int, dtype: torch.dtype) -> None:
+@given(data=st.data(), n=st.integers(1, 15), width=st.sampled_from((1, 3, 5, 11, 17)), dtype=st.sampled_from(FLOATS))
+def test_pool(kind: str, data: st.DataObject, n: int, width: int, dtype: torch.dtype) -> None:
     valid = data.draw(valid_masks(2, n, "mixed"))
     score = torch.rand(2, n, generator=generator(data.draw(seeds)), dtype=torch.float64).to(dtype)
-    score = torch.where(valid, score, 1e6)
-    got = pool(score, valid, width)
+    got = pool(torch.where(valid, score, 1e6), valid, width, kind)
     assert got.dtype == dtype and got.shape == score.shape
+    want = torch.zeros(2, n, dtype=torch.float64)
     for row in range(2):
         for i in valid[row].nonzero().flatten().tolist():
-            near = [j for j in range(n) if abs(i - j) <= width // 2 and bool(valid[row, j])]
-            assert got[row, i] == max(score[row, j] for j in near)
-    if width > 1:
-        assert (got[~valid] == 0).all()
+            near = [float(score[row, j]) for j in range(n) if abs(i - j) <= width // 2 and bool(valid[row, j])]
+            want[row, i] = max(near) if kind == "max" else math.fsum(near) / len(near)
+    close = 0.0 if kind == "max" or width == 1 else 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), want, rtol=close, atol=0)
 
 
-def test_pool_of_one_changes_nothing() -> None:
-    score = torch.tensor([[3.0, 1.0, 2.0]])
-    assert torch.equal(pool(score, torch.ones(1, 3, dtype=torch.bool), 1), score)
+@pytest.mark.parametrize("kind", ["mean", "max"])
+def test_pool_of_one_changes_nothing(kind: str) -> None:
+    score = torch.tensor([[0.3, 0.1, 0.7]])
+    assert torch.equal(pool(score, torch.ones(1, 3, dtype=torch.bool), 1, kind), score)
+
+
+def test_pool_refuses_an_unknown_kind() -> None:
+    with pytest.raises(ValueError, match="kind must be 'mean' or 'max', got 'median'"):
+        pool(torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), 3, "median")

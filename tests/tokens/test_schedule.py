@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def test_the_blocks_after_the_first_merge_read_keep_on_average(
     assert tuple(s.layer for s in stages) == layers
     read = []
     for block in range(layers[0], depth):
-        read.append(next(float(s.keep) for s in reversed(stages) if s.layer <= block))  # type: ignore[arg-type]
+        read.append(next(float(s.keep) for s in reversed(stages) if s.layer <= block))
     assert math.fsum(read) / len(read) == pytest.approx(keep, rel=1e-12)
 
 
@@ -33,9 +34,9 @@ def test_the_blocks_after_the_first_merge_read_keep_on_average(
 @given(layer_sets, decays, keeps, st.integers(2, 41))
 def test_shares_fall_by_decay_and_lie_in_range(layers: tuple[int, ...], decay: float, keep: float, depth: int) -> None:
     assume(layers[-1] < depth)
-    shares = [float(s.keep) for s in Schedule(layers, decay).stages(keep, depth)]  # type: ignore[arg-type]
+    shares = [float(s.keep) for s in Schedule(layers, decay).stages(keep, depth)]
     assert all(0 < k <= 1 for k in shares)
-    for before, then in zip(shares, shares[1:], strict=False):
+    for before, then in pairwise(shares):
         assert then <= before
         # a share that was cut to 1 hands what it lost to the later ones, which then fall less than by decay
         if before < 1:

@@ -96,4 +96,4 @@ def test_no_tokens_at_all_are_refused() -> None:
 
 def test_a_view_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
-        TokenView(torch.zeros(1, 1, 1)).grid = (1, 1, 1)  # type: ignore[misc]
+        TokenView(torch.zeros(1, 1, 1)).grid = (1, 1, 1)

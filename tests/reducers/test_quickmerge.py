@@ -1,0 +1,136 @@
+"""QuickMerge against its formula said slowly in float64; the only place that states it."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import prop, views
+
+from quickmerge.reducers import QuickMerge
+from quickmerge.tokens import AttentionTrace, Count, Entropy, TokenView
+
+
+def slow_saliency(view: TokenView, row: int, window: int, pool: int) -> dict[int, float]:
+    """``mean over the pool of mean over layers and heads of sqrt(mean over voters of ||p_ij v_j||^2)``."""
+    tokens = view.valid[row].nonzero().flatten().tolist()
+    voters = tokens[-window:]
+    score = dict.fromkeys(tokens, 0.0)
+    for trace in view.attention:
+        heads = trace.query.shape[1]
+        for head in range(heads):
+            group = head // (heads // trace.key.shape[1])
+            squares = dict.fromkeys(tokens, 0.0)
+            for i in voters:
+                seen = [
+                    j
+                    for j in tokens
+                    if j <= i and (trace.window is None or view.position[row, i] - view.position[row, j] < trace.window)
+                ]
+                dots = [float(trace.query[row, head, i] @ trace.key[row, group, j]) * trace.scaling for j in seen]
+                total = math.fsum(math.exp(d - max(dots)) for d in dots)
+                for j, d in zip(seen, dots, strict=True):
+                    p = math.exp(d - max(dots)) / total
+                    squares[j] += math.fsum((p * v) ** 2 for v in trace.value[row, group, j].tolist())
+            for j in tokens:
+                score[j] += math.sqrt(squares[j] / len(voters)) / heads / len(view.attention)
+    near = {j: [score[i] for i in tokens if abs(i - j) <= pool // 2] for j in tokens}
+    return {j: math.fsum(near[j]) / len(near[j]) for j in tokens}
+
+
+small = views(attention=2, dtypes=(torch.float64,), kinds=("normal",), max_tokens=9, protect=("none", "ends", "some"))
+
+
+@prop(60)
+@given(
+    small,
+    st.integers(1, 12),
+    st.sampled_from((1, 3, 5)),
+    st.integers(1, 9),
+    st.sampled_from((0.0, 0.1, 0.5, 1.0)),
+)
+def test_the_formula(view: TokenView, window: int, pool: int, tokens: int, merge: float) -> None:
+    reducer = QuickMerge(keep=Count(tokens), layers=2, window=window, pool=pool, merge=merge)
+    saliency, plan = reducer.saliency(view), reducer.plan(view)
+    for row in range(len(view.valid)):
+        slow = slow_saliency(view, row, window, pool)
+        assert {j: float(saliency[row, j]) for j in slow} == pytest.approx(slow, rel=1e-10, abs=1e-10)
+        # Pools of the same tokens are equal on both sides; other scores must not be closer than rounding.
+        distinct = sorted(set(slow.values()))
+        assume(all(b - a > 1e-9 for a, b in pairwise(distinct)))
+
+        guarded = [j for j in slow if view.protected[row, j]]
+        count = min(max(tokens, len(guarded), 1), len(slow))
+        ranked = sorted(slow, key=lambda j, s=slow, g=guarded: (j not in g, -s[j], j))
+        kept = sorted(ranked[:count])
+        leader: dict[int, int | None] = {}
+        for j in slow:
+            ahead = [a for a in kept if a > j and a not in guarded]
+            leader[j] = j if j in kept else ahead[0] if ahead and merge > 0 else None
+        share = {j: 1.0 if j in kept else merge for j in slow}
+        assert plan.position[row][plan.valid[row]].tolist() == [int(view.position[row, a]) for a in kept]
+        first = int(plan.valid[row].long().argmax())
+        for j in slow:
+            if leader[j] is None:
+                assert int(plan.slot[row, j]) == -1
+                continue
+            assert int(plan.slot[row, j]) - first == kept.index(leader[j])
+            total = math.fsum(share[i] for i in slow if leader[i] == leader[j])
+            assert float(plan.weight[row, j]) == pytest.approx(share[j] / total, rel=1e-6)
+
+
+@prop(40)
+@given(views(attention=2), st.integers(1, 40), st.sampled_from((0.1, 1.0)))
+def test_a_slot_holds_nothing_later_than_its_position(view: TokenView, tokens: int, merge: float) -> None:
+    plan = QuickMerge(keep=Count(tokens), layers=2, merge=merge).plan(view)
+    member = plan.slot >= 0
+    assert (view.position[member] <= plan.position.gather(1, plan.slot.clamp_min(0))[member]).all()
+
+
+@prop(30)
+@given(views(attention=2), st.integers(1, 40))
+def test_merge_0_prunes_the_same_tokens(view: TokenView, tokens: int) -> None:
+    """Whether the rest merges or is dropped does not change what is kept."""
+    pruned, merged = (QuickMerge(keep=Count(tokens), layers=2, merge=m).plan(view) for m in (0, 0.3))
+    assert torch.equal(pruned.position, merged.position) and torch.equal(pruned.valid, merged.valid)
+    assert torch.equal(
+        pruned.size,
+        torch.zeros_like(pruned.size).scatter_add(1, pruned.slot.clamp_min(0), view.size * (pruned.slot >= 0)),
+    )
+    assert ((pruned.slot >= 0).sum(-1) == pruned.valid.sum(-1)).all()
+    assert ((pruned.weight == 1) == (pruned.slot >= 0)).all()
+
+
+def test_an_entropy_budget_reads_the_saliency() -> None:
+    """Values that are evenly large keep more of a row than a single large one."""
+    n = 12
+    zeros, one = torch.zeros(2, 1, n, 2), torch.ones(2, 1, n, 2)
+    one[1, 0, 1:] = 1e-6
+    view = TokenView(torch.zeros(2, n, 1), attention=(AttentionTrace(zeros, zeros, one, 1.0),))
+    reducer = QuickMerge(keep=Entropy(), layers=1, pool=1)
+    even, peaked = reducer.plan(view).valid.sum(-1).tolist()
+    assert even > n / 2 and peaked == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "allowed"),
+    [
+        ("pool", 4, "must be odd"),
+        ("pool", 0, "must be a whole number of at least 1"),
+        ("merge", -0.1, r"must be a number in \[0, 1\]"),
+        ("merge", 1.5, r"must be a number in \[0, 1\]"),
+        ("merge", "0.1", r"must be a number in \[0, 1\]"),
+    ],
+)
+def test_bad_settings_are_named(setting: str, value: Any, allowed: str) -> None:
+    with pytest.raises(ValueError, match=f"^{setting} {allowed}, got {value!r}$"):
+        QuickMerge(**{setting: value})
+
+
+def test_probes_as_many_layers_as_it_is_told() -> None:
+    assert QuickMerge(layers=3).probes == 3
