@@ -132,8 +132,8 @@ def trim(document: Document) -> Document:
 def write(document: Document, tokens: int, folder: Path) -> dict[str, Any]:
     """Write one document; return its line of the manifest."""
     content = document.text.encode("utf-8")
-    file = f"{document.split}/{document.kind}-{document.name}.txt"
-    (folder / file).parent.mkdir(exist_ok=True)
+    file = f"{document.split}/{document.kind}/{document.name}.txt"
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
     (folder / file).write_bytes(content)
     return {
         "file": file,

@@ -43,16 +43,16 @@ def slow_saliency(view: TokenView, row: int, window: int, pool: int) -> dict[int
     return {j: math.fsum(near[j]) / len(near[j]) for j in tokens}
 
 
-small = views(attention=2, dtypes=(torch.float64,), kinds=("normal",), max_tokens=9, protect=("none", "ends", "some"))
+small = views(attention=2, dtypes=(torch.float64,), kinds=("normal",), max_tokens=12, protect=("none", "ends", "some"))
 
 
 @prop(60)
 @given(
     small,
-    st.integers(1, 12),
-    st.sampled_from((1, 3, 5)),
-    st.integers(1, 9),
-    st.sampled_from((0.0, 0.1, 0.5, 1.0)),
+    st.integers(1, 14),
+    st.sampled_from((1, 1, 3, 5)),
+    st.integers(1, 6),
+    st.sampled_from((0.1, 0.3, 1.0, 0.0)),
 )
 def test_the_formula(view: TokenView, window: int, pool: int, tokens: int, merge: float) -> None:
     reducer = QuickMerge(keep=Count(tokens), layers=2, window=window, pool=pool, merge=merge)

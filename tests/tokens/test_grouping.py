@@ -200,7 +200,7 @@ def test_cluster_labels_stay_inside_their_chunk(
     data: st.DataObject, n: int, chunk: int, kind: str, dtype: torch.dtype
 ) -> None:
     clusters = data.draw(st.integers(1, chunk))
-    valid = data.draw(valid_masks(3, n, "mixed"))
+    valid = data.draw(valid_masks(3, n))
     x = numbers((3, n, 3), kind, generator(data.draw(seeds)), dtype)
     x = torch.where(valid[..., None], x, 1e30)
     got = chunked_clusters(x, valid, chunk, clusters)
@@ -229,6 +229,14 @@ def test_clusters_find_what_is_plainly_apart() -> None:
     for half in (got[:12], got[12:] - 3):
         together = half[:, None] == half[None]
         assert torch.equal(together, kinds[:, None] == kinds[None])
+
+
+def test_a_cluster_that_loses_its_members_stays_where_it_was() -> None:
+    """Both centres start at the same token; the second is empty at first and then takes the tokens it equals."""
+    x = torch.eye(3)[[0, 1, 0, 2]][None]
+    valid = torch.ones(1, 4, dtype=torch.bool)
+    assert chunked_clusters(x, valid, 4, 2, steps=1).tolist() == [[0, 0, 0, 0]]
+    assert chunked_clusters(x, valid, 4, 2, steps=2).tolist() == [[1, 0, 1, 0]]
 
 
 @pytest.mark.parametrize(("chunk", "clusters"), [(0, 1), (4, 0), (4, 5), (-1, -1)])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import FLOATS, alone, generator, numbers, padded, prop, seeds, traces, valid_masks, views
+from strategies import FLOATS, alone, attention_trace, generator, numbers, padded, prop, seeds, valid_masks, views
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -155,7 +156,8 @@ def test_entropy_of_even_attention_is_1_and_of_a_single_key_0() -> None:
     even = AttentionTrace(*(torch.zeros(1, 1, n, 2) for _ in range(3)), scaling=1.0)
     valid, position = torch.ones(1, n, dtype=torch.bool), torch.arange(n)[None]
     torch.testing.assert_close(attention_entropy(even, valid, position)[0, 0], torch.tensor([0.0] + [1.0] * 6))
-    assert attention_entropy(replace(even, window=1), valid, position).eq(0).all()
+    large = AttentionTrace(*(100 * torch.randn(1, 1, n, 3, generator=generator(0)) for _ in range(3)), 1.0, window=1)
+    assert attention_entropy(large, valid, position).eq(0).all()
 
 
 @prop(20)
@@ -174,9 +176,9 @@ def test_entropy_is_causal(view: TokenView) -> None:
 @given(st.data(), st.integers(BLOCK - 2, 2 * BLOCK + 3))
 def test_blocks_join_without_a_seam(data: st.DataObject, n: int) -> None:
     """More rows than are scored at once, against one plain masked softmax."""
-    valid = data.draw(valid_masks(2, n, "mixed"))
+    valid = data.draw(valid_masks(2, n))
     view = TokenView(torch.zeros(2, n, 1), valid=valid)
-    trace = data.draw(traces(2, n, dtype=torch.float64))
+    trace = attention_trace(2, n, "normal", torch.float64, Random(data.draw(seeds)))
     probs = dense(trace, view)
     window = data.draw(st.sampled_from((1, BLOCK, BLOCK + 1, n)))
     got = received_attention(trace, valid, view.position, window)
@@ -284,7 +286,7 @@ def statistic(name: str, view: TokenView, window: int) -> Tensor:
 @prop(60)
 @given(st.data(), st.integers(1, 12), st.integers(1, 20))
 def test_last_rows(data: st.DataObject, n: int, window: int) -> None:
-    valid = data.draw(valid_masks(3, n, "mixed"))
+    valid = data.draw(valid_masks(3, n))
     rows, real = last_rows(valid, window)
     assert rows.shape == real.shape == (3, min(window, n))
     assert (rows >= 0).all() and (rows < n).all()
@@ -321,7 +323,7 @@ def test_no_tensor_is_as_large_as_the_attention_matrix(name: str) -> None:
 @prop(60)
 @given(data=st.data(), n=st.integers(1, 15), width=st.sampled_from((1, 3, 5, 11, 17)), dtype=st.sampled_from(FLOATS))
 def test_pool(kind: str, data: st.DataObject, n: int, width: int, dtype: torch.dtype) -> None:
-    valid = data.draw(valid_masks(2, n, "mixed"))
+    valid = data.draw(valid_masks(2, n))
     score = torch.rand(2, n, generator=generator(data.draw(seeds)), dtype=torch.float64).to(dtype)
     got = pool(torch.where(valid, score, 1e6), valid, width, kind)
     assert got.dtype == dtype and got.shape == score.shape

@@ -12,16 +12,16 @@ from collections.abc import Callable
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quickmerge.errors import UnsupportedModelError
-from quickmerge.hosts.structure import IMPLEMENTATIONS, Decoder
+from quickmerge.hosts.structure import IMPLEMENTATIONS, PREFIX, Decoder
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
-PREFIX = "quickmerge_"
 
 
 class Watcher(Protocol):
@@ -84,6 +84,28 @@ def watch(decoder: Decoder, watcher: Watcher) -> Callable[[], None]:
         decoder.model.set_attn_implementation(implementation)
 
     return undo
+
+
+def proportional_attention(
+    call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: Tensor
+) -> Any:
+    """Attention with log(size) added to the score of every key (ToMe, arXiv 2210.09461, eq. 1).
+
+    One more channel holds ``1`` in the query and ``log(size) / scaling`` in the key, so any fused kernel does it
+    without a bias matrix. ``args`` start with query, key and value; ``size (B, keys)`` counts original tokens.
+    """
+    query, key, value = args[:3]
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    precise = torch.promote_types(key.dtype, torch.float32)
+    bias = (size.clamp_min(1).to(precise).log() / scaling).to(key.dtype)
+    wide = (
+        torch.cat([query, torch.ones_like(query[..., :1])], -1),
+        torch.cat([key, bias[:, None, :, None].expand(*key.shape[:3], 1)], -1),
+        torch.cat([value, torch.zeros_like(value[..., :1])], -1),
+    )
+    out, weights = call(module, *wide, *args[3:], **{**kwargs, "scaling": scaling})
+    return out[..., :-1], weights
 
 
 def mask_function(decoder: Decoder) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.hosts.attention import AttentionFunction, mask_function
+from quickmerge.hosts.attention import AttentionFunction, mask_function, proportional_attention
 from quickmerge.hosts.causal_lm import Run
 from quickmerge.hosts.structure import Decoder
 from quickmerge.reducers.base import Reducer
@@ -40,6 +41,8 @@ class ChunkedLayer(DynamicLayer):  # type: ignore[misc]
         self.slots = 0
         self.query: Tensor | None = None
         self.valid: Tensor | None = None
+        self.size: Tensor | None = None
+        self.owner: ReferenceType[BlockCausalRun] | None = None
 
     def get_seq_length(self) -> int:
         """Tokens seen, merged or not."""
@@ -57,6 +60,7 @@ class ChunkedLayer(DynamicLayer):  # type: ignore[misc]
     def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         self.query = None if self.query is None else change(self.query)
         self.valid = None if self.valid is None else change(self.valid)
+        self.size = None if self.size is None else change(self.size)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rows follow their beams."""
@@ -77,7 +81,7 @@ class ChunkedLayer(DynamicLayer):  # type: ignore[misc]
         """Forget everything."""
         super().reset()
         self.absorbed = self.slots = 0
-        self.query = self.valid = None
+        self.query = self.valid = self.size = None
 
 
 class BlockCausalRun(Run):
@@ -95,6 +99,10 @@ class BlockCausalRun(Run):
 
     def begin(self, prompt: bool, inputs: dict[str, Any]) -> dict[str, Any]:
         """Give a fresh cache our layers, and check that there is no padding."""
+        if self.decoder.base.training and any(getattr(b, "gradient_checkpointing", False) for b in self.decoder.layers):
+            raise QuickmergeError(
+                "gradient checkpointing must be off in block_causal mode: blocks hold state, got it on"
+            )
         mask = inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2 or not bool(mask.all())):
             raise QuickmergeError("attention_mask must be all ones in block_causal mode (no padding), got another mask")
@@ -102,12 +110,14 @@ class BlockCausalRun(Run):
         cache = inputs.get("past_key_values")
         if not prompt and cache is not None:
             layers = [cache.layers[i] for i in self.merged]
-            if not all(isinstance(layer, ChunkedLayer) for layer in layers):
+            if not all(isinstance(layer, ChunkedLayer) and layer.owner == ref(self) for layer in layers):
                 raise QuickmergeError("past_key_values was filled outside this run; start it with an empty cache")
             self._layers = dict(zip(self.merged, layers, strict=True))
             return {}
         self.stats.rows, self.stats.tokens_in = ids.shape[0], float(ids.shape[1])
         self._layers = {i: ChunkedLayer() for i in self.merged}
+        for layer in self._layers.values():
+            layer.owner = ref(self)
         use_cache = inputs.get("use_cache")
         if cache is None and (self.decoder.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.decoder.config)
@@ -137,8 +147,12 @@ class BlockCausalRun(Run):
             take = min(q - done, max(ready, 1))
             end = held.slots + began + done + take
             mask = self._mask(held, query[:, :, done : done + take], end)
-            part, weights = call(module, query[:, :, done : done + take], key[:, :, :end], value[:, :, :end], mask,
-                                 *args[4:], **kwargs)  # fmt: skip
+            inner = (query[:, :, done : done + take], key[:, :, :end], value[:, :, :end], mask, *args[4:])
+            if self.reducer.proportional and held.size is not None:
+                size = torch.nn.functional.pad(held.size, (0, end - held.slots), value=1)
+                part, weights = proportional_attention(call, module, inner, kwargs, size)
+            else:
+                part, weights = call(module, *inner, **kwargs)
             out.append(part)
             done += take
             if began + done >= self.chunk + self.window:
@@ -199,6 +213,7 @@ class BlockCausalRun(Run):
         if held.valid is not None or not bool(plan.valid.all()):
             before = plan.valid.new_ones(len(key), start) if held.valid is None else held.valid
             held.valid = torch.cat([before, plan.valid], 1)
+        held.size = plan.size if held.size is None else torch.cat([held.size, plan.size], 1)
         held.query = held.query[:, :, c:]
         held.slots, held.absorbed = held.slots + plan.slots, held.absorbed + c
         return key, value

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from quickmerge.errors import UnsupportedModelError
 from quickmerge.hosts.attention import AttentionFunction, watch
 from quickmerge.hosts.structure import Decoder, find_decoder
 from quickmerge.hosts.summary import RunStats, cache_bytes, cache_bytes_full
@@ -44,7 +45,7 @@ def reduce(
         model: a causal LM of one of the proven families (`quickmerge.hosts.FAMILIES`).
         reducer: the method, with its ``keep``.
         layer: in ``prefix`` mode the first block that reads the reduced sequence, 1..L-1; a list of such blocks
-            or a `Schedule` merges at several depths. Default: about a quarter of the depth (8 of 30). In
+            or a `Schedule` merges at several depths. Default: the first 2/15 of the depth (4 of 30). In
             ``block_causal`` mode the first block whose cache is merged, 0..L-1; default 0.
         mode: ``"prefix"`` or ``"block_causal"``.
         sinks: tokens at the start of every sequence that stay alone.
@@ -112,6 +113,9 @@ class Run(ABC):
         self._signature = inspect.signature(decoder.base.forward)
 
     def __enter__(self) -> Run:
+        if self._undo:
+            name = type(self.decoder.model).__name__
+            raise UnsupportedModelError(f"{name} is already inside a quickmerge run; leave that first")
         try:
             if self.watches_attention:
                 self._undo.append(watch(self.decoder, self))

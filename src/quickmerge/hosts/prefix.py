@@ -13,7 +13,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from quickmerge.errors import PromptTooShortError, QuickmergeError
-from quickmerge.hosts.attention import AttentionFunction
+from quickmerge.hosts.attention import AttentionFunction, proportional_attention
 from quickmerge.hosts.causal_lm import Run
 from quickmerge.hosts.segment import Segment
 from quickmerge.hosts.structure import Decoder
@@ -64,6 +64,21 @@ class PrefixRun(Run):
         """``(B, N)`` bool: the tokens of the last prompt that were kept out of merging."""
         self.plan: MergePlan | None = None
         """All merges of the last prompt composed: from its N tokens to the slots that the top block read."""
+
+    def __enter__(self) -> Run:
+        super().__enter__()
+        self._undo.append(self.decoder.model.register_forward_pre_hook(self._check_head, with_kwargs=True).remove)
+        return self
+
+    def _check_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse a prompt that comes with drafted tokens: assisted decoding would have them merged into it."""
+        cache, wanted = kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)
+        prompt = cache is None or cache.get_seq_length() == 0
+        if prompt and (isinstance(wanted, Tensor) or wanted > 1):
+            raise QuickmergeError(
+                "logits_to_keep must be 0 or 1 while a prompt is merged, got another value: merged tokens have no "
+                "logits of their own, and assisted decoding would have its drafts merged"
+            )
 
     def begin(self, prompt: bool, inputs: dict[str, Any]) -> dict[str, Any]:
         """Note what is read: a prompt to merge, or more tokens after one that was merged here."""
@@ -140,17 +155,7 @@ class PrefixRun(Run):
         segment = self._segment(layer)
         if segment is None or not self.reducer.proportional:
             return call(module, *args, **kwargs)
-        # Proportional attention: one more channel adds log(size) to the scores inside any fused kernel.
-        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        bias = segment.size[:, -key.shape[2] :].clamp_min(1).to(torch.float32).log() / scaling
-        bias = bias[:, None, :, None].expand(*key.shape[:3], 1).to(key.dtype)
-        wide = [
-            torch.cat([query, torch.ones_like(query[..., :1])], -1),
-            torch.cat([key, bias], -1),
-            torch.cat([value, torch.zeros_like(value[..., :1])], -1),
-        ]
-        out, weights = call(module, *wide, *args[3:], **{**kwargs, "scaling": scaling})
-        return out[..., :-1], weights
+        return proportional_attention(call, module, args, kwargs, segment.size[:, -key.shape[2] :])
 
     def _segment(self, layer: int) -> Segment | None:
         """The segment a block belongs to; None below the first merge and where merging changed nothing."""
@@ -215,10 +220,13 @@ class PrefixRun(Run):
             attention=traces,
         )
         plan = replace(self.reducer, keep=self.stages[index]).plan(view)
+        # Where every token stays alone, hidden states and the block's own arguments are left as they are, padding
+        # and all, so keep=1 is the model bit for bit.
+        same = bool((plan.valid.sum(-1) == view.valid.sum(-1)).all())
+        plan = MergePlan.identity(view) if same else plan
         self.plans.append(plan)
         self.plan = plan if self.plan is None else self.plan.compose(plan)
-        # A plan that changes nothing leaves the block's own arguments alone, so keep=1 is the model bit for bit.
-        if not plan.is_identity():
+        if not same:
             hidden = plan.merge(hidden)
             prompt.segments[index] = Segment.from_plan(plan, position_ids, prompt.valid)
         self._traces = {layer: t for layer, t in self._traces.items() if layer >= index}

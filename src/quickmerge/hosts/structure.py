@@ -13,6 +13,9 @@ from quickmerge.errors import UnsupportedModelError
 FAMILIES = ("gemma3_text", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 """``config.model_type`` of the families that the committed matrix (tests/hosts/matrix.json) proves."""
 
+PREFIX = "quickmerge_"
+"""How our names in transformers' attention registry begin."""
+
 IMPLEMENTATIONS = ("eager", "sdpa")
 """Attention implementations the host can stand in front of."""
 
@@ -65,6 +68,8 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
             raise UnsupportedModelError(f"{name} has a block with {len(found)} attention modules, one was looked for")
         attentions.append(found[0])
     implementation = base.config._attn_implementation
+    if str(implementation).startswith(PREFIX):
+        raise UnsupportedModelError(f"{name} is already inside a quickmerge run; leave that first")
     if implementation not in IMPLEMENTATIONS:
         raise UnsupportedModelError(
             f"{name} runs attention as {implementation!r}, which merging can't stand in front of: "

@@ -33,9 +33,9 @@ class QuickMerge(Reducer):
         merge: share of a merged token against its anchor's 1; 0 drops instead of merging.
     """
 
-    layers: int = 4
+    layers: int = 2
     window: int = 192
-    pool: int = 17
+    pool: int = 31
     merge: float = 0.1
     name: ClassVar[str] = "quickmerge"
     source: ClassVar[str] = "arXiv 2508.13204"

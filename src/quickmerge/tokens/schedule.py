@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from quickmerge.tokens.budget import Budget, as_budget
 
-DEFAULT_DEPTH = 4 / 15
-"""Where the first merge goes by default, as a share of the depth: block 8 of 30."""
+DEFAULT_DEPTH = 2 / 15
+"""Where the first merge goes by default, as a share of the depth: block 4 of 30."""
 
 
 @dataclass(frozen=True)
