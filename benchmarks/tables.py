@@ -90,20 +90,6 @@ def short() -> str:
     return markdown(["keep", "recovery", "NLL", "prefill FLOPs", "prefill speed", "cache bytes"], body)
 
 
-def depths() -> str:
-    """QuickMerge at several depths."""
-    body = [
-        [
-            f"{r['layer']}",
-            f"{r['keep']:g}",
-            f"{r['flops_ratio']:.3f}",
-            f"{r['recovery']:.3f} ({r['recovery_low']:.3f} to {r['recovery_high']:.3f})",
-        ]
-        for r in sorted(rows_of("depths"), key=lambda r: (r["keep"], r["layer"]))
-    ]
-    return markdown(["layer", "keep", "FLOPs", "recovery (95 % interval)"], body)
-
-
 def speed() -> str:
     """Measured prefill speed beside the limit."""
     body = [
@@ -140,14 +126,26 @@ def block_causal() -> str:
 
 
 def matrix() -> str:
-    """The support matrix that the tests hold."""
+    """The support matrix that the tests hold: families down, attention and cache across."""
     cells: dict[str, str] = json.loads((HERE.parent / "tests" / "hosts" / "matrix.json").read_text(encoding="utf-8"))
-    return markdown(["family / attention / padding / cache", "result"], [[k, v] for k, v in sorted(cells.items())])
+    split = {tuple(key.split(" / ")): result for key, result in cells.items()}
+    families = sorted({key[0] for key in split})
+    columns = sorted({(key[1], key[3]) for key in split}, key=lambda c: (c[0] == "flex_attention", c))
+
+    def cell(family: str, attention: str, cache: str) -> str:
+        found = {
+            key[2]: result for key, result in split.items() if (key[0], key[1], key[3]) == (family, attention, cache)
+        }
+        passing = [padding for padding, result in found.items() if result == "pass"]
+        if not found:
+            return ""
+        return "padding " + ", ".join(sorted(passing)) if passing else "raises"
+
+    headers = ["family", *(f"{attention}, cache {cache}" for attention, cache in columns)]
+    return markdown(headers, [[f, *(cell(f, *column) for column in columns)] for f in families])
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (recovery, kinds, short, depths, speed, block_causal, matrix)
-}
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (recovery, kinds, short, speed, block_causal, matrix)}
 
 
 def main() -> int:

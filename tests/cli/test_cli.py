@@ -58,8 +58,9 @@ def test_plan_counts_before_running(run, tiny_folder, tmp_path) -> None:
 
 
 def test_show_writes_page_and_picture(run, tiny_folder, text, tmp_path) -> None:
-    code, out, _ = run("show", "--model", tiny_folder, "--file", text, "--limit", "60", "--keep", "0.5", "--layer", "1",
-                       "--html", tmp_path / "m.html", "--picture", tmp_path / "m.png", "--json", tmp_path / "m.json")  # fmt: skip
+    outputs = ["--html", tmp_path / "m.html", "--picture", tmp_path / "m.png", "--json", tmp_path / "m.json"]
+    settings = ["--limit", "60", "--keep", "0.5", "--layer", "1"]
+    code, out, _ = run("show", "--model", tiny_folder, "--file", text, *settings, *outputs)
     assert code == 0, out
     data = json.loads((tmp_path / "m.json").read_text())
     assert data["kept"] == 30 and len(data["tokens"]) == 60

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from strategies import prop
 
 from quickmerge.tokens import Count, Entropy, Mass, Ratio, Schedule, Stage
+from quickmerge.tokens.schedule import DEFAULT_DEPTH
 
 layer_sets = st.sets(st.integers(1, 39), min_size=1, max_size=6).map(lambda s: tuple(sorted(s)))
 keeps = st.floats(0.01, 1.0) | st.just(1.0)
@@ -107,9 +108,11 @@ def test_a_block_past_the_last_is_refused(layers: tuple[int, ...]) -> None:
         Schedule.of(layers, 12)
 
 
-@pytest.mark.parametrize(("depth", "layer"), [(30, 8), (12, 3), (24, 6), (2, 1), (3, 1), (4, 1), (32, 9)])
-def test_the_default_depth(depth: int, layer: int) -> None:
-    assert Schedule.of(None, depth).layers == (layer,)
+@pytest.mark.parametrize("depth", [2, 3, 4, 6, 12, 24, 26, 30, 32, 80])
+def test_the_default_depth_is_the_nearest_block_that_is_allowed(depth: int) -> None:
+    (layer,) = Schedule.of(None, depth).layers
+    distance = {block: abs(block - DEFAULT_DEPTH * depth) for block in range(1, depth)}
+    assert distance[layer] == min(distance.values())
 
 
 @prop(50)

@@ -60,7 +60,8 @@ def bench(
     parents = [path.absolute().parent.name for path in paths]
     kinds = parents if len(set(parents)) > 1 else [None] * len(paths)
     documents = [
-        split_document(tokenizer, body, str(path), context=context, target=target, kind=kind)
+        # Folder and file name say which document it was, without where this machine keeps it.
+        split_document(tokenizer, body, "/".join(path.absolute().parts[-2:]), context=context, target=target, kind=kind)
         for path, body, kind in zip(paths, texts, kinds, strict=True)
     ]
     with progress() as bar, one_sentence():
@@ -72,7 +73,7 @@ def bench(
         rows, records = measure(lm, documents, methods, keeps, layer=depth, advance=advance)
     meta = {
         "model": model, "context": context, "target": target, "layer": layer or "default",
-        "documents": [str(path) for path in paths], "environment": environment(),
+        "documents": [document.name for document in documents], "environment": environment(),
         "reducers": {m.name: repr(m) for m in methods},
     }  # fmt: skip
     write_json(json, {"rows": rows, "documents": records, "meta": meta})

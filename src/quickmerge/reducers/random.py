@@ -26,5 +26,6 @@ class Random(ScoreReducer):
 
     def score(self, view: TokenView) -> Tensor:  # noqa: D102
         generator = torch.Generator().manual_seed(self.seed)
-        table = torch.rand(int(view.position.max()) + 1, generator=generator).to(view.hidden.device)
-        return table[view.position]
+        position = torch.where(view.valid, view.position, 0)
+        table = torch.rand(int(position.max()) + 1, generator=generator).to(view.hidden.device)
+        return table[position]

@@ -31,5 +31,5 @@ class Truncate(ScoreReducer):
             raise ValueError(f"sinks must be a whole number of at least 0, got {self.sinks!r}")
 
     def score(self, view: TokenView) -> Tensor:  # noqa: D102
-        recency = view.position.to(torch.float64)
-        return torch.where(view.position < self.sinks, recency + 2 * recency.amax(-1, keepdim=True) + 1, recency)
+        recency = torch.where(view.valid, view.position, 0).to(torch.float64)
+        return torch.where(view.position < self.sinks, 2 * recency.amax(-1, keepdim=True) + 1 - recency, recency)

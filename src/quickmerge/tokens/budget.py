@@ -6,6 +6,7 @@ Every budget answers for each row on its own and counts protected tokens as kept
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -123,10 +124,13 @@ class Mass:
         _share("mass", self.mass)
 
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
-        ranked = _distribution(view, saliency, "Mass").sort(-1, descending=True).values
+        p = _distribution(view, saliency, "Mass")
+        fixed = view.protected & view.valid
+        given = torch.where(fixed, p, 0.0).sum(-1, keepdim=True)
+        ranked = torch.where(fixed, 0.0, p).sort(-1, descending=True).values
         # The nudge keeps rounding in the running sum from asking for one token more than mass=1 holds.
-        held = ranked.cumsum(-1) < self.mass - 1e-12
-        return _clamp(held.sum(-1) + 1, view)
+        held = torch.cat([given, given + ranked.cumsum(-1)], -1) < self.mass - 1e-12
+        return _clamp(fixed.sum(-1) + held.sum(-1), view)
 
 
 def as_budget(keep: float | Budget) -> Budget:
@@ -137,7 +141,8 @@ def as_budget(keep: float | Budget) -> Budget:
     """
     if isinstance(keep, (int, float)) and not isinstance(keep, bool):
         return Ratio(float(keep))
-    if isinstance(keep, Budget):
+    # Strings and sequences have a count method too, of another kind.
+    if isinstance(keep, Budget) and not isinstance(keep, (Sequence, type)):
         return keep
     raise ValueError(f"keep must be a number in (0, 1] or a budget (Ratio, Count, Entropy, Mass), got {keep!r}")
 
@@ -150,6 +155,9 @@ def select(score: Tensor, count: Tensor, view: TokenView) -> Tensor:
     ranked = torch.where(view.protected, torch.inf, score.to(torch.promote_types(score.dtype, torch.float32)))
     ranked = torch.where(view.valid, ranked, -torch.inf)
     order = ranked.argsort(dim=-1, descending=True, stable=True)
+    # Infinite scores sort among padding or protected tokens, so these tiers come first whatever the score.
+    tier = (view.valid.long() + (view.valid & view.protected).long()).gather(1, order)
+    order = order.gather(1, tier.argsort(dim=-1, descending=True, stable=True))
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
     chosen = torch.zeros_like(view.valid).scatter_(1, order, place < count[:, None])
     return chosen & view.valid

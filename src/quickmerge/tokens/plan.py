@@ -71,14 +71,15 @@ class MergePlan:
         if leader is not None:
             follows = view.valid & ~kept & (leader >= 0)
             target = leader.clamp(0, n - 1)
-            if bool((follows & ~(kept & ~view.protected).gather(1, target)).any()):
+            if bool((follows & ((leader >= n) | ~(kept & ~view.protected).gather(1, target))).any()):
                 raise ValueError("leader must point to kept tokens that are not protected, got another token")
             slot = torch.where(follows, slot.gather(1, target), slot)
         member = slot >= 0
-        raw = torch.ones_like(slot, dtype=torch.float32) if share is None else share.to(torch.float32)
-        raw = raw * member
+        # Shares are as fine as the features they will weigh, and float32 at least.
+        dtype = torch.promote_types(view.hidden.dtype, torch.float32)
+        raw = (member if share is None else share * member).to(dtype)
         into = slot.clamp_min(0)
-        total = torch.zeros(len(slot), k, device=slot.device).scatter_add_(1, into, raw)
+        total = raw.new_zeros(len(slot), k).scatter_add_(1, into, raw)
         weight = torch.where(member, raw / total.gather(1, into).clamp_min(torch.finfo(torch.float32).tiny), 0.0)
         zeros = torch.zeros(len(slot), k, dtype=torch.long, device=slot.device)
         # Only the anchor writes its position, so the slot stands exactly where its anchor stood. Everybody else
@@ -94,12 +95,12 @@ class MergePlan:
         """K, the number of output slots of the widest row."""
         return self.position.shape[1]
 
-    def is_identity(self) -> bool:
-        """True when applying the plan would change nothing at all."""
+    def is_identity(self, view: TokenView) -> bool:
+        """True when applying the plan to ``view``'s tokens would change nothing at all, padding included."""
         if self.slots != self.slot.shape[1]:
             return False
         index = torch.arange(self.slots, device=self.slot.device)
-        return bool(((self.slot == index) | ~self.valid).all())
+        return torch.equal(self.slot, torch.where(view.valid, index, -1))
 
     def merge(self, x: Tensor) -> Tensor:
         """Weighted sum of each slot's members: ``(B, N, ...)`` to ``(B, K, ...)``; padding slots are zero.
@@ -147,7 +148,7 @@ class MergePlan:
         one; sizes are conserved, dropped tokens counted apart; protected tokens stay alone; positions rise.
         """
         member = self.slot >= 0
-        if bool((member & ~view.valid).any()) or bool((self.slot >= self.slots).any()):
+        if bool((member & ~view.valid).any()) or bool(((self.slot < -1) | (self.slot >= self.slots)).any()):
             raise ValueError("slot: padding may not enter a slot, and slots must lie in 0..K-1")
         into = self.slot.clamp_min(0)
         zeros = torch.zeros(len(into), self.slots, device=into.device)

@@ -56,10 +56,12 @@ class TokenView:
         default("protected", torch.zeros(shape, dtype=torch.bool, device=device))
         default("position", (self.valid.long().cumsum(-1) - 1).clamp_min(0))
         default("size", self.valid.long())
-        default("length", (self.size * self.valid).sum(-1))
         for name in ("valid", "protected", "position", "size"):
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(getattr(self, name).shape)}")
+        default("length", (self.size * self.valid).sum(-1))
+        if self.length.shape != shape[:1]:
+            raise ValueError(f"length must have shape {tuple(shape[:1])}, got {tuple(self.length.shape)}")
         if not bool(self.valid.any(-1).all()):
             raise ValueError("valid must mark at least one token in every row, got a row that is all padding")
 
