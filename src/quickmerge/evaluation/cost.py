@@ -46,7 +46,10 @@ class Shape:
 
     def reducer_flops(self, reducer: Reducer, tokens: float, merges: int) -> float:
         """Operations of the reducer itself: attention rows of its votes in the probed blocks, and the merge."""
-        rows = min(getattr(reducer, "window", 0), tokens)
+        window = getattr(reducer, "window", 0)
+        if isinstance(window, float):
+            window *= tokens * (reducer.keep if isinstance(reducer.keep, (int, float)) else 0.4)
+        rows = min(window, tokens)
         votes = reducer.probes * 2 * rows * tokens * self.heads * self.head_dim
         return merges * (votes + 2 * tokens * self.width)
 

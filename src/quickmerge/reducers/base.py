@@ -66,7 +66,7 @@ class ScoreReducer(Reducer):
 
 
 def mean_attention(
-    view: TokenView, window: int, measure: Callable[[AttentionTrace, Tensor, Tensor, int], Tensor]
+    view: TokenView, window: int | Tensor, measure: Callable[[AttentionTrace, Tensor, Tensor, int | Tensor], Tensor]
 ) -> Tensor:
     """Mean of an attention statistic over the probed layers and their heads: ``(B, N)``.
 

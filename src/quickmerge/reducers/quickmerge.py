@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quickmerge.reducers.base import Reducer, mean_attention, positive_int
-from quickmerge.tokens.budget import select
+from quickmerge.tokens.budget import Entropy, Mass, Ratio, select
 from quickmerge.tokens.grouping import next_anchor
 from quickmerge.tokens.plan import MergePlan
 from quickmerge.tokens.saliency import attention_norm, pool
@@ -28,13 +28,15 @@ class QuickMerge(Reducer):
     Args:
         keep: share of the tokens kept, or a budget such as `Entropy`.
         layers: how many blocks below the merge are probed.
-        window: query rows that vote.
+        window: the last tokens, whose attention votes: a share of the tokens that are kept (0.75: three quarters as
+            many), or a whole number of tokens. Tied to the budget, since the votes of a longer window spend all of a
+            small budget on the window itself. Where the budget waits for the saliency, 40 % of the row stand for it.
         pool: neighbourhood, in tokens, that a salient token lifts with it; odd.
         merge: share of a merged token against its anchor's 1; 0 drops instead of merging.
     """
 
     layers: int = 2
-    window: int = 192
+    window: float | int = 0.75
     pool: int = 31
     merge: float = 0.1
     name: ClassVar[str] = "quickmerge"
@@ -42,8 +44,12 @@ class QuickMerge(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("layers", "window", "pool"):
+        for name in ("layers", "pool"):
             positive_int(name, getattr(self, name))
+        if not isinstance(self.window, float):
+            positive_int("window", self.window)
+        elif not 0 < self.window <= 1:
+            raise ValueError(f"window must be a share in (0, 1] or a whole number of tokens, got {self.window!r}")
         if self.pool % 2 == 0:
             raise ValueError(f"pool must be odd, got {self.pool}")
         if not (isinstance(self.merge, (int, float)) and 0 <= self.merge <= 1):
@@ -55,7 +61,13 @@ class QuickMerge(Reducer):
 
     def saliency(self, view: TokenView) -> Tensor:
         """``(B, N)`` pooled attention norm."""
-        return pool(mean_attention(view, self.window, attention_norm), view.valid, self.pool)
+        return pool(mean_attention(view, self._window(view), attention_norm), view.valid, self.pool)
+
+    def _window(self, view: TokenView) -> int | Tensor:
+        if not isinstance(self.window, float):
+            return self.window
+        budget = Ratio(0.4) if isinstance(self.budget, (Entropy, Mass)) else self.budget
+        return (budget.count(view, None) * self.window).ceil().long()
 
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
         saliency = self.saliency(view)

@@ -59,17 +59,23 @@ def _probabilities(trace: AttentionTrace, rows: Tensor, valid: Tensor, position:
     return probs, lse
 
 
-def last_rows(valid: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Indices of the last ``window`` valid tokens of each row and which of them are real, both ``(B, w)``."""
+def last_rows(valid: Tensor, window: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the last ``window`` valid tokens of each row and which of them are real, both ``(B, w)``.
+
+    ``window`` is one number, or ``(B,)`` with one for each row; w is the largest.
+    """
     n = valid.shape[1]
-    w = min(window, n)
+    each = torch.as_tensor(window, device=valid.device).expand(len(valid))
+    w = min(int(each.max()), n)
     end = (torch.arange(n, device=valid.device) * valid).amax(-1)
     rows = end[:, None] - torch.arange(w - 1, -1, -1, device=valid.device)
-    real = (rows >= 0) & valid.gather(1, rows.clamp_min(0))
+    real = (rows >= 0) & valid.gather(1, rows.clamp_min(0)) & (rows > end[:, None] - each[:, None])
     return rows.clamp_min(0), real
 
 
-def received_attention(trace: AttentionTrace, valid: Tensor, position: Tensor, window: int, moment: int = 1) -> Tensor:
+def received_attention(
+    trace: AttentionTrace, valid: Tensor, position: Tensor, window: int | Tensor, moment: int = 1
+) -> Tensor:
     """Attention that each token receives from the last ``window`` tokens of its row.
 
     ``r_hj = (1/w sum_{i in last w} p_hij^m)^(1/m)`` with ``p_hi = softmax(scaling * q_hi . k_h)``, causal, exact.
@@ -77,7 +83,7 @@ def received_attention(trace: AttentionTrace, valid: Tensor, position: Tensor, w
     Args:
         trace: one layer.
         valid, position: ``(B, N)``, as in TokenView.
-        window: w, the query rows that vote.
+        window: w, the query rows that vote; ``(B,)`` for a number of its own for each row.
         moment: m; 1 is the mean, 2 the root mean square, which heeds a token that few rows need much.
 
     Returns:
@@ -99,7 +105,9 @@ def received_attention(trace: AttentionTrace, valid: Tensor, position: Tensor, w
     return mean if moment == 1 else mean.pow(1 / moment)
 
 
-def attention_norm(trace: AttentionTrace, valid: Tensor, position: Tensor, window: int, moment: int = 2) -> Tensor:
+def attention_norm(
+    trace: AttentionTrace, valid: Tensor, position: Tensor, window: int | Tensor, moment: int = 2
+) -> Tensor:
     """Size of what each token contributes to the outputs of the last ``window`` tokens, ``(B, H, N)``.
 
     ``a_hj = (1/w sum_i ||p_hij v_hj||^m)^(1/m) = r_hj ||v_hj||``: with ``moment=2`` the root mean square length of
