@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from quickmerge.reducers.base import Reducer
+from quickmerge.reducers.quickmerge import MOST_VOTERS
 from quickmerge.tokens.budget import Ratio, as_budget
 from quickmerge.tokens.schedule import Schedule
 
@@ -48,7 +49,7 @@ class Shape:
         """Operations of the reducer itself: attention rows of its votes in the probed blocks, and the merge."""
         window = getattr(reducer, "window", 0)
         if isinstance(window, float):
-            window *= tokens * (reducer.keep if isinstance(reducer.keep, (int, float)) else 0.4)
+            window = min(MOST_VOTERS, window * tokens * (reducer.keep if isinstance(reducer.keep, float) else 0.4))
         rows = min(window, tokens)
         votes = reducer.probes * 2 * rows * tokens * self.heads * self.head_dim
         return merges * (votes + 2 * tokens * self.width)

@@ -15,6 +15,9 @@ from quickmerge.tokens.plan import MergePlan
 from quickmerge.tokens.saliency import attention_norm, pool
 from quickmerge.tokens.view import TokenView
 
+MOST_VOTERS = 320
+"""A window given as a share stops here: more votes cost time at long prompts and gained nothing measurable."""
+
 
 @dataclass(frozen=True)
 class QuickMerge(Reducer):
@@ -29,8 +32,9 @@ class QuickMerge(Reducer):
         keep: share of the tokens kept, or a budget such as `Entropy`.
         layers: how many blocks below the merge are probed.
         window: the last tokens, whose attention votes: a share of the tokens that are kept (0.75: three quarters as
-            many), or a whole number of tokens. Tied to the budget, since the votes of a longer window spend all of a
-            small budget on the window itself. Where the budget waits for the saliency, 40 % of the row stand for it.
+            many, but at most 320), or a whole number of tokens. Tied to the budget, since the votes of a longer
+            window spend all of a small budget on the window itself. Where the budget waits for the saliency, 40 % of
+            the row stand for it.
         pool: neighbourhood, in tokens, that a salient token lifts with it; odd.
         merge: share of a merged token against its anchor's 1; 0 drops instead of merging.
     """
@@ -67,7 +71,7 @@ class QuickMerge(Reducer):
         if not isinstance(self.window, float):
             return self.window
         budget = Ratio(0.4) if isinstance(self.budget, (Entropy, Mass)) else self.budget
-        return (budget.count(view, None) * self.window).ceil().long()
+        return (budget.count(view, None) * self.window).ceil().long().clamp_max(MOST_VOTERS)
 
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
         saliency = self.saliency(view)

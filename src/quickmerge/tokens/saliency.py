@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 128  # query rows scored at once
+BLOCK = 32  # query rows scored at once: few enough for the scores of all heads to stay in cache
 
 
 @dataclass(frozen=True)
