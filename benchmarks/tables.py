@@ -74,7 +74,9 @@ def short() -> str:
     """QuickMerge alone, for the README."""
     rows = [r for r in overall() if r["reducer"] == "quickmerge"]
     full = rows[0]
-    body = [["1 (all tokens)", "1.000", f"{full['nll_full']:.3f}", "1.00", "1.00x", "1.00"]]
+    rivals = [r for r in overall() if r["reducer"] != "quickmerge"]
+    best = {r["keep"]: r for r in sorted(rivals, key=lambda r: float(r["recovery"]))}
+    body = [["1 (all tokens)", "1.000", f"{full['nll_full']:.3f}", "1.00", "1.00x", "1.00", ""]]
     body += [
         [
             f"{r['keep']:g}",
@@ -83,11 +85,12 @@ def short() -> str:
             f"{r['flops_ratio']:.2f}",
             f"{r['prefill_speedup']:.2f}x",
             f"{r['cache_ratio']:.2f}",
+            f"{best[r['keep']]['recovery']:.3f} ({best[r['keep']]['reducer']})",
         ]
         for r in sorted(rows, key=lambda r: -r["keep"])
     ]
-    body.append(["0 (no context)", "0.000", f"{full['nll_none']:.3f}", "", "", ""])
-    return markdown(["keep", "recovery", "NLL", "prefill FLOPs", "prefill speed", "cache bytes"], body)
+    body.append(["0 (no context)", "0.000", f"{full['nll_none']:.3f}", "", "", "", ""])
+    return markdown(["keep", "recovery", "NLL", "prefill FLOPs", "prefill speed", "cache bytes", "best baseline"], body)
 
 
 def speed() -> str:
