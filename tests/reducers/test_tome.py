@@ -86,7 +86,7 @@ def test_drops_nothing_and_weighs_by_size(view: TokenView, tokens: int) -> None:
     plan = ToMe(keep=Count(tokens)).plan(view)
     assert torch.equal(plan.slot >= 0, view.valid)
     total = plan.size.gather(1, plan.slot.clamp_min(0))
-    share = view.size / total.clamp_min(1)
+    share = (view.size / total.clamp_min(1)).to(plan.weight.dtype)
     torch.testing.assert_close(plan.weight[view.valid], share[view.valid], rtol=1e-4, atol=1e-6)
 
 

@@ -142,11 +142,14 @@ def test_matching_removes_exactly_as_many_as_it_can(n: int, kind: str, dtype: to
 
 
 @prop(50)
-@given(st.integers(2, 40), st.integers(1, 4), st.sampled_from((1, 3, 8, 64)), seeds)
+@given(st.integers(2, 40), st.integers(1, 4), st.sampled_from((1, 4, 16, 64)), seeds)
 def test_equal_pairs_go_to_the_earlier_token(n: int, copies: int, width: int, seed: int) -> None:
-    """All tokens alike: every pair ties, so the first ones merge, all into the first of the second set."""
+    """All tokens alike: every pair ties, so the first ones merge, all into the first of the second set.
+
+    Signs over a power of four: every product and sum is exact, so no order of summation can break the tie.
+    """
     rng = generator(seed)
-    metric = torch.randn(1, 1, width, generator=rng).expand(copies, n, width)
+    metric = torch.randn(1, 1, width, generator=rng).sign().expand(copies, n, width)
     remove = torch.randint(1, n, (copies,), generator=rng)
     got = bipartite_matching(metric, torch.ones(copies, n, dtype=torch.bool), remove)
     for row in range(copies):
