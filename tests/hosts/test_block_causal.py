@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 import quickmerge as qm
 from quickmerge.errors import QuickmergeError
 from quickmerge.hosts.block_causal import ChunkedLayer
-from quickmerge.tokens import AttentionTrace, TokenView
+from quickmerge.tokens import AttentionTrace, Count, TokenView
 
 EXACT = 1e-10
 REDUCERS = {
@@ -23,7 +24,7 @@ REDUCERS = {
     "uniform": qm.Uniform(keep=0.5),
     "topnorm": qm.TopNorm(keep=0.5),
     "attention": qm.Attention(keep=0.5),
-    "entropy": qm.QuickMerge(keep=qm.Entropy(scale=0.8), window=8, pool=1),
+    "entropy": qm.QuickMerge(keep=qm.Entropy(scale=0.7), window=8, pool=1),
 }
 SHAPES = [(7, 3), (5, 11), pytest.param(8, 5, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow)]
 SIZES = [name for name in ZOO if name != "mistral"]  # Mistral slides in every block
@@ -132,35 +133,36 @@ def slow_logits(model: Any, ids: Tensor, reducer: Any, chunk: int, window: int, 
     q, k, v = turn(heads(attention.q_proj)), turn(heads(attention.k_proj)), heads(attention.v_proj)
     group = q.shape[1] // k.shape[1]
     plans = []
-    for start in range(0, n - chunk + 1, chunk):
-        part = slice(start, start + chunk)
-        place = torch.arange(start, start + chunk).expand(rows, -1)
-        trace = AttentionTrace(q[:, :, part], k[:, :, part], v[:, :, part], attention.scaling)
-        view = TokenView(
-            hidden=v[:, :, part].transpose(1, 2).flatten(2),
-            position=place,
-            protected=place < sinks,
-            attention=(trace,) if reducer.probes else (),
-        )
-        plan = reducer.plan(view)
-        plan.check(view)
-        plans.append(plan)
+    for start in range(0, n - chunk - window + 1, chunk):
+        # The window after the chunk votes, is protected, and is there besides what the budget says of the chunk.
+        part, place = slice(start, start + chunk + window), torch.arange(start, start + chunk + window)[None]
+        guard = (place < sinks) | (place >= start + chunk)
+        plans.append([])
+        for row in range(rows):
+            trace = AttentionTrace(*(t[row : row + 1, :, part] for t in (q, k, v)), attention.scaling)
+            features = v[row : row + 1, :, part].transpose(1, 2).flatten(2)
+            view = TokenView(features, position=place, protected=guard, attention=(trace,) if reducer.probes else ())
+            saliency = reducer.saliency(view)[:, :chunk] if hasattr(reducer, "saliency") else None
+            alone = TokenView(features[:, :chunk], position=place[:, :chunk], protected=guard[:, :chunk])
+            kept = int(reducer.budget.count(alone, saliency))
+            plan = replace(reducer, keep=Count(kept + window)).plan(view)
+            plan.check(view)
+            plans[-1].append(plan)
     out = torch.zeros(rows, n, q.shape[1], attention.head_dim, dtype=h.dtype)
     for b in range(rows):
         for t in range(n):
             entries: list[tuple[Tensor, Tensor, float]] = []  # keys and values of all heads, and a bias
             single = 0
-            for c, plan in enumerate(plans):
+            for c, chunk_plans in enumerate(plans):
+                plan = chunk_plans[b]
                 if t < (c + 1) * chunk + window:
                     break
                 single = (c + 1) * chunk
-                for s in range(plan.slots):
-                    if not bool(plan.valid[b, s]):
-                        continue
-                    members = [j for j in range(chunk) if int(plan.slot[b, j]) == s]
-                    value = sum(plan.weight[b, j].item() * v[b, :, c * chunk + j] for j in members)
-                    bias = math.log(int(plan.size[b, s])) if reducer.proportional else 0.0
-                    entries.append((k[b, :, int(plan.position[b, s])], value, bias))
+                for s in range(plan.slots - window):
+                    members = [j for j in range(chunk) if int(plan.slot[0, j]) == s]
+                    value = sum(plan.weight[0, j].item() * v[b, :, c * chunk + j] for j in members)
+                    bias = math.log(int(plan.size[0, s])) if reducer.proportional else 0.0
+                    entries.append((k[b, :, int(plan.position[0, s])], value, bias))
             entries += [(k[b, :, j], v[b, :, j], 0.0) for j in range(single, t + 1)]
             for head in range(q.shape[1]):
                 g = head // group

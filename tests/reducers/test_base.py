@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from fractions import Fraction
+from functools import partial
 from math import floor
 from typing import Any
 
@@ -299,10 +300,10 @@ def test_positive_int() -> None:
 @prop(30)
 @given(views(attention=2, dtypes=(torch.float64,), max_tokens=15), st.integers(1, 20), st.booleans())
 def test_mean_attention_is_the_mean_over_layers_and_heads(view: TokenView, window: int, norm: bool) -> None:
-    measure = attention_norm if norm else received_attention
-    layers = [measure(t, view.valid, view.position, window) for t in view.attention]
+    measure = partial(attention_norm if norm else received_attention, window=window)
+    layers = [measure(t, view.valid, view.position) for t in view.attention]
     want = torch.stack([layer.sum(1) / layer.shape[1] for layer in layers]).sum(0) / len(layers)
-    got = mean_attention(view, window, measure)
+    got = mean_attention(view, measure)
     torch.testing.assert_close(got[view.valid], want[view.valid], rtol=0, atol=1e-12)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -16,9 +18,10 @@ from quickmerge.reducers import QuickMerge
 from quickmerge.tokens import AttentionTrace, Count, Entropy, TokenView
 
 
-def slow_saliency(view: TokenView, row: int, window: int, pool: int) -> dict[int, float]:
-    """``mean over the pool of mean over layers and heads of sqrt(mean over voters of ||p_ij v_j||^2)``."""
+def slow_saliency(view: TokenView, row: int, window: int, nearest: int, pool: int) -> dict[int, float]:
+    """``mean over the pool of mean over layers and heads of sqrt(mean over voters far enough of ||p_ij v_j||^2)``."""
     tokens = view.valid[row].nonzero().flatten().tolist()
+    nearest = min(nearest, int(view.length[row]) // 8)
     voters = tokens[-window:]
     score = dict.fromkeys(tokens, 0.0)
     for trace in view.attention:
@@ -35,6 +38,8 @@ def slow_saliency(view: TokenView, row: int, window: int, pool: int) -> dict[int
                 dots = [float(trace.query[row, head, i] @ trace.key[row, group, j]) * trace.scaling for j in seen]
                 total = math.fsum(math.exp(d - max(dots)) for d in dots)
                 for j, d in zip(seen, dots, strict=True):
+                    if view.position[row, i] - view.position[row, j] < nearest:
+                        continue
                     p = math.exp(d - max(dots)) / total
                     squares[j] += math.fsum((p * v) ** 2 for v in trace.value[row, group, j].tolist())
             for j in tokens:
@@ -50,23 +55,37 @@ small = views(attention=2, dtypes=(torch.float64,), kinds=("normal",), max_token
 @given(
     small,
     st.integers(1, 14),
+    st.integers(0, 6),
+    st.integers(1, 20),
     st.sampled_from((1, 1, 3, 5)),
     st.integers(1, 6),
+    st.sampled_from((0, 0.25, 0.5, 0.75, 1)),
     st.sampled_from((0.1, 0.3, 1.0, 0.0)),
 )
-def test_the_formula(view: TokenView, window: int, pool: int, tokens: int, merge: float) -> None:
-    reducer = QuickMerge(keep=Count(tokens), layers=2, window=window, pool=pool, merge=merge)
+def test_the_formula(
+    view: TokenView, window: int, nearest: int, spread: int, pool: int, tokens: int, recency: float, merge: float
+) -> None:
+    # Original positions further apart than the tokens are, as after an earlier merge.
+    position = view.position * spread
+    view = replace(view, position=position, length=position.amax(-1) + spread)
+    reducer = QuickMerge(
+        keep=Count(tokens), layers=2, window=window, nearest=nearest, pool=pool, recency=recency, merge=merge
+    )
     saliency, plan = reducer.saliency(view), reducer.plan(view)
     for row in range(len(view.valid)):
-        slow = slow_saliency(view, row, window, pool)
+        slow = slow_saliency(view, row, window, nearest, pool)
         assert {j: float(saliency[row, j]) for j in slow} == pytest.approx(slow, rel=1e-10, abs=1e-10)
-        # Pools of the same tokens are equal on both sides; other scores must not be closer than rounding.
+        # Pools of the same tokens are equal on both sides, and so are tokens without votes; other scores must not be
+        # closer than rounding.
         distinct = sorted(set(slow.values()))
         assume(all(b - a > 1e-9 for a, b in pairwise(distinct)))
 
         guarded = [j for j in slow if view.protected[row, j]]
         count = min(max(tokens, len(guarded), 1), len(slow))
-        ranked = sorted(slow, key=lambda j, s=slow, g=guarded: (j not in g, -s[j], j))
+        recent = sorted(slow)[len(slow) - int(Fraction(recency) * count) :]
+        ranked = sorted(
+            slow, key=lambda j, s=slow, g=guarded, r=recent: (j not in g, j not in r, -s[j] * (j not in r), j)
+        )
         kept = sorted(ranked[:count])
         leader: dict[int, int | None] = {}
         for j in slow:
@@ -112,7 +131,7 @@ def test_an_entropy_budget_reads_the_saliency() -> None:
     zeros, one = torch.zeros(2, 1, n, 2), torch.ones(2, 1, n, 2)
     one[1, 0, 1:] = 1e-6
     view = TokenView(torch.zeros(2, n, 1), attention=(AttentionTrace(zeros, zeros, one, 1.0),))
-    reducer = QuickMerge(keep=Entropy(), layers=1, pool=1)
+    reducer = QuickMerge(keep=Entropy(), layers=1, nearest=0, pool=1)
     even, peaked = reducer.plan(view).valid.sum(-1).tolist()
     assert even > n / 2 and peaked == 1
 
@@ -125,6 +144,9 @@ def test_an_entropy_budget_reads_the_saliency() -> None:
         ("merge", -0.1, r"must be a number in \[0, 1\]"),
         ("merge", 1.5, r"must be a number in \[0, 1\]"),
         ("merge", "0.1", r"must be a number in \[0, 1\]"),
+        ("recency", 1.1, r"must be a number in \[0, 1\]"),
+        ("window", 0.5, "must be a whole number of at least 1"),
+        ("nearest", -1, "must be a whole number of at least 0"),
     ],
 )
 def test_bad_settings_are_named(setting: str, value: Any, allowed: str) -> None:
@@ -134,3 +156,15 @@ def test_bad_settings_are_named(setting: str, value: Any, allowed: str) -> None:
 
 def test_probes_as_many_layers_as_it_is_told() -> None:
     assert QuickMerge(layers=3).probes == 3
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(30, 30), (64, 64), (5000, 64)])
+def test_voters_are_the_window_or_the_whole_prompt(tokens: int, rows: int) -> None:
+    assert QuickMerge(window=64).voters(tokens) == rows
+
+
+def test_recency_1_keeps_the_most_recent_tokens() -> None:
+    zeros = torch.zeros(1, 1, 20, 2)
+    view = TokenView(torch.zeros(1, 20, 1), attention=(AttentionTrace(zeros, zeros, zeros + 1, 1.0),))
+    plan = QuickMerge(keep=Count(6), layers=1, recency=1.0).plan(view)
+    assert plan.position[0].tolist() == [14, 15, 16, 17, 18, 19]

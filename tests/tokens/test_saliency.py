@@ -132,6 +132,31 @@ def test_attention_norm(view: TokenView, window: int, moment: int) -> None:
     assert (got[~valid] == 0).all()
 
 
+@prop(40)
+@given(probed(merged=None), st.integers(1, 12), moments, st.integers(0, 6), st.booleans())
+def test_votes_for_near_tokens_can_be_left_out(
+    view: TokenView, window: int, moment: int, nearest: int, norm: bool
+) -> None:
+    """Counted in positions and for each row on its own; the other probabilities stay what they were."""
+    (trace,) = view.attention
+    measure = attention_norm if norm else received_attention
+    each = nearest + torch.arange(len(view.valid))
+    got = measure(trace, view.valid, view.position, window, moment, each)
+    want = torch.zeros_like(got)
+    for row, head, tokens in cells(trace, view):
+        group = head // (trace.query.shape[1] // trace.key.shape[1])
+        voters = tokens[-window:]
+        votes = [slow_row(trace, view, row, head, i) for i in voters]
+        for j in tokens:
+            size = torch.linalg.vector_norm(trace.value[row, group, j]).item() if norm else 1.0
+            far = [v.get(j, 0.0) for i, v in zip(voters, votes, strict=True)
+                   if view.position[row, i] - view.position[row, j] >= each[row]]  # fmt: skip
+            want[row, head, j] = size * (math.fsum(p**moment for p in far) / len(voters)) ** (1 / moment)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    whole = measure(trace, view.valid, view.position, window, moment, nearest)
+    torch.testing.assert_close(got[0], whole[0], rtol=0, atol=1e-12)
+
+
 @prop(60)
 @given(probed())
 def test_attention_entropy(view: TokenView) -> None:

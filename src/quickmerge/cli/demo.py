@@ -108,8 +108,7 @@ def _gather(
         }
     last = found["reduced"][-1]
     shape, stats = model_shape(lm), last.stats
-    merges = len({n for n in stats.tokens_per_layer if n < stats.tokens_in})
-    spent = shape.prefill_flops(stats.tokens_per_layer) + shape.reducer_flops(method, stats.tokens_in, merges)
+    spent = shape.prefill_flops(stats.tokens_per_layer) + shape.reducer_flops(method, stats.tokens_per_layer)
     versions = environment()
     hardware = versions.pop("cpu") + (f", {versions['gpu']}" if versions["gpu"] != "none" else "")
     tokens = stats.tokens_per_layer
@@ -139,18 +138,14 @@ def _gather(
 def _print(console: Any, data: dict[str, Any], expected: str) -> None:
     from rich.table import Table
 
+    from quickmerge.hosts.summary import layer_runs
+
     full, reduced = data["full"], data["reduced"]
     console.print(f"\n[bold]{data['document_name']}[/], {data['tokens_in']:.0f} tokens, read by {data['model']}.")
     console.print(f"Question: {data['question']}  (in the document: {expected})\n")
     table = Table("", "all tokens", f"{data['reducer']}, keep {data['keep']:g}", "ratio")
     table.add_row("answer", full["answer"], reduced["answer"], "")
-    runs: list[list[Any]] = []
-    for i, n in enumerate(reduced["tokens_per_layer"]):
-        if runs and runs[-1][2] == n:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i, n])
-    for first, last, n in runs:
+    for first, last, n in layer_runs(reduced["tokens_per_layer"]):
         table.add_row(f"tokens read in layers {first}-{last}", f"{data['tokens_in']:.0f}", f"{n:.0f}",
                       f"{n / data['tokens_in']:.2f}")  # fmt: skip
 

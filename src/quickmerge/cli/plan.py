@@ -36,6 +36,7 @@ def plan(
     from rich.table import Table
 
     from quickmerge.evaluation.cost import break_even, model_shape, plan_cost
+    from quickmerge.hosts.summary import layer_runs
     from quickmerge.models import load_shape_only
     from quickmerge.tokens.schedule import Schedule
 
@@ -51,7 +52,7 @@ def plan(
         even = break_even(shape, method, schedule)
     lossy = cost.tokens_per_layer[-1] < tokens
     table = Table(title=f"{model}: {tokens} tokens, {reducer} keep {keep:g}", show_header=False)
-    for first, last, count in _runs(cost.tokens_per_layer):
+    for first, last, count in layer_runs(cost.tokens_per_layer):
         table.add_row(f"layers {first} to {last}", f"{count:g} tokens")
     table.add_row("prefill FLOPs", f"{cost.flops:.3g} of {cost.flops_full:.3g} ({100 * cost.flops_ratio:.1f} %)")
     table.add_row(
@@ -70,10 +71,3 @@ def plan(
         "flops_ratio": cost.flops_ratio, "cache_bytes": cost.cache_bytes, "cache_bytes_full": cost.cache_bytes_full,
         "cache_ratio": cost.cache_ratio, "expected_speedup": cost.speedup, "break_even_tokens": even, "lossy": lossy,
     })  # fmt: skip
-
-
-def _runs(counts: tuple[float, ...]) -> list[tuple[int, int, float]]:
-    out: list[tuple[int, int, float]] = []
-    for i, n in enumerate(counts):
-        out[-1:] = [(out[-1][0], i, n)] if out and out[-1][2] == n else [*out[-1:], (i, i, n)]
-    return out

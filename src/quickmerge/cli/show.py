@@ -40,6 +40,7 @@ def show(
     """Show the tokens of a text: kept, merged into what, dropped."""
     from rich.console import Console
 
+    from quickmerge.hosts.summary import layer_runs
     from quickmerge.report import token_map_figure, token_map_html, token_map_text, write_page
     from quickmerge.report.collect import token_cells
     from quickmerge.report.page import page
@@ -58,7 +59,8 @@ def show(
     name = file.name if file is not None else "text"
     kept = sum(c.anchor for c in cells)
     title = f"{name}: {kept} of {len(cells)} tokens kept by {reducer}"
-    caption = f"{model}, keep {keep:g}. The top block reads {kept} slots in place of {len(cells)} tokens."
+    runs = layer_runs(stats.tokens_per_layer)
+    caption = f"{model}, keep {keep:g}. Tokens read: " + ", ".join(f"{n:g} in blocks {a}-{b}" for a, b, n in runs) + "."
     token_map_text(cells, Console())
     print(stats, file=Console(stderr=True).file)
     if html is not None:

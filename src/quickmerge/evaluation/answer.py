@@ -97,7 +97,7 @@ def answer(
         )
     new = out[0, ids.shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True).strip()
-    return Answer(text, ids, clock.seconds, run.summary(), getattr(run, "plan", None))
+    return Answer(text, ids, clock.seconds, run.summary(), getattr(run, "main_plan", None))
 
 
 class _FirstToken:

@@ -64,8 +64,7 @@ def bench(
                 nll = document_nll(model, document, run)
                 stats = run.summary()
                 tokens = stats.tokens_per_layer
-                merges = len({n for n in tokens if n < stats.tokens_in})
-                flops = shape.prefill_flops(tokens) + shape.reducer_flops(reducer, stats.tokens_in, merges)
+                flops = shape.prefill_flops(tokens) + shape.reducer_flops(reducer, tokens)
                 whole = [stats.tokens_in] * len(tokens)
                 here.append({
                     "document": document.name, "kind": document.kind, "reducer": reducer.name, "keep": keep,

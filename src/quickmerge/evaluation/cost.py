@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,7 @@ import torch
 from torch import nn
 
 from quickmerge.reducers.base import Reducer
-from quickmerge.reducers.quickmerge import MOST_VOTERS
-from quickmerge.tokens.budget import Ratio, as_budget
+from quickmerge.tokens.budget import Count, Ratio, Remaining, as_budget
 from quickmerge.tokens.schedule import Schedule
 
 
@@ -45,14 +45,17 @@ class Shape:
         held = (n if w is None else min(n, w - 1) for n, w in zip(tokens, self.windows, strict=True))
         return sum(held) * each
 
-    def reducer_flops(self, reducer: Reducer, tokens: float, merges: int) -> float:
-        """Operations of the reducer itself: attention rows of its votes in the probed blocks, and the merge."""
-        window = getattr(reducer, "window", 0)
-        if isinstance(window, float):
-            window = min(MOST_VOTERS, window * tokens * (reducer.keep if isinstance(reducer.keep, float) else 0.4))
-        rows = min(window, tokens)
-        votes = reducer.probes * 2 * rows * tokens * self.heads * self.head_dim
-        return merges * (votes + 2 * tokens * self.width)
+    def reducer_flops(self, reducer: Reducer, tokens: Sequence[float]) -> float:
+        """Operations of the reducer itself in a prefill in which block i reads ``tokens[i]`` tokens.
+
+        For every merge, ``2 w n H d`` for the scores of its w voters in each probed block, and ``2 n D`` to merge.
+        """
+        total = 0.0
+        for before, after in itertools.pairwise(tokens):
+            if after < before:
+                votes = reducer.probes * 2 * reducer.voters(before) * before * self.heads * self.head_dim
+                total += votes + 2 * before * self.width
+        return total
 
 
 def model_shape(model: nn.Module | Any) -> Shape:
@@ -115,21 +118,20 @@ def plan_cost(shape: Shape, reducer: Reducer, schedule: Schedule, tokens: int, p
     depth = len(shape.weights)
     stages = schedule.stages(reducer.keep, depth)
     per_layer = [float(tokens)] * depth
-    merges = 0
     for stage in stages:
-        budget = as_budget(stage.keep)
+        budget, before = as_budget(stage.keep), per_layer[stage.layer]
         if isinstance(budget, Ratio):
-            kept = float(int(tokens * budget.keep + 0.5 + 1e-9))
-        elif hasattr(budget, "tokens"):
+            kept = _half_up(tokens * budget.keep)
+        elif isinstance(budget, Remaining):
+            kept = _half_up(before * budget.share)
+        elif isinstance(budget, Count):
             kept = float(budget.tokens)
         else:
             raise ValueError(f"keep must be a share or a count to plan ahead, got {reducer.keep!r}")
-        kept = min(max(kept, float(min(protected, tokens))), per_layer[stage.layer])
-        merges += kept < per_layer[stage.layer]
-        for layer in range(stage.layer, depth):
-            per_layer[layer] = kept
+        kept = min(max(kept, float(min(protected, tokens))), before)
+        per_layer[stage.layer :] = [kept] * (depth - stage.layer)
     full = [float(tokens)] * depth
-    own = shape.reducer_flops(reducer, tokens, merges)
+    own = shape.reducer_flops(reducer, per_layer)
     return Cost(
         tokens_per_layer=tuple(per_layer),
         flops=shape.prefill_flops(per_layer) + own,
@@ -137,6 +139,11 @@ def plan_cost(shape: Shape, reducer: Reducer, schedule: Schedule, tokens: int, p
         cache_bytes=shape.cache_bytes(per_layer),
         cache_bytes_full=shape.cache_bytes(full),
     )
+
+
+def _half_up(x: float) -> float:
+    """As `quickmerge.tokens.budget.round_half_up`, for one number."""
+    return float(int(x + 0.5 + 1e-9))
 
 
 def break_even(shape: Shape, reducer: Reducer, schedule: Schedule, protected: int = 20) -> int | None:

@@ -1,13 +1,15 @@
 """Block-causal mode: keys and values of finished chunks are merged once they have left the recent window.
 
 Query t sees chunk c as slots from the moment ``t >= end_c + window`` (its closing time) and as single tokens before,
-whether the text is fed whole, in pieces or token by token. Budget and statistics of a chunk come from that chunk
-alone, so nothing after t can change a logit at or before t.
+whether the text is fed whole, in pieces or token by token. Budget and statistics of a chunk come from that chunk and
+the window that follows it, all of it read before the closing time, so nothing after t can change a logit at or
+before t.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -21,7 +23,7 @@ from quickmerge.hosts.attention import AttentionFunction, mask_function, proport
 from quickmerge.hosts.causal_lm import Run
 from quickmerge.hosts.structure import Decoder
 from quickmerge.reducers.base import Reducer
-from quickmerge.tokens.plan import MergePlan
+from quickmerge.tokens.budget import Budget
 from quickmerge.tokens.saliency import AttentionTrace
 from quickmerge.tokens.view import TokenView
 
@@ -82,6 +84,22 @@ class ChunkedLayer(DynamicLayer):  # type: ignore[misc]
         super().reset()
         self.absorbed = self.slots = 0
         self.query = self.valid = self.size = None
+
+
+@dataclass(frozen=True)
+class ChunkBudget:
+    """What ``budget`` says of the first ``chunk`` tokens alone, and every token after them besides."""
+
+    budget: Budget
+    chunk: int
+
+    def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
+        inside = slice(None, self.chunk)
+        alone = TokenView(
+            view.hidden[:, inside], protected=view.protected[:, inside], position=view.position[:, inside]
+        )
+        wanted = self.budget.count(TokenView(**parts), None if saliency is None else saliency[:, inside])
+        return wanted + view.valid.shape[1] - self.chunk
 
 
 class BlockCausalRun(Run):
@@ -187,42 +205,41 @@ class BlockCausalRun(Run):
     ) -> tuple[Tensor, Tensor]:
         """Replace the oldest unabsorbed chunk by its slots.
 
-        A slot keeps its anchor's key, already rotated to the anchor's own position, since rotated keys must not be
-        averaged; its value is the weighted mean of its members' values.
+        The reducer sees the chunk and the window after it, whose tokens vote and are protected. A slot keeps its
+        anchor's key, already rotated to the anchor's own position, since rotated keys must not be averaged; its value
+        is the weighted mean of its members' values.
         """
         assert held.query is not None
-        start, c = held.slots, self.chunk
-        inside = slice(start, start + c)
-        place = torch.arange(held.absorbed, held.absorbed + c, device=key.device).expand(len(key), -1)
+        start, c, n = held.slots, self.chunk, self.chunk + self.window
+        inside = slice(start, start + n)
+        index = torch.arange(n, device=key.device).expand(len(key), -1)
         trace = AttentionTrace(
-            held.query[:, :, :c],
+            held.query[:, :, :n],
             key[:, :, inside],
             value[:, :, inside],
             held.query.shape[-1] ** -0.5 if scaling is None else scaling,
         )
         view = TokenView(
             hidden=value[:, :, inside].transpose(1, 2).flatten(2),
-            position=place,
-            protected=place < self.sinks,
+            position=held.absorbed + index,
+            protected=(held.absorbed + index < self.sinks) | (index >= c),
             attention=(trace,) if self.reducer.probes else (),
         )
-        plan = self.reducer.plan(view)
-        slot_key, slot_value = self._slots(plan, trace, held.absorbed)
+        plan = replace(self.reducer, keep=ChunkBudget(self.reducer.budget, c)).plan(view)
+        # Padding slots stand on the left, so the window's own slots are the last ones of every row.
+        slots = plan.slots - self.window
+        position, valid, size = plan.position[:, :slots], plan.valid[:, :slots], plan.size[:, :slots]
+        anchor = (position - held.absorbed).clamp_min(0)[:, None, :, None]
+        slot_key = trace.key.gather(2, anchor.expand(-1, trace.key.shape[1], -1, trace.key.shape[3]))
+        slot_value = plan.merge(trace.value.transpose(1, 2))[:, :slots].transpose(1, 2)
         key = torch.cat([key[:, :, :start], slot_key, key[:, :, start + c :]], 2)
         value = torch.cat([value[:, :, :start], slot_value, value[:, :, start + c :]], 2)
-        if held.valid is not None or not bool(plan.valid.all()):
-            before = plan.valid.new_ones(len(key), start) if held.valid is None else held.valid
-            held.valid = torch.cat([before, plan.valid], 1)
-        held.size = plan.size if held.size is None else torch.cat([held.size, plan.size], 1)
+        if held.valid is not None or not bool(valid.all()):
+            before = valid.new_ones(len(key), start) if held.valid is None else held.valid
+            held.valid = torch.cat([before, valid], 1)
+        held.size = size if held.size is None else torch.cat([held.size, size], 1)
         held.query = held.query[:, :, c:]
-        held.slots, held.absorbed = held.slots + plan.slots, held.absorbed + c
-        return key, value
-
-    @staticmethod
-    def _slots(plan: MergePlan, trace: AttentionTrace, first: int) -> tuple[Tensor, Tensor]:
-        index = (plan.position - first).clamp_min(0)[:, None, :, None]
-        key = trace.key.gather(2, index.expand(-1, trace.key.shape[1], -1, trace.key.shape[3]))
-        value = plan.merge(trace.value.transpose(1, 2)).transpose(1, 2)
+        held.slots, held.absorbed = held.slots + slots, held.absorbed + c
         return key, value
 
     def tokens_per_layer(self) -> list[float]:

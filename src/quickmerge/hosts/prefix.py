@@ -62,8 +62,22 @@ class PrefixRun(Run):
         """The plan of each merge of the last prompt, from the lowest block up."""
         self.protected: Tensor | None = None
         """``(B, N)`` bool: the tokens of the last prompt that were kept out of merging."""
-        self.plan: MergePlan | None = None
+        self.composed: list[MergePlan] = []
+        """The same merges, each composed with those below it: from the prompt's N tokens to slots."""
+
+    @property
+    def plan(self) -> MergePlan | None:
         """All merges of the last prompt composed: from its N tokens to the slots that the top block read."""
+        return self.composed[-1] if self.composed else None
+
+    @property
+    def main_plan(self) -> MergePlan | None:
+        """From the prompt's N tokens to the slots that most of the reduced blocks read."""
+        if not self.composed:
+            return None
+        ends = [*list(self.stages)[1:], len(self.decoder)]
+        blocks = [end - start for start, end in zip(self.stages, ends, strict=True)]
+        return self.composed[blocks.index(max(blocks))]
 
     def __enter__(self) -> Run:
         super().__enter__()
@@ -100,7 +114,7 @@ class PrefixRun(Run):
                 segment.masks = {}
             return {}
         self._check_cache(cache)
-        self._traces, self.plans, self.plan = {}, [], None
+        self._traces, self.plans, self.composed = {}, [], []
         valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
         if valid.shape != ids.shape[:2]:
             raise QuickmergeError(f"attention_mask must be {tuple(ids.shape[:2])}, got {tuple(valid.shape)}")
@@ -225,7 +239,7 @@ class PrefixRun(Run):
         same = bool((plan.valid.sum(-1) == view.valid.sum(-1)).all())
         plan = MergePlan.identity(view) if same else plan
         self.plans.append(plan)
-        self.plan = plan if self.plan is None else self.plan.compose(plan)
+        self.composed.append(plan if self.plan is None else self.plan.compose(plan))
         if not same:
             hidden = plan.merge(hidden)
             prompt.segments[index] = Segment.from_plan(plan, position_ids, prompt.valid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,12 +54,7 @@ class RunStats:
     def __str__(self) -> str:
         if not self.tokens_per_layer:
             return f"{self.reducer} ({self.mode}): nothing has been read yet"
-        runs: list[tuple[int, int, float]] = []
-        for i, n in enumerate(self.tokens_per_layer):
-            if runs and runs[-1][2] == n:
-                runs[-1] = (runs[-1][0], i, n)
-            else:
-                runs.append((i, i, n))
+        runs = layer_runs(self.tokens_per_layer)
         layers = ", ".join(f"{n:g} in layers {a}-{b}" if a != b else f"{n:g} in layer {a}" for a, b, n in runs)
         ratio = self.cache_bytes / self.cache_bytes_full if self.cache_bytes_full else 1.0
         held, full = self.cache_bytes / 2**20, self.cache_bytes_full / 2**20
@@ -69,6 +65,14 @@ class RunStats:
             f"  decode:  {self.decode_steps} steps, {1e3 * self.decode_seconds_per_token:.1f} ms each\n"
             f"  cache:   {held:.2f} MiB, {100 * ratio:.0f} % of {full:.2f} MiB"
         )
+
+
+def layer_runs(counts: Sequence[float]) -> list[tuple[int, int, float]]:
+    """Neighbouring layers with the same count as ``(first, last, count)``."""
+    out: list[tuple[int, int, float]] = []
+    for i, n in enumerate(counts):
+        out[-1:] = [(out[-1][0], i, n)] if out and out[-1][2] == n else [*out[-1:], (i, i, n)]
+    return out
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -39,5 +40,8 @@ class Attention(ScoreReducer):
     def probes(self) -> int:  # noqa: D102
         return self.layers
 
+    def voters(self, tokens: float) -> float:  # noqa: D102
+        return min(float(self.window), tokens)
+
     def score(self, view: TokenView) -> Tensor:  # noqa: D102
-        return mean_attention(view, self.window, received_attention)
+        return mean_attention(view, partial(received_attention, window=self.window))

@@ -42,6 +42,10 @@ class Reducer(ABC):
         """How many layers below the merge must hand over their queries, keys and values; 0 for none."""
         return 0
 
+    def voters(self, tokens: float) -> float:
+        """How many query rows of each probed layer the reducer reads, of a prompt of ``tokens`` tokens."""
+        return 0.0
+
     @property
     def budget(self) -> Budget:
         """`keep` as a budget."""
@@ -65,9 +69,7 @@ class ScoreReducer(Reducer):
         return MergePlan.from_anchors(view, select(score, self.budget.count(view, score), view))
 
 
-def mean_attention(
-    view: TokenView, window: int | Tensor, measure: Callable[[AttentionTrace, Tensor, Tensor, int | Tensor], Tensor]
-) -> Tensor:
+def mean_attention(view: TokenView, measure: Callable[[AttentionTrace, Tensor, Tensor], Tensor]) -> Tensor:
     """Mean of an attention statistic over the probed layers and their heads: ``(B, N)``.
 
     Raises:
@@ -75,7 +77,7 @@ def mean_attention(
     """
     if not view.attention:
         raise ValueError("attention must hold at least one layer's trace for this reducer, got none")
-    per_layer = [measure(t, view.valid, view.position, window).mean(1) for t in view.attention]
+    per_layer = [measure(t, view.valid, view.position).mean(1) for t in view.attention]
     return torch.stack(per_layer).mean(0)
 
 

@@ -3,7 +3,7 @@
 Pure tensors: nothing in here knows a model.
 """
 
-from quickmerge.tokens.budget import Budget, Count, Entropy, Mass, Ratio, as_budget
+from quickmerge.tokens.budget import Budget, Count, Entropy, Mass, Ratio, Remaining, as_budget
 from quickmerge.tokens.plan import MergePlan
 from quickmerge.tokens.saliency import AttentionTrace, attention_entropy, attention_norm, received_attention
 from quickmerge.tokens.schedule import Schedule, Stage
@@ -17,6 +17,7 @@ __all__ = [
     "Mass",
     "MergePlan",
     "Ratio",
+    "Remaining",
     "Schedule",
     "Stage",
     "TokenView",

@@ -57,6 +57,19 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Remaining:
+    """Keep a share of the tokens that are there by now, whatever the row was cut from: what later merges go by."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        _share("share", self.share)
+
+    def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
+        return _clamp(round_half_up(view.valid.sum(-1).double() * self.share), view)
+
+
+@dataclass(frozen=True)
 class Count:
     """Keep exactly ``tokens`` tokens of each row (all of them where the row is shorter)."""
 

@@ -59,22 +59,22 @@ def _probabilities(trace: AttentionTrace, rows: Tensor, valid: Tensor, position:
     return probs, lse
 
 
-def last_rows(valid: Tensor, window: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the last ``window`` valid tokens of each row and which of them are real, both ``(B, w)``.
-
-    ``window`` is one number, or ``(B,)`` with one for each row; w is the largest.
-    """
+def last_rows(valid: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Indices of the last ``window`` valid tokens of each row and which of them are real, both ``(B, w)``."""
     n = valid.shape[1]
-    each = torch.as_tensor(window, device=valid.device).expand(len(valid))
-    w = min(int(each.max()), n)
     end = (torch.arange(n, device=valid.device) * valid).amax(-1)
-    rows = end[:, None] - torch.arange(w - 1, -1, -1, device=valid.device)
-    real = (rows >= 0) & valid.gather(1, rows.clamp_min(0)) & (rows > end[:, None] - each[:, None])
+    rows = end[:, None] - torch.arange(min(window, n) - 1, -1, -1, device=valid.device)
+    real = (rows >= 0) & valid.gather(1, rows.clamp_min(0))
     return rows.clamp_min(0), real
 
 
 def received_attention(
-    trace: AttentionTrace, valid: Tensor, position: Tensor, window: int | Tensor, moment: int = 1
+    trace: AttentionTrace,
+    valid: Tensor,
+    position: Tensor,
+    window: int,
+    moment: int = 1,
+    nearest: int | Tensor = 0,
 ) -> Tensor:
     """Attention that each token receives from the last ``window`` tokens of its row.
 
@@ -83,20 +83,26 @@ def received_attention(
     Args:
         trace: one layer.
         valid, position: ``(B, N)``, as in TokenView.
-        window: w, the query rows that vote; ``(B,)`` for a number of its own for each row.
+        window: w, the query rows that vote.
         moment: m; 1 is the mean, 2 the root mean square, which heeds a token that few rows need much.
+        nearest: count only votes for tokens at least this many positions before the voter; ``(B,)`` for a number
+            of its own for each row. Probabilities stay those of the whole attention row.
 
     Returns:
-        ``(B, H, N)``, zero for padding; with ``moment=1`` it sums to one over the tokens of a row.
+        ``(B, H, N)``, zero for padding; with ``moment=1`` and ``nearest=0`` it sums to one over the tokens of a row.
 
     Note: a statistic of the whole sequence, so for prompts that are fully known. For sequences that are being
     scored, take it inside finished chunks only.
     """
     rows, real = last_rows(valid, window)
+    near = None if isinstance(nearest, int) and nearest <= 0 else torch.as_tensor(nearest).to(rows).view(-1, 1, 1)
     total = torch.zeros(1)
     for start in range(0, rows.shape[1], BLOCK):
         part = slice(start, start + BLOCK)
         probs, _ = _probabilities(trace, rows[:, part], valid, position)
+        if near is not None:
+            distance = position.gather(1, rows[:, part])[..., None] - position[:, None, :]
+            probs = probs.masked_fill_((distance < near)[:, None, None], 0)
         if moment != 1:
             probs = probs.pow_(moment)
         probs = (real[:, None, None, None, part].to(probs.dtype) @ probs).squeeze(-2)
@@ -106,15 +112,20 @@ def received_attention(
 
 
 def attention_norm(
-    trace: AttentionTrace, valid: Tensor, position: Tensor, window: int | Tensor, moment: int = 2
+    trace: AttentionTrace,
+    valid: Tensor,
+    position: Tensor,
+    window: int,
+    moment: int = 2,
+    nearest: int | Tensor = 0,
 ) -> Tensor:
     """Size of what each token contributes to the outputs of the last ``window`` tokens, ``(B, H, N)``.
 
     ``a_hj = (1/w sum_i ||p_hij v_hj||^m)^(1/m) = r_hj ||v_hj||``: with ``moment=2`` the root mean square length of
     the vectors that the token adds to those outputs. This is the attention-norm magnitude that QuickMerge++
-    (arXiv 2508.13204) keeps tokens by.
+    (arXiv 2508.13204) keeps tokens by. Arguments as for `received_attention`.
     """
-    received = received_attention(trace, valid, position, window, moment)
+    received = received_attention(trace, valid, position, window, moment, nearest)
     norm: Tensor = torch.linalg.vector_norm(trace.value.to(received.dtype), dim=-1)
     return received * norm.repeat_interleave(received.shape[1] // norm.shape[1], dim=1)
 

@@ -6,15 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quickmerge.tokens.budget import Budget, as_budget
+from quickmerge.tokens.budget import Budget, Remaining, as_budget
 
-DEFAULT_DEPTH = 2 / 15
+FIRST_DEPTH = 2 / 15
 """Where the first merge goes by default, as a share of the depth: block 4 of 30."""
+
+LAST_DEPTH = 5 / 6
+"""Where the last merge goes by default: block 25 of 30. The blocks above it hardly read the prompt any more."""
+
+LAST_DECAY = 0.15
+"""What the default's last merge keeps of what the first one left."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One merge: before block ``layer``, down to ``keep`` of the original tokens."""
+    """One merge: before block ``layer``, down to ``keep`` of the original tokens (or what a budget says)."""
 
     layer: int
     keep: float | Budget
@@ -26,7 +32,9 @@ class Schedule:
 
     ``keep`` is the mean share of tokens that the blocks from the first merge on read, so every schedule with the
     same first block and the same ``keep`` costs the same. With stage s covering d_s blocks,
-    ``keep_s = c * decay^s`` (at most 1) with c such that ``sum_s d_s keep_s = keep * sum_s d_s``.
+    ``keep_s = c * decay^s`` (at most 1) with c such that ``sum_s d_s keep_s = keep * sum_s d_s``. A budget that
+    is no plain share (a count, an entropy) rules the first merge alone; each later one keeps ``decay`` of what is
+    left by then.
 
     Args:
         layers: blocks that read a newly reduced sequence, rising.
@@ -49,13 +57,18 @@ class Schedule:
 
     @classmethod
     def of(cls, layer: int | Sequence[int] | None, depth: int) -> Schedule:
-        """The schedule a user means by ``layer`` in a model of ``depth`` blocks; None is the default depth.
+        """The schedule a user means by ``layer`` in a model of ``depth`` blocks.
+
+        None is the default: one merge early, where it saves most, and one near the top, where the prompt is hardly
+        read any more.
 
         Raises:
             ValueError: if a block lies outside 1..depth-1.
         """
         if layer is None:
-            layer = min(depth - 1, max(1, math.floor(DEFAULT_DEPTH * depth + 0.5)))
+            first = min(depth - 1, max(1, math.floor(FIRST_DEPTH * depth + 0.5)))
+            last = math.floor(LAST_DEPTH * depth + 0.5)
+            return cls((first, last), LAST_DECAY) if first < last < depth else cls((first,))
         layers = tuple(layer) if isinstance(layer, Sequence) else (layer,)
         schedule = cls(layers)
         schedule.check(depth)
@@ -70,14 +83,12 @@ class Schedule:
         """The merges, for a share or budget ``keep``.
 
         Raises:
-            ValueError: if a budget that is not a plain share meets several merges, or a block is out of range.
+            ValueError: if ``keep`` is neither a number in (0, 1] nor a budget, or a block is out of range.
         """
         self.check(depth)
         as_budget(keep)
-        if len(self.layers) == 1:
-            return [Stage(self.layers[0], keep)]
-        if not isinstance(keep, (int, float)):
-            raise ValueError(f"keep must be a number in (0, 1] with several merge layers, got {keep!r}")
+        if len(self.layers) == 1 or not isinstance(keep, (int, float)):
+            return [Stage(self.layers[0], keep), *(Stage(layer, Remaining(self.decay)) for layer in self.layers[1:])]
         spans = [b - a for a, b in zip(self.layers, (*self.layers[1:], depth), strict=True)]
         shares = [self.decay**s for s in range(len(spans))]
         target = keep * sum(spans)
