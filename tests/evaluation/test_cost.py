@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from quickmerge.evaluation.cost import break_even, model_shape, plan_cost
+from quickmerge.evaluation.cost import Shape, break_even, model_shape, plan_cost
 from quickmerge.hosts import reduce
 from quickmerge.hosts.summary import cache_bytes
 from quickmerge.reducers import QuickMerge, Random
@@ -43,6 +45,24 @@ def test_a_count_can_be_planned_and_an_entropy_budget_can_not(tiny_llama) -> Non
         plan_cost(shape, QuickMerge(keep=Entropy()), Schedule((1,)), 100)
 
 
+def test_several_merges_can_be_planned(tiny_llama) -> None:
+    shape = replace(model_shape(tiny_llama), weights=(1,) * 4, windows=(None,) * 4)
+    assert plan_cost(shape, Random(keep=0.5), Schedule((1, 3), 0.5), 100).tokens_per_layer == (100.0, 60.0, 60.0, 30.0)
+    by_count = plan_cost(shape, Random(keep=Count(50)), Schedule((1, 3), 0.45), 100)
+    assert by_count.tokens_per_layer == (100.0, 50.0, 50.0, 23.0)
+
+
+def test_the_reducer_s_own_operations() -> None:
+    """Scores of its voters against all tokens in each probed block, and one weighted sum, at every merge."""
+    shape = Shape((0,) * 4, 8, 2, 1, 4, windows=(None,) * 4)
+    reducer = QuickMerge(layers=2, window=10)
+    first, second = (2 * (2 * 10 * n * 2 * 4) + 2 * n * 8 for n in (100, 40))
+    assert shape.reducer_flops(reducer, [100, 40, 40, 5]) == first + second
+    assert shape.reducer_flops(reducer, [100, 6, 6, 5]) == first + 2 * (2 * 6 * 6 * 2 * 4) + 2 * 6 * 8
+    assert shape.reducer_flops(reducer, [100] * 4) == 0
+    assert shape.reducer_flops(Random(), [100, 40, 40, 40]) == 2 * 100 * 8
+
+
 def test_break_even_is_the_first_length_that_saves(tiny_llama) -> None:
     shape, schedule = model_shape(tiny_llama), Schedule((1,))
     reducer = QuickMerge(keep=0.5)
@@ -54,8 +74,6 @@ def test_break_even_is_the_first_length_that_saves(tiny_llama) -> None:
 
 
 def test_a_sliding_window_caps_attention_and_cache() -> None:
-    from quickmerge.evaluation.cost import Shape
-
     shape = Shape((0,), 8, 2, 1, 4, windows=(10,))
     full = Shape((0,), 8, 2, 1, 4, windows=(None,))
     assert shape.prefill_flops([8.0]) == full.prefill_flops([8.0])

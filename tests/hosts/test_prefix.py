@@ -532,9 +532,24 @@ def test_what_is_no_reducer_is_named(reducer: Any) -> None:
         qm.reduce(build("llama"), reducer)
 
 
-def test_several_merges_take_a_plain_share() -> None:
-    with pytest.raises(ValueError, match="with several merge layers"):
-        qm.reduce(build("llama"), qm.Uniform(keep=qm.Count(10)), layer=[1, 2])
+def test_a_count_rules_the_first_of_several_merges() -> None:
+    model = build("llama")
+    schedule = Schedule((1, 3), 0.5)
+    with torch.no_grad(), qm.reduce(model, qm.Uniform(keep=qm.Count(30)), layer=schedule, recent=5) as run:
+        model(tokens(1, 60))
+    assert run.summary().tokens_per_layer == [60, 30, 30, 15]
+
+
+@pytest.mark.parametrize(("layers", "slots"), [((1, 2), 18), ((1, 3), 40), ((2, 3), 40)])
+def test_the_main_plan_is_of_the_longest_stretch_of_blocks(layers: tuple[int, int], slots: int) -> None:
+    """The first of several that are equally long."""
+    model = build("llama")
+    reducer = qm.Uniform(keep=qm.Count(40))
+    with torch.no_grad(), qm.reduce(model, reducer, layer=Schedule(layers, 0.45), recent=5) as run:
+        assert run.main_plan is None and run.plan is None
+        model(tokens(1, 60))
+        assert run.main_plan.slots == slots and run.plan.slots == 18
+        assert int(run.main_plan.slot.max()) < slots and run.main_plan.slot.shape == (1, 60)
 
 
 @pytest.mark.parametrize(

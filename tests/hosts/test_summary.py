@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import quickmerge as qm
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.hosts import observe
-from quickmerge.hosts.summary import RunStats, cache_bytes, cache_bytes_full
+from quickmerge.hosts.summary import RunStats, cache_bytes, cache_bytes_full, layer_runs
 
 SETTINGS: dict[str, Any] = {"layer": 2, "sinks": 2, "recent": 5}
 
@@ -58,6 +58,19 @@ def test_the_bytes_of_an_unreduced_cache_are_its_full_bytes() -> None:
             cache = model(tokens(1, 30)).past_key_values
         assert cache_bytes(cache) == cache_bytes_full(cache, 30, windows) > 0
     assert cache_bytes(DynamicCache()) == cache_bytes_full(DynamicCache(), 5, ()) == 0
+
+
+@pytest.mark.parametrize(
+    ("counts", "runs"),
+    [
+        ([], []),
+        ([5.0], [(0, 0, 5.0)]),
+        ([5, 5, 2], [(0, 1, 5), (2, 2, 2)]),
+        ([1, 2, 1], [(0, 0, 1), (1, 1, 2), (2, 2, 1)]),
+    ],
+)
+def test_layer_runs(counts: list[float], runs: list[tuple[int, int, float]]) -> None:
+    assert layer_runs(counts) == runs
 
 
 def test_counts_of_a_generation() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import FLOATS, alone, counts, generator, plain_budgets, prop, saliency_budgets, seeds, shares, views
 from torch import Tensor
 
-from quickmerge.tokens import Budget, Count, Entropy, Mass, Ratio, TokenView, as_budget
+from quickmerge.tokens import Budget, Count, Entropy, Mass, Ratio, Remaining, TokenView, as_budget
 from quickmerge.tokens.budget import round_half_up, select
 
 
@@ -59,6 +59,17 @@ def test_ratio_is_of_the_original_length(view: TokenView, keep: float) -> None:
 )
 def test_ratio_rounds_to_the_nearest_and_halves_up(keep: float, length: int, count: int) -> None:
     assert Ratio(keep).count(TokenView(torch.zeros(1, length, 1)), None).tolist() == [count]
+
+
+@prop(60)
+@given(views(), shares)
+def test_remaining_is_of_the_tokens_that_are_left(view: TokenView, share: float) -> None:
+    got = Remaining(share).count(view, None)
+    assert got.dtype == torch.long and got.shape == view.length.shape
+    for row, left in enumerate(view.valid.sum(-1).tolist()):
+        exact = Fraction(share) * left
+        wanted = {clamped(half_up(exact + nudge), view, row) for nudge in (0, Fraction(1, 10**8))}
+        assert int(got[row]) in wanted
 
 
 def test_round_half_up_is_not_bankers_rounding() -> None:
@@ -219,7 +230,7 @@ def test_select_puts_protected_tokens_before_scores_of_infinity() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -0.1, 1.0001, math.nan, math.inf, "0.5", None])
-@pytest.mark.parametrize(("make", "name"), [(Ratio, "keep"), (Mass, "mass")])
+@pytest.mark.parametrize(("make", "name"), [(Ratio, "keep"), (Remaining, "share"), (Mass, "mass")])
 def test_a_share_outside_its_range_is_refused(make: Any, name: str, value: Any) -> None:
     with pytest.raises(ValueError) as error:
         make(value)

@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import prop
 
-from quickmerge.tokens import Count, Entropy, Mass, Ratio, Schedule, Stage
-from quickmerge.tokens.schedule import DEFAULT_DEPTH
+from quickmerge.tokens import Count, Entropy, Mass, Ratio, Remaining, Schedule, Stage
+from quickmerge.tokens.schedule import FIRST_DEPTH, LAST_DECAY, LAST_DEPTH
 
 layer_sets = st.sets(st.integers(1, 39), min_size=1, max_size=6).map(lambda s: tuple(sorted(s)))
 keeps = st.floats(0.01, 1.0) | st.just(1.0)
@@ -70,9 +70,9 @@ def test_a_single_merge_hands_keep_on_as_it_is(keep: Any) -> None:
 
 
 @pytest.mark.parametrize("keep", [Count(7), Entropy(), Mass(0.8), Ratio(0.4)])
-def test_several_merges_need_a_plain_share(keep: Any) -> None:
-    with pytest.raises(ValueError, match=r"keep must be a number in \(0, 1\] with several merge layers, got"):
-        Schedule((2, 5)).stages(keep, 12)
+def test_a_budget_rules_the_first_of_several_merges(keep: Any) -> None:
+    stages = Schedule((2, 5, 7), 0.3).stages(keep, 12)
+    assert stages == [Stage(2, keep), Stage(5, Remaining(0.3)), Stage(7, Remaining(0.3))]
 
 
 @pytest.mark.parametrize("keep", [0, 1.5, -1, math.nan, None, True])
@@ -108,17 +108,24 @@ def test_a_block_past_the_last_is_refused(layers: tuple[int, ...]) -> None:
         Schedule.of(layers, 12)
 
 
-@pytest.mark.parametrize("depth", [2, 3, 4, 6, 12, 24, 26, 30, 32, 80])
-def test_the_default_depth_is_the_nearest_block_that_is_allowed(depth: int) -> None:
-    (layer,) = Schedule.of(None, depth).layers
-    distance = {block: abs(block - DEFAULT_DEPTH * depth) for block in range(1, depth)}
-    assert distance[layer] == min(distance.values())
+@pytest.mark.parametrize(
+    ("depth", "layers"),
+    [(2, (1,)), (3, (1,)), (4, (1, 3)), (6, (1, 5)), (12, (2, 10)), (24, (3, 20)), (26, (3, 22)), (30, (4, 25)),
+     (32, (4, 27)), (80, (11, 67))],
+)  # fmt: skip
+def test_the_default_merges_early_and_near_the_top(depth: int, layers: tuple[int, ...]) -> None:
+    assert Schedule.of(None, depth).layers == layers
+    assert abs(layers[0] - FIRST_DEPTH * depth) <= max(0.5, 1 - FIRST_DEPTH * depth)
+    assert len(layers) == 1 or abs(layers[1] - LAST_DEPTH * depth) <= 0.5
 
 
 @prop(50)
-@given(st.integers(2, 200))
-def test_the_default_depth_is_always_allowed(depth: int) -> None:
-    assert 1 <= Schedule.of(None, depth).layers[0] <= depth - 1
+@given(st.integers(2, 200), keeps)
+def test_the_default_is_always_allowed(depth: int, keep: float) -> None:
+    schedule = Schedule.of(None, depth)
+    schedule.check(depth)
+    assert len(schedule.layers) == 1 or schedule.decay == LAST_DECAY
+    assert all(0 < float(stage.keep) <= 1 for stage in schedule.stages(keep, depth))
 
 
 def test_of_takes_one_block_or_several() -> None:

@@ -95,9 +95,7 @@ class ChunkBudget:
 
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
         inside = slice(None, self.chunk)
-        alone = TokenView(
-            view.hidden[:, inside], protected=view.protected[:, inside], position=view.position[:, inside]
-        )
+        parts = {name: getattr(view, name)[:, inside] for name in ("hidden", "protected", "position")}
         wanted = self.budget.count(TokenView(**parts), None if saliency is None else saliency[:, inside])
         return wanted + view.valid.shape[1] - self.chunk
 
