@@ -1,4 +1,4 @@
-"""Gather the benchmark documents: 24 to test on and 24 to develop on, a third each of prose, technical text and code.
+"""Gather the benchmark documents: 36 to test on and 36 to develop on, a third each of prose, technical text and code.
 
     python benchmarks/documents.py [--out DIR]
 
@@ -26,7 +26,7 @@ from quickmerge.models import cache_folder
 from quickmerge.models.cache import replacing_folder, writable
 from quickmerge.models.smollm2 import NAME, prepare
 
-PER_KIND = 8
+PER_KIND = 12
 MIN_TOKENS = 1300
 MAX_CHARACTERS = 40_000
 ENOUGH = 20

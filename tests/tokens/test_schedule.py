@@ -110,8 +110,8 @@ def test_a_block_past_the_last_is_refused(layers: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("depth", "layers"),
-    [(2, (1,)), (3, (1,)), (4, (1, 3)), (6, (1, 5)), (12, (2, 10)), (24, (3, 20)), (26, (3, 22)), (30, (4, 25)),
-     (32, (4, 27)), (80, (11, 67))],
+    [(2, (1,)), (3, (1,)), (4, (1, 3)), (6, (2, 5)), (12, (3, 10)), (24, (6, 20)), (26, (7, 22)), (30, (8, 25)),
+     (32, (9, 27)), (80, (21, 67))],
 )  # fmt: skip
 def test_the_default_merges_early_and_near_the_top(depth: int, layers: tuple[int, ...]) -> None:
     assert Schedule.of(None, depth).layers == layers

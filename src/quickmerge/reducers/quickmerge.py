@@ -47,7 +47,7 @@ class QuickMerge(Reducer):
     window: int = 64
     nearest: int = 64
     pool: int = 15
-    recency: float = 0.75
+    recency: float = 0.85
     merge: float = 0.1
     name: ClassVar[str] = "quickmerge"
     source: ClassVar[str] = "arXiv 2508.13204"

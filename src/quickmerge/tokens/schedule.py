@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from quickmerge.tokens.budget import Budget, Remaining, as_budget
 
-FIRST_DEPTH = 2 / 15
-"""Where the first merge goes by default, as a share of the depth: block 4 of 30."""
+FIRST_DEPTH = 4 / 15
+"""Where the first merge goes by default, as a share of the depth: block 8 of 30."""
 
 LAST_DEPTH = 5 / 6
 """Where the last merge goes by default: block 25 of 30. The blocks above it hardly read the prompt any more."""
