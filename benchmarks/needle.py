@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--documents", type=Path, default=None)
     parser.add_argument("--split", default="test", choices=["test", "dev"])
-    parser.add_argument("--reducer", default="quickmerge,attention,truncate,random")
+    parser.add_argument("--reducer", default="quickmerge,quickmerge:recency=0.5,attention,truncate,random")
     parser.add_argument("--keep", default="0.2,0.42,0.6")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--layer", type=lambda text: [int(i) for i in text.split(",")], default=None)

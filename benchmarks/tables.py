@@ -112,6 +112,25 @@ def speed() -> str:
     return markdown(headers, body)
 
 
+def needle() -> str:
+    """A fact in the middle: how often it is still found, in all and by where it stood."""
+    rows = sorted(rows_of("needle"), key=lambda r: (-r["keep"], r["nll"]))
+    depths = list(rows[0]["exact_by_depth"])
+    body = [
+        [
+            r["reducer"] if r["keep"] < 1 else "all tokens",
+            f"{r['keep']:g}",
+            f"{r['flops_ratio']:.2f}",
+            f"{r['nll']:.3f}",
+            f"{100 * r['exact']:.0f} %",
+            *(f"{100 * r['exact_by_depth'][d]:.0f} %" for d in depths),
+        ]
+        for r in rows
+    ]
+    headers = ["reducer", "keep", "FLOPs", "NLL of the code", "code right", *(f"at {float(d):.0%}" for d in depths)]
+    return markdown(headers, body)
+
+
 def block_causal() -> str:
     """Perplexity with a bounded cache."""
     rows = sorted(rows_of("block_causal"), key=lambda r: (-r["keep"], r["perplexity"]))
@@ -148,7 +167,9 @@ def matrix() -> str:
     return markdown(headers, [[f, *(cell(f, *column) for column in columns)] for f in families])
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (recovery, kinds, short, speed, block_causal, matrix)}
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (recovery, kinds, short, needle, speed, block_causal, matrix)
+}
 
 
 def main() -> int:

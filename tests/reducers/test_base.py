@@ -291,6 +291,35 @@ def test_an_unknown_reducer_is_refused_with_the_names_that_are_known(name: str, 
     assert all(known in str(error.value) for known in NAMES)
 
 
+@pytest.mark.parametrize("name", REDUCERS)
+def test_a_label_is_the_name_and_names_the_reducer(name: str) -> None:
+    reducer = make_reducer(name, keep=0.3)
+    assert reducer.label == name and make_reducer(reducer.label, keep=0.3) == reducer
+
+
+def test_settings_may_follow_a_name() -> None:
+    reducer = make_reducer("quickmerge:recency=0.5:pool=31", keep=0.3)
+    assert reducer == QuickMerge(keep=0.3, recency=0.5, pool=31)
+    assert reducer.label == "quickmerge:pool=31:recency=0.5" and make_reducer(reducer.label, keep=0.3) == reducer
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("quickmerge:recncy=0.5", "got 'recncy=0.5' (did you mean 'recency'?)"),
+        ("quickmerge:pool", "got 'pool'"),
+        ("quickmerge:keep=0.5", "got 'keep=0.5'"),
+        ("uniform:pool=3", "uniform takes settings as name=value with a name of (none), got 'pool=3'"),
+        ("quickmerge:pool=x", "pool must be a whole number of at least 1, got 'x'"),
+        ("quickmerge:merge=1.5", "merge must be a number in [0, 1], got 1.5"),
+    ],
+)
+def test_bad_settings_after_a_name_are_named(name: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        make_reducer(name)
+    assert message in str(error.value)
+
+
 def test_positive_int() -> None:
     positive_int("window", 1)
     with pytest.raises(ValueError, match=r"window must be a whole number of at least 1, got 1\.5"):

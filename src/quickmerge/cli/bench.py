@@ -32,7 +32,10 @@ def bench(
     more: Annotated[list[Path] | None, typer.Argument(help="Further files after --text.", show_default=False)] = None,
     model: MODEL = "smollm2-135m",
     reducer: Annotated[
-        str, typer.Option("--reducer", help="Names with commas; see quickmerge ls.")
+        str,
+        typer.Option(
+            "--reducer", help="Names with commas; see quickmerge ls. Settings may follow: quickmerge:recency=0.5."
+        ),
     ] = "quickmerge,random",
     keep: Annotated[str, typer.Option("--keep", help="Shares with commas.")] = "0.2,0.42,0.6",
     layer: LAYER = None,
@@ -74,7 +77,7 @@ def bench(
     meta = {
         "model": model, "context": context, "target": target, "layer": layer or "default",
         "documents": [document.name for document in documents], "environment": environment(),
-        "reducers": {m.name: repr(m) for m in methods},
+        "reducers": {m.label: repr(m) for m in methods},
     }  # fmt: skip
     write_json(json, {"rows": rows, "documents": records, "meta": meta})
     bench_table(rows, Console())

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from quickmerge.reducers import Reducer
 
 MODEL = Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, or a Hugging Face id.")]
+REDUCER = Annotated[
+    str, typer.Option("--reducer", help="See quickmerge ls. Settings may follow the name: quickmerge:recency=0.5.")
+]
 KEEP = Annotated[float, typer.Option("--keep", help="Share of the tokens that is kept, in (0, 1].")]
 LAYER = Annotated[
     str | None,

@@ -12,6 +12,7 @@ from quickmerge.cli.common import (
     KEEP,
     LAYER,
     MODEL,
+    REDUCER,
     check_output,
     load_model,
     one_sentence,
@@ -27,7 +28,7 @@ ROUNDS = 3
 
 def demo(
     model: MODEL = "smollm2-135m",
-    reducer: Annotated[str, typer.Option("--reducer", help="See quickmerge ls.")] = "quickmerge",
+    reducer: REDUCER = "quickmerge",
     keep: KEEP = 0.42,
     layer: LAYER = None,
     out: Annotated[Path, typer.Option("--out", help="Where to write the report.")] = Path("runs/demo.html"),
@@ -117,7 +118,7 @@ def _gather(
         "model": MODELS.get(model, model),
         "document_name": document.strip().splitlines()[0],
         "question": question,
-        "reducer": method.name,
+        "reducer": method.label,
         "settings": repr(method),
         "keep": method.keep,
         "layer": first,

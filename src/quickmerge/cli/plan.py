@@ -11,6 +11,7 @@ from quickmerge.cli.common import (
     KEEP,
     LAYER,
     MODEL,
+    REDUCER,
     check_output,
     one_sentence,
     parse_layer,
@@ -26,7 +27,7 @@ EXAMPLE = "Example: quickmerge plan --model smollm2-135m --tokens 4096 --keep 0.
 def plan(
     tokens: Annotated[int, typer.Option("--tokens", help="Length of the prompt.")] = 4096,
     model: MODEL = "smollm2-135m",
-    reducer: Annotated[str, typer.Option("--reducer", help="See quickmerge ls.")] = "quickmerge",
+    reducer: REDUCER = "quickmerge",
     keep: KEEP = 0.4,
     layer: LAYER = None,
     json: JSON = None,

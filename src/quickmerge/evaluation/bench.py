@@ -59,7 +59,7 @@ def bench(
         here: list[Row] = []
         for keep in keeps:
             for reducer in reducers:
-                advance(f"{document.name}: {reducer.name} {keep:g}")
+                advance(f"{document.name}: {reducer.label} {keep:g}")
                 run = reduce(model, replace(reducer, keep=keep), layer, **settings)
                 nll = document_nll(model, document, run)
                 stats = run.summary()
@@ -67,7 +67,7 @@ def bench(
                 flops = shape.prefill_flops(tokens) + shape.reducer_flops(reducer, tokens)
                 whole = [stats.tokens_in] * len(tokens)
                 here.append({
-                    "document": document.name, "kind": document.kind, "reducer": reducer.name, "keep": keep,
+                    "document": document.name, "kind": document.kind, "reducer": reducer.label, "keep": keep,
                     "tokens_in": stats.tokens_in, "tokens_kept": stats.tokens_kept,
                     "nll": float(nll.mean()), "nll_full": full, "nll_none": none,
                     "prefill_seconds": stats.prefill_seconds, "reducer_seconds": stats.reducer_seconds,

@@ -39,14 +39,15 @@ def reduce(
 
     ``prefix`` mode merges the residual stream of a fully known prompt at the given depth: blocks below read every
     token, blocks above read the slots, and so do their caches. ``block_causal`` mode merges keys and values of every
-    finished chunk once it has left the recent window, from statistics of that chunk alone; it is exact for scoring.
+    finished chunk once it has left the recent window. Its budget comes from the chunk alone and its saliency from the
+    chunk and the window that follows, all read before the merge is first seen; it is exact for scoring.
 
     Args:
         model: a causal LM of one of the proven families (`quickmerge.hosts.FAMILIES`).
         reducer: the method, with its ``keep``.
         layer: in ``prefix`` mode the first block that reads the reduced sequence, 1..L-1; a list of such blocks
-            or a `Schedule` merges at several depths. Default: the first 2/15 of the depth (4 of 30). In
-            ``block_causal`` mode the first block whose cache is merged, 0..L-1; default 0.
+            or a `Schedule` merges at several depths. Default: blocks 4/15 and 5/6 of the way up (8 and 25 of
+            30), see `Schedule.of`. In ``block_causal`` mode the first block whose cache is merged, 0..L-1; default 0.
         mode: ``"prefix"`` or ``"block_causal"``.
         sinks: tokens at the start of every sequence that stay alone.
         recent: in ``prefix`` mode, tokens at the end of every prompt that stay alone; at least 1, since the last

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -36,6 +36,12 @@ class Reducer(ABC):
 
     def __post_init__(self) -> None:
         as_budget(self.keep)
+
+    @property
+    def label(self) -> str:
+        """The name and every setting that is not the default, as `quickmerge.reducers.make_reducer` reads it."""
+        own = [(f.name, getattr(self, f.name), f.default) for f in fields(self) if f.name != "keep"]
+        return ":".join([self.name, *(f"{name}={value}" for name, value, default in own if value != default)])
 
     @property
     def probes(self) -> int:

@@ -62,7 +62,7 @@ class QuickMerge(Reducer):
             raise ValueError(f"pool must be odd, got {self.pool}")
         for name in ("recency", "merge"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and 0 <= value <= 1):
+            if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 <= value <= 1):
                 raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
 
     @property
