@@ -59,7 +59,7 @@ def demo_report(data: Mapping[str, Any]) -> str:
         table(["", "version"], facts(data.get("versions") or {}), align="ll") if data.get("versions") else "",
     ]
     settings = (
-        f"{words(data, 'reducer')} at layer {count(needed(data, 'layer'))}, keeping {share(number(data, 'keep'))}"
+        f"{words(data, 'reducer')} from layer {count(needed(data, 'layer'))} on, keeping {share(number(data, 'keep'))}"
     )
     return page(f"Reading {document} with fewer tokens", blocks, subtitle=f"{model} · {settings}")
 
@@ -135,8 +135,8 @@ def _map(data: Mapping[str, Any]) -> list[str]:
         "A merged token lives on as a share of its slot; a dropped one is gone" if merged else "A dropped one is gone"
     )
     intro = (
-        "This is the document as the model saw it. A slot is what the later layers read in place of the tokens in it. "
-        f"{rest}."
+        "This is the document as most layers after the first reduction saw it. A slot is what they read in place of "
+        f"the tokens in it. {rest}."
     )
     caption = "Point at a token, or tap it, to see every token that shares its slot."
     return [

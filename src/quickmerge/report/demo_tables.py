@@ -16,7 +16,14 @@ def cost_table(data: _Run, full: _Run, reduced: _Run) -> str:
     """Return what both runs took, line by line, with how much less or more that is."""
     lines: list[tuple[str, str, str, str]] = []
     tokens_in, kept = number(data, "tokens_in"), number(data, "tokens_kept")
-    lines.append(("tokens after the reduction", count(tokens_in), count(kept), change(tokens_in, kept)))
+    lines.append(
+        (
+            "tokens per layer once reduced",
+            count(tokens_in),
+            count(kept),
+            change(tokens_in, kept),
+        )
+    )
     compute = number(data, "flops_ratio")
     if compute is not None:
         lines.append(("compute to read the prompt", "100%", percent(compute), change(1.0, compute)))
@@ -76,7 +83,8 @@ def measured(data: _Run) -> list[str]:
     layer = count(number(data, "layer"))
     sentences = [
         f"The same model read the same prompt twice: once in full, and once with the reducer "
-        f"“{words(data, 'reducer')}” set to keep {keep} of the tokens at layer {layer}. Everything else was the same.",
+        f"“{words(data, 'reducer')}” set to keep {keep} of the tokens "
+        f"on average over the layers from {layer} on. Everything else was the same.",
         "Times are by the clock on the machine named here and differ on another one; token counts, compute and cache "
         "memory follow from the model and the prompt.",
     ]
