@@ -15,6 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from quickmerge.evaluation.recovery import bootstrap
+
 HERE = Path(__file__).parent
 PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- table:(\w+) -->\n)(.*?)(<!-- /table -->)", re.S)
@@ -68,6 +72,25 @@ def kinds() -> str:
         same = {k["kind"]: k for k in rows if (k["reducer"], k["keep"]) == (r["reducer"], r["keep"])}
         body.append([r["reducer"], f"{r['keep']:g}", *(f"{same[n]['recovery']:.3f}" for n in names)])
     return markdown(["reducer", "keep", *names], body)
+
+
+def paired() -> str:
+    """QuickMerge less the best baseline, document by document, with the interval of that difference."""
+    data = json.loads((HERE / "results" / "context_recovery.json").read_text(encoding="utf-8"))["documents"]
+    found = {(r["document"], r["reducer"], r["keep"]): r for r in data}
+    kinds = sorted({r["kind"] for r in data})
+    body = []
+    for keep in sorted({r["keep"] for r in data}):
+        rival = next(r["reducer"] for r in overall() if r["keep"] == keep and r["reducer"] != "quickmerge")
+        cells = []
+        for kind in (None, *kinds):
+            mine = [r for r in data if (r["reducer"], r["keep"]) == ("quickmerge", keep) and kind in (None, r["kind"])]
+            gain = np.array([found[r["document"], rival, keep]["nll"] - r["nll"] for r in mine])
+            worth = np.array([r["nll_none"] - r["nll_full"] for r in mine])
+            low, high = bootstrap(gain, worth, resamples=2000, seed=0)
+            cells.append(f"{gain.sum() / worth.sum():+.3f} ({low:+.3f} to {high:+.3f})")
+        body.append([f"{keep:g}", rival, *cells])
+    return markdown(["keep", "best baseline", "all", *kinds], body)
 
 
 def short() -> str:
@@ -168,7 +191,7 @@ def matrix() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (recovery, kinds, short, needle, speed, block_causal, matrix)
+    f.__name__: f for f in (recovery, kinds, paired, short, needle, speed, block_causal, matrix)
 }
 
 
