@@ -52,8 +52,9 @@ def layers_svg(tokens_per_layer: Sequence[int], full: int) -> str:
             # Only the steps worth reading get a number; a gradual reducer would otherwise fill the chart with them.
             if previous - tokens > 0.08 * top:
                 at_end = layer > 0.75 * layers
+                # Near the end there is no room for a word before the step's own edge.
                 axes.annotate(
-                    f"{count(tokens)} tokens",
+                    count(tokens) if at_end else f"{count(tokens)} tokens",
                     (layers if at_end else layer, tokens),
                     xytext=(-6 if at_end else 6, 6),
                     textcoords="offset points",

@@ -36,7 +36,7 @@ def demo_report(data: Mapping[str, Any]) -> str:
     full, reduced = part(data, "full"), part(data, "reduced")
     document, model = words(data, "document_name"), words(data, "model")
     verdict = demo_verdict(
-        model=model,
+        model=model.partition(",")[0],  # the name, without how it was packed
         document=document,
         tokens_in=needed(data, "tokens_in"),
         tokens_kept=needed(data, "tokens_kept"),
