@@ -68,7 +68,7 @@ def show(
         write_page(html, page(title, [token_map_html(cells, title=title, caption=caption)]))
         print(f"wrote {html}")
     if picture is not None:
-        token_map_figure(cells, picture, title=f"{name}, read by {reducer}")
+        token_map_figure(cells, picture, title=name)
         print(f"wrote {picture}")
     write_json(json, {
         "model": model, "reducer": reducer, "keep": keep, "kept": kept, "tokens": [c.__dict__ for c in cells],
