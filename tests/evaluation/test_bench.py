@@ -41,9 +41,9 @@ def fitted(model, docs: list[Document]):
 def test_rows_hold_every_column_and_one_full_reference(tiny_llama) -> None:
     docs = documents(["prose", "code"])
     model = fitted(tiny_llama, docs)
-    rows, records = bench(model, docs, [QuickMerge(pool=1), Random()], [0.6, 1.0], layer=1)
-    assert len(records) == 2 * 2 * 2
-    assert len(rows) == 4 * 3  # all documents, and each of two kinds
+    rows, records = bench(model, docs, [QuickMerge(pool=1), QuickMerge(), Random()], [0.6, 1.0], layer=1)
+    assert len(records) == 2 * 3 * 2
+    assert len(rows) == 6 * 3  # all documents, and each of two kinds
     assert all(set(row) >= KEYS for row in rows)
     whole = [row for row in rows if row["kind"] is None]
     assert len({row["nll_full"] for row in whole}) == len({row["nll_none"] for row in whole}) == 1
@@ -52,9 +52,9 @@ def test_rows_hold_every_column_and_one_full_reference(tiny_llama) -> None:
             assert row["recovery"] == 1.0 and row["cache_ratio"] == 1.0 and row["nll"] == row["nll_full"]
         else:
             assert row["tokens_kept"] == 24 and row["cache_ratio"] == (40 + 24) / 80
-    # Methods are compared at equal operations: only the reducer's own differ.
+    # Two settings of one method are told apart. Methods are compared at equal operations: only the reducer's own differ.
     ratios = {row["reducer"]: row["flops_ratio"] for row in whole if row["keep"] == 0.6}
-    assert ratios["quickmerge"] > ratios["random"] > 0.5
+    assert ratios["quickmerge"] == ratios["quickmerge:pool=1"] > ratios["random"] > 0.5
 
 
 def test_perplexity_counts_original_tokens(tiny_llama) -> None:
