@@ -173,3 +173,17 @@ def test_numbers_read_well() -> None:
 def test_numbers_never_fail(value: float) -> None:
     for write in (numbers.seconds, numbers.size, numbers.percent, numbers.times, numbers.count, numbers.loss):
         assert write(value) and "e+" not in write(value)
+
+
+@pytest.mark.parametrize(
+    ("documents", "words"),
+    [
+        (["a/one.txt", "b/two.txt"], "some/model · a/one.txt, b/two.txt"),
+        ([f"{i}.txt" for i in range(36)], "some/model · 36 documents"),
+        ("three of a kind", "some/model · three of a kind"),
+        (None, "some/model"),
+    ],
+)
+def test_documents_are_named_or_counted_below_the_title(documents: object, words: str) -> None:
+    html = bench_report(rows(), {"model": "some/model", "documents": documents})
+    assert f">{words}<" in html and "[&" not in html

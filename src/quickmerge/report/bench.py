@@ -20,6 +20,7 @@ from quickmerge.report.verdict import bench_verdict
 if TYPE_CHECKING:
     from rich.console import Console
 
+_FEW = 4  # documents that are named one by one
 _WIDE = 116  # columns that the whole table takes in a terminal
 _METHOD = (
     "Every reducer read the same documents with the same model. NLL is how surprised the model is, on average, by "
@@ -88,7 +89,7 @@ def bench_report(rows: Sequence[Row], meta: Mapping[str, Any]) -> str:
     if told:
         blocks.append(table(["", "this run"], facts(told), align="ll"))
     title = clean(meta.get("title") or "What each reducer keeps, and what it costs")
-    subtitle = meta.get("subtitle") or " · ".join(clean(meta[key]) for key in ("model", "documents") if meta.get(key))
+    subtitle = meta.get("subtitle") or " · ".join(filter(None, (clean(meta.get("model") or ""), _names(meta))))
     return page(title, blocks, subtitle=clean(subtitle))
 
 
@@ -123,3 +124,13 @@ def bench_table(rows: Sequence[Row], console: Console) -> None:
         line = cells(row)
         shown.add_row(*(Text(line[order], style=style) for order in picked))
     console.print(shown)
+
+
+def _names(meta: Mapping[str, Any]) -> str:
+    """Name the documents, or count them where they are many."""
+    documents = meta.get("documents") or ()
+    if isinstance(documents, str):
+        return clean(documents)
+    if len(documents) > _FEW:
+        return f"{len(documents)} documents"
+    return clean(", ".join(str(name) for name in documents))

@@ -70,7 +70,7 @@ def _draw(rows: Sequence[Row], x: Cost, y: str, *, title: str | None, dark: bool
     bare_axes(axes, theme)
     _limits(axes, lines, full, y)
     for line in lines:
-        _plot(axes, line)
+        _plot(axes, line, numbered=line is _numbered(lines))
     if y == _RECOVERY:
         _landmarks(axes, full, theme)
         axes.yaxis.set_major_formatter(lambda value, _: percent(round(value, 6)))
@@ -112,16 +112,21 @@ def _landmarks(axes: Axes, full: float | None, theme: Theme) -> None:
         note(axes, "full prompt", (full, 1.0), (0, 9), ha="center", color=theme.ink, fontsize=10, fontweight="bold")
 
 
-def _plot(axes: Axes, line: Line) -> None:
+def _plot(axes: Axes, line: Line, *, numbered: bool) -> None:
     xs, ys, lows, highs, _ = (list(column) for column in zip(*line.points, strict=True))
     width, size, depth = (2.8, 7.5, 5) if line.ours else (1.5, 5.5, 3)
     axes.vlines(xs, lows, highs, color=line.color, linewidth=width * 0.55, alpha=0.55, zorder=depth - 1)
     (drawn,) = axes.plot(xs, ys, color=line.color, linewidth=width, linestyle=line.dashes, zorder=depth)
     drawn.set(marker=line.marker, markersize=size, markeredgecolor="none")
-    for order, point in enumerate(line.points if line.ours else ()):
+    for order, point in enumerate(line.points if numbered else ()):
         # The first one explains what the others are, to the left so that it stays clear of them.
         words, by, ha = (share(point.keep), 0, "center") if order else (f"keep {share(point.keep)}", 9, "right")
         note(axes, words, (point.x, point.high), (by, _ABOVE), ha=ha, color=line.color, fontsize=9, zorder=7)
+
+
+def _numbered(lines: Sequence[Line]) -> Line | None:
+    """Return the line whose points carry their keep values: one of ours, which tells those of the others too."""
+    return next((line for line in lines if line.ours), None)
 
 
 def _name(axes: Axes, lines: Sequence[Line], theme: Theme) -> None:
@@ -133,6 +138,7 @@ def _name(axes: Axes, lines: Sequence[Line], theme: Theme) -> None:
         return
     low, high = axes.get_ylim()
     taken, names, outside = [], [], []
+    numbered = _numbered(lines)
     for line in lines:
         seen = [point for point in line.points if low <= point.y <= high]
         if not seen:
@@ -143,7 +149,7 @@ def _name(axes: Axes, lines: Sequence[Line], theme: Theme) -> None:
         for order, point in enumerate(seen):
             (x, bottom), (_, top) = axes.transData.transform([(point.x, point.low), (point.x, point.high)])
             taken.append(Box(x - 3, bottom - 2, x + 3, top + 2))
-            if line.ours:
+            if line is numbered:
                 taken.append(
                     text_box(
                         "12.5%" if order else "keep 12.5%", 9, x, top + _ABOVE, "center" if order else "right", "bottom"
