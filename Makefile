@@ -50,6 +50,7 @@ slow: setup
 bench: setup
 	@$(BIN)/python benchmarks/documents.py
 	@$(BIN)/python benchmarks/context_recovery.py
+	@$(BIN)/python benchmarks/needle.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
