@@ -46,7 +46,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--documents", type=Path, default=None)
-    parser.add_argument("--reducer", default="quickmerge,attention,uniform,random")
+    parser.add_argument("--reducer", default="quickmerge,quickmerge:pool=1:merge=0,attention,random")
     parser.add_argument("--keep", default="0.2,0.42")
     parser.add_argument("--tokens", type=int, default=1216)
     parser.add_argument("--chunk", type=int, default=128)
