@@ -10,7 +10,6 @@ with. Writes benchmarks/results/block_causal.json.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def main() -> None:
         held["full", 1.0] = float(ids.shape[1])
         for keep in map(float, args.keep.split(",")):
             for name in args.reducer.split(","):
-                reducer = replace(make_reducer(name), keep=keep)
+                reducer = make_reducer(name, keep=keep)
                 run = reduce(model, reducer, mode="block_causal", chunk=args.chunk, window=args.window)
                 nll.setdefault((name, keep), []).append(float(token_nll(model, ids, run)[:, skip:].mean()))
                 held[name, keep] = run.summary().tokens_per_layer[-1]

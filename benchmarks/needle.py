@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import DynamicCache
+from torch.nn.functional import cross_entropy
 
-from quickmerge.cli.common import quiet, write_json
+from quickmerge.cli.common import parse_layer, quiet, write_json
 from quickmerge.evaluation.bench import environment
 from quickmerge.evaluation.cost import model_shape
+from quickmerge.evaluation.recovery import continuation_logits
 from quickmerge.hosts import observe, reduce
 from quickmerge.models import cache_folder, load
 from quickmerge.reducers import make_reducer
@@ -56,12 +56,8 @@ def score(model: Any, prompt: Sequence[int], answer: Sequence[int], run: Any) ->
     """Mean NLL of the answer's tokens, and whether each is the most probable one."""
     # The last token of the prompt is read after the reduced part, so that it predicts the first of the answer.
     context, rest = torch.tensor([prompt[:-1]]), torch.tensor([[prompt[-1], *answer]])
-    with torch.inference_mode(), run:
-        cache = DynamicCache(config=model.config)
-        model(context, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = model(rest[:, :-1], past_key_values=cache, use_cache=True).logits[0]
-    picked = logits.float().log_softmax(-1).gather(-1, rest[0, 1:, None])
-    return -float(picked.mean()), bool((logits.argmax(-1) == rest[0, 1:]).all())
+    logits, wanted = continuation_logits(model, context, rest, run)[0].cpu(), rest[0, 1:]
+    return float(cross_entropy(logits.float(), wanted)), bool((logits.argmax(-1) == wanted).all())
 
 
 def main() -> None:
@@ -72,7 +68,7 @@ def main() -> None:
     parser.add_argument("--reducer", default="quickmerge,quickmerge:recency=0.5,attention,truncate,random")
     parser.add_argument("--keep", default="0.2,0.42,0.6")
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--layer", type=lambda text: [int(i) for i in text.split(",")], default=None)
+    parser.add_argument("--layer", type=parse_layer, default=None)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "needle.json")
     args = parser.parse_args()
@@ -88,12 +84,10 @@ def main() -> None:
         found.setdefault(("full", 1.0), []).append((*score(model, prompt, answer, observe(model)), 1.0))
         for keep in map(float, args.keep.split(",")):
             for name in args.reducer.split(","):
-                reducer = replace(make_reducer(name), keep=keep)
+                reducer = make_reducer(name, keep=keep)
                 run = reduce(model, reducer, args.layer)
                 nll, right = score(model, prompt, answer, run)
-                tokens = run.summary().tokens_per_layer
-                spent = shape.prefill_flops(tokens) + shape.reducer_flops(reducer, tokens)
-                ratio = spent / shape.prefill_flops([run.summary().tokens_in] * len(tokens))
+                ratio = shape.flops_ratio(reducer, run.summary().tokens_per_layer)
                 found.setdefault((name, keep), []).append((nll, right, ratio))
     rows = []
     for (name, keep), values in found.items():

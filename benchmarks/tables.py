@@ -25,10 +25,10 @@ BLOCK = re.compile(r"(<!-- table:(\w+) -->\n)(.*?)(<!-- /table -->)", re.S)
 Row = dict[str, Any]
 
 
-def rows_of(name: str) -> list[Row]:
-    """The rows of a result file."""
+def rows_of(name: str, key: str = "rows") -> list[Row]:
+    """The rows of a result file, or another of its lists."""
     data: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    rows: list[Row] = data["rows"]
+    rows: list[Row] = data[key]
     return rows
 
 
@@ -76,7 +76,7 @@ def kinds() -> str:
 
 def paired() -> str:
     """QuickMerge less the best baseline, document by document, with the interval of that difference."""
-    data = json.loads((HERE / "results" / "context_recovery.json").read_text(encoding="utf-8"))["documents"]
+    data = rows_of("context_recovery", "documents")
     found = {(r["document"], r["reducer"], r["keep"]): r for r in data}
     kinds = sorted({r["kind"] for r in data})
     body = []

@@ -15,6 +15,7 @@ __all__ = [
     "UnknownReducerError",
     "UnsupportedModelError",
     "near_match",
+    "whole_number",
 ]
 
 
@@ -63,3 +64,9 @@ def near_match(given: str, allowed: Iterable[str]) -> str:
     by_lower = {word.lower(): word for word in allowed}
     close = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=0.6)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+
+
+def whole_number(name: str, value: object, least: int = 1) -> None:
+    """Raise ValueError unless ``value`` is a whole number of at least ``least``; ``name`` is what it was given for."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

@@ -28,9 +28,9 @@ from strategies import (
 )
 from torch import Tensor
 
-from quickmerge.errors import UnknownReducerError
+from quickmerge.errors import UnknownReducerError, whole_number
 from quickmerge.reducers import REDUCERS, QuickMerge, Reducer, ScoreReducer, make_reducer
-from quickmerge.reducers.base import mean_attention, positive_int
+from quickmerge.reducers.base import mean_attention
 from quickmerge.tokens import (
     AttentionTrace,
     Count,
@@ -320,10 +320,10 @@ def test_bad_settings_after_a_name_are_named(name: str, message: str) -> None:
     assert message in str(error.value)
 
 
-def test_positive_int() -> None:
-    positive_int("window", 1)
+def test_whole_number() -> None:
+    whole_number("window", 1)
     with pytest.raises(ValueError, match=r"window must be a whole number of at least 1, got 1\.5"):
-        positive_int("window", 1.5)
+        whole_number("window", 1.5)
 
 
 @prop(30)

@@ -109,7 +109,6 @@ def _gather(
         }
     last = found["reduced"][-1]
     shape, stats = model_shape(lm), last.stats
-    spent = shape.prefill_flops(stats.tokens_per_layer) + shape.reducer_flops(method, stats.tokens_per_layer)
     versions = environment()
     hardware = versions.pop("cpu") + (f", {versions['gpu']}" if versions["gpu"] != "none" else "")
     tokens = stats.tokens_per_layer
@@ -125,7 +124,7 @@ def _gather(
         **sides,
         "nll_none": quality["none"],
         "recovery": quality["recovery"],
-        "flops_ratio": spent / shape.prefill_flops([stats.tokens_in] * len(stats.tokens_per_layer)),
+        "flops_ratio": shape.flops_ratio(method, stats.tokens_per_layer),
         "tokens_in": stats.tokens_in,
         "tokens_kept": round(stats.tokens_kept),
         "cells": plan_cells(tokenizer, last.ids[0].cpu(), last.plan) if last.plan is not None else [],

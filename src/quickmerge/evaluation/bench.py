@@ -63,15 +63,12 @@ def bench(
                 run = reduce(model, replace(reducer, keep=keep), layer, **settings)
                 nll = document_nll(model, document, run)
                 stats = run.summary()
-                tokens = stats.tokens_per_layer
-                flops = shape.prefill_flops(tokens) + shape.reducer_flops(reducer, tokens)
-                whole = [stats.tokens_in] * len(tokens)
                 here.append({
                     "document": document.name, "kind": document.kind, "reducer": reducer.label, "keep": keep,
                     "tokens_in": stats.tokens_in, "tokens_kept": stats.tokens_kept,
                     "nll": float(nll.mean()), "nll_full": full, "nll_none": none,
                     "prefill_seconds": stats.prefill_seconds, "reducer_seconds": stats.reducer_seconds,
-                    "flops_ratio": flops / shape.prefill_flops(whole),
+                    "flops_ratio": shape.flops_ratio(reducer, stats.tokens_per_layer),
                     "cache_bytes": stats.prompt_cache_bytes,
                     "cache_ratio": stats.prompt_cache_bytes / stats.prompt_cache_bytes_full,
                 })  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from quickmerge.reducers.base import Reducer
-from quickmerge.tokens.budget import Count, Ratio, Remaining, as_budget
+from quickmerge.tokens.budget import Count, Ratio, Remaining, as_budget, round_half_up
 from quickmerge.tokens.schedule import Schedule
 
 
@@ -56,6 +56,14 @@ class Shape:
                 votes = reducer.probes * 2 * reducer.voters(before) * before * self.heads * self.head_dim
                 total += votes + 2 * before * self.width
         return total
+
+    def flops_ratio(self, reducer: Reducer, tokens: Sequence[float]) -> float:
+        """Operations of a reduced prefill, the reducer's own inside, over those of a full one.
+
+        ``tokens[i]`` is what block i reads; the first block reads the whole prompt.
+        """
+        spent = self.prefill_flops(tokens) + self.reducer_flops(reducer, tokens)
+        return spent / self.prefill_flops([tokens[0]] * len(tokens))
 
 
 def model_shape(model: nn.Module | Any) -> Shape:
@@ -142,8 +150,8 @@ def plan_cost(shape: Shape, reducer: Reducer, schedule: Schedule, tokens: int, p
 
 
 def _half_up(x: float) -> float:
-    """As `quickmerge.tokens.budget.round_half_up`, for one number."""
-    return float(int(x + 0.5 + 1e-9))
+    """`quickmerge.tokens.budget.round_half_up` of one number."""
+    return float(round_half_up(torch.tensor(x, dtype=torch.float64)))
 
 
 def break_even(shape: Shape, reducer: Reducer, schedule: Schedule, protected: int = 20) -> int | None:

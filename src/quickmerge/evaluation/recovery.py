@@ -39,16 +39,22 @@ def continuation_nll(model: Any, context: Tensor | None, target: Tensor, run: Ab
     measures the model with and without a reducer. The first target token is never scored: without context nothing
     predicts it.
     """
-    target = target.to(model.device)
+    logp = continuation_logits(model, context, target, run).float().log_softmax(-1)
+    picked: Tensor = logp.gather(-1, target[:, 1:, None].to(logp.device))
+    return -picked.flatten()
+
+
+def continuation_logits(model: Any, context: Tensor | None, target: Tensor, run: AbstractContextManager[Any]) -> Tensor:
+    """``(1, M-1, V)`` logits for ``target[1:]``, read as `continuation_nll` says."""
     with torch.inference_mode(), run:
         cache = None
         if context is not None:
             cache = DynamicCache(config=model.config)
             model(context.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = model(target[:, :-1], past_key_values=cache, use_cache=cache is not None).logits
-    logp = logits.float().log_softmax(-1)
-    picked: Tensor = logp.gather(-1, target[:, 1:, None])
-    return -picked.flatten()
+        logits: Tensor = model(
+            target[:, :-1].to(model.device), past_key_values=cache, use_cache=cache is not None
+        ).logits
+    return logits
 
 
 def document_nll(model: Any, document: Document, run: AbstractContextManager[Any] | None = None) -> Tensor:

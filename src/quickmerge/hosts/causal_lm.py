@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from quickmerge.errors import UnsupportedModelError
+from quickmerge.errors import UnsupportedModelError, whole_number
 from quickmerge.hosts.attention import AttentionFunction, watch
 from quickmerge.hosts.structure import Decoder, find_decoder
 from quickmerge.hosts.summary import RunStats, cache_bytes, cache_bytes_full
@@ -73,8 +73,8 @@ def reduce(
     decoder = find_decoder(model)
     if mode == "prefix":
         schedule = layer if isinstance(layer, Schedule) else Schedule.of(layer, len(decoder))
-        _whole("sinks", sinks, 0)
-        _whole("recent", recent, 1)
+        whole_number("sinks", sinks, 0)
+        whole_number("recent", recent, 1)
         return PrefixRun(decoder, reducer, schedule, sinks=sinks, recent=recent, protect=protect)
     if mode == "block_causal":
         first = 0 if layer is None else layer
@@ -82,16 +82,11 @@ def reduce(
             raise ValueError(f"layer must be one block in 0..{len(decoder) - 1} in block_causal mode, got {layer!r}")
         if protect is not None:
             raise ValueError("protect must be None in block_causal mode, got a function")
-        _whole("sinks", sinks, 0)
-        _whole("chunk", chunk, 2)
-        _whole("window", window, 1)
+        whole_number("sinks", sinks, 0)
+        whole_number("chunk", chunk, 2)
+        whole_number("window", window, 1)
         return BlockCausalRun(decoder, reducer, first, sinks=sinks, chunk=chunk, window=window)
     raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-
-
-def _whole(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
 
 
 class Run(ABC):

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from quickmerge.reducers.base import ScoreReducer, mean_attention, positive_int
+from quickmerge.errors import whole_number
+from quickmerge.reducers.base import ScoreReducer, mean_attention
 from quickmerge.tokens.saliency import received_attention
 from quickmerge.tokens.view import TokenView
 
@@ -33,8 +34,8 @@ class Attention(ScoreReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive_int("layers", self.layers)
-        positive_int("window", self.window)
+        whole_number("layers", self.layers)
+        whole_number("window", self.window)
 
     @property
     def probes(self) -> int:  # noqa: D102

@@ -85,9 +85,3 @@ def mean_attention(view: TokenView, measure: Callable[[AttentionTrace, Tensor, T
         raise ValueError("attention must hold at least one layer's trace for this reducer, got none")
     per_layer = [measure(t, view.valid, view.position).mean(1) for t in view.attention]
     return torch.stack(per_layer).mean(0)
-
-
-def positive_int(name: str, value: object) -> None:
-    """Raise ValueError unless ``value`` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

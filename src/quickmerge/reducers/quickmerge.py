@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quickmerge.reducers.base import Reducer, mean_attention, positive_int
+from quickmerge.errors import whole_number
+from quickmerge.reducers.base import Reducer, mean_attention
 from quickmerge.tokens.budget import select
 from quickmerge.tokens.grouping import next_anchor
 from quickmerge.tokens.plan import MergePlan
@@ -55,9 +56,8 @@ class QuickMerge(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("layers", "window", "pool"):
-            positive_int(name, getattr(self, name))
-        if isinstance(self.nearest, bool) or not isinstance(self.nearest, int) or self.nearest < 0:
-            raise ValueError(f"nearest must be a whole number of at least 0, got {self.nearest!r}")
+            whole_number(name, getattr(self, name))
+        whole_number("nearest", self.nearest, 0)
         if self.pool % 2 == 0:
             raise ValueError(f"pool must be odd, got {self.pool}")
         for name in ("recency", "merge"):

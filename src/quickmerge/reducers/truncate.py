@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quickmerge.errors import whole_number
 from quickmerge.reducers.base import ScoreReducer
 from quickmerge.tokens.view import TokenView
 
@@ -27,8 +28,7 @@ class Truncate(ScoreReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
-            raise ValueError(f"sinks must be a whole number of at least 0, got {self.sinks!r}")
+        whole_number("sinks", self.sinks, 0)
 
     def score(self, view: TokenView) -> Tensor:  # noqa: D102
         recency = torch.where(view.valid, view.position, 0).to(torch.float64)

@@ -89,7 +89,9 @@ def bench_report(rows: Sequence[Row], meta: Mapping[str, Any]) -> str:
     if told:
         blocks.append(table(["", "this run"], facts(told), align="ll"))
     title = clean(meta.get("title") or "What each reducer keeps, and what it costs")
-    subtitle = meta.get("subtitle") or " · ".join(filter(None, (clean(meta.get("model") or ""), _names(meta))))
+    subtitle = meta.get("subtitle") or " · ".join(
+        filter(None, (str(meta.get("model") or ""), _names(meta.get("documents"))))
+    )
     return page(title, blocks, subtitle=clean(subtitle))
 
 
@@ -126,11 +128,8 @@ def bench_table(rows: Sequence[Row], console: Console) -> None:
     console.print(shown)
 
 
-def _names(meta: Mapping[str, Any]) -> str:
+def _names(documents: object) -> str:
     """Name the documents, or count them where they are many."""
-    documents = meta.get("documents") or ()
-    if isinstance(documents, str):
-        return clean(documents)
-    if len(documents) > _FEW:
-        return f"{len(documents)} documents"
-    return clean(", ".join(str(name) for name in documents))
+    if isinstance(documents, Sequence) and not isinstance(documents, str):
+        return f"{len(documents)} documents" if len(documents) > _FEW else ", ".join(map(str, documents))
+    return str(documents or "")

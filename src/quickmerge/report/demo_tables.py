@@ -16,14 +16,7 @@ def cost_table(data: _Run, full: _Run, reduced: _Run) -> str:
     """Return what both runs took, line by line, with how much less or more that is."""
     lines: list[tuple[str, str, str, str]] = []
     tokens_in, kept = number(data, "tokens_in"), number(data, "tokens_kept")
-    lines.append(
-        (
-            "tokens per layer once reduced",
-            count(tokens_in),
-            count(kept),
-            change(tokens_in, kept),
-        )
-    )
+    lines.append(("tokens per layer once reduced", count(tokens_in), count(kept), change(tokens_in, kept)))
     compute = number(data, "flops_ratio")
     if compute is not None:
         lines.append(("compute to read the prompt", "100%", percent(compute), change(1.0, compute)))

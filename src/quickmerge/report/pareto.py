@@ -69,8 +69,9 @@ def _draw(rows: Sequence[Row], x: Cost, y: str, *, title: str | None, dark: bool
     axes = figure.add_axes((0.09, 0.125, 0.875, 0.805 if title is None else 0.735))
     bare_axes(axes, theme)
     _limits(axes, lines, full, y)
+    numbered = _numbered(lines)
     for line in lines:
-        _plot(axes, line, numbered=line is _numbered(lines))
+        _plot(axes, line, numbered=line is numbered)
     if y == _RECOVERY:
         _landmarks(axes, full, theme)
         axes.yaxis.set_major_formatter(lambda value, _: percent(round(value, 6)))

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from quickmerge.errors import whole_number
 from quickmerge.tokens.view import TokenView
 
 
@@ -76,8 +77,7 @@ class Count:
     tokens: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
-            raise ValueError(f"tokens must be a whole number of at least 1, got {self.tokens!r}")
+        whole_number("tokens", self.tokens)
 
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
         return _clamp(torch.full_like(view.length, self.tokens), view)
