@@ -12,6 +12,7 @@ import sysconfig
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,11 +71,8 @@ def python_code(_: Path) -> Iterator[Document]:
 
 def python_manual(downloads: Path) -> Iterator[Document]:
     """Sources of the Python library manual as Debian ships them: m to z to test, a to l to develop on."""
-    package = _debian_package(downloads)
-    version = _run(["dpkg-deb", "--field", str(package), "Version"], DEBIAN).strip()
-    with tempfile.TemporaryDirectory(dir=downloads) as unpacked:
-        _run(["dpkg-deb", "-x", str(package), unpacked], DEBIAN)
-        paths = sorted(Path(unpacked).glob("usr/share/doc/*/html/_sources/library/[a-z]*.rst.txt"))
+    with unpacked(DEBIAN, downloads) as (version, folder):
+        paths = sorted(folder.glob("usr/share/doc/*/html/_sources/library/[a-z]*.rst.txt"))
         for path in paths:
             name = path.name.removesuffix(".rst.txt")
             source = f"Debian {DEBIAN} {version}: library/{path.name}"
@@ -114,15 +112,25 @@ def _npm_texts(package: str, downloads: Path) -> Iterator[tuple[str, str]]:
                 yield Path(member.name).stem, content.read().decode("utf-8", errors="replace")
 
 
-def _debian_package(downloads: Path) -> Path:
-    if kept := sorted(downloads.glob(f"{DEBIAN}_*.deb")):
+@contextmanager
+def unpacked(package: str, downloads: Path) -> Iterator[tuple[str, Path]]:
+    """The version of a Debian package, and a folder with its files that is gone afterwards."""
+    file = _debian_package(package, downloads)
+    version = _run(["dpkg-deb", "--field", str(file), "Version"], package).strip()
+    with tempfile.TemporaryDirectory(dir=downloads) as folder:
+        _run(["dpkg-deb", "-x", str(file), folder], package)
+        yield version, Path(folder)
+
+
+def _debian_package(package: str, downloads: Path) -> Path:
+    if kept := sorted(downloads.glob(f"{package}_*.deb")):
         return kept[-1]
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise MissingSourceError(f"{tool} is not installed, and {DEBIAN} (the Python manual) comes through it")
+            raise MissingSourceError(f"{tool} is not installed, and the Debian package {package} comes through it")
     with tempfile.TemporaryDirectory(dir=downloads) as work:
         # apt-get download needs no root and installs nothing; apt checks the package against the signed index
-        _run(["apt-get", "download", "--quiet", DEBIAN], DEBIAN, folder=work)
+        _run(["apt-get", "download", "--quiet", package], package, folder=work)
         fetched = next(Path(work).glob("*.deb"))
         kept_as = downloads / fetched.name
         os.replace(fetched, kept_as)

@@ -120,12 +120,12 @@ def spread(items: list[Any], count: int) -> list[Any]:
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
-def trim(document: Document) -> Document:
+def trim(document: Document, most: int = MAX_CHARACTERS) -> Document:
     """The beginning of a document, ended after a paragraph, or else a sentence, where it is too long."""
     text = document.text.replace("\r\n", "\n").strip() + "\n"
-    if len(text) > MAX_CHARACTERS:
-        ends = (text.rfind("\n\n", 0, MAX_CHARACTERS - 1), text.rfind(". ", 0, MAX_CHARACTERS - 1) + 1)
-        text = text[: next((end for end in ends if end > 0), MAX_CHARACTERS - 1)].rstrip() + "\n"
+    if len(text) > most:
+        ends = (text.rfind("\n\n", 0, most - 1), text.rfind(". ", 0, most - 1) + 1)
+        text = text[: next((end for end in ends if end > 0), most - 1)].rstrip() + "\n"
     return Document(document.name, document.kind, document.split, document.source, document.licence, text)
 
 

@@ -1,0 +1,21 @@
+"""The size that images and video frames are brought to."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from quickmerge.errors import whole_number
+
+Size: TypeAlias = int | tuple[int, int]
+
+
+def height_and_width(size: Size) -> tuple[int, int]:
+    """``224`` or ``(224, 320)`` as height and width in pixels.
+
+    Raises:
+        ValueError: not one or two whole numbers of at least 1.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    whole_number("size", height)
+    whole_number("size", width)
+    return height, width

@@ -1,0 +1,106 @@
+"""Images as tensors of one size."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from quickmerge.errors import QuickmergeError
+from quickmerge.training.data.fit import Size, height_and_width
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for files that are broken, each decoder in its own way."""
+SAMPLES = 64
+
+
+class ImageFolder(Dataset[Tensor]):
+    """Images, each scaled to cover ``size`` and cut to it around its centre, upright, and without transparency.
+
+    Args:
+        files: image files, or opened images such as a column of a dataset gives.
+        size: pixels of both sides, or height and width.
+        channels: 3 for RGB, 1 for grey.
+
+    Raises:
+        ValueError: ``size`` or ``channels`` is not one of these.
+        QuickmergeError: when an image is asked for that can't be read.
+    """
+
+    def __init__(self, files: Sequence[Path | Image.Image], size: Size, channels: int = 3) -> None:
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {channels!r}")
+        self.height, self.width = height_and_width(size)
+        self.channels = channels
+        self._files = files
+        if not files:
+            raise QuickmergeError("there are no images to train on")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """One image, ``(channels, H, W)`` float32 in [0, 1]."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        try:
+            image = self._open(index)
+        except UNREADABLE as error:
+            called = self._path(index) or self.describe(index)
+            raise QuickmergeError(f"{called} can't be read as an image: {_reason(error)}") from None
+        pixels = torch.from_numpy(np.atleast_3d(np.array(image)))
+        return pixels.permute(2, 0, 1).contiguous() / 255
+
+    def describe(self, index: int) -> str:
+        """What an image is called: its file's name, or its number counted from 1."""
+        path = self._path(index)
+        return path.name if path else f"image {index % len(self) + 1}"
+
+    def fingerprint(self) -> str:
+        """A sha256 over the number of images and the pixels of up to 64 of them, spread evenly, in hexadecimal."""
+        digest = hashlib.sha256(f"{len(self)} {self.channels} {self.height} {self.width}".encode())
+        for sample in range(min(SAMPLES, len(self))):
+            image = self[sample * len(self) // min(SAMPLES, len(self))]
+            digest.update((image * 255).round().to(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _open(self, index: int) -> Image.Image:
+        source = self._files[index]
+        if isinstance(source, Image.Image):
+            return self._fit(source)
+        with Image.open(source) as image:
+            return self._fit(image)
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        opaque = _opaque(ImageOps.exif_transpose(image)).convert("RGB" if self.channels == 3 else "L")
+        return ImageOps.fit(opaque, (self.width, self.height), Image.Resampling.BICUBIC)
+
+    def _path(self, index: int) -> Path | None:
+        # a column of a dataset holds no paths, and would decode an image to tell
+        source = self._files[index] if isinstance(self._files, list | tuple) else None
+        return source if isinstance(source, Path) else None
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """An image of 8 bits a channel; what was transparent is white."""
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip instead of scale
+        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnidentifiedImageError):
+        return "its content is of no known image format"
+    return str(error) or type(error).__name__
