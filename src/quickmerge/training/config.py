@@ -1,0 +1,129 @@
+"""What a training run is told."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from quickmerge.errors import QuickmergeError, near_match, whole_number
+
+__all__ = ["PRECISIONS", "SCHEDULES", "TrainingConfig"]
+
+SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The settings of `quickmerge.training.train`.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        batch: items per process and micro-step.
+        accumulate: micro-steps per step; a step averages over ``batch * accumulate * processes`` items.
+        learning_rate: the highest rate, which the warm-up ends at.
+        warmup: steps over which the rate rises from nothing; at most `steps`.
+        schedule: how the rate goes on: ``"constant"``, or down by a ``"linear"`` or ``"cosine"`` curve.
+        final: share of the rate that the curve ends at in the last step, in [0, 1].
+        weight_decay: AdamW's decay, of parameters of two or more dimensions only.
+        betas: AdamW's decay rates of the two moments, each in [0, 1).
+        clip: the gradient is scaled down to this norm; None never.
+        precision: ``"no"`` for float32, or the type that autocast computes in: ``"bf16"``, ``"fp16"`` (GPU only).
+        seed: of the data order and of all that is random in a step.
+        save_every: steps between checkpoints; the last step always makes one.
+        log_every: steps that a line of ``metrics.jsonl`` is the mean of.
+        max_minutes: stop after the step in which this call has run so long; None never.
+
+    Raises:
+        ValueError: a setting is not allowed; the message names it, what was given and what is allowed.
+    """
+
+    steps: int
+    batch: int = 16
+    accumulate: int = 1
+    learning_rate: float = 3e-4
+    warmup: int = 0
+    schedule: str = "cosine"
+    final: float = 0.1
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = 1.0
+    precision: str = "no"
+    seed: int = 0
+    save_every: int = 500
+    log_every: int = 10
+    max_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "save_every", "log_every"):
+            whole_number(name, getattr(self, name))
+        for name in ("warmup", "seed"):
+            whole_number(name, getattr(self, name), 0)
+        if self.warmup > self.steps:
+            raise ValueError(f"warmup must be at most steps ({self.steps}), got {self.warmup}")
+        _number("learning_rate", self.learning_rate, "above 0", lambda value: value > 0)
+        _number("final", self.final, "in [0, 1]", lambda value: 0 <= value <= 1)
+        _number("weight_decay", self.weight_decay, "of at least 0", lambda value: value >= 0)
+        for name in ("clip", "max_minutes"):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), "above 0, or None", lambda value: value > 0)
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        for beta in self.betas:
+            _number("each of betas", beta, "in [0, 1)", lambda value: 0 <= value < 1)
+        object.__setattr__(self, "betas", tuple(self.betas))  # a file holds a list
+        for name, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            given = getattr(self, name)
+            if given not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, as JSON holds them."""
+        return {**asdict(self), "betas": list(self.betas)}
+
+    @classmethod
+    def from_file(cls, path: Path | str) -> TrainingConfig:
+        """Read settings from a ``.toml`` or ``.json`` file; what is left out has its default.
+
+        Raises:
+            QuickmergeError: the file can't be read, holds an unknown setting, or one that is not allowed.
+        """
+        path = Path(path)
+        given = _read(path)
+        names = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in names:
+                known = near_match(name, names) or f": known are {', '.join(names)}"
+                raise QuickmergeError(f"{path} holds an unknown setting {name!r}{known}")
+        if "steps" not in given:
+            raise QuickmergeError(f"{path} must say how many steps to train for (steps)")
+        try:
+            return cls(**given)
+        except ValueError as error:
+            raise QuickmergeError(f"{path}: {error}") from None
+
+
+def _number(name: str, value: object, words: str, allowed: Callable[[float], bool]) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and allowed(value)):  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be a number {words}, got {value!r}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    readers = {".toml": tomllib.loads, ".json": json.loads}
+    if path.suffix.lower() not in readers:
+        raise QuickmergeError(f"{path} must be a .toml or .json file")
+    try:
+        given = readers[path.suffix.lower()](path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise QuickmergeError(f"{path} can't be read: {error.strerror}") from None
+    except ValueError as error:  # both readers' errors, and text that is not UTF-8
+        raise QuickmergeError(f"{path} can't be understood: {error}") from None
+    if not isinstance(given, dict):
+        raise QuickmergeError(f"{path} must hold settings by name, got a {type(given).__name__}")
+    return given

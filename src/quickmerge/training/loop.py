@@ -1,0 +1,235 @@
+"""The training loop: one for everything that the project trains."""
+
+from __future__ import annotations
+
+import math
+import platform
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate  # type: ignore[import-untyped]
+import torch
+from torch.utils.data import default_collate
+
+import quickmerge
+from quickmerge.errors import QuickmergeError
+from quickmerge.training import checkpoint
+from quickmerge.training.config import TrainingConfig
+from quickmerge.training.files import settle
+from quickmerge.training.metrics import Meter, append_line, cut_after
+from quickmerge.training.objective import Dataset, Objective
+from quickmerge.training.processes import on_main, start
+from quickmerge.training.progress import Show, say, shown
+from quickmerge.training.resume import check_same, find, run_identity
+from quickmerge.training.signals import LateSignals
+from quickmerge.training.step import Stepper
+from quickmerge.training.tensors import (
+    load_model,
+    load_optimizer,
+    model_tensors,
+    optimizer_tensors,
+    trained_parameters,
+)
+
+__all__ = ["TrainingResult", "train"]
+
+OnStep = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended.
+
+    Args:
+        steps: how many are done, over all calls.
+        finished: False if the time ran out before the last step.
+        seconds: training time over all calls.
+        checkpoint: folder of the last checkpoint.
+        metrics: of the last step, means over its items; empty if this call had no step to take.
+    """
+
+    steps: int
+    finished: bool
+    seconds: float
+    checkpoint: Path
+    metrics: dict[str, float]
+
+
+def train(
+    objective: Objective,
+    dataset: Dataset,
+    config: TrainingConfig,
+    out: Path | str,
+    *,
+    collate: Callable[[list[Any]], Any] | None = None,
+    resume: bool = False,
+    fingerprint: Mapping[str, Any] | None = None,
+    finish: Callable[[Path], None] | None = None,
+    on_step: OnStep | None = None,
+) -> TrainingResult:
+    """Train an objective, in such a way that a run killed at any moment and resumed ends with the same weights.
+
+    Writes ``out/metrics.jsonl`` and ``out/checkpoints/step-000123/`` (the last two). Under `accelerate launch` or
+    `torchrun` every process calls this with the same arguments and a folder that all of them see; each holds the
+    whole model (DDP), and only the main one writes. FSDP and other sharding are refused.
+
+    Ctrl-C and SIGTERM end the step, save a checkpoint and say how to go on; then Ctrl-C raises KeyboardInterrupt as
+    ever and SIGTERM exits with status 143. The global random generators of torch, numpy and Python are seeded over
+    and over, and left so.
+
+    Args:
+        objective: what is trained, in place. It ends on the device that it was trained on.
+        dataset: the items; `describe(index)`, if it has that, names an item in error messages.
+        config: the settings.
+        out: the output folder, made if need be.
+        collate: makes a batch of a list of items; default is torch's.
+        resume: go on from the newest checkpoint in `out`.
+        fingerprint: whatever else must be the same for a resumed run (base model, files), as JSON can hold it.
+        finish: called with `out` in the main process after the last step, to save what was trained. After a kill
+            it may be called once more.
+        on_step: called after each step, in every process, with the number of steps done and the step's metrics.
+
+    Raises:
+        QuickmergeError: the dataset is empty, nothing is trained, `out` does not fit `resume`, a resumed run differs
+            from what it was, the loss or the gradient is not finite, or the disk is full. The last checkpoint is
+            kept in any case.
+    """
+    out = Path(out)
+    if len(dataset) == 0:
+        raise QuickmergeError("dataset must hold at least one item to train on, got an empty one")
+    if not trained_parameters(objective):
+        raise QuickmergeError("objective must have a parameter that requires a gradient, got none")
+    run = _Run(objective, dataset, config, out, collate or default_collate, fingerprint)
+    training = objective.training
+    objective.train()
+    try:
+        run.begin(resume)
+        result = run.go(on_step)
+    finally:
+        objective.train(training)
+    if result.finished and finish is not None:
+        on_main(run.accelerator, lambda: finish(out))
+    return result
+
+
+class _Run:
+    """A run's state between two steps: what a checkpoint holds."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        dataset: Dataset,
+        config: TrainingConfig,
+        out: Path,
+        collate: Callable[[list[Any]], Any],
+        fingerprint: Mapping[str, Any] | None,
+    ) -> None:
+        self.out = out
+        self.config = config
+        self.accelerator = start(config.precision, objective.uses_every_parameter)
+        processes = self.accelerator.num_processes
+        self.identity = run_identity(config, fingerprint, len(dataset), processes)
+        self.stepper = Stepper(objective, dataset, config, collate, self.accelerator)
+        self.items = config.batch * config.accumulate * processes
+        self.done = 0
+        self.before = 0.0  # seconds trained in earlier calls
+        self.meter = Meter()
+        self.folder = out  # of the last checkpoint
+
+    def begin(self, resume: bool) -> None:
+        """Load the checkpoint if there shall be one, and bring `out` to the state that it had then."""
+        on_main(self.accelerator, lambda: settle(self.out / "checkpoints"))
+        found, damaged = find(self.out, resume)
+        if found is not None:
+            self._load(found)
+            for sentence in damaged if self.accelerator.is_main_process else []:
+                say(f"warning: {sentence}; going on from step {found.step}, before it")
+        # Only behind this have all processes read, and may the main one write.
+        on_main(self.accelerator, self._tidy)
+
+    def _tidy(self) -> None:
+        checkpoint.prune(self.out, self.done)  # a kill may have come before it
+        cut_after(self.out / "metrics.jsonl", self.done)
+
+    def go(self, on_step: OnStep | None) -> TrainingResult:
+        """Take the steps that are left."""
+        began = time.monotonic()
+        metrics: dict[str, float] = {}
+        late = False
+        visible = bool(self.accelerator.is_main_process)
+        with LateSignals() as signals, shown(self.done, self.config.steps, visible) as show:
+            while self.done < self.config.steps and not late:
+                metrics, late, stopped_by = self._step(began, signals, show)
+                if on_step is not None:
+                    on_step(self.done, metrics)
+                if stopped_by is not None:
+                    self._leave(stopped_by)
+        seconds = self.before + time.monotonic() - began
+        return TrainingResult(self.done, self.done == self.config.steps, seconds, self.folder, metrics)
+
+    def _step(self, began: float, signals: LateSignals, show: Show) -> tuple[dict[str, float], bool, int | None]:
+        config = self.config
+        taken = self.stepper.take(self.done, lambda: self._flags(began, signals))
+        interrupted, terminated, late = (flag > 0 for flag in taken.flags)
+        self.done += 1
+        seconds = self.before + time.monotonic() - began
+        self.meter.add(taken.metrics, self.items)
+        speed = self.meter.items / max(seconds - self.meter.seconds, 1e-9)
+        show(self.done, taken.metrics["loss"], speed)
+        if self.done % config.log_every == 0:
+            line = self.meter.line(self.done, rate=taken.rate, items=self.done * self.items, seconds=seconds)
+            on_main(self.accelerator, lambda: append_line(self.out / "metrics.jsonl", line))
+            self.meter = Meter(seconds)
+        stopped = interrupted or terminated or late
+        if stopped or self.done % config.save_every == 0 or self.done == config.steps:
+            on_main(self.accelerator, lambda: self._save(seconds))
+            self.folder = checkpoint.folder(self.out, self.done)
+        stopped_by = signal.SIGINT if interrupted else signal.SIGTERM if terminated else None
+        return taken.metrics, late, stopped_by
+
+    def _flags(self, began: float, signals: LateSignals) -> list[float]:
+        limit = math.inf if self.config.max_minutes is None else 60 * self.config.max_minutes
+        over = time.monotonic() - began > limit
+        return [float(signals.received == signal.SIGINT), float(signals.received == signal.SIGTERM), float(over)]
+
+    def _save(self, seconds: float) -> None:
+        scaler = self.accelerator.scaler
+        state = {
+            **self.identity,
+            "seconds": seconds,
+            "interval": asdict(self.meter),
+            "loss_scale": None if scaler is None else scaler.state_dict(),
+            "versions": {
+                "quickmerge": quickmerge.__version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "accelerate": accelerate.__version__,
+            },
+        }
+        stepper = self.stepper
+        optimizer = optimizer_tensors(stepper.adamw, stepper.parameters)
+        made = checkpoint.Checkpoint(self.done, model_tensors(stepper.objective), optimizer, state)
+        checkpoint.save(self.out, made)
+
+    def _load(self, found: checkpoint.Checkpoint) -> None:
+        check_same(self.out, found.state, self.identity)
+        self.folder = checkpoint.folder(self.out, found.step)
+        stepper = self.stepper
+        load_model(stepper.objective, found.model, str(self.folder / checkpoint.MODEL))
+        load_optimizer(stepper.adamw, stepper.parameters, found.optimizer, str(self.folder / checkpoint.OPTIMIZER))
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(found.state["loss_scale"])
+        self.done = found.step
+        self.before = found.state["seconds"]
+        self.meter = Meter(**found.state["interval"])
+
+    def _leave(self, number: int) -> None:
+        if self.accelerator.is_main_process:
+            say(f"stopped after step {self.done} of {self.config.steps}: resume to go on from {self.folder}")
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
