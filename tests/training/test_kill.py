@@ -2,8 +2,8 @@ from pathlib import Path
 
 from training_samples import lines, run_script, saved
 
+from quickmerge.files import settle
 from quickmerge.training.checkpoint import MODEL, OPTIMIZER, load
-from quickmerge.training.files import settle
 
 
 def same_run(whole: Path, other: Path) -> None:

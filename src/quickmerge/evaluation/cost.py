@@ -48,13 +48,16 @@ class Shape:
     def reducer_flops(self, reducer: Reducer, tokens: Sequence[float]) -> float:
         """Operations of the reducer itself in a prefill in which block i reads ``tokens[i]`` tokens.
 
-        For every merge, ``2 w n H d`` for the scores of its w voters in each probed block, and ``2 n D`` to merge.
+        For every merge, ``2 w n H d`` for the scores of its w voters in each probed block, and ``2 n D`` to merge;
+        for the first one also what a trained method adds.
         """
-        total = 0.0
+        total, first = 0.0, True
         for before, after in itertools.pairwise(tokens):
             if after < before:
                 votes = reducer.probes * 2 * reducer.voters(before) * before * self.heads * self.head_dim
                 total += votes + 2 * before * self.width
+                total += reducer.align_flops(before, after) if first else 0.0
+                first = False
         return total
 
     def flops_ratio(self, reducer: Reducer, tokens: Sequence[float]) -> float:

@@ -75,6 +75,7 @@ def reduce(
         schedule = layer if isinstance(layer, Schedule) else Schedule.of(layer, len(decoder))
         whole_number("sinks", sinks, 0)
         whole_number("recent", recent, 1)
+        reducer.check(model, schedule.layers, mode)
         return PrefixRun(decoder, reducer, schedule, sinks=sinks, recent=recent, protect=protect)
     if mode == "block_causal":
         first = 0 if layer is None else layer
@@ -85,6 +86,7 @@ def reduce(
         whole_number("sinks", sinks, 0)
         whole_number("chunk", chunk, 2)
         whole_number("window", window, 1)
+        reducer.check(model, (first,), mode)
         return BlockCausalRun(decoder, reducer, first, sinks=sinks, chunk=chunk, window=window)
     raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
 

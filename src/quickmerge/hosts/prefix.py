@@ -58,6 +58,7 @@ class PrefixRun(Run):
         self._prompt: Prompt | None = None
         self._traces: dict[int, AttentionTrace] = {}
         self._new: Tensor | None = None
+        self._corrections: dict[int, Tensor] = {}
         self.plans: list[MergePlan] = []
         """The plan of each merge of the last prompt, from the lowest block up."""
         self.protected: Tensor | None = None
@@ -114,7 +115,7 @@ class PrefixRun(Run):
                 segment.masks = {}
             return {}
         self._check_cache(cache)
-        self._traces, self.plans, self.composed = {}, [], []
+        self._traces, self._corrections, self.plans, self.composed = {}, {}, [], []
         valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
         if valid.shape != ids.shape[:2]:
             raise QuickmergeError(f"attention_mask must be {tuple(ids.shape[:2])}, got {tuple(valid.shape)}")
@@ -198,6 +199,8 @@ class PrefixRun(Run):
             hidden = self._merge(index, hidden, position_ids, prompt)
             if cache is not None:
                 self._prompts[cache] = prompt
+        if self._fresh and index in self._corrections:
+            hidden = hidden + self._corrections.pop(index).to(hidden.dtype)
         segment = self._segment(index)
         if segment is None:
             return None
@@ -242,6 +245,10 @@ class PrefixRun(Run):
         self.composed.append(plan if self.plan is None else self.plan.compose(plan))
         if not same:
             hidden = plan.merge(hidden)
+            if index == min(self.stages):
+                self._corrections = dict(self.reducer.align(view, plan))
+            else:
+                self._corrections = {block: plan.merge(added) for block, added in self._corrections.items()}
             prompt.segments[index] = Segment.from_plan(plan, position_ids, prompt.valid)
         self._traces = {layer: t for layer, t in self._traces.items() if layer >= index}
         self.stats.reducer_seconds += self.clock() - began
@@ -261,4 +268,4 @@ class PrefixRun(Run):
     def forget(self) -> None:
         """Drop prompts and traces; plans and statistics stay for the summary."""
         self._prompts.clear()
-        self._prompt, self._new, self._traces = None, None, {}
+        self._prompt, self._new, self._traces, self._corrections = None, None, {}, {}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,24 @@ class Reducer(ABC):
 
     def voters(self, tokens: float) -> float:
         """How many query rows of each probed layer the reducer reads, of a prompt of ``tokens`` tokens."""
+        return 0.0
+
+    def check(self, model: Any, layers: tuple[int, ...], mode: str) -> None:  # noqa: B027
+        """Raise unless the method may run in ``model`` with merges before the blocks ``layers``.
+
+        Only methods that were trained for a model have anything to object to.
+        """
+
+    def align(self, view: TokenView, plan: MergePlan) -> Mapping[int, Tensor]:
+        """What a trained method adds to the slots of its first merge, by block: ``{block: (B, K, D)}``.
+
+        Each is added to the hidden states that enter the block, in the forward that reads the prompt. Most methods
+        add nothing.
+        """
+        return {}
+
+    def align_flops(self, tokens: float, slots: float) -> float:
+        """Operations of `align`, and of whatever else is trained, for ``tokens`` merged into ``slots``."""
         return 0.0
 
     @property

@@ -78,13 +78,20 @@ class QuickMerge(Reducer):
         measure = partial(attention_norm, window=self.window, nearest=nearest)
         return pool(mean_attention(view, measure), view.valid, self.pool)
 
-    def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
-        saliency = self.saliency(view)
-        count = self.budget.count(view, saliency)
+    def recent(self, view: TokenView, count: Tensor) -> Tensor:
+        """``(B, N)`` bool: the share ``recency`` of the ``count (B,)`` kept tokens, as the most recent tokens."""
         left = view.valid.flip(-1).long().cumsum(-1).flip(-1)  # 1 for the last valid token of a row, rising leftwards
-        recent = left <= (count.double() * self.recency + 1e-9).floor()[:, None]
-        anchor = select(torch.where(recent, torch.inf, saliency), count, view)
+        return left <= (count.double() * self.recency + 1e-9).floor()[:, None]
+
+    def merge_into(self, view: TokenView, anchor: Tensor) -> MergePlan:
+        """The plan that keeps the tokens ``anchor (B, N)`` and merges each other one into the next of them."""
         if self.merge == 0:
             return MergePlan.from_anchors(view, anchor)
         share = torch.where(anchor, 1.0, float(self.merge))
         return MergePlan.from_anchors(view, anchor, next_anchor(view, anchor), share)
+
+    def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
+        saliency = self.saliency(view)
+        count = self.budget.count(view, saliency)
+        score = torch.where(self.recent(view, count), torch.inf, saliency)
+        return self.merge_into(view, select(score, count, view))

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quickmerge.errors import DamagedWeightsError, QuickmergeError
+from quickmerge.files import write_folder, write_json
 from quickmerge.models.folder import check_safetensors
-from quickmerge.training.files import write_folder, write_json
 
 __all__ = ["KEPT", "MODEL", "OPTIMIZER", "STATE", "Checkpoint", "folder", "folders", "load", "newest", "prune", "save"]
 

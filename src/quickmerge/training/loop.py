@@ -17,9 +17,9 @@ from torch.utils.data import default_collate
 
 import quickmerge
 from quickmerge.errors import QuickmergeError
+from quickmerge.files import settle
 from quickmerge.training import checkpoint
 from quickmerge.training.config import TrainingConfig
-from quickmerge.training.files import settle
 from quickmerge.training.metrics import Meter, append_line, cut_after
 from quickmerge.training.objective import Dataset, Objective
 from quickmerge.training.processes import on_main, start

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.training.files import write_bytes
+from quickmerge.files import write_bytes
 
 __all__ = ["NAMES", "Meter", "append_line", "cut_after"]
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.training.files import settle, write_bytes, write_folder, write_json
+from quickmerge.files import settle, write_bytes, write_folder, write_json
 
 
 def names(folder: Path) -> list[str]:

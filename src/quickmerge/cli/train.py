@@ -1,0 +1,12 @@
+"""``quickmerge train``: train what a method needs, resumable at any moment."""
+
+from __future__ import annotations
+
+import typer
+
+from quickmerge.cli import train_prior
+
+app = typer.Typer(
+    name="train", help="Train what a method needs. Can be killed at any moment and resumed.", no_args_is_help=True
+)
+app.command("prior", epilog=train_prior.EXAMPLE)(train_prior.prior)

@@ -1,0 +1,145 @@
+"""``quickmerge train prior``: the autoregressive prior over merged tokens, for a language model or for pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quickmerge.cli.common import LAYER, MODEL, load_model, one_sentence, parse_keeps, parse_layer, quiet, read_text
+from quickmerge.errors import QuickmergeError
+
+if TYPE_CHECKING:
+    from quickmerge.training import TrainingConfig
+    from quickmerge.training.data import Data
+
+EXAMPLE = "Example: quickmerge train prior --model smollm2-135m --data texts/ --keep 0.1,0.2,0.42 --out runs/prior"
+STEPS = 1000
+
+
+def prior(
+    data: Annotated[
+        list[Path],
+        typer.Option("--data", help="Text files, images, videos, folders of them, or a dataset on disk; several."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the prior, its checkpoints and metrics.")],
+    more: Annotated[list[Path] | None, typer.Argument(help="Further paths after --data.", show_default=False)] = None,
+    model: MODEL = "smollm2-135m",
+    keep: Annotated[str, typer.Option("--keep", help="Shares to train at, with commas.")] = "0.1,0.2,0.42",
+    layer: LAYER = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Training settings, .toml or .json; options go before it.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help=f"Optimizer steps. Default: {STEPS}.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Items per step and process. Default: 4.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Default: 0.001.")] = None,
+    precision: Annotated[str | None, typer.Option("--precision", help="no, bf16 or fp16. Default: no.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Default: 0.")] = None,
+    save_every: Annotated[int | None, typer.Option("--save-every", help="Steps between checkpoints.")] = None,
+    max_minutes: Annotated[float | None, typer.Option("--max-minutes", help="Stop cleanly after so long.")] = None,
+    width: Annotated[int, typer.Option("--width", help="Features per slot inside the prior.")] = 256,
+    layers: Annotated[int, typer.Option("--layers", help="Transformer blocks of the prior.")] = 2,
+    head: Annotated[str, typer.Option("--head", help="gaussian, mixture or energy.")] = "gaussian",
+    directions: Annotated[str, typer.Option("--directions", help="forward or both.")] = "both",
+    depths: Annotated[
+        str | None, typer.Option("--depths", help="Blocks where slots are corrected (8,16), or none. Default: several.")
+    ] = None,
+    saliency: Annotated[bool, typer.Option("--saliency/--no-saliency", help="Learn a term of the saliency.")] = True,
+    context: Annotated[int, typer.Option("--context", help="Text: tokens that are merged.")] = 1024,
+    target: Annotated[int, typer.Option("--target", help="Text: tokens that are predicted after them.")] = 192,
+    held_out: Annotated[
+        list[Path] | None, typer.Option("--held-out", help="Texts that training must not share a passage with.")
+    ] = None,
+    column: Annotated[str | None, typer.Option("--column", help="Column of a dataset on disk.")] = None,
+    size: Annotated[int, typer.Option("--size", help="Images and video: side of the square that is read.")] = 128,
+    patch: Annotated[int, typer.Option("--patch", help="Images and video: side of a patch.")] = 8,
+    frames: Annotated[int, typer.Option("--frames", help="Video: frames per clip.")] = 8,
+) -> None:
+    """Train the prior over merged tokens: of a language model's prompts, or of images or video."""
+    quiet()
+    from quickmerge.training.data import find_data
+
+    settings = training_config(
+        config, steps=steps, batch=batch, learning_rate=learning_rate, precision=precision, seed=seed,
+        save_every=save_every, max_minutes=max_minutes,
+    )  # fmt: skip
+    keeps = parse_keeps(keep)
+    found = find_data([*data, *(more or [])])
+    with one_sentence():
+        shape = {"width": width, "layers": layers, "head": head, "directions": directions}
+        if _is_text(found, column):
+            blocks = None if depths is None else [] if depths == "none" else _blocks(depths)
+            _train_text(
+                found, out, model=model, keeps=keeps, layer=parse_layer(layer), depths=blocks, config=settings,
+                resume=resume, shape={**shape, "saliency": saliency}, context=context, target=target,
+                held_out=[read_text(path) for path in held_out or []], column=column,
+            )  # fmt: skip
+        else:
+            raise QuickmergeError("--data must hold text")
+    print(f"wrote {out}")
+
+
+def _blocks(text: str) -> list[int]:
+    found = parse_layer(text)
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def training_config(path: Path | None, **options: Any) -> TrainingConfig:
+    """Settings from a file, if there is one, with the options that were given before it."""
+    from quickmerge.training import TrainingConfig
+
+    given = {name: value for name, value in options.items() if value is not None}
+    with one_sentence():
+        if path is not None:
+            return replace(TrainingConfig.from_file(path), **given)
+        steps = given.get("steps", STEPS)
+        usual = {"steps": steps, "batch": 4, "learning_rate": 1e-3, "warmup": min(30, steps), "save_every": 100}
+        return TrainingConfig(**{**usual, **given})
+
+
+def _is_text(found: Data, column: str | None) -> bool:
+    if found.kind == "dataset":
+        from quickmerge.training.data import from_disk
+
+        return from_disk(found.files, column).kind == "text"
+    return found.kind == "text"
+
+
+def _train_text(
+    found: Data,
+    out: Path,
+    *,
+    model: str,
+    keeps: list[float],
+    layer: int | list[int] | None,
+    depths: list[int] | None,
+    config: TrainingConfig,
+    resume: bool,
+    shape: dict[str, Any],
+    context: int,
+    target: int,
+    held_out: list[str],
+    column: str | None,
+) -> None:
+    from rich.console import Console
+
+    from quickmerge.training.data import TextWindows, from_disk
+    from quickmerge.training.prior_text import train_prior_text
+
+    lm, tokenizer = load_model(model)
+    documents = from_disk(found.files, column) if found.kind == "dataset" else found.files
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in held_out]
+    say = Console(stderr=True)
+    with say.status("reading the text"):
+        windows = TextWindows(tokenizer, documents, context + target, held_out=ids)
+        count = len(windows)
+    left = f"; {windows.overlapping} share a passage with a held-out text" if windows.overlapping else ""
+    short = f"; {windows.skipped} documents are shorter than that" if windows.skipped else ""
+    say.print(f"{count} windows of {context + target} tokens{short}{left}", highlight=False)
+    train_prior_text(
+        lm, windows, config, out, name=model, keeps=keeps, layer=layer, depths=depths, context=context,
+        resume=resume, **shape,
+    )  # fmt: skip

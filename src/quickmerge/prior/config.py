@@ -1,0 +1,95 @@
+"""What a prior is made of and what it was trained for; stored as config.json beside its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from quickmerge.errors import QuickmergeError, near_match, whole_number
+from quickmerge.heads import HEADS
+
+KIND = "quickmerge-prior"
+DIRECTIONS = ("forward", "both")
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Shape of a prior and the place it was trained for.
+
+    Args:
+        features: width D of the features that are merged.
+        width: features per slot inside the prior.
+        layers: transformer blocks.
+        heads: attention heads; ``width`` is a multiple of twice their number.
+        pool: heads of the learned merge, each with its own merge weights; divides ``width``.
+        head: what predicts the next slot: ``gaussian``, ``mixture`` or ``energy``.
+        head_settings: further arguments of that head.
+        directions: ``forward``, or ``both``, in which the loss also predicts each slot from those after it.
+        depths: blocks of the language model in front of which slots are corrected; none: no alignment.
+        saliency: whether a learned term is added to the saliency.
+        axes: coordinates of a position: 1 for text, 2 for images, 3 for video.
+        trained_for: the model (name and hash), merge layers and reducer it was trained with.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+
+    features: int
+    width: int = 256
+    layers: int = 2
+    heads: int = 4
+    pool: int = 4
+    head: str = "gaussian"
+    head_settings: dict[str, Any] = field(default_factory=dict)
+    directions: str = "both"
+    depths: tuple[int, ...] = ()
+    saliency: bool = True
+    axes: int = 1
+    trained_for: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("features", "width", "layers", "heads", "pool"):
+            whole_number(name, getattr(self, name))
+        if self.width % (2 * self.heads) or self.width % self.pool:
+            raise ValueError(
+                f"width must be a multiple of pool and of twice heads, got width={self.width}, pool={self.pool} "
+                f"and heads={self.heads}"
+            )
+        if self.head not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}{near_match(self.head, HEADS)}")
+        if self.directions not in DIRECTIONS:
+            raise ValueError(f"directions must be one of {', '.join(DIRECTIONS)}, got {self.directions!r}")
+        if self.axes not in (1, 2, 3):
+            raise ValueError(f"axes must be 1 (text), 2 (images) or 3 (video), got {self.axes!r}")
+        if list(self.depths) != sorted(set(self.depths)) or any(depth < 1 for depth in self.depths):
+            raise ValueError(f"depths must be rising whole numbers of at least 1, got {list(self.depths)}")
+
+    def to_json(self) -> str:
+        """As text for config.json."""
+        return json.dumps({"kind": KIND, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> PriorConfig:
+        """Read a config.json.
+
+        Raises:
+            QuickmergeError: if the file is not there, or is not a prior's.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise QuickmergeError(f"{path} can't be read ({error.strerror}): a prior's folder has one") from None
+        except ValueError:
+            raise QuickmergeError(f"{path} must be JSON, got something else") from None
+        if not isinstance(data, dict) or data.pop("kind", None) != KIND:
+            raise QuickmergeError(f'{path} must belong to a prior ("kind": "{KIND}"), got the config of something else')
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(data) - known):
+            raise QuickmergeError(f"{path} has the unknown entry {unknown[0]!r}{near_match(unknown[0], known)}")
+        data["depths"] = tuple(data.get("depths", ()))
+        try:
+            return cls(**data)
+        except (TypeError, ValueError) as error:
+            raise QuickmergeError(f"{path}: {error}") from error
