@@ -95,7 +95,7 @@ def test_stored_and_loaded_is_the_same(tmp_path) -> None:
 
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path) -> None:
-    with pytest.raises(QuickmergeError, match="prior must be a folder with config.json and model.safetensors, got"):
+    with pytest.raises(QuickmergeError, match=r"prior must be a folder with config.json and model.safetensors, got"):
         Prior.from_pretrained(tmp_path / "nothing")
     build(dtype=torch.float32).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

@@ -102,7 +102,7 @@ def test_a_prior_for_another_model_layer_or_mode_is_refused(tiny_llama) -> None:
     other = copy.deepcopy(tiny_llama)
     with torch.no_grad():
         other.lm_head.weight.add_(1)
-    with pytest.raises(QuickmergeError, match="prior was trained for tiny .weights .*got a LlamaForCausalLM"):
+    with pytest.raises(QuickmergeError, match=r"prior was trained for tiny .weights .*got a LlamaForCausalLM"):
         reduce(other, reducer, 1)
     with pytest.raises(QuickmergeError, match="mode must be prefix for slots that a prior corrects"):
         reduce(tiny_llama, reducer, 1, mode="block_causal")

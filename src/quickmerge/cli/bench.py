@@ -11,6 +11,8 @@ from quickmerge.cli.common import (
     JSON,
     LAYER,
     MODEL,
+    PRIOR,
+    add_prior,
     check_output,
     load_model,
     one_sentence,
@@ -42,6 +44,7 @@ def bench(
     context: Annotated[int, typer.Option("--context", help="Tokens of context per document.")] = 1024,
     target: Annotated[int, typer.Option("--target", help="Tokens of continuation that are scored.")] = 192,
     out: Annotated[Path | None, typer.Option("--out", help="Write report.html here (a folder).")] = None,
+    prior: PRIOR = None,
     json: JSON = None,
 ) -> None:
     """Context recovery and cost of every reducer at every keep, on the same target tokens, timed interleaved."""
@@ -55,6 +58,8 @@ def bench(
     check_output(json, out / "report.html" if out is not None else None)
     keeps = parse_keeps(keep)
     methods = [parse_reducer(name.strip(), keeps[0]) for name in reducer.split(",")]
+    if prior is not None:
+        methods.append(add_prior(parse_reducer("quickmerge", keeps[0]), prior))
     depth = parse_layer(layer)
     paths = [*text, *(more or [])]
     texts = [read_text(path) for path in paths]

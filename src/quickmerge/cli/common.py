@@ -28,6 +28,10 @@ LAYER = Annotated[
     str | None,
     typer.Option("--layer", help="First block that reads fewer tokens, or several: 8,14,20. Default: the method's."),
 ]
+PRIOR = Annotated[
+    str | None,
+    typer.Option("--prior", help="A trained prior for quickmerge: its folder, or smollm2-135m for the shipped one."),
+]
 JSON = Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")]
 
 
@@ -75,6 +79,25 @@ def parse_reducer(name: str, keep: float) -> Reducer:
         raise QuickmergeError(f"--keep must be a number in (0, 1], got {keep:g}")
     with one_sentence():
         return make_reducer(name, keep=keep)
+
+
+def add_prior(method: Reducer, prior: str) -> Reducer:
+    """QuickMerge with a trained prior, which is given as a folder or by the name of a shipped one.
+
+    Settings that were given with the reducer's name stay; the others are those that the prior was trained with.
+    """
+    from dataclasses import fields
+
+    from quickmerge.data import shipped_prior
+    from quickmerge.prior import Prior, QuickMergePrior
+    from quickmerge.reducers import QuickMerge
+
+    if type(method) is not QuickMerge:
+        raise QuickmergeError(f"--prior belongs to the reducer quickmerge, got {method.name}")
+    given = {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
+    trained = Prior.from_pretrained(shipped_prior(prior) or Path(prior))
+    with one_sentence():
+        return QuickMergePrior.from_prior(trained, **{"keep": method.keep, **given})
 
 
 def read_text(path: Path) -> str:

@@ -12,7 +12,9 @@ from quickmerge.cli.common import (
     KEEP,
     LAYER,
     MODEL,
+    PRIOR,
     REDUCER,
+    add_prior,
     check_output,
     load_model,
     one_sentence,
@@ -37,6 +39,7 @@ def generate(
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="For --sample.")] = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with all tokens too.")] = False,
+    prior: PRIOR = None,
     json: JSON = None,
 ) -> None:
     """Answer a prompt about a document, the document read with fewer tokens."""
@@ -46,6 +49,7 @@ def generate(
 
     check_output(json)
     method = parse_reducer(reducer, keep)
+    method = method if prior is None else add_prior(method, prior)
     depth = parse_layer(layer)
     document = read_text(file) if file is not None else ""
     if not (document or prompt).strip():
@@ -67,6 +71,6 @@ def generate(
         print()
         print(found.stats, file=errors.file)
     write_json(json, {
-        "model": model, "reducer": reducer, "keep": keep, "prompt": prompt,
+        "model": model, "reducer": method.label, "keep": keep, "prompt": prompt,
         **{name: found.as_dict() for name, found in results.items()},
     })  # fmt: skip

@@ -1,12 +1,16 @@
-"""The document that ships with the library, and a question that its middle answers."""
+"""What ships with the library: a document, a question that its middle answers, and trained priors."""
 
 from __future__ import annotations
 
 import json
 from importlib.resources import files
+from pathlib import Path
 from typing import TypedDict, cast
 
-__all__ = ["DemoQuestion", "demo_document", "demo_question"]
+__all__ = ["PRIORS", "DemoQuestion", "demo_document", "demo_question", "shipped_prior"]
+
+PRIORS = ("smollm2-135m",)
+"""Models that a trained prior is shipped for."""
 
 
 class DemoQuestion(TypedDict):
@@ -28,3 +32,8 @@ def demo_document() -> str:
 def demo_question() -> DemoQuestion:
     """The question about the shipped document, its answer, and the layout of the prompt."""
     return cast(DemoQuestion, json.loads((files(__name__) / "demo.json").read_text(encoding="utf-8")))
+
+
+def shipped_prior(name: str) -> Path | None:
+    """The folder of the trained prior that is shipped under this name, None if there is none."""
+    return Path(str(files(__name__) / f"prior-{name}")) if name in PRIORS else None

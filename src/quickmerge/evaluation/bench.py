@@ -71,6 +71,7 @@ def bench(
                     "flops_ratio": shape.flops_ratio(reducer, stats.tokens_per_layer),
                     "cache_bytes": stats.prompt_cache_bytes,
                     "cache_ratio": stats.prompt_cache_bytes / stats.prompt_cache_bytes_full,
+                    "reducer_bytes": stats.reducer_bytes,
                 })  # fmt: skip
         document_nll(model, document, watch)
         for record in here:
@@ -92,7 +93,7 @@ def _rows(records: Sequence[Row], kind: str | None) -> list[Row]:
         mine = [r for r in records if r["reducer"] == name and r["keep"] == keep]
         score = recovery([r["nll"] for r in mine], [r["nll_full"] for r in mine], [r["nll_none"] for r in mine])
         mean = {k: sum(r[k] for r in mine) / len(mine) for k in
-                ("tokens_in", "tokens_kept", "flops_ratio", "cache_bytes", "cache_ratio")}  # fmt: skip
+                ("tokens_in", "tokens_kept", "flops_ratio", "cache_bytes", "cache_ratio", "reducer_bytes")}  # fmt: skip
         middle = {k: median(r[k] for r in mine) for k in ("prefill_seconds", "prefill_speedup", "reducer_seconds")}
         rows.append({
             "reducer": name, "keep": keep, "kind": kind, "documents": len(mine), **mean,

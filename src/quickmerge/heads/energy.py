@@ -153,7 +153,7 @@ class EnergyHead(VectorHead):
         self.read_context = nn.Sequential(nn.Linear(context, inner), nn.LayerNorm(inner))
         self.blocks = nn.ModuleList(GatedBlock(inner) for _ in range(blocks))
         self.last = nn.Linear(inner, width)
-        self.out = nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, inner), nn.SiLU(), self.last)
+        self.out = nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, inner), nn.SiLU())
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
@@ -172,7 +172,7 @@ class EnergyHead(VectorHead):
         c = self.read_context(context.to(inside))
         for block in self.blocks:
             x = block(x, c)
-        out: Tensor = self.out(x).to(dtype)
+        out: Tensor = self.last(self.out(x)).to(dtype)
         return out
 
     def loss(self, context: Tensor, target: Tensor, *, many_targets: bool = False) -> Tensor:

@@ -104,12 +104,15 @@ class Run(ABC):
     def __init__(self, decoder: Decoder, reducer: Reducer) -> None:
         self.decoder = decoder
         self.reducer = reducer
-        self.stats = RunStats(mode=self.mode, reducer=repr(reducer))
+        self.stats = self._stats()
         self._undo: list[Callable[[], None]] = []
         self._fresh = False
         self._began = 0.0
         self._cache: Cache | None = None
         self._signature = inspect.signature(decoder.base.forward)
+
+    def _stats(self) -> RunStats:
+        return RunStats(mode=self.mode, reducer=repr(self.reducer), reducer_bytes=self.reducer.weights_bytes)
 
     def __enter__(self) -> Run:
         if self._undo:
@@ -171,7 +174,7 @@ class Run(ABC):
         cache = inputs.get("past_key_values")
         self._fresh = cache is None or cache.get_seq_length() == 0
         if self._fresh:
-            self.stats = RunStats(mode=self.mode, reducer=repr(self.reducer))
+            self.stats = self._stats()
         inputs.update(self.begin(self._fresh, inputs))
         self._began = self.clock()
         return (), inputs

@@ -235,6 +235,7 @@ class PrefixRun(Run):
             size=None if below is None else below.size,  # type: ignore[arg-type]
             length=prompt.length,
             attention=traces,
+            layer=index,
         )
         plan = replace(self.reducer, keep=self.stages[index]).plan(view)
         # Where every token stays alone, hidden states and the block's own arguments are left as they are, padding

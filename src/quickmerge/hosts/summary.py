@@ -16,7 +16,8 @@ class RunStats:
     ``tokens_per_layer`` is the mean over the batch's rows of the valid tokens each block read in the prefill;
     ``prefill_seconds`` is the decoder's forward over the prompt with the reducer inside, ``reducer_seconds`` the
     reducer alone (saliency, plan and merge). ``cache_bytes`` are measured on the cache as it is now and
-    ``prompt_cache_bytes`` as it was after the prompt; ``..._full`` is what it would hold unreduced.
+    ``prompt_cache_bytes`` as it was after the prompt; ``..._full`` is what it would hold unreduced. ``reducer_bytes``
+    is the memory of what a trained method has learned.
     """
 
     mode: str = "prefix"
@@ -32,6 +33,7 @@ class RunStats:
     prompt_cache_bytes_full: int = 0
     cache_bytes: int = 0
     cache_bytes_full: int = 0
+    reducer_bytes: int = 0
 
     @property
     def tokens_kept(self) -> float:
@@ -58,12 +60,13 @@ class RunStats:
         layers = ", ".join(f"{n:g} in layers {a}-{b}" if a != b else f"{n:g} in layer {a}" for a, b, n in runs)
         ratio = self.cache_bytes / self.cache_bytes_full if self.cache_bytes_full else 1.0
         held, full = self.cache_bytes / 2**20, self.cache_bytes_full / 2**20
+        own = f", and {self.reducer_bytes / 2**20:.2f} MiB of the reducer's weights" if self.reducer_bytes else ""
         return (
             f"{self.reducer} ({self.mode}), {self.rows} row(s), {self.tokens_in:g} tokens in\n"
             f"  read:    {layers}\n"
             f"  prefill: {self.prefill_seconds:.3f} s, of which the reducer {self.reducer_seconds:.3f} s\n"
             f"  decode:  {self.decode_steps} steps, {1e3 * self.decode_seconds_per_token:.1f} ms each\n"
-            f"  cache:   {held:.2f} MiB, {100 * ratio:.0f} % of {full:.2f} MiB"
+            f"  cache:   {held:.2f} MiB, {100 * ratio:.0f} % of {full:.2f} MiB{own}"
         )
 
 

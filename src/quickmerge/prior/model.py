@@ -62,13 +62,13 @@ class Prior(nn.Module):
     @torch.no_grad()
     def calibrate(self, slots: Tensor) -> None:
         """Set the mean and deviation of features from a sample ``(S, D)`` of slots, so that targets have scale one."""
-        x = _unit(slots.to(self.mean.dtype))
+        x = unit(slots.to(self.mean.dtype))
         self.mean.copy_(x.mean(0))
         self.std.copy_(x.std(0).clamp_min(1e-4))
 
     def target(self, slots: Tensor) -> Tensor:
         """Slots ``(..., D)`` as the head predicts them: brought to length one per feature, then standardised."""
-        return (_unit(slots.to(self.mean.dtype)) - self.mean) / self.std
+        return (unit(slots.to(self.mean.dtype)) - self.mean) / self.std
 
     # What is read -----------------------------------------------------------------------------------------------
 
@@ -183,6 +183,6 @@ class Prior(nn.Module):
         return sum(t.numel() * t.element_size() for t in self.state_dict().values())
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Scale each vector to a root mean square of one."""
+def unit(x: Tensor) -> Tensor:
+    """Scale each vector ``(..., D)`` to a root mean square of one."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)

@@ -54,6 +54,11 @@ class QuickMergePrior(QuickMerge):
         now = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("keep", "prior")}
         return ":".join([self.name, *(f"{name}={value}" for name, value in now.items() if value != own[name])])
 
+    @property
+    def weights_bytes(self) -> int:
+        """Memory of the prior."""
+        return self.prior.bytes
+
     def check(self, model: Any, layers: tuple[int, ...], mode: str) -> None:
         """Refuse any model, merge layers or mode but those that the prior was trained for."""
         check_model(model, self.prior.config.trained_for, "prior")
@@ -70,13 +75,17 @@ class QuickMergePrior(QuickMerge):
             self.prior.to(wanted)
 
     def saliency(self, view: TokenView) -> Tensor:
-        """``(B, N)`` attention norm times ``exp h(x)`` with the learned term h."""
+        """``(B, N)`` attention norm times ``exp h(x)``, with the learned term h at the merge it was trained for."""
         plain = super().saliency(view)
-        if self.prior.saliency is None:
+        if self.prior.saliency is None or not self.first(view):
             return plain
         with torch.no_grad():
             learned: Tensor = plain * self.prior.saliency(view.hidden).to(plain.dtype).exp()
         return learned
+
+    def first(self, view: TokenView) -> bool:
+        """Whether the tokens stand at the first merge, the one that the prior was trained for."""
+        return bool(view.layer == self.prior.config.trained_for["layers"][0])
 
     def align(self, view: TokenView, plan: MergePlan) -> Mapping[int, Tensor]:
         """Corrections of the slots, by block."""

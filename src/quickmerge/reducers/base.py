@@ -71,6 +71,11 @@ class Reducer(ABC):
         return 0.0
 
     @property
+    def weights_bytes(self) -> int:
+        """Memory of what the method has learned; 0 for methods that were not trained."""
+        return 0
+
+    @property
     def budget(self) -> Budget:
         """`keep` as a budget."""
         return as_budget(self.keep)

@@ -28,6 +28,7 @@ class TokenView:
             ask for any.
         grid: ``(T, H, W)`` for images and video, else None.
         text: ``(B, M, D)`` text features, for methods that need the question, else None.
+        layer: the block in front of which the tokens stand, for methods that were trained for one; else None.
 
     Raises:
         ValueError: if the shapes do not agree or a row has no valid token.
@@ -42,6 +43,7 @@ class TokenView:
     attention: Sequence[AttentionTrace] = ()
     grid: tuple[int, int, int] | None = None
     text: Tensor | None = None
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         if self.hidden.ndim != 3:

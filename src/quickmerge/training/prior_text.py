@@ -19,7 +19,7 @@ from quickmerge.hosts.structure import find_decoder
 from quickmerge.prior.config import PriorConfig
 from quickmerge.prior.identity import model_hash
 from quickmerge.prior.losses import check_collapse, collapse_penalty, relative_spread
-from quickmerge.prior.model import BACKWARD, FORWARD, Prior
+from quickmerge.prior.model import BACKWARD, FORWARD, Prior, unit
 from quickmerge.prior.reducer import QuickMergePrior
 from quickmerge.prior.selection import noisy_select
 from quickmerge.tokens.plan import MergePlan
@@ -63,7 +63,9 @@ class LearningMerge(QuickMergePrior):
         """Nothing to refuse: the prior is being made for this model."""
 
     def plan(self, view: TokenView) -> MergePlan:
-        """`QuickMerge.plan` with Gumbel noise on the log-saliency."""
+        """`QuickMerge.plan` with Gumbel noise on the log-saliency, at the first merge."""
+        if not self.first(view):
+            return super().plan(view)
         plain = super(QuickMergePrior, self).saliency(view)
         score = plain.clamp_min(torch.finfo(plain.dtype).tiny).log()
         if self.prior.saliency is not None:
@@ -85,28 +87,23 @@ class LearningMerge(QuickMergePrior):
         added = prior.correct(state, view.hidden)
         slots = plan.merge(view.hidden)
         corrected = slots + added[min(added)] if added else slots
-        share = relative_spread(corrected.float(), view.hidden.float(), plan.valid, view.valid)
+        # Brought to one length, since the few very long tokens of a residual stream would hide the others.
+        share = relative_spread(unit(_precise(corrected)), unit(_precise(view.hidden)), plan.valid, view.valid)
         self.notes["spread"] = share
         if gate.requires_grad:
-            first = self._first
-            pull = gate_pull(view, plan, gate, slots)
+            first, pull = int(prior.config.trained_for["layers"][0]), gate_pull(plan, gate, slots)
             added[first] = added[first] + pull if first in added else pull
         return added
 
-    @property
-    def _first(self) -> int:
-        return int(self.prior.config.trained_for["layers"][0])
 
-
-def gate_pull(view: TokenView, plan: MergePlan, gate: Tensor, slots: Tensor) -> Tensor:
+def gate_pull(plan: MergePlan, gate: Tensor, slots: Tensor) -> Tensor:
     """A term that is zero, whose gradient says what each kept token is worth to the model.
 
     A token that is not kept is represented by the next anchor. So the slot is relaxed to
     ``g x_k + (1 - g) x_(k+1)`` with the gate ``g``, which is 1 in the forward pass.
 
     Args:
-        view: the tokens.
-        plan: what was made of them.
+        plan: the merge.
         gate: ``(B, N)``, 1 for kept tokens, with the gradient of the soft choice.
         slots: ``(B, K, D)`` merged features.
     """
@@ -199,14 +196,15 @@ class PriorText(Objective):
         context, target = batch[:, : self.context], batch[:, self.context :]
         with torch.no_grad():
             whole = model.base_model(batch[:, :-1]).last_hidden_state[:, self.context :]
-            full = model.get_output_embeddings()(whole).float().log_softmax(-1)
+            full = model.get_output_embeddings()(whole)
+            full = _precise(full).log_softmax(-1)
         heat = self._heat(progress) if self.training else 0.0
         reducer = LearningMerge(keep=keep, prior=self.prior, temperature=heat, **self.settings)
         cache = DynamicCache(config=model.config)
         with reduce(model, reducer, self.schedule):
             model.base_model(context, past_key_values=cache, use_cache=True)
             read = model.base_model(target[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
-        merged = model.get_output_embeddings()(read).float().log_softmax(-1)
+        merged = _precise(model.get_output_embeddings()(read)).log_softmax(-1)
         kl = (full.exp() * (full - merged)).sum(-1).mean()
         nll = -merged.gather(-1, target[:, 1:, None]).mean()
         notes, w = reducer.notes, self.weights
@@ -218,6 +216,11 @@ class PriorText(Objective):
             if name in notes:
                 told[name] = notes[name].detach()
         return told
+
+
+def _precise(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def train_prior_text(
