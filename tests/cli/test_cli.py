@@ -42,6 +42,8 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_every_command_has_help_with_an_example(run) -> None:
+    code, out, _ = run("train", "prior", "--help")
+    assert code == 0 and "Example: quickmerge train prior" in re.sub(r"\s+", " ", out)
     assert {c.callback.__name__ for c in app.registered_commands} == set(COMMANDS)
     for command in COMMANDS:
         code, out, _ = run(command, "--help")

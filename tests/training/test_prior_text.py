@@ -35,7 +35,7 @@ def tiny_llama() -> LlamaForCausalLM:
             initializer_range=0.3,
             bos_token_id=0,
             eos_token_id=1,
-        )  # fmt: skip
+        )
     ).eval()
 
 

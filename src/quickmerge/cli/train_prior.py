@@ -53,6 +53,7 @@ def prior(
     held_out: Annotated[
         list[Path] | None, typer.Option("--held-out", help="Texts that training must not share a passage with.")
     ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store the weights in float16.")] = False,
     column: Annotated[str | None, typer.Option("--column", help="Column of a dataset on disk.")] = None,
     size: Annotated[int, typer.Option("--size", help="Images and video: side of the square that is read.")] = 128,
     patch: Annotated[int, typer.Option("--patch", help="Images and video: side of a patch.")] = 8,
@@ -75,11 +76,10 @@ def prior(
             _train_text(
                 found, out, model=model, keeps=keeps, layer=parse_layer(layer), depths=blocks, config=settings,
                 resume=resume, shape={**shape, "saliency": saliency}, context=context, target=target,
-                held_out=[read_text(path) for path in held_out or []], column=column,
+                held_out=[read_text(path) for path in held_out or []], column=column, half=half,
             )  # fmt: skip
         else:
             raise QuickmergeError("--data must hold text")
-    print(f"wrote {out}")
 
 
 def _blocks(text: str) -> list[int]:
@@ -123,6 +123,7 @@ def _train_text(
     target: int,
     held_out: list[str],
     column: str | None,
+    half: bool,
 ) -> None:
     from rich.console import Console
 
@@ -139,7 +140,9 @@ def _train_text(
     left = f"; {windows.overlapping} share a passage with a held-out text" if windows.overlapping else ""
     short = f"; {windows.skipped} documents are shorter than that" if windows.skipped else ""
     say.print(f"{count} windows of {context + target} tokens{short}{left}", highlight=False)
-    train_prior_text(
+    result = train_prior_text(
         lm, windows, config, out, name=model, keeps=keeps, layer=layer, depths=depths, context=context,
-        resume=resume, **shape,
+        resume=resume, half=half, **shape,
     )  # fmt: skip
+    told = "wrote" if result.finished else f"stopped after step {result.steps}; go on with --resume:"
+    print(f"{told} {out}")

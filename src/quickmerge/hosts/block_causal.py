@@ -173,7 +173,8 @@ class BlockCausalRun(Run):
             done += take
             if began + done >= self.chunk + self.window:
                 clock = self.clock()
-                key, value = self._absorb(held, layer, key, value, kwargs.get("scaling"))
+                with torch.autocast(key.device.type, enabled=False):
+                    key, value = self._absorb(held, layer, key, value, kwargs.get("scaling"))
                 began -= self.chunk
                 self.stats.reducer_seconds += self.clock() - clock
         held.keys, held.values, held.is_initialized = key, value, True

@@ -196,7 +196,9 @@ class PrefixRun(Run):
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         position_ids = kwargs["position_ids"].expand(len(hidden), -1)
         if self._fresh and index in self.stages:
-            hidden = self._merge(index, hidden, position_ids, prompt)
+            # A reducer computes as it always does, also where the model runs under autocast.
+            with torch.autocast(hidden.device.type, enabled=False):
+                hidden = self._merge(index, hidden, position_ids, prompt)
             if cache is not None:
                 self._prompts[cache] = prompt
         if self._fresh and index in self._corrections:

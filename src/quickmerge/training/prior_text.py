@@ -30,6 +30,10 @@ from quickmerge.training.loop import TrainingResult, train
 from quickmerge.training.objective import Dataset, Objective
 
 
+DRAWS = 2
+"""Keeps that each micro-step trains at, drawn from those that are trained for."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """How the losses are added: ``kl`` to the full-context model, ``nll`` of the text, ``ar`` and ``collapse``."""
@@ -127,7 +131,7 @@ class PriorText(Objective):
     Args:
         model: the language model; it is frozen and stays outside the module tree.
         prior: what is trained.
-        keeps: shares to keep; each micro-step draws one.
+        keeps: shares to keep; each micro-step draws two of them. One that is named twice is drawn more often.
         context: tokens that are merged; the rest of a window is the target.
         weights: of the losses.
         temperature: of the Gumbel noise, at the start and at the end; it goes down geometrically between them.
@@ -190,16 +194,21 @@ class PriorText(Objective):
         return start if start == end else float(start * (end / start) ** progress)
 
     def forward(self, batch: Tensor, progress: float) -> dict[str, Tensor]:
-        """Losses of a batch of windows ``(B, context + target)``."""
+        """Losses of a batch of windows ``(B, context + target)``, averaged over the drawn keeps."""
         model = self._model[0]
-        keep = random.choice(self.keeps)
-        context, target = batch[:, : self.context], batch[:, self.context :]
         with torch.no_grad():
             whole = model.base_model(batch[:, :-1]).last_hidden_state[:, self.context :]
-            full = model.get_output_embeddings()(whole)
-            full = _precise(full).log_softmax(-1)
-        heat = self._heat(progress) if self.training else 0.0
-        reducer = LearningMerge(keep=keep, prior=self.prior, temperature=heat, **self.settings)
+            full = _precise(model.get_output_embeddings()(whole)).log_softmax(-1)
+        # One pass of the full model serves several keeps, since it is the dearest part.
+        keeps = random.sample(self.keeps, min(DRAWS, len(self.keeps)))
+        each = [self._at(keep, batch, full, self._heat(progress) if self.training else 0.0) for keep in keeps]
+        return {name: torch.stack([losses[name] for losses in each]).mean() for name in each[0]}
+
+    def _at(self, keep: float, batch: Tensor, full: Tensor, temperature: float) -> dict[str, Tensor]:
+        """Losses at one keep, against the log-probabilities ``full (B, target - 1, V)``."""
+        model, w = self._model[0], self.weights
+        context, target = batch[:, : self.context], batch[:, self.context :]
+        reducer = LearningMerge(keep=keep, prior=self.prior, temperature=temperature, **self.settings)
         cache = DynamicCache(config=model.config)
         with reduce(model, reducer, self.schedule):
             model.base_model(context, past_key_values=cache, use_cache=True)
@@ -207,15 +216,12 @@ class PriorText(Objective):
         merged = _precise(model.get_output_embeddings()(read)).log_softmax(-1)
         kl = (full.exp() * (full - merged)).sum(-1).mean()
         nll = -merged.gather(-1, target[:, 1:, None]).mean()
-        notes, w = reducer.notes, self.weights
-        check_collapse(notes["spread"], "the merged sequence")
+        notes = reducer.notes
+        check_collapse(notes["spread"].detach(), "the merged sequence")
         ar = notes["ar"] + notes.get("ar_back", 0.0)
         loss = w.kl * kl + w.nll * nll + w.ar * ar + w.collapse * collapse_penalty(notes["spread"])
-        told = {"loss": loss, "kl": kl.detach(), "nll": nll.detach(), "spread": notes["spread"].detach()}
-        for name in ("ar", "ar_back"):
-            if name in notes:
-                told[name] = notes[name].detach()
-        return told
+        told = {"kl": kl, "nll": nll, **{name: notes[name] for name in ("spread", "ar", "ar_back") if name in notes}}
+        return {"loss": loss, **{name: value.detach() for name, value in told.items()}}
 
 
 def _precise(x: Tensor) -> Tensor:
@@ -238,6 +244,7 @@ def train_prior_text(
     weights: Weights | None = None,
     temperature: tuple[float, float] = (1.0, 0.1),
     resume: bool = False,
+    half: bool = False,
     **shape: Any,
 ) -> TrainingResult:
     """Train a prior for a frozen language model and save it in ``out``.
@@ -256,6 +263,7 @@ def train_prior_text(
         weights: of the losses.
         temperature: of the Gumbel noise, at the start and at the end.
         resume: go on from the newest checkpoint.
+        half: store the prior's weights in float16.
         **shape: further fields of `PriorConfig`.
 
     Raises:
@@ -289,7 +297,7 @@ def train_prior_text(
         objective.calibrate(windows)
     return train(
         objective, windows, config, out, resume=resume, fingerprint=fingerprint,
-        finish=prior.save_pretrained,
+        finish=lambda folder: prior.save_pretrained(folder, torch.float16 if half else None),
     )  # fmt: skip
 
 

@@ -1,0 +1,105 @@
+"""``quickmerge train prior`` on a tiny model: train, resume, use, and one clear sentence for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SMALL = ["--width", "16", "--context", "60", "--target", "10", "--layer", "1", "--keep", "0.4", "--batch", "2",
+         "--save-every", "2"]  # fmt: skip
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    from quickmerge.cli import main
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["quickmerge", *map(str, args)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.txt").write_text("the sea the the sea " * 60 + name)
+    return folder
+
+
+def test_train_then_generate_and_bench_with_it(run, tiny_folder, texts, tmp_path) -> None:
+    out = tmp_path / "prior"
+    code, told, err = run("train", "prior", "--model", tiny_folder, "--data", texts, "--out", out, "--steps", 3, *SMALL)
+    assert code == 0 and f"wrote {out}" in told and "8 windows of 70 tokens" in err
+    config = json.loads((out / "config.json").read_text())
+    assert config["kind"] == "quickmerge-prior" and config["trained_for"]["layers"] == [1]
+    assert not list(out.rglob("*.pt")) and not list(out.rglob("*.pkl")) and not list(out.rglob("*.bin"))
+    file = tmp_path / "doc.txt"
+    file.write_text("the sea " * 700)
+    code, _, err = run("generate", "--model", tiny_folder, "--prompt", "the sea the sea", "--file", texts / "a.txt",
+                       "--prior", out, "--layer", 1, "--max-new-tokens", 2, "--json", tmp_path / "g.json")  # fmt: skip
+    assert code == 0, err
+    assert json.loads((tmp_path / "g.json").read_text())["reducer"] == "quickmerge+prior"
+    code, told, err = run("bench", "--model", tiny_folder, "--text", file, "--keep", "0.4", "--reducer", "quickmerge",
+                          "--context", 90, "--target", 9, "--layer", 1, "--prior", out, "--json", tmp_path / "b.json")  # fmt: skip
+    if code == 0:  # a random model need not profit from its context, which bench refuses
+        rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+        assert {r["reducer"] for r in rows} == {"quickmerge", "quickmerge+prior"}
+    else:
+        assert "full context must predict" in err
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(run, tiny_folder, texts, tmp_path) -> None:
+    base = ["train", "prior", "--model", tiny_folder, "--data", texts, "--steps", 6, *SMALL]
+    assert run(*base, "--out", tmp_path / "whole")[0] == 0
+    code, told, _ = run(*base, "--out", tmp_path / "parts", "--max-minutes", "1e-6")
+    assert code == 0 and "stopped after step 1; go on with --resume" in told
+    assert run(*base, "--out", tmp_path / "parts", "--resume")[0] == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    code, _, err = run(*base, "--out", tmp_path / "parts", "--resume", "--learning-rate", "0.5")
+    assert code == 2 and "learning_rate" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep", "1.5"], "--keep must be a number in (0, 1], got 1.5"),
+        (["--head", "gausian"], "did you mean 'gaussian'"),
+        (["--context", "5000"], "needed"),
+        (["--depths", "0,1"], "depths must lie in 1..1"),
+        (["--precision", "int8"], "precision must be one of no, bf16, fp16, got 'int8'"),
+        (["--steps", "0"], "steps must be a whole number of at least 1, got 0"),
+        (["--directions", "up"], "directions must be one of forward, both, got 'up'"),
+        (["--resume"], "resume"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(run, tiny_folder, texts, tmp_path, options, message) -> None:
+    code, _, err = run(
+        "train", "prior", "--model", tiny_folder, "--data", texts, "--out", tmp_path / "o", *SMALL, *options
+    )
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_empty_data_and_a_wrong_prior(run, tiny_folder, texts, tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    code, _, err = run("train", "prior", "--model", tiny_folder, "--data", tmp_path / "empty", "--out", tmp_path / "o")
+    assert code == 2 and str(tmp_path / "empty") in err
+    generate = ["generate", "--model", tiny_folder, "--prompt", "the sea", "--file", texts / "a.txt"]
+    code, _, err = run(*generate, "--prior", tmp_path / "nothing")
+    assert code == 2 and "prior must be a folder with config.json and model.safetensors" in err
+    code, _, err = run(*generate, "--prior", tmp_path / "nothing", "--reducer", "tome")
+    assert code == 2 and "--prior belongs to the reducer quickmerge, got tome" in err
