@@ -49,12 +49,15 @@ def test_train_then_generate_and_bench_with_it(run, tiny_folder, texts, tmp_path
     assert not list(out.rglob("*.pt")) and not list(out.rglob("*.pkl")) and not list(out.rglob("*.bin"))
     file = tmp_path / "doc.txt"
     file.write_text("the sea " * 700)
-    code, _, err = run("generate", "--model", tiny_folder, "--prompt", "the sea the sea", "--file", texts / "a.txt",
-                       "--prior", out, "--layer", 1, "--max-new-tokens", 2, "--json", tmp_path / "g.json")  # fmt: skip
+    base = ["--model", tiny_folder, "--prior", out, "--layer", 1]
+    short = texts / "short.txt"
+    short.write_text("the sea " * 35)
+    code, _, err = run("generate", *base, "--prompt", "the sea the sea", "--file", short, "--max-new-tokens", 2,
+                       "--json", tmp_path / "g.json")  # fmt: skip
     assert code == 0, err
     assert json.loads((tmp_path / "g.json").read_text())["reducer"] == "quickmerge+prior"
-    code, told, err = run("bench", "--model", tiny_folder, "--text", file, "--keep", "0.4", "--reducer", "quickmerge",
-                          "--context", 90, "--target", 9, "--layer", 1, "--prior", out, "--json", tmp_path / "b.json")  # fmt: skip
+    code, told, err = run("bench", *base, "--text", file, "--keep", "0.4", "--reducer", "quickmerge", "--context", 90,
+                          "--target", 9, "--json", tmp_path / "b.json")  # fmt: skip
     if code == 0:  # a random model need not profit from its context, which bench refuses
         rows = json.loads((tmp_path / "b.json").read_text())["rows"]
         assert {r["reducer"] for r in rows} == {"quickmerge", "quickmerge+prior"}
@@ -79,7 +82,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(run, tiny_folder, texts, tmp_
     [
         (["--keep", "1.5"], "--keep must be a number in (0, 1], got 1.5"),
         (["--head", "gausian"], "did you mean 'gaussian'"),
-        (["--context", "5000"], "needed"),
+        (["--context", "5000"], "training needs a text of at least 5010 tokens"),
         (["--depths", "0,1"], "depths must lie in 1..1"),
         (["--precision", "int8"], "precision must be one of no, bf16, fp16, got 'int8'"),
         (["--steps", "0"], "steps must be a whole number of at least 1, got 0"),

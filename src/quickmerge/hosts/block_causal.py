@@ -23,9 +23,43 @@ from quickmerge.hosts.attention import AttentionFunction, mask_function, proport
 from quickmerge.hosts.causal_lm import Run
 from quickmerge.hosts.structure import Decoder
 from quickmerge.reducers.base import Reducer
-from quickmerge.tokens.budget import Budget
+from quickmerge.tokens.budget import Budget, ReadingBudget
 from quickmerge.tokens.saliency import AttentionTrace
 from quickmerge.tokens.view import TokenView
+
+
+class Reader:
+    """What a budget that reads has read: tokens of the unfinished chunk, its memory, and each chunk's surprise."""
+
+    def __init__(self, budget: ReadingBudget, chunk: int) -> None:
+        self.budget, self.chunk = budget, chunk
+        self.pending: Tensor | None = None
+        self.memory: Any = None
+        self.surprises: list[Tensor] = []
+
+    def read(self, hidden: Tensor) -> None:
+        """Take in hidden states ``(B, q, D)``, chunk by chunk as they are finished."""
+        self.pending = hidden if self.pending is None else torch.cat([self.pending, hidden], 1)
+        while self.pending.shape[1] >= self.chunk:
+            index = torch.arange(self.chunk, device=hidden.device).expand(len(hidden), -1)
+            view = TokenView(
+                hidden=self.pending[:, : self.chunk], position=len(self.surprises) * self.chunk + index,
+                layer=self.budget.layer,
+            )  # fmt: skip
+            found, self.memory = self.budget.read(view, self.memory)
+            self.surprises.append(found)
+            self.pending = self.pending[:, self.chunk :]
+
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Rows follow their beams."""
+        self.pending = None if self.pending is None else change(self.pending)
+        self.surprises = [change(found) for found in self.surprises]
+        if self.memory is not None:
+            self.memory.each_row(change)
+
+    def before(self, chunk: int) -> Tensor | None:
+        """Surprise ``(B,)`` of the chunk before number ``chunk``; None for the first."""
+        return self.surprises[chunk - 1] if chunk else None
 
 
 class ChunkedLayer(DynamicLayer):  # type: ignore[misc]
@@ -45,6 +79,7 @@ class ChunkedLayer(DynamicLayer):  # type: ignore[misc]
         self.valid: Tensor | None = None
         self.size: Tensor | None = None
         self.owner: ReferenceType[BlockCausalRun] | None = None
+        self.reader: Reader | None = None
 
     def get_seq_length(self) -> int:
         """Tokens seen, merged or not."""
@@ -60,6 +95,8 @@ class ChunkedLayer(DynamicLayer):  # type: ignore[misc]
         raise QuickmergeError("a cache merged in block_causal mode can't be cropped; use prefix mode")
 
     def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.reader is not None:
+            self.reader.each_row(change)
         self.query = None if self.query is None else change(self.query)
         self.valid = None if self.valid is None else change(self.valid)
         self.size = None if self.size is None else change(self.size)
@@ -84,6 +121,8 @@ class ChunkedLayer(DynamicLayer):  # type: ignore[misc]
         super().reset()
         self.absorbed = self.slots = 0
         self.query = self.valid = self.size = None
+        if self.reader is not None:
+            self.reader = Reader(self.reader.budget, self.reader.chunk)
 
 
 @dataclass(frozen=True)
@@ -96,7 +135,9 @@ class ChunkBudget:
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
         inside = slice(None, self.chunk)
         parts = {name: getattr(view, name)[:, inside] for name in ("hidden", "protected", "position")}
-        wanted = self.budget.count(TokenView(**parts), None if saliency is None else saliency[:, inside])
+        wanted = self.budget.count(
+            TokenView(**parts, surprise=view.surprise), None if saliency is None else saliency[:, inside]
+        )
         return wanted + view.valid.shape[1] - self.chunk
 
 
@@ -112,6 +153,13 @@ class BlockCausalRun(Run):
         if not self.merged:
             raise QuickmergeError(f"layer {first} and above hold sliding-window attention only, nothing to merge")
         self._layers: dict[int, ChunkedLayer] = {}
+        budget = reducer.budget
+        self.reading = budget if isinstance(budget, ReadingBudget) else None
+        if self.reading is not None and self.merged[0] != self.reading.layer:
+            raise QuickmergeError(
+                f"layer must be {self.reading.layer} for a budget that reads in front of that block, got {first} "
+                f"(the first block with full attention from there is {self.merged[0]})"
+            )
 
     def begin(self, prompt: bool, inputs: dict[str, Any]) -> dict[str, Any]:
         """Give a fresh cache our layers, and check that there is no padding."""
@@ -134,6 +182,8 @@ class BlockCausalRun(Run):
         self._layers = {i: ChunkedLayer() for i in self.merged}
         for layer in self._layers.values():
             layer.owner = ref(self)
+        if self.reading is not None:
+            self._layers[self.reading.layer].reader = Reader(self.reading, self.chunk)
         use_cache = inputs.get("use_cache")
         if cache is None and (self.decoder.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.decoder.config)
@@ -180,6 +230,21 @@ class BlockCausalRun(Run):
         held.keys, held.values, held.is_initialized = key, value, True
         return (out[0] if len(out) == 1 else torch.cat(out, 1)), weights
 
+    def _block_hook(self, index: int) -> Callable[..., Any] | None:
+        if self.reading is None or index != self.reading.layer:
+            return None
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            reader = self._layers[index].reader
+            assert reader is not None
+            clock = self.clock()
+            hidden = args[0] if args else kwargs["hidden_states"]
+            with torch.autocast(hidden.device.type, enabled=False):
+                reader.read(hidden)
+            self.stats.reducer_seconds += self.clock() - clock
+
+        return hook
+
     def _mask(self, held: ChunkedLayer, query: Tensor, end: int) -> Any:
         q = query.shape[2]
         valid = held.valid
@@ -223,6 +288,8 @@ class BlockCausalRun(Run):
             position=held.absorbed + index,
             protected=(held.absorbed + index < self.sinks) | (index >= c),
             attention=(trace,) if self.reducer.probes else (),
+            surprise=self._surprise(held.absorbed // c),
+            layer=layer,
         )
         plan = replace(self.reducer, keep=ChunkBudget(self.reducer.budget, c)).plan(view)
         # Padding slots stand on the left, so the window's own slots are the last ones of every row.
@@ -240,6 +307,10 @@ class BlockCausalRun(Run):
         held.query = held.query[:, :, c:]
         held.slots, held.absorbed = held.slots + slots, held.absorbed + c
         return key, value
+
+    def _surprise(self, chunk: int) -> Tensor | None:
+        reader = None if self.reading is None else self._layers[self.reading.layer].reader
+        return None if reader is None else reader.before(chunk)
 
     def tokens_per_layer(self) -> list[float]:
         """Entries that each block holds of the prompt."""

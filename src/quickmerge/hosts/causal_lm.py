@@ -18,6 +18,7 @@ from quickmerge.hosts.attention import AttentionFunction, watch
 from quickmerge.hosts.structure import Decoder, find_decoder
 from quickmerge.hosts.summary import RunStats, cache_bytes, cache_bytes_full
 from quickmerge.reducers.base import Reducer
+from quickmerge.tokens.budget import ReadingBudget
 from quickmerge.tokens.schedule import Schedule
 
 MODES = ("prefix", "block_causal")
@@ -48,7 +49,8 @@ def reduce(
         reducer: the method, with its ``keep``.
         layer: in ``prefix`` mode the first block that reads the reduced sequence, 1..L-1; a list of such blocks
             or a `Schedule` merges at several depths. Default: blocks 4/15 and 5/6 of the way up (8 and 25 of
-            30), see `Schedule.of`. In ``block_causal`` mode the first block whose cache is merged, 0..L-1; default 0.
+            30), see `Schedule.of`. In ``block_causal`` mode the first block whose cache is merged, 0..L-1; default 0,
+            or the block in front of which a `Surprise` budget reads.
         mode: ``"prefix"`` or ``"block_causal"``.
         sinks: tokens at the start of every sequence that stay alone.
         recent: in ``prefix`` mode, tokens at the end of every prompt that stay alone; at least 1, since the last
@@ -75,10 +77,13 @@ def reduce(
         schedule = layer if isinstance(layer, Schedule) else Schedule.of(layer, len(decoder))
         whole_number("sinks", sinks, 0)
         whole_number("recent", recent, 1)
+        if isinstance(reducer.budget, ReadingBudget):
+            raise ValueError(f"keep must be a budget for whole prompts in prefix mode, got {reducer.budget!r}")
         reducer.check(model, schedule.layers, mode)
         return PrefixRun(decoder, reducer, schedule, sinks=sinks, recent=recent, protect=protect)
     if mode == "block_causal":
-        first = 0 if layer is None else layer
+        reads = reducer.budget.layer if isinstance(reducer.budget, ReadingBudget) else 0
+        first = reads if layer is None else layer
         if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < len(decoder):
             raise ValueError(f"layer must be one block in 0..{len(decoder) - 1} in block_causal mode, got {layer!r}")
         if protect is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,7 +26,26 @@ class Budget(Protocol):
         ...
 
 
-def _clamp(count: Tensor, view: TokenView) -> Tensor:
+@runtime_checkable
+class ReadingBudget(Budget, Protocol):
+    """A budget for ``block_causal`` mode that reads every chunk, to say how finely the next one is cut."""
+
+    @property
+    def layer(self) -> int:
+        """The block whose incoming hidden states it reads; blocks below it are not merged."""
+        ...
+
+    def read(self, view: TokenView, memory: Any) -> tuple[Tensor, Any]:
+        """Read the tokens of one chunk: how surprising it was ``(B,)``, and the memory for the next chunk.
+
+        The first chunk comes with the memory None. The next chunk's view carries the result as its ``surprise``. A
+        memory has a method ``each_row(change)`` that applies a function to everything that has a row per sequence.
+        """
+        ...
+
+
+def clamp_count(count: Tensor, view: TokenView) -> Tensor:
+    """Counts ``(B,)`` held between the protected tokens (at least 1) and the valid ones of each row."""
     low = (view.protected & view.valid).sum(-1).clamp_min(1)
     return torch.minimum(torch.maximum(count.long(), low), view.valid.sum(-1))
 
@@ -54,7 +73,7 @@ class Ratio:
         _share("keep", self.keep)
 
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
-        return _clamp(round_half_up(view.length.double() * self.keep), view)
+        return clamp_count(round_half_up(view.length.double() * self.keep), view)
 
 
 @dataclass(frozen=True)
@@ -67,7 +86,7 @@ class Remaining:
         _share("share", self.share)
 
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
-        return _clamp(round_half_up(view.valid.sum(-1).double() * self.share), view)
+        return clamp_count(round_half_up(view.valid.sum(-1).double() * self.share), view)
 
 
 @dataclass(frozen=True)
@@ -80,7 +99,7 @@ class Count:
         whole_number("tokens", self.tokens)
 
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
-        return _clamp(torch.full_like(view.length, self.tokens), view)
+        return clamp_count(torch.full_like(view.length, self.tokens), view)
 
 
 def _distribution(view: TokenView, saliency: Tensor | None, who: str) -> Tensor:
@@ -124,7 +143,7 @@ class Entropy:
         effective = torch.special.entr(p).sum(-1).exp()
         length = view.length.double()
         wanted = torch.minimum(torch.maximum(self.scale * effective, self.low * length), self.high * length)
-        return _clamp(round_half_up(wanted), view)
+        return clamp_count(round_half_up(wanted), view)
 
 
 @dataclass(frozen=True)
@@ -143,7 +162,7 @@ class Mass:
         ranked = torch.where(fixed, 0.0, p).sort(-1, descending=True).values
         # The nudge keeps rounding in the running sum from asking for one token more than mass=1 holds.
         held = torch.cat([given, given + ranked.cumsum(-1)], -1) < self.mass - 1e-12
-        return _clamp(fixed.sum(-1) + held.sum(-1), view)
+        return clamp_count(fixed.sum(-1) + held.sum(-1), view)
 
 
 def as_budget(keep: float | Budget) -> Budget:

@@ -28,6 +28,8 @@ class TokenView:
             ask for any.
         grid: ``(T, H, W)`` for images and video, else None.
         text: ``(B, M, D)`` text features, for methods that need the question, else None.
+        surprise: ``(B,)`` how much more surprising than usual the tokens before these were, for budgets that ask;
+            else None.
         layer: the block in front of which the tokens stand, for methods that were trained for one; else None.
 
     Raises:
@@ -43,6 +45,7 @@ class TokenView:
     attention: Sequence[AttentionTrace] = ()
     grid: tuple[int, int, int] | None = None
     text: Tensor | None = None
+    surprise: Tensor | None = None
     layer: int | None = None
 
     def __post_init__(self) -> None:

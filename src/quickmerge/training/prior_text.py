@@ -29,7 +29,6 @@ from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
 from quickmerge.training.objective import Dataset, Objective
 
-
 DRAWS = 2
 """Keeps that each micro-step trains at, drawn from those that are trained for."""
 
@@ -220,7 +219,7 @@ class PriorText(Objective):
         check_collapse(notes["spread"].detach(), "the merged sequence")
         ar = notes["ar"] + notes.get("ar_back", 0.0)
         loss = w.kl * kl + w.nll * nll + w.ar * ar + w.collapse * collapse_penalty(notes["spread"])
-        told = {"kl": kl, "nll": nll, **{name: notes[name] for name in ("spread", "ar", "ar_back") if name in notes}}
+        told = {"kl": kl, "nll": nll, **notes}
         return {"loss": loss, **{name: value.detach() for name, value in told.items()}}
 
 
