@@ -30,7 +30,7 @@ from quickmerge.training.loop import TrainingResult, train
 from quickmerge.training.objective import Dataset, Objective
 
 DRAWS = 2
-"""Keeps that each micro-step trains at, drawn from those that are trained for."""
+"""Keeps that each step trains at, drawn from those that are trained for."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class PriorText(Objective):
     Args:
         model: the language model; it is frozen and stays outside the module tree.
         prior: what is trained.
-        keeps: shares to keep; each micro-step draws two of them. One that is named twice is drawn more often.
+        keeps: shares to keep; each step draws two of them. One that is named twice is drawn more often.
         context: tokens that are merged; the rest of a window is the target.
         weights: of the losses.
         temperature: of the Gumbel noise, at the start and at the end; it goes down geometrically between them.
@@ -198,8 +198,9 @@ class PriorText(Objective):
         with torch.no_grad():
             whole = model.base_model(batch[:, :-1]).last_hidden_state[:, self.context :]
             full = _precise(model.get_output_embeddings()(whole)).log_softmax(-1)
-        # One pass of the full model serves several keeps, since it is the dearest part.
-        keeps = random.sample(self.keeps, min(DRAWS, len(self.keeps)))
+        # One pass of the full model serves several keeps, since it is the dearest part. The draw depends on the step
+        # alone, so that all processes train at the same keeps.
+        keeps = random.Random(f"{progress:.9f}").sample(self.keeps, min(DRAWS, len(self.keeps)))
         each = [self._at(keep, batch, full, self._heat(progress) if self.training else 0.0) for keep in keeps]
         return {name: torch.stack([losses[name] for losses in each]).mean() for name in each[0]}
 
