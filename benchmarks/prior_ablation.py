@@ -65,14 +65,15 @@ def main() -> int:
         steps=args.steps, batch=2, learning_rate=1e-3, warmup=min(30, args.steps // 4), final=0.05, betas=(0.9, 0.95),
         precision="bf16", save_every=20,
     )  # fmt: skip
-    priors = {}
+    priors: dict[str, Prior] = {}
+    memory: dict[bytes, torch.Tensor] = {}
     for name in args.only:
         out = args.work / name.replace(" ", "-")
         if not (out / "config.json").is_file():
             say.print(f"training: {name}", highlight=False)
             train_prior_text(
                 model, windows, config, out, name="smollm2-135m", keeps=args.keep, context=1024,
-                resume=(out / "checkpoints").is_dir(), **VARIANTS[name],
+                resume=(out / "checkpoints").is_dir(), memory=memory, **VARIANTS[name],
             )  # fmt: skip
         priors[name] = Prior.from_pretrained(out)
     documents = [split_document(tokenizer, f.read_text(encoding="utf-8"), f.name, kind=f.parent.name) for f in files]

@@ -170,6 +170,93 @@ def block_causal() -> str:
     return markdown(["reducer", "keep", "cache entries at the end", "perplexity", "extra nats per token"], body)
 
 
+def prior_recovery() -> str:
+    """With the prior and without, and the share of what was lost that it wins back, document by document."""
+    rows = sorted((r for r in rows_of("prior_recovery") if r["kind"] is None), key=lambda r: (r["keep"], r["recovery"]))
+    found = {(r["document"], r["reducer"], r["keep"]): r for r in rows_of("prior_recovery", "documents")}
+    documents = sorted({key[0] for key in found})
+    body = []
+    for r in rows:
+        back = ""
+        if r["reducer"] == "quickmerge+prior":
+            plain = [found[d, "quickmerge", r["keep"]] for d in documents]
+            gain = np.array([p["nll"] - found[p["document"], r["reducer"], r["keep"]]["nll"] for p in plain])
+            lost = np.array([p["nll"] - p["nll_full"] for p in plain])
+            low, high = bootstrap(gain, lost, resamples=2000, seed=0)
+            back = f"{100 * gain.sum() / lost.sum():.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+        body.append([
+            f"**{r['reducer']}**" if back else r["reducer"], f"{r['keep']:g}",
+            f"{r['recovery']:.3f} ({r['recovery_low']:.3f} to {r['recovery_high']:.3f})", back, f"{r['nll']:.3f}",
+            f"{r['flops_ratio']:.3f}", f"{r['prefill_speedup']:.2f}x", f"{1e3 * r['reducer_seconds']:.0f} ms",
+        ])  # fmt: skip
+    headers = ["reducer", "keep", "recovery (95 % interval)", "won back of what was lost", "NLL", "FLOPs", "prefill",
+               "reducer"]  # fmt: skip
+    return markdown(headers, body)
+
+
+def prior_kinds() -> str:
+    """Recovery with the prior and without by kind of document."""
+    rows = rows_of("prior_recovery")
+    kinds = sorted({r["kind"] for r in rows if r["kind"] is not None})
+    body = []
+    for r in sorted((r for r in rows if r["kind"] is None), key=lambda r: (r["keep"], r["recovery"])):
+        same = {k["kind"]: k for k in rows if (k["reducer"], k["keep"]) == (r["reducer"], r["keep"])}
+        body.append([r["reducer"], f"{r['keep']:g}", *(f"{same[n]['recovery']:.3f}" for n in kinds)])
+    return markdown(["reducer", "keep", *kinds], body)
+
+
+def prior_ablation() -> str:
+    """Short trainings that differ in one thing."""
+    body = [
+        [
+            r["variant"],
+            f"{r['keep']:g}",
+            f"{r['recovery']:.3f} ({r['recovery_low']:.3f} to {r['recovery_high']:.3f})",
+            f"{100 * r['won_back']:.0f} %",
+            f"{r['nll']:.3f}",
+        ]
+        for r in sorted(rows_of("prior_ablation"), key=lambda r: (r["keep"], -r["recovery"]))
+    ]
+    return markdown(["variant", "keep", "recovery (95 % interval)", "won back", "NLL"], body)
+
+
+def prior_cost() -> str:
+    """The prior's own time beside what the prefill saves."""
+    body = [
+        [
+            f"{r['tokens']:,}",
+            f"{r['keep']:g}",
+            f"{r['full_seconds']:.2f} s",
+            f"{r['plain_seconds']:.2f} s",
+            f"{r['prior_seconds']:.2f} s",
+            f"{1e3 * r['prior_own_seconds']:.0f} ms",
+            f"{100 * r['share_of_saved']:.1f} % ({100 * r['share_q1']:.1f} to {100 * r['share_q3']:.1f})",
+            f"{100 * r['flops_share_of_saved']:.1f} %",
+        ]
+        for r in rows_of("prior_cost")
+    ]
+    headers = ["tokens", "keep", "full", "quickmerge", "with prior", "prior's own", "of what is saved (quartiles)",
+               "the same in FLOPs"]  # fmt: skip
+    return markdown(headers, body)
+
+
+def prior_budget() -> str:
+    """A fixed share against a budget that follows surprise."""
+    body = [
+        [
+            r["reducer"],
+            f"{r['keep']:g}",
+            r["budget"],
+            f"{r['entries_at_end']:.0f}",
+            f"{r['perplexity']:.2f}",
+            f"{r['gain']:+.4f} ± {r['gain_stderr']:.4f}" if r["budget"] != "fixed share" else "",
+        ]
+        for r in rows_of("prior_budget")
+    ]
+    headers = ["reducer", "keep", "budget", "entries at the end", "perplexity", "nats gained per token"]
+    return markdown(headers, body)
+
+
 def matrix() -> str:
     """The support matrix that the tests hold: families down, attention and cache across."""
     cells: dict[str, str] = json.loads((HERE.parent / "tests" / "hosts" / "matrix.json").read_text(encoding="utf-8"))
@@ -191,7 +278,22 @@ def matrix() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (recovery, kinds, paired, short, needle, speed, block_causal, matrix)
+    f.__name__: f
+    for f in (
+        recovery,
+        kinds,
+        paired,
+        short,
+        needle,
+        speed,
+        block_causal,
+        matrix,
+        prior_recovery,
+        prior_kinds,
+        prior_ablation,
+        prior_cost,
+        prior_budget,
+    )
 }
 
 

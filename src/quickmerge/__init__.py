@@ -9,10 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quickmerge.data import shipped_prior as shipped_prior
     from quickmerge.errors import QuickmergeError as QuickmergeError
     from quickmerge.hosts import Run as Run
     from quickmerge.hosts import reduce as reduce
     from quickmerge.models import load as load
+    from quickmerge.prior import Prior as Prior
+    from quickmerge.prior import QuickMergePrior as QuickMergePrior
+    from quickmerge.prior import Surprise as Surprise
     from quickmerge.reducers import Attention as Attention
     from quickmerge.reducers import QuickMerge as QuickMerge
     from quickmerge.reducers import Random as Random
@@ -32,9 +36,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "data": ("shipped_prior",),
     "errors": ("QuickmergeError",),
     "hosts": ("Run", "reduce"),
     "models": ("load",),
+    "prior": ("Prior", "QuickMergePrior", "Surprise"),
     "reducers": ("Attention", "QuickMerge", "Random", "Reducer", "ToMe", "TopNorm", "Truncate", "Uniform"),
     "tokens": ("Count", "Entropy", "Mass", "MergePlan", "Ratio", "Schedule", "TokenView"),
 }

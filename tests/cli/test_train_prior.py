@@ -106,3 +106,31 @@ def test_empty_data_and_a_wrong_prior(run, tiny_folder, texts, tmp_path) -> None
     assert code == 2 and "prior must be a folder with config.json and model.safetensors" in err
     code, _, err = run(*generate, "--prior", tmp_path / "nothing", "--reducer", "tome")
     assert code == 2 and "--prior belongs to the reducer quickmerge, got tome" in err
+
+
+def test_images_and_videos_train_too(run, tmp_path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        pixels = torch.randint(0, 256, (24, 24, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    small = ["--size", 16, "--patch", 4, "--width", 16, "--steps", 2, "--batch", 2, "--keep", "0.5,1"]
+    code, told, err = run("train", "prior", "--data", folder, "--out", tmp_path / "p", *small)
+    assert code == 0 and "3 images" in err and f"wrote {tmp_path / 'p'}" in told
+    assert json.loads((tmp_path / "p" / "config.json").read_text())["trained_for"]["kind"] == "images"
+    code, _, err = run("train", "prior", "--data", folder, "--out", tmp_path / "q", *small, "--patch", 5)
+    assert code == 2 and "patch" in err
+
+
+def test_videos_train_too(run, tmp_path) -> None:
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    writer = ffmpeg.write_frames(str(tmp_path / "a.mp4"), (32, 32), fps=8)
+    writer.send(None)
+    for number in range(9):
+        writer.send(bytes([20 * number % 256]) * (32 * 32 * 3))
+    writer.close()
+    small = ["--size", 16, "--patch", 4, "--frames", 4, "--width", 48, "--steps", 1, "--batch", 2, "--keep", "0.5"]
+    code, told, err = run("train", "prior", "--data", tmp_path / "a.mp4", "--out", tmp_path / "p", *small)
+    assert code == 0 and "2 clips of 4 frames" in err and "wrote" in told

@@ -712,3 +712,24 @@ def test_caches_are_told_apart() -> None:
         for ids, logits in zip((a, b), mixed, strict=True):
             cache = model(ids).past_key_values
             assert torch.equal(model(more, past_key_values=cache).logits, logits)
+
+
+def test_under_autocast_the_reducer_computes_as_ever(untouched: Any) -> None:
+    """Blocks compute in bfloat16, and the attention statistics of the merge still in float32."""
+    model = untouched(build("llama"))
+    ids = torch.randint(3, 97, (2, 60), generator=torch.Generator().manual_seed(0))
+    dtypes = []
+
+    class Looks(qm.QuickMerge):
+        def saliency(self, view: Any) -> Tensor:
+            found = super().saliency(view)
+            dtypes.append(found.dtype)
+            return found
+
+    run = qm.reduce(model, Looks(keep=0.5), 2)
+    with torch.no_grad(), run, torch.autocast("cpu", dtype=torch.bfloat16):
+        model(ids, logits_to_keep=1)
+    assert dtypes == [torch.float32]
+    run = qm.reduce(model, qm.QuickMerge(keep=0.5), 1, mode="block_causal", chunk=8, window=4)
+    with torch.no_grad(), run, torch.autocast("cpu", dtype=torch.bfloat16):
+        assert bool(model(ids).logits.isfinite().all())

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import quickmerge as qm
 from quickmerge.errors import QuickmergeError
@@ -69,32 +70,32 @@ def test_a_batch_is_its_rows_also_with_padding(tiny_llama, ids) -> None:
     torch.testing.assert_close(both[1:], logits(tiny_llama, reducer, ids[1:]), atol=1e-5, rtol=1e-5)
 
 
-def test_corrections_reach_the_blocks_they_were_made_for(tiny_llama, ids) -> None:
-    entered: dict[int, list[Tensor]] = {}
+def test_corrections_reach_the_blocks_they_were_made_for_through_later_merges() -> None:
+    """What enters each block differs by exactly what `align` gave, merged along where a later merge came between."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
+    given: dict[int, Tensor] = {}
 
-    def watch(run_with) -> dict[int, Tensor]:
-        found: dict[int, Tensor] = {}
+    class Adds(qm.QuickMerge):
+        def align(self, view, plan):
+            given.update({3: torch.randn(2, plan.slots, 32, generator=torch.Generator().manual_seed(5))})
+            return given
 
-        def note(index):
-            return lambda module, args, kwargs: found.update(
-                {index: (args[0] if args else kwargs["hidden_states"]).clone()}
+    entered: list[Tensor] = []
+    ids = torch.randint(3, 64, (2, 60), generator=torch.Generator().manual_seed(0))
+    for kind in (qm.QuickMerge, Adds):
+        with torch.no_grad(), reduce(model, kind(keep=0.5, **SETTINGS), [1, 3]) as run:
+            # Registered after the run's own hooks, so it sees what the block really gets.
+            hook = model.model.layers[3].register_forward_pre_hook(
+                lambda module, args, kwargs: entered.append((args[0] if args else kwargs["hidden_states"]).clone()),
+                with_kwargs=True,
             )
-
-        hooks = []
-        with torch.no_grad(), reduce(tiny_llama, run_with, 1):
-            # Registered after the run's own hooks, so that they see what the block really gets.
-            for index, block in enumerate(tiny_llama.model.layers):
-                hooks.append(block.register_forward_pre_hook(note(index), with_kwargs=True))
-            tiny_llama(ids, use_cache=False, logits_to_keep=1)
-        for hook in hooks:
+            model(ids, use_cache=False, logits_to_keep=1)
             hook.remove()
-        return found
-
-    prior = prior_for(tiny_llama, saliency=False)
-    plain = watch(qm.QuickMerge(keep=0.5, **SETTINGS))
-    corrected = watch(QuickMergePrior.from_prior(prior, keep=0.5))
-    assert torch.equal(plain[0], corrected[0]) and not torch.equal(plain[1], corrected[1])
-    del entered
+    plain, corrected = entered
+    assert run.plans[1].slots < run.plans[0].slots
+    torch.testing.assert_close(corrected - plain, run.plans[1].merge(given[3]), atol=1e-6, rtol=1e-5)
 
 
 def test_a_prior_for_another_model_layer_or_mode_is_refused(tiny_llama) -> None:

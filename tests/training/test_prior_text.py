@@ -178,6 +178,18 @@ def test_alignment_learns_to_predict_as_from_all_tokens(tiny_llama, tmp_path) ->
     assert trained < 0.7 * kl()
 
 
+def test_remembered_windows_are_the_same(tiny_llama) -> None:
+    memory: dict[bytes, Tensor] = {}
+    plain = objective(tiny_llama).eval()(Windows(4).ids, 0.0)
+    goal = objective(tiny_llama, memory=memory).eval()
+    first = goal(Windows(4).ids, 0.0)
+    assert len(memory) == 4
+    again = goal(Windows(4).ids.flip(0).flip(0), 0.0)
+    assert torch.equal(first["kl"], plain["kl"]) and torch.equal(again["kl"], first["kl"])
+    memory.update({key: value + 1 for key, value in memory.items()})
+    assert not torch.equal(goal(Windows(4).ids, 0.0)["kl"], first["kl"])
+
+
 def test_a_collapsed_sequence_stops_the_training_and_is_named(tiny_llama) -> None:
     goal = objective(tiny_llama)
     layer = goal.prior.corrections["1"]

@@ -10,10 +10,11 @@ EXAMPLE = "Example: quickmerge ls --json inventory.json"
 
 
 def ls(json: JSON = None) -> None:
-    """List the reducers and the models that work."""
+    """List the reducers, the models that work and the priors that ship."""
     from rich.console import Console
     from rich.table import Table
 
+    from quickmerge.data import PRIORS
     from quickmerge.hosts import FAMILIES
     from quickmerge.models import MODELS
     from quickmerge.reducers import REDUCERS
@@ -36,4 +37,7 @@ def ls(json: JSON = None) -> None:
     console.print(table)
     console.print("[bold]Models[/]: " + ", ".join(MODELS) + ", or any folder or Hugging Face id of these families:")
     console.print("  " + ", ".join(FAMILIES))
-    write_json(json, {"reducers": reducers, "models": list(MODELS), "families": list(FAMILIES)})
+    console.print("[bold]Trained priors[/] (--prior): " + ", ".join(PRIORS) + ", or any folder that train prior wrote")
+    write_json(
+        json, {"reducers": reducers, "models": list(MODELS), "families": list(FAMILIES), "priors": list(PRIORS)}
+    )

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quickmerge.cli.common import LAYER, MODEL, load_model, one_sentence, parse_keeps, parse_layer, quiet, read_text
-from quickmerge.errors import QuickmergeError
 
 if TYPE_CHECKING:
-    from quickmerge.training import TrainingConfig
+    from quickmerge.training import TrainingConfig, TrainingResult
     from quickmerge.training.data import Data
 
 EXAMPLE = "Example: quickmerge train prior --model smollm2-135m --data texts/ --keep 0.1,0.2,0.42 --out runs/prior"
@@ -79,7 +78,10 @@ def prior(
                 held_out=[read_text(path) for path in held_out or []], column=column, half=half,
             )  # fmt: skip
         else:
-            raise QuickmergeError("--data must hold text")
+            _train_pictures(
+                found, out, keeps=keeps, config=settings, resume=resume, shape=shape, half=half, size=size, patch=patch,
+                frames=frames, column=column,
+            )  # fmt: skip
 
 
 def _blocks(text: str) -> list[int]:
@@ -144,5 +146,44 @@ def _train_text(
         lm, windows, config, out, name=model, keeps=keeps, layer=layer, depths=depths, context=context,
         resume=resume, half=half, **shape,
     )  # fmt: skip
+    _tell(result, out)
+
+
+def _train_pictures(
+    found: Data,
+    out: Path,
+    *,
+    keeps: list[float],
+    config: TrainingConfig,
+    resume: bool,
+    shape: dict[str, Any],
+    half: bool,
+    size: int,
+    patch: int,
+    frames: int,
+    column: str | None,
+) -> None:
+    from rich.console import Console
+
+    from quickmerge.training.data import ImageFolder, VideoClips, from_disk
+    from quickmerge.training.prior_patches import train_prior_patches
+
+    say = Console(stderr=True)
+    dataset: ImageFolder | VideoClips
+    with say.status("looking at the pictures"):
+        if found.kind == "videos":
+            dataset = VideoClips(found.files, size, frames)
+        else:
+            dataset = ImageFolder(from_disk(found.files, column) if found.kind == "dataset" else found.files, size)
+        count = len(dataset)
+    say.print(f"{count} {f'clips of {frames} frames' if found.kind == 'videos' else 'images'}", highlight=False)
+    result = train_prior_patches(
+        dataset, config, out, keeps=keeps, patch=patch, kind="videos" if found.kind == "videos" else "images",
+        resume=resume, half=half, **shape,
+    )  # fmt: skip
+    _tell(result, out)
+
+
+def _tell(result: TrainingResult, out: Path) -> None:
     told = "wrote" if result.finished else f"stopped after step {result.steps}; go on with --resume:"
     print(f"{told} {out}")

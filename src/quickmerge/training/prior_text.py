@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from quickmerge.errors import whole_number
 from quickmerge.hosts import reduce
 from quickmerge.hosts.structure import find_decoder
+from quickmerge.prior.budget import calibrate_surprise
 from quickmerge.prior.config import PriorConfig
 from quickmerge.prior.identity import model_hash
 from quickmerge.prior.losses import check_collapse, collapse_penalty, relative_spread
@@ -31,6 +32,10 @@ from quickmerge.training.objective import Dataset, Objective
 
 DRAWS = 2
 """Keeps that each step trains at, drawn from those that are trained for."""
+
+
+CHUNK = 128
+"""Tokens per chunk whose usual surprise is measured, as many as a chunk has by default in ``block_causal`` mode."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,8 @@ class PriorText(Objective):
         weights: of the losses.
         temperature: of the Gumbel noise, at the start and at the end; it goes down geometrically between them.
         settings: of the reducer.
+        memory: takes what the full model made of each window, so that a second epoch, or another training with the
+            same dict, need not read it again: ``target`` times D values a window. None: nothing is remembered.
     """
 
     uses_every_parameter: ClassVar[bool] = False
@@ -149,6 +156,7 @@ class PriorText(Objective):
         weights: Weights | None = None,
         temperature: tuple[float, float] = (1.0, 0.1),
         settings: Mapping[str, Any] | None = None,
+        memory: dict[bytes, Tensor] | None = None,
     ) -> None:
         super().__init__()
         whole_number("context", context)
@@ -164,7 +172,7 @@ class PriorText(Objective):
         self.keeps, self.context, self.temperature = tuple(keeps), context, temperature
         self.weights = weights or Weights()
         self.schedule = Schedule(tuple(prior.config.trained_for["layers"]), prior.config.trained_for["decay"])
-        self.settings = dict(settings or {})
+        self.settings, self.memory = dict(settings or {}), memory
 
     def place(self, device: torch.device) -> None:
         """Move the language model along."""
@@ -172,7 +180,7 @@ class PriorText(Objective):
 
     @torch.no_grad()
     def calibrate(self, windows: Dataset, windows_read: int = 8) -> None:
-        """Set the prior's scale of features from the merged slots of the first windows."""
+        """Set the prior's scale of features from the merged slots of some windows."""
         slots: list[Tensor] = []
 
         class Look(LearningMerge):
@@ -182,11 +190,28 @@ class PriorText(Objective):
 
         model = self._model[0]
         look = Look(keep=max(self.keeps), prior=self.prior, **self.settings)
-        for index in range(min(windows_read, len(windows))):
+        for index in _spread(len(windows), windows_read):
             with reduce(model, look, self.schedule):
                 ids = torch.as_tensor(windows[index])[None, : self.context].to(model.device)
                 model.base_model(ids, use_cache=False)
         self.prior.calibrate(torch.cat(slots).float().to(self.prior.mean.device))
+
+    @torch.no_grad()
+    def calibrate_surprise(self, windows: Dataset, windows_read: int = 32) -> None:
+        """Note in the prior's config how surprising text usually is, which its budget goes by."""
+        model, layer = self._model[0], self.schedule.layers[0]
+        found: list[Tensor] = []
+
+        def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+
+        hook = find_decoder(model).layers[layer].register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            for index in _spread(len(windows), windows_read):
+                model.base_model(torch.as_tensor(windows[index])[None].to(model.device), use_cache=False)
+        finally:
+            hook.remove()
+        calibrate_surprise(self.prior, found, chunk=min(CHUNK, found[0].shape[1] // 2))
 
     def _heat(self, progress: float) -> float:
         start, end = self.temperature
@@ -196,13 +221,22 @@ class PriorText(Objective):
         """Losses of a batch of windows ``(B, context + target)``, averaged over the drawn keeps."""
         model = self._model[0]
         with torch.no_grad():
-            whole = model.base_model(batch[:, :-1]).last_hidden_state[:, self.context :]
-            full = _precise(model.get_output_embeddings()(whole)).log_softmax(-1)
+            full = _precise(model.get_output_embeddings()(self._read_whole(batch))).log_softmax(-1)
         # One pass of the full model serves several keeps, since it is the dearest part. The draw depends on the step
         # alone, so that all processes train at the same keeps.
         keeps = random.Random(f"{progress:.9f}").sample(self.keeps, min(DRAWS, len(self.keeps)))
         each = [self._at(keep, batch, full, self._heat(progress) if self.training else 0.0) for keep in keeps]
         return {name: torch.stack([losses[name] for losses in each]).mean() for name in each[0]}
+
+    def _read_whole(self, batch: Tensor) -> Tensor:
+        """Last hidden states ``(B, target - 1, D)`` of the target, every token of the context read; remembered."""
+        keys = [row.cpu().numpy().tobytes() for row in batch] if self.memory is not None else []
+        if self.memory is not None and all(key in self.memory for key in keys):
+            return torch.stack([self.memory[key] for key in keys]).to(batch.device)
+        whole: Tensor = self._model[0].base_model(batch[:, :-1]).last_hidden_state[:, self.context :]
+        if self.memory is not None:
+            self.memory.update(zip(keys, whole.cpu().unbind(), strict=True))
+        return whole
 
     def _at(self, keep: float, batch: Tensor, full: Tensor, temperature: float) -> dict[str, Tensor]:
         """Losses at one keep, against the log-probabilities ``full (B, target - 1, V)``."""
@@ -222,6 +256,12 @@ class PriorText(Objective):
         loss = w.kl * kl + w.nll * nll + w.ar * ar + w.collapse * collapse_penalty(notes["spread"])
         told = {"kl": kl, "nll": nll, **notes}
         return {"loss": loss, **{name: value.detach() for name, value in told.items()}}
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """``count`` indices at equal distances, or all if there are fewer: data is often sorted by kind."""
+    count = min(count, length)
+    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
 
 
 def _precise(x: Tensor) -> Tensor:
@@ -245,6 +285,7 @@ def train_prior_text(
     temperature: tuple[float, float] = (1.0, 0.1),
     resume: bool = False,
     half: bool = False,
+    memory: dict[bytes, Tensor] | None = None,
     **shape: Any,
 ) -> TrainingResult:
     """Train a prior for a frozen language model and save it in ``out``.
@@ -264,6 +305,7 @@ def train_prior_text(
         temperature: of the Gumbel noise, at the start and at the end.
         resume: go on from the newest checkpoint.
         half: store the prior's weights in float16.
+        memory: as in `PriorText`.
         **shape: further fields of `PriorConfig`.
 
     Raises:
@@ -287,7 +329,14 @@ def train_prior_text(
     if config.precision == "bf16":
         model.to(torch.bfloat16)
     objective = PriorText(
-        model, prior, keeps=keeps, context=context, weights=weights, temperature=temperature, settings=reducer
+        model,
+        prior,
+        keeps=keeps,
+        context=context,
+        weights=weights,
+        temperature=temperature,
+        settings=reducer,
+        memory=memory,
     )
     fingerprint: dict[str, Any] = {"prior": json.loads(prior.config.to_json()), "weights": asdict(objective.weights),
                                    "temperature": list(temperature)}  # fmt: skip
@@ -295,9 +344,14 @@ def train_prior_text(
         fingerprint["data"] = windows.fingerprint()
     if len(windows):
         objective.calibrate(windows)
+
+    def finish(folder: Path) -> None:
+        objective.calibrate_surprise(windows)
+        prior.save_pretrained(folder, torch.float16 if half else None)
+
     return train(
         objective, windows, config, out, resume=resume, fingerprint=fingerprint,
-        finish=lambda folder: prior.save_pretrained(folder, torch.float16 if half else None),
+        finish=finish,
     )  # fmt: skip
 
 
