@@ -38,6 +38,4 @@ def ls(json: JSON = None) -> None:
     console.print("[bold]Models[/]: " + ", ".join(MODELS) + ", or any folder or Hugging Face id of these families:")
     console.print("  " + ", ".join(FAMILIES))
     console.print("[bold]Trained priors[/] (--prior): " + ", ".join(PRIORS) + ", or any folder that train prior wrote")
-    write_json(
-        json, {"reducers": reducers, "models": list(MODELS), "families": list(FAMILIES), "priors": list(PRIORS)}
-    )
+    write_json(json, {"reducers": reducers, "models": list(MODELS), "families": list(FAMILIES), "priors": list(PRIORS)})

@@ -23,7 +23,8 @@ class PriorConfig:
         width: features per slot inside the prior.
         layers: transformer blocks.
         heads: attention heads; ``width`` is a multiple of twice their number.
-        pool: heads of the learned merge, each with its own merge weights; divides ``width``.
+        pool: heads of the learned merge, each with its own merge weights; divides ``width``. 0 for a prior that can
+            generate: of a slot it reads only what is known once the slot is generated, see `generates`.
         head: what predicts the next slot: ``gaussian``, ``mixture`` or ``energy``.
         head_settings: further arguments of that head.
         directions: ``forward``, or ``both``, in which the loss also predicts each slot from those after it.
@@ -50,9 +51,10 @@ class PriorConfig:
     trained_for: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("features", "width", "layers", "heads", "pool"):
+        for name in ("features", "width", "layers", "heads"):
             whole_number(name, getattr(self, name))
-        if self.width % (2 * self.heads) or self.width % self.pool:
+        whole_number("pool", self.pool, 0)
+        if self.width % (2 * self.heads) or (self.pool and self.width % self.pool):
             raise ValueError(
                 f"width must be a multiple of pool and of twice heads, got width={self.width}, pool={self.pool} "
                 f"and heads={self.heads}"
@@ -63,8 +65,26 @@ class PriorConfig:
             raise ValueError(f"directions must be one of {', '.join(DIRECTIONS)}, got {self.directions!r}")
         if self.axes not in (1, 2, 3):
             raise ValueError(f"axes must be 1 (text), 2 (images) or 3 (video), got {self.axes!r}")
+        if self.axes > 1 and self.pool:
+            raise ValueError(
+                f"pool must be 0 for axes={self.axes}: priors of images and video generate, got {self.pool}"
+            )
         if list(self.depths) != sorted(set(self.depths)) or any(depth < 1 for depth in self.depths):
             raise ValueError(f"depths must be rising whole numbers of at least 1, got {list(self.depths)}")
+
+    @property
+    def generates(self) -> bool:
+        """Whether contents of slots can be generated, given where slots stand and how many tokens each is of.
+
+        Such a prior reads merged contents and no members, in the scale of the features rather than brought to one
+        length, and each slot together with where the next one stands.
+        """
+        return self.pool == 0
+
+    @property
+    def copies(self) -> bool:
+        """Whether a slot is predicted as a copy of the nearest slots before it and a difference: in video."""
+        return self.generates and self.axes == 3
 
     def to_json(self) -> str:
         """As text for config.json."""

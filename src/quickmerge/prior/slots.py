@@ -44,6 +44,20 @@ def sum_by_slot(value: Tensor, slot: Tensor, slots: int) -> Tensor:
     return out[:, :slots]
 
 
+def cells(view: TokenView, plan: MergePlan) -> Tensor:
+    """``(B, K, 3)`` mean place of each slot's members along time, height and width, in cells of ``view.grid``.
+
+    The token at position p stands in the p-th cell; the first is at (0, 0, 0).
+
+    Raises:
+        ValueError: if the view has no grid.
+    """
+    if view.grid is None:
+        raise ValueError("grid must be (T, H, W) for a prior of two or three axes, got none")
+    place = torch.stack(torch.unravel_index(torch.where(view.valid, view.position, 0), view.grid), -1)
+    return plan.merge(place.to(torch.promote_types(view.hidden.dtype, torch.float32)))
+
+
 def spans(view: TokenView, plan: MergePlan) -> Tensor:
     """``(B, K)`` distance in positions from a slot's first to its last member, plus one; 0 for padding slots."""
     into = torch.where(plan.slot >= 0, plan.slot, plan.slots)
@@ -60,24 +74,28 @@ class SlotEncoder(nn.Module):
     weights of pooling head h, so that a slot can hold several summaries of its members. Features are normalised
     first: residual streams have a few very large channels.
 
+    Without pooling heads there is only ``W_a x_k`` of features as they are, and geometry: `content` and `place`.
+
     Args:
         features: D.
         width: of the slot features.
-        pool: pooling heads.
+        pool: pooling heads; 0 for none.
         axes: coordinates of a position.
     """
 
     def __init__(self, features: int, width: int, pool: int, axes: int) -> None:
         super().__init__()
         self.pool, self.axes = pool, axes
-        self.norm = nn.RMSNorm(features)
+        self.norm = nn.RMSNorm(features) if pool else nn.Identity()
         self.anchor = nn.Linear(features, width)
-        self.member = nn.Linear(features, width, bias=False)
-        self.weight = nn.Linear(features, pool)
+        if pool:
+            self.member = nn.Linear(features, width, bias=False)
+            self.weight = nn.Linear(features, pool)
         self.geometry = nn.Linear(3 + (2 * FREQUENCIES * axes if axes > 1 else 0), width)
-        # The merge begins as the plain mean of a slot's members.
-        nn.init.zeros_(self.weight.weight)
-        nn.init.zeros_(self.weight.bias)
+        if pool:
+            # The merge begins as the plain mean of a slot's members.
+            nn.init.zeros_(self.weight.weight)
+            nn.init.zeros_(self.weight.bias)
 
     def merge(self, x: Tensor, slot: Tensor, slots: int) -> Tensor:
         """The learned merge of normalised members ``x (B, N, D)``: ``(B, K, width)``."""
@@ -100,6 +118,11 @@ class SlotEncoder(nn.Module):
             angle = (coordinates.to(dtype)[..., None] * steps).flatten(-2)
             logs = torch.cat([logs, angle.sin(), angle.cos()], -1)
         out: Tensor = self.geometry(logs)
+        return out
+
+    def content(self, slots: Tensor) -> Tensor:
+        """What is read of merged features ``(..., D)``, members apart: ``(..., width)``."""
+        out: Tensor = self.anchor(self.norm(slots.to(self.anchor.weight.dtype)))
         return out
 
     def forward(self, view: TokenView, plan: MergePlan) -> Tensor:

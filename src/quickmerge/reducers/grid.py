@@ -15,6 +15,9 @@ from quickmerge.tokens.budget import select
 from quickmerge.tokens.plan import MergePlan
 from quickmerge.tokens.view import TokenView
 
+STEP = 2.0**-10
+"""Distances, in squared cells, are compared in steps of this: patches that are the same stay at the same distance."""
+
 
 @dataclass(frozen=True)
 class GridMerge(Reducer):
@@ -80,7 +83,9 @@ class GridMerge(Reducer):
         even = (count - (view.protected & view.valid).sum(-1)).double() * self.coverage
         score = torch.where(self._on_lattice(view, (even + 1e-9).floor().long()), torch.inf, saliency)
         anchor = select(score, count, view)
-        return MergePlan.from_anchors(view, anchor, self._nearest(view, anchor), view.size)
+        # Where nothing is left to merge there is nobody to look for.
+        leader = self._nearest(view, anchor) if bool((view.valid & ~anchor).any()) else None
+        return MergePlan.from_anchors(view, anchor, leader, view.size)
 
     def _on_lattice(self, view: TokenView, count: Tensor) -> Tensor:
         """``(B, N)`` bool: the patches on a lattice of ``count (B,)`` cells."""
@@ -95,15 +100,18 @@ class GridMerge(Reducer):
         grid, cell = cells(view)
         takes = anchor & view.free
         seats = takes.long().argsort(dim=-1, descending=True, stable=True)[:, : max(1, int(takes.sum(-1).max()))]
-        x = torch.where(view.valid[..., None], view.hidden, 0.0).to(_precise(view))
         # Over the cells, so that sums run in the same order however the row is padded.
-        spread, there = spread_out(view, grid, cell)
-        total = there.sum(-1).to(x.dtype)[:, None, None]
-        centred = torch.where(there[..., None], spread - spread.sum(1, keepdim=True) / total, 0.0)
-        scale = (centred.square().sum((1, 2), keepdim=True) / total).clamp_min(torch.finfo(x.dtype).tiny)
-        place = torch.stack(torch.unravel_index(cell.clamp_max(math.prod(grid) - 1), grid), -1).to(x.dtype)
-        cost = _squares(place, seats) + self.similarity * _squares(x, seats) / scale
-        cost = cost.masked_fill(~takes.gather(1, seats)[:, None], torch.inf)
+        x, there = spread_out(view, grid, cell)
+        total = there.sum(-1)[:, None, None]
+        # What is left of equal patches is rounding, and no difference.
+        least = total * (8 * torch.finfo(x.dtype).eps * x.abs().amax((1, 2), keepdim=True)).square()
+        x = torch.where(there[..., None], x - x.sum(1, keepdim=True) / total, 0.0)
+        spread = x.square().sum((1, 2), keepdim=True)
+        x = x * torch.where(spread > least, self.similarity * total / spread, 0.0).sqrt()
+        inside = cell.clamp_max(math.prod(grid) - 1)
+        place = torch.stack(torch.unravel_index(inside, grid), -1).to(x.dtype)
+        x = torch.cat([place, x.gather(1, inside[..., None].expand(-1, -1, x.shape[-1]))], -1)
+        cost = (_squares(x, seats) / STEP).round().masked_fill(~takes.gather(1, seats)[:, None], torch.inf)
         leader = seats.gather(1, cost.argmin(-1))
         return torch.where(takes.any(-1, keepdim=True) & view.valid, leader, -1)
 
@@ -169,7 +177,7 @@ def _precise(view: TokenView) -> torch.dtype:
 
 def _box(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Sum of each cell and the cells around it, ``(B, T H W, D)``; beyond the edges there is nothing."""
-    volume = F.pad(x.unflatten(1, grid), (0, 0, 1, 1, 1, 1, 1, 1))
+    volume = F.pad(x.reshape(len(x), *grid, -1), (0, 0, 1, 1, 1, 1, 1, 1))
     for axis in (1, 2, 3):
         length = volume.shape[axis] - 2
         volume = volume.narrow(axis, 0, length) + volume.narrow(axis, 1, length) + volume.narrow(axis, 2, length)
@@ -177,9 +185,6 @@ def _box(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 
 def _squares(x: Tensor, seats: Tensor) -> Tensor:
-    """Squared distances ``(B, N, K)`` of ``x (B, N, D)`` from its rows ``seats (B, K)``.
-
-    By differences, not products: equal tokens are at a distance of exactly zero, and no rounding depends on the batch.
-    """
+    """Squared distances ``(B, N, K)`` of ``x (B, N, D)`` from its rows ``seats (B, K)``, up to rounding."""
     chosen = x.gather(1, seats[..., None].expand(-1, -1, x.shape[-1]))
-    return torch.cdist(x, chosen, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return x.square().sum(-1)[:, :, None] + chosen.square().sum(-1)[:, None] - 2 * x @ chosen.transpose(1, 2)

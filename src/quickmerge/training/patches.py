@@ -1,15 +1,17 @@
-"""Between pixels and the features of patches."""
+"""From pictures to the features of patches, and back."""
 
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from quickmerge.errors import whole_number
+from quickmerge.tokens.view import TokenView
 
-Patch = int | tuple[int, int]
+Patch: TypeAlias = int | tuple[int, int]
 
 
 def sides(patch: Patch) -> tuple[int, int]:
@@ -87,22 +89,74 @@ def unpatchify(patches: Tensor, patch: Patch, size: tuple[int, int], frames: int
     return x if frames is not None else x[:, 0]
 
 
-def cosines(channels: int, patch: Patch) -> Tensor:
-    """The basis in which patches are merged and predicted: cosines along rows, columns and channels.
+def waves(patches: Tensor, patch: Patch) -> Tensor:
+    """From pixels of patches to cosine waves along their rows, columns and channels.
 
-    Pixels beside each other are alike, and so are the colours of one pixel. What is left after that is told by the
-    cosine transform (DCT-II, scaled to an orthonormal matrix) is nearly independent, which is what heads take the
-    dimensions of a target for; along three channels it is grey, red against blue, and green against both.
-    Lengths and distances are those of the pixels, and so is every squared error.
+    Pixels beside each other are alike, and so are the colours of one pixel. What a cosine transform (DCT-II, scaled to
+    be orthonormal) makes of them is nearly independent, which is what heads take the dimensions of a target for; three
+    channels become grey, red against blue, and green against both. Lengths and distances are those of the pixels, and
+    so is every mean and every squared error.
+
+    Args:
+        patches: ``(..., C * h * w)``, as `patchify` cuts them.
+        patch: pixels of both sides, or height and width.
 
     Returns:
-        ``(C * h * w, C * h * w)`` float32: ``patches @ cosines(...)`` are the coefficients, ``@ cosines(...).T``
-        goes back.
+        ``(..., C * h * w)``, slowest waves first along each axis.
     """
-    basis = torch.ones(1, 1, dtype=torch.float64)
-    for length in (channels, *sides(patch)):
-        k, i = torch.meshgrid(torch.arange(length), torch.arange(length), indexing="ij")
-        wave = torch.cos(math.pi / length * (i + 0.5) * k.double()) * math.sqrt(2 / length)
-        wave[0] /= math.sqrt(2)
-        basis = torch.kron(basis, wave)
-    return basis.T.float().contiguous()
+    return _along_axes(patches, patch, inverse=False)
+
+
+def pixels(coefficients: Tensor, patch: Patch) -> Tensor:
+    """The inverse of `waves`: ``(..., C * h * w)`` to the same shape."""
+    return _along_axes(coefficients, patch, inverse=True)
+
+
+def _along_axes(x: Tensor, patch: Patch, *, inverse: bool) -> Tensor:
+    cut = x.reshape(*x.shape[:-1], -1, *sides(patch))
+    for axis in (-3, -2, -1):
+        basis = _cosines(cut.shape[axis]).to(cut)
+        cut = (cut.movedim(axis, -1) @ (basis if inverse else basis.T)).movedim(-1, axis)
+    return cut.flatten(-3)
+
+
+def _cosines(length: int) -> Tensor:
+    """The orthonormal DCT-II matrix ``(length, length)`` float64, one wave a row."""
+    steps = torch.arange(length, dtype=torch.float64)
+    basis = torch.cos(math.pi / length * torch.outer(steps, steps + 0.5)) * math.sqrt(2 / length)
+    basis[0] /= math.sqrt(2)
+    return basis
+
+
+def view_of(pictures: Tensor, patch: Patch) -> TokenView:
+    """Pictures as tokens: the `waves` of their patches, on a grid.
+
+    Args:
+        pictures: images ``(B, C, H, W)`` or clips ``(B, T, C, H, W)`` in [0, 1].
+        patch: pixels of both sides, or height and width.
+
+    Returns:
+        A view of ``(B, T H/h W/w, C h w)`` tokens; half grey is zero.
+
+    Raises:
+        ValueError: neither images nor clips, or sides that patches do not fill.
+    """
+    return TokenView(waves(patchify(pictures - 0.5, patch), patch), grid=patch_grid(pictures.shape, patch))
+
+
+def pictures_of(tokens: Tensor, patch: Patch, size: tuple[int, int], frames: int | None = None) -> Tensor:
+    """Tokens as pictures again: the inverse of `view_of`, not held to [0, 1].
+
+    Args:
+        tokens: ``(B, N, C h w)``, one for each patch.
+        patch: pixels of both sides, or height and width.
+        size: height and width of the pictures.
+        frames: frames of a clip; None for images.
+
+    Returns:
+        ``(B, C, H, W)``, or ``(B, T, C, H, W)`` where ``frames`` is given.
+
+    Raises:
+        ValueError: as `unpatchify`.
+    """
+    return unpatchify(pixels(tokens, patch), patch, size, frames) + 0.5
