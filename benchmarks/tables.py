@@ -257,6 +257,42 @@ def prior_budget() -> str:
     return markdown(headers, body)
 
 
+def patch_merge() -> str:
+    """What GridMerge loses, and how far its slots reach, by what similarity counts."""
+    rows = rows_of("patch_prior", "similarity")
+    keeps = sorted({r["keep"] for r in rows}, reverse=True)
+    body = []
+    for weight in sorted({r["similarity"] for r in rows}):
+        here = {r["keep"]: r for r in rows if r["similarity"] == weight}
+        body.append([f"{weight:g}", *(f"{100 * here[k]['lost']:.0f} %, {100 * here[k]['far']:.0f} %" for k in keeps)])
+    return markdown(["similarity counts", *(f"keep {keep:g}: lost, far" for keep in keeps)], body)
+
+
+def patch_prior() -> str:
+    """Next-slot prediction of pictures per original patch."""
+
+    def share(row: Row, name: str) -> str:
+        error = f" ± {row[name + '_explained_stderr']:.3f}" if name != "floor" else ""
+        return f"{row[name + '_explained']:.3f}{error}" if name + "_explained" in row else ""
+
+    body = [
+        [
+            f"{r['kind']}: {r['way']}",
+            f"{r['keep']:g}",
+            str(r["tokens"]),
+            f"{1e3 * r['mse']:.1f} ± {1e3 * r['mse_stderr']:.1f}",
+            share(r, "mse"),
+            share(r, "floor"),
+            share(r, "copy"),
+            f"{r['flops_ratio']:.2f}",
+            f"{r['seconds_ratio']:.2f}",
+        ]
+        for r in rows_of("patch_prior")
+    ]
+    headers = ["", "keep", "tokens", "squared error x 1000", "explained", "at most", "copy alone", "operations", "time"]
+    return markdown(headers, body)
+
+
 def matrix() -> str:
     """The support matrix that the tests hold: families down, attention and cache across."""
     cells: dict[str, str] = json.loads((HERE.parent / "tests" / "hosts" / "matrix.json").read_text(encoding="utf-8"))
@@ -293,6 +329,8 @@ TABLES: dict[str, Callable[[], str]] = {
         prior_ablation,
         prior_cost,
         prior_budget,
+        patch_merge,
+        patch_prior,
     )
 }
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch._dynamo  # noqa: F401 (a first optimizer step loads it: here once for all children)
 from training_samples import Points, Small, saved, settings
 
-from quickmerge.training import checkpoint, files, train
+from quickmerge import files
+from quickmerge.training import checkpoint, train
 
 CONFIG = settings(steps=60, save_every=7, log_every=5)
 SHORT = settings(steps=6, save_every=2, log_every=4)
