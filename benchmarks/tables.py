@@ -272,8 +272,10 @@ def patch_prior() -> str:
     """Next-slot prediction of pictures per original patch."""
 
     def share(row: Row, name: str) -> str:
-        error = f" ± {row[name + '_explained_stderr']:.3f}" if name != "floor" else ""
-        return f"{row[name + '_explained']:.3f}{error}" if name + "_explained" in row else ""
+        if f"{name}_explained" not in row:
+            return ""
+        error = f" ± {row[f'{name}_explained_stderr']:.3f}" if name != "floor" else ""
+        return f"{row[f'{name}_explained']:.3f}{error}"
 
     body = [
         [
