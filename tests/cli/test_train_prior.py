@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -134,3 +139,33 @@ def test_videos_train_too(run, tmp_path) -> None:
     small = ["--size", 16, "--patch", 4, "--frames", 4, "--width", 48, "--steps", 1, "--batch", 2, "--keep", "0.5"]
     code, told, err = run("train", "prior", "--data", tmp_path / "a.mp4", "--out", tmp_path / "p", *small)
     assert code == 0 and "2 clips of 4 frames" in err and "wrote" in told
+
+
+@pytest.mark.slow
+def test_killed_at_three_random_moments_it_ends_with_the_same_weights(tiny_folder, texts, tmp_path) -> None:
+    """The command itself, noise and drawn keeps included, killed with SIGKILL while steps are taken."""
+    rng = random.Random(0)
+    base = [sys.executable, "-c", "from quickmerge.cli import main; main()", "train", "prior", "--model", tiny_folder,
+            "--data", texts, "--steps", 40, *SMALL, "--keep", "0.4,0.5,0.6"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(out: Path, *more: object) -> subprocess.Popen[bytes]:
+        command = [str(part) for part in (*base, "--out", out, *more)]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    out = tmp_path / "killed"
+    for turn in range(3):
+        steps = out / "checkpoints"
+        seen = {path.name for path in steps.glob("step-*")}
+        process = start(out, *(["--resume"] if turn else []))
+        while process.poll() is None and not {path.name for path in steps.glob("step-*")} - seen:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    assert start(out, "--resume").wait() == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")]
+    assert [json.loads(line)["loss"] for line in lines[0]] == [json.loads(line)["loss"] for line in lines[1]]
