@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -219,3 +224,17 @@ def test_settings_are_checked(tiny_llama, tmp_path) -> None:
         )
     with pytest.raises(QuickmergeError, match="at least one item"):
         train_prior_text(tiny_llama, Windows(0), config, tmp_path, name="t", keeps=[0.4], layer=1, context=CONTEXT)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path) -> None:
+    """Without noise; the keeps that are drawn are those of the step, in every process."""
+    script = str(Path(__file__).parent / "launched_prior.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    alone = [sys.executable, script, str(tmp_path / "one"), "4"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for command in (alone, [*launch, script, str(tmp_path / "two"), "2"]):
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
