@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, also when the power goes or the disk fills up."""
+"""Reading text; and files and folders that appear whole or not at all, also when the disk fills up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,30 @@ from safetensors import SafetensorError
 
 from quickmerge.errors import QuickmergeError
 
-__all__ = ["settle", "write_bytes", "write_folder", "write_json"]
+__all__ = ["read_text", "settle", "write_bytes", "write_folder", "write_json"]
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        QuickmergeError: the file can't be read, is empty or is not UTF-8 text.
+    """
+    try:
+        data = path.read_bytes()
+    except IsADirectoryError:
+        raise QuickmergeError(f"{path} must be a text file, got a folder") from None
+    except OSError as error:
+        raise QuickmergeError(f"{path} can't be read: {error.strerror}") from None
+    if not data.strip():
+        raise QuickmergeError(f"{path} must hold some text, got an empty file")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise QuickmergeError(f"{path} must be UTF-8 text, got other bytes at offset {error.start}") from None
+    if "\0" in text:
+        raise QuickmergeError(f"{path} must be text, got binary data (a zero byte at offset {text.index(chr(0))})")
+    return text
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:

@@ -20,23 +20,6 @@ SMALL = ["--width", "16", "--context", "60", "--target", "10", "--layer", "1", "
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
-    from quickmerge.cli import main
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["quickmerge", *map(str, args)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
-@pytest.fixture
 def texts(tmp_path: Path) -> Path:
     folder = tmp_path / "texts"
     folder.mkdir()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.files import read_text as read_text
+from quickmerge.files import write_json as write_file
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -100,25 +100,6 @@ def add_prior(method: Reducer, prior: str) -> Reducer:
         return QuickMergePrior.from_prior(trained, **{"keep": method.keep, **given})
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 text file, or an error that says what is wrong with it."""
-    try:
-        data = path.read_bytes()
-    except IsADirectoryError:
-        raise QuickmergeError(f"{path} must be a text file, got a folder") from None
-    except OSError as error:
-        raise QuickmergeError(f"{path} can't be read: {error.strerror}") from None
-    if not data.strip():
-        raise QuickmergeError(f"{path} must hold some text, got an empty file")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise QuickmergeError(f"{path} must be UTF-8 text, got other bytes at offset {error.start}") from None
-    if "\0" in text:
-        raise QuickmergeError(f"{path} must be text, got binary data (a zero byte at offset {text.index(chr(0))})")
-    return text
-
-
 def check_output(*paths: Path | None) -> None:
     """Before long work: make sure that every file a command will write can be written.
 
@@ -140,23 +121,8 @@ def check_output(*paths: Path | None) -> None:
 
 def write_json(path: Path | None, data: Any) -> None:
     """Write results whole or not at all; None writes nothing."""
-    if path is None:
-        return
-    path = path.absolute()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    except OSError as error:
-        raise QuickmergeError(f"{path} can't be written: {error.strerror}") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1, ensure_ascii=False)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    if path is not None:
+        write_file(path.absolute(), data)
 
 
 def load_model(name: str) -> tuple[Any, Any]:

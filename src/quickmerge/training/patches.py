@@ -8,22 +8,16 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from quickmerge.errors import whole_number
 from quickmerge.tokens.view import TokenView
+from quickmerge.training.data.fit import Size, height_and_width
 
-Patch: TypeAlias = int | tuple[int, int]
+Patch: TypeAlias = Size
+"""Pixels of both sides of a patch, or height and width."""
 
 
 def sides(patch: Patch) -> tuple[int, int]:
-    """``8`` or ``(8, 16)`` as height and width of a patch in pixels.
-
-    Raises:
-        ValueError: not one or two whole numbers of at least 1.
-    """
-    height, width = (patch, patch) if isinstance(patch, int) else patch
-    whole_number("patch", height)
-    whole_number("patch", width)
-    return height, width
+    """Height and width of a patch in pixels; ValueError for anything but whole numbers of at least 1."""
+    return height_and_width(patch, "patch")
 
 
 def patch_grid(shape: torch.Size | tuple[int, ...], patch: Patch) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""The size that images and video frames are brought to."""
+"""Sizes given as one number or two."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from quickmerge.errors import whole_number
 Size: TypeAlias = int | tuple[int, int]
 
 
-def height_and_width(size: Size) -> tuple[int, int]:
-    """``224`` or ``(224, 320)`` as height and width in pixels.
+def height_and_width(size: Size, name: str = "size") -> tuple[int, int]:
+    """``224`` or ``(224, 320)`` as height and width in pixels; ``name`` is what it was given for.
 
     Raises:
         ValueError: not one or two whole numbers of at least 1.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    whole_number("size", height)
-    whole_number("size", width)
+    whole_number(name, height)
+    whole_number(name, width)
     return height, width

@@ -1,4 +1,4 @@
-"""Reading one text file, or saying why it is none."""
+"""Telling text files from others by how they begin."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def why_not_text(path: Path) -> str | None:
             start = file.read(SNIFFED)
     except OSError as error:
         raise QuickmergeError(f"{path} can't be read: {error.strerror}") from None
-    if not start:
+    if not start.strip():
         return "an empty file"
     if b"\0" in start:
         return "binary data"
@@ -32,20 +32,3 @@ def why_not_text(path: Path) -> str | None:
     except UnicodeDecodeError:
         return "other bytes than UTF-8"
     return None
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
-
-    Raises:
-        QuickmergeError: the file can't be read, or is not UTF-8 text.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise QuickmergeError(f"{path} can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise QuickmergeError(f"{path} must be UTF-8 text, got other bytes at offset {error.start}") from None
-    if "\0" in text:
-        raise QuickmergeError(f"{path} must be text, got binary data (a zero byte at offset {text.index(chr(0))})")
-    return text

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from quickmerge.errors import QuickmergeError, whole_number
+from quickmerge.files import read_text
 from quickmerge.training.data.held_out import LONG, Ids, Passages
-from quickmerge.training.data.read import read_text
 
 
 class TextWindows(Dataset[Tensor]):
