@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn.functional import cross_entropy
 
-from quickmerge.cli.common import parse_layer, quiet, write_json
+from quickmerge.cli.common import add_prior, parse_layer, quiet, write_json
 from quickmerge.evaluation.bench import environment
 from quickmerge.evaluation.cost import model_shape
 from quickmerge.evaluation.recovery import continuation_logits
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--layer", type=parse_layer, default=None)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--prior", default=None, help="measure quickmerge with this prior too, a folder or a name")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "needle.json")
     args = parser.parse_args()
     quiet()
@@ -83,8 +84,11 @@ def main() -> None:
         prompt, answer = build(tokenizer, text, args.tokens, DEPTHS[i % len(DEPTHS)], i)
         found.setdefault(("full", 1.0), []).append((*score(model, prompt, answer, observe(model)), 1.0))
         for keep in map(float, args.keep.split(",")):
-            for name in args.reducer.split(","):
-                reducer = make_reducer(name, keep=keep)
+            methods = [make_reducer(name, keep=keep) for name in args.reducer.split(",")]
+            if args.prior is not None:
+                methods += [add_prior(method, args.prior) for method in methods if method.name == "quickmerge"]
+            for reducer in methods:
+                name = reducer.label
                 run = reduce(model, reducer, args.layer)
                 nll, right = score(model, prompt, answer, run)
                 ratio = shape.flops_ratio(reducer, run.summary().tokens_per_layer)

@@ -135,9 +135,14 @@ def speed() -> str:
     return markdown(headers, body)
 
 
-def needle() -> str:
+def prior_needle() -> str:
+    """The same with the prior and without."""
+    return needle("prior_needle")
+
+
+def needle(name: str = "needle") -> str:
     """A fact in the middle: how often it is still found, in all and by where it stood."""
-    rows = sorted(rows_of("needle"), key=lambda r: (-r["keep"], r["nll"]))
+    rows = sorted(rows_of(name), key=lambda r: (-r["keep"], r["nll"]))
     depths = list(rows[0]["exact_by_depth"])
     body = [
         [
@@ -328,6 +333,7 @@ TABLES: dict[str, Callable[[], str]] = {
         matrix,
         prior_recovery,
         prior_kinds,
+        prior_needle,
         prior_ablation,
         prior_cost,
         prior_budget,

@@ -8,13 +8,13 @@ values, and then calls the very function that the model would have called. Nothi
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -64,24 +64,42 @@ def watch(decoder: Decoder, watcher: Watcher) -> Callable[[], None]:
     Raises:
         UnsupportedModelError: if another run is attached already.
     """
-    if any(module in _WATCHED for module in decoder.attentions):
-        raise UnsupportedModelError(
-            f"{type(decoder.model).__name__} is already inside a quickmerge run; leave it first"
-        )
-    implementation = decoder.config._attn_implementation
+    return watch_modules(decoder.model, decoder.attentions, watcher, decoder.config)
+
+
+def watch_modules(
+    model: PreTrainedModel, attentions: Sequence[nn.Module], watcher: Watcher, config: Any = None
+) -> Callable[[], None]:
+    """Route the attention of some modules of ``model`` through ``watcher``, the i-th as layer i.
+
+    Args:
+        model: what holds the modules and is told to use our function.
+        attentions: the modules that call the attention function, in order.
+        watcher: what is called.
+        config: the configuration that names the attention function; default: the model's.
+
+    Returns:
+        A function that undoes it.
+
+    Raises:
+        UnsupportedModelError: if another run is attached already.
+    """
+    if any(module in _WATCHED for module in attentions):
+        raise UnsupportedModelError(f"{type(model).__name__} is already inside a quickmerge run; leave it first")
+    implementation = (model.config if config is None else config)._attn_implementation
     name = PREFIX + implementation
     if name not in ALL_ATTENTION_FUNCTIONS:
         for each in IMPLEMENTATIONS:
             AttentionInterface.register(PREFIX + each, _front(each))
             AttentionMaskInterface.register(PREFIX + each, ALL_MASK_ATTENTION_FUNCTIONS[each])
-    decoder.model.set_attn_implementation(name)
-    for layer, module in enumerate(decoder.attentions):
+    model.set_attn_implementation(name)
+    for layer, module in enumerate(attentions):
         _WATCHED[module] = (watcher, layer)
 
     def undo() -> None:
-        for module in decoder.attentions:
+        for module in attentions:
             _WATCHED.pop(module, None)
-        decoder.model.set_attn_implementation(implementation)
+        model.set_attn_implementation(implementation)
 
     return undo
 

@@ -70,6 +70,38 @@ class RunStats:
         )
 
 
+@dataclass
+class VisionStats:
+    """What a vision transformer read in its last forward.
+
+    ``grid (T, H, W)`` patches and ``prefix`` other tokens make ``tokens_in``; ``tokens_per_block`` is how many are left
+    when each block's feed-forward part begins.
+    """
+
+    reducer: str
+    grid: tuple[int, int, int] = (0, 0, 0)
+    tokens_in: int = 0
+    prefix: int = 0
+    tokens_per_block: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_kept(self) -> float:
+        """Mean over all blocks."""
+        return sum(self.tokens_per_block) / len(self.tokens_per_block) if self.tokens_per_block else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {**self.__dict__, "grid": list(self.grid), "tokens_kept": self.tokens_kept}
+
+    def __str__(self) -> str:
+        if not self.tokens_per_block:
+            return f"{self.reducer}: nothing has been read yet"
+        runs = layer_runs(self.tokens_per_block)
+        left = ", ".join(f"{n:g} after blocks {a}-{b}" if a != b else f"{n:g} after block {a}" for a, b, n in runs)
+        share = self.tokens_kept / self.tokens_in
+        return f"{self.reducer}, {self.tokens_in} tokens in\n  left: {left}\n  mean: {self.tokens_kept:.1f}, {share:.0%}"
+
+
 def layer_runs(counts: Sequence[float]) -> list[tuple[int, int, float]]:
     """Neighbouring layers with the same count as ``(first, last, count)``."""
     out: list[tuple[int, int, float]] = []

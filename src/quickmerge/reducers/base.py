@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quickmerge.tokens.budget import Budget, as_budget, select
+from quickmerge.tokens.budget import Budget, as_budget, fixed_count, lowest, select
 from quickmerge.tokens.plan import MergePlan
 from quickmerge.tokens.saliency import AttentionTrace
 from quickmerge.tokens.view import TokenView
@@ -33,6 +33,10 @@ class Reducer(ABC):
     source: ClassVar[str] = ""
     proportional: ClassVar[bool] = False
     """True if attention above the merge should add log(size) to the scores of a slot (ToMe, eq. 1)."""
+    places: ClassVar[tuple[str, ...]] = ("text", "vision")
+    """Where the method may run: in the prompt of a language model, in a vision transformer, or in both."""
+    before: ClassVar[bool] = False
+    """True if a vision transformer's block should read fewer tokens as a whole, and not from its attention on."""
 
     def __post_init__(self) -> None:
         as_budget(self.keep)
@@ -80,6 +84,13 @@ class Reducer(ABC):
         """`keep` as a budget."""
         return as_budget(self.keep)
 
+    def combine(self, view: TokenView, plan: MergePlan, x: Tensor) -> Tensor:
+        """Make the slots of ``plan``: ``x (B, N, D)``, the tokens of ``view``, to ``(B, K, D)``.
+
+        The weighted sum of the members for almost all methods.
+        """
+        return plan.merge(x)
+
     @abstractmethod
     def plan(self, view: TokenView) -> MergePlan:
         """Decide for a batch of tokens which are kept, merged and dropped. A pure function of the view."""
@@ -95,6 +106,9 @@ class ScoreReducer(Reducer):
     def plan(self, view: TokenView) -> MergePlan:
         """Keep the ``keep`` best-scoring tokens; protected tokens are always among them."""
         score = self.score(view)
+        count = fixed_count(self.budget, view)
+        if count is not None and view.prefix is not None:
+            return MergePlan.from_moves(view, lowest(score, view.hidden.shape[1] - count, view.prefix))
         return MergePlan.from_anchors(view, select(score, self.budget.count(view, score), view))
 
 

@@ -24,6 +24,7 @@ class Truncate(ScoreReducer):
 
     sinks: int = 4
     name: ClassVar[str] = "truncate"
+    places: ClassVar[tuple[str, ...]] = ("text",)
     source: ClassVar[str] = "arXiv 2309.17453"
 
     def __post_init__(self) -> None:

@@ -165,6 +165,22 @@ class Mass:
         return clamp_count(fixed.sum(-1) + held.sum(-1), view)
 
 
+def fixed_count(budget: Budget, view: TokenView) -> int | None:
+    """How many tokens a `Count` keeps of every row of a view with a ``prefix``: known without looking at anything.
+
+    None where it has to be looked up, as for any other budget.
+    """
+    if view.prefix is None or not isinstance(budget, Count):
+        return None
+    return min(max(budget.tokens, view.prefix, 1), view.hidden.shape[1])
+
+
+def lowest(score: Tensor, remove: int, prefix: int) -> Tensor:
+    """``(B, remove)`` long: the lowest-scoring tokens behind the prefix, rising; of equal ones the later go."""
+    order = score[:, prefix:].argsort(dim=-1, descending=True, stable=True)
+    return order[:, order.shape[1] - remove :].sort(-1).values + prefix
+
+
 def as_budget(keep: float | Budget) -> Budget:
     """A number is a ratio; a budget is itself.
 

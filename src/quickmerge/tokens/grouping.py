@@ -91,6 +91,33 @@ def bipartite_matching(metric: Tensor, open_: Tensor, remove: Tensor) -> Tensor:
     return leader[:, :n]
 
 
+def bipartite_pairs(metric: Tensor, prefix: int, remove: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ToMe's matching (arXiv 2210.09461) where every token is open but the first ``prefix``: shapes known beforehand.
+
+    As in the paper, the sets alternate over all positions, the even ones against the odd ones, and what is protected
+    is in neither.
+
+    Args:
+        metric: ``(B, N, D)`` features to compare by cosine; an all-zero one is like nothing.
+        prefix: tokens at the start of every row that take no part.
+        remove: R, at most half of the others.
+
+    Returns:
+        The R tokens that go, their partners, and how alike the pairs are: ``(B, R)`` each, most alike first, ties to
+        the earlier token.
+
+    Raises:
+        ValueError: if ``remove`` is more than half of the tokens behind the prefix.
+    """
+    if not 0 <= remove <= (metric.shape[1] - prefix) // 2:
+        raise ValueError(f"remove must lie in 0..{(metric.shape[1] - prefix) // 2}, got {remove}")
+    x = normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+    even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
+    best, partner = (x[:, even::2] @ x[:, odd::2].transpose(1, 2)).max(-1)
+    order = best.argsort(dim=-1, descending=True, stable=True)[:, :remove]
+    return 2 * order + even, 2 * partner.gather(1, order) + odd, best.gather(1, order)
+
+
 def chunked_clusters(x: Tensor, valid: Tensor, chunk: int, clusters: int, steps: int = 4) -> Tensor:
     """k-means by cosine inside consecutive chunks: ``(B, N)`` cluster labels, ``chunk_index * clusters + label``.
 

@@ -19,6 +19,9 @@ class MergePlan:
     ``position (B, K)`` long: the slot's place in the original sequence, rising over the valid slots of a row.
     ``size (B, K)`` long: how many original tokens the slot stands for, 0 for padding slots.
     ``valid (B, K)`` bool: False for slots that only pad a ragged batch.
+    ``seat (B, K)`` long, where it is known: the token that each slot is led by. All slots are then valid, and all
+    tokens that are in none but lead none are dropped or in ``moved``.
+    ``moved (B, R)`` long, where ``seat`` is: the tokens that merged into another one's slot; None for none.
     """
 
     slot: Tensor
@@ -26,6 +29,8 @@ class MergePlan:
     position: Tensor
     size: Tensor
     valid: Tensor
+    seat: Tensor | None = None
+    moved: Tensor | None = None
 
     @classmethod
     def identity(cls, view: TokenView) -> MergePlan:
@@ -90,6 +95,41 @@ class MergePlan:
         valid = zeros.new_zeros(len(slot), k + 1).scatter_(1, seat, 1)[:, :k].bool()
         return cls(slot=slot, weight=weight, position=position, size=size, valid=valid)
 
+    @classmethod
+    def from_moves(
+        cls, view: TokenView, source: Tensor, into: Tensor | None = None, share: Tensor | None = None
+    ) -> MergePlan:
+        """Build a plan that takes the same number R of tokens out of every row; all shapes are known beforehand.
+
+        Args:
+            view: the tokens, with a ``prefix``: all are valid.
+            source: ``(B, R)`` long, the tokens that go, each named once and none of the prefix.
+            into: ``(B, R)`` long, for each the token it merges into, which stays; None drops them all.
+            share: ``(B, N)`` positive, as for `from_anchors`.
+
+        The values are not looked at: that they are lawful is the caller's promise, and `check` tells.
+        """
+        b, n = source.shape[0], view.hidden.shape[1]
+        k = n - source.shape[1]
+        stays = torch.ones(b, n, dtype=torch.bool, device=source.device).scatter(1, source, False)
+        rank = stays.long().cumsum(-1) - 1
+        index = torch.arange(n, device=source.device).expand(b, n)
+        seat = torch.zeros(b, k + 1, dtype=torch.long, device=source.device)
+        seat = seat.scatter(1, torch.where(stays, rank, k), index)[:, :k]
+        size = view.size.gather(1, seat)
+        valid = torch.ones(b, k, dtype=torch.bool, device=source.device)
+        position = view.position.gather(1, seat)
+        slot = torch.where(stays, rank, -1)
+        dtype = torch.promote_types(view.hidden.dtype, torch.float32)
+        if into is None:
+            return cls(slot, stays.to(dtype), position, size, valid, seat)
+        target = rank.gather(1, into)
+        slot = slot.scatter(1, source, target)
+        size = size.scatter_add(1, target, view.size.gather(1, source))
+        raw = (torch.ones_like(slot) if share is None else share).to(dtype)
+        total = raw.gather(1, seat).scatter_add(1, target, raw.gather(1, source))
+        return cls(slot, raw / total.gather(1, slot), position, size, valid, seat, source)
+
     @property
     def slots(self) -> int:
         """K, the number of output slots of the widest row."""
@@ -110,6 +150,8 @@ class MergePlan:
         """
         work = x.flatten(2) if x.ndim > 2 else x[..., None]
         dtype = torch.promote_types(work.dtype, torch.float32)
+        if self.seat is not None:
+            return self._merge_moved(work, self.seat, dtype).to(x.dtype).reshape(x.shape[0], self.slots, *x.shape[2:])
         # One extra slot collects the dropped tokens and is cut off.
         into = torch.where(self.slot >= 0, self.slot, self.slots)
         flat = into + torch.arange(len(into), device=into.device)[:, None] * (self.slots + 1)
@@ -117,6 +159,18 @@ class MergePlan:
         out.index_add_(0, flat.flatten(), (work.to(dtype) * self.weight[..., None].to(dtype)).flatten(0, 1))
         out = out.view(len(into), self.slots + 1, -1)[:, : self.slots].to(x.dtype)
         return out.reshape(x.shape[0], self.slots, *x.shape[2:])
+
+    def _merge_moved(self, x: Tensor, seat: Tensor, dtype: torch.dtype) -> Tensor:
+        """`merge` where it is known who moved: a copy of those who stay, to which only those who go are added."""
+        out = x.gather(1, seat[..., None].expand(-1, -1, x.shape[-1])).to(dtype)
+        if self.moved is None:
+            return out
+        out = out * self.weight.gather(1, seat)[..., None].to(dtype)
+        gone = x.gather(1, self.moved[..., None].expand(-1, -1, x.shape[-1])).to(dtype)
+        gone = gone * self.weight.gather(1, self.moved)[..., None].to(dtype)
+        first = torch.arange(len(x), device=x.device)[:, None] * self.slots
+        into = (self.slot.gather(1, self.moved) + first).flatten()
+        return out.flatten(0, 1).index_add(0, into, gone.flatten(0, 1)).view_as(out)
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Copy each slot back to its members: ``(B, K, ...)`` to ``(B, N, ...)``; dropped tokens become zero."""

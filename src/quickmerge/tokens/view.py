@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from quickmerge.errors import whole_number
 from quickmerge.tokens.saliency import AttentionTrace
 
 
@@ -30,7 +31,11 @@ class TokenView:
         text: ``(B, M, D)`` text features, for methods that need the question, else None.
         surprise: ``(B,)`` how much more surprising than usual the tokens before these were, for budgets that ask;
             else None.
-        layer: the block in front of which the tokens stand, for methods that were trained for one; else None.
+        layer: the block in which, or in front of which, the tokens stand, for methods that go by it; else None.
+        depth: how many blocks the model has, for methods that go by it; else None.
+        prefix: says, without anything having to be looked at, that every token is valid and that exactly the first
+            ``prefix`` of each row are protected (class token, registers). Shapes are then known beforehand, so that a
+            plan with a `Count` budget can be compiled, and nothing waits for a device. None: the masks decide.
 
     Raises:
         ValueError: if the shapes do not agree or a row has no valid token.
@@ -47,6 +52,8 @@ class TokenView:
     text: Tensor | None = None
     surprise: Tensor | None = None
     layer: int | None = None
+    depth: int | None = None
+    prefix: int | None = None
 
     def __post_init__(self) -> None:
         if self.hidden.ndim != 3:
@@ -57,6 +64,8 @@ class TokenView:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
+        if self.prefix is not None:
+            self._fill_prefix(shape, device)
         default("valid", torch.ones(shape, dtype=torch.bool, device=device))
         default("protected", torch.zeros(shape, dtype=torch.bool, device=device))
         default("position", (self.valid.long().cumsum(-1) - 1).clamp_min(0))
@@ -67,8 +76,17 @@ class TokenView:
         default("length", (self.size * self.valid).sum(-1))
         if self.length.shape != shape[:1]:
             raise ValueError(f"length must have shape {tuple(shape[:1])}, got {tuple(self.length.shape)}")
-        if not bool(self.valid.any(-1).all()):
+        if self.prefix is None and not bool(self.valid.any(-1).all()):
             raise ValueError("valid must mark at least one token in every row, got a row that is all padding")
+
+    def _fill_prefix(self, shape: torch.Size, device: torch.device) -> None:
+        if self.valid is not None or self.protected is not None:
+            raise ValueError("valid and protected must be left out where prefix is given")
+        whole_number("prefix", self.prefix, 0)
+        index = torch.arange(shape[1], device=device).expand(shape)
+        object.__setattr__(self, "protected", index < self.prefix)
+        if self.position is None:
+            object.__setattr__(self, "position", index)
 
     @property
     def free(self) -> Tensor:
@@ -77,5 +95,10 @@ class TokenView:
 
     @property
     def pads_left(self) -> bool:
-        """True when every row ends in a valid token, so that output slots are aligned to the right too."""
+        """True when every row ends in a valid token, so that output slots are aligned to the right too.
+
+        Not so behind a prefix, which stays in front.
+        """
+        if self.prefix is not None:
+            return False
         return bool(self.valid[:, -1].all())

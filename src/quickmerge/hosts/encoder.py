@@ -1,0 +1,167 @@
+"""Finding the parts of a vision transformer that the host acts on, or saying why it can't."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quickmerge.errors import UnsupportedModelError
+from quickmerge.hosts.structure import IMPLEMENTATIONS, PREFIX
+
+VISION_FAMILIES = (
+    "beit",
+    "clip_vision_model",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "siglip_vision_model",
+    "videomae",
+    "vit",
+    "vivit",
+)
+"""``config.model_type`` of the vision transformers that the tests prove; models that hold one of them work too."""
+
+SECOND_NORMS = ("layernorm_after", "norm2", "layer_norm2")
+FEED_FORWARDS = ("mlp", "output")
+STACKS = ("layers", "layer")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A pre-norm block: ``y = x + attention(norm(x))``, then ``y + feed_forward(second_norm(y))``.
+
+    ``adds_residual`` says that ``feed_forward`` is a module that is given ``y`` and adds it itself.
+    """
+
+    module: nn.Module
+    attention: nn.Module
+    second_norm: nn.Module
+    feed_forward: nn.Module
+    adds_residual: bool
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A vision transformer: the model as given, the encoder inside it, its blocks, and what pools its last tokens."""
+
+    model: nn.Module
+    base: nn.Module
+    blocks: tuple[Block, ...]
+    pooler: nn.Module | None
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def config(self) -> Any:
+        """The encoder's own configuration."""
+        return self.base.config
+
+    def grid(self, pixels: Tensor) -> tuple[int, int, int]:
+        """How many patches ``(T, H, W)`` images ``(B, C, H, W)`` or videos ``(B, T, C, H, W)`` are cut into."""
+        patch = self.config.tubelet_size if hasattr(self.config, "tubelet_size") else self.config.patch_size
+        frames = pixels.shape[1] if pixels.ndim == 5 else 1
+        if isinstance(patch, int):
+            depth, height, width = (patch if pixels.ndim == 5 else 1, *_pair(self.config.patch_size))
+        else:
+            depth, height, width = (1, *patch)[-3:]
+        return frames // depth, pixels.shape[-2] // height, pixels.shape[-1] // width
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value]
+
+
+def find_encoder(model: PreTrainedModel) -> Encoder:
+    """Find the vision transformer in ``model`` by its structure.
+
+    Raises:
+        UnsupportedModelError: naming the class and what was looked for, if there is no vision transformer of a family
+            in `VISION_FAMILIES`, or several, if a block is not built as `Block` says, or if the attention
+            implementation is not one that the host can stand in front of.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    name, found = type(model).__name__, list(_towers(model))
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"{name} (model_type {model.config.model_type!r}) holds {len(found)} vision transformers that could be "
+            f"served, exactly one was looked for, of a family of {', '.join(VISION_FAMILIES)}"
+        )
+    base, stack = found[0]
+    implementation = str(base.config._attn_implementation)
+    if implementation.startswith(PREFIX):
+        raise UnsupportedModelError(f"{name} is already inside a quickmerge run; leave that first")
+    if implementation not in IMPLEMENTATIONS:
+        raise UnsupportedModelError(
+            f"{name} runs attention as {implementation!r}, which merging can't stand in front of: "
+            f"load it with attn_implementation set to one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    blocks = tuple(_block(name, module) for module in stack)
+    pooler = getattr(base, "pooler", None) or getattr(base, "head", None)
+    return Encoder(model, base, blocks, pooler if isinstance(pooler, nn.Module) else None)
+
+
+def holds_encoder(model: Any) -> bool:
+    """True if ``model`` holds a vision transformer of one of the proven families and is no language model."""
+    return isinstance(model, PreTrainedModel) and any(True for _ in _towers(model))
+
+
+def _towers(model: PreTrainedModel) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
+    """Every outermost model of a proven family with its list of blocks."""
+    seen: list[nn.Module] = []
+    for module in model.modules():
+        kind = getattr(getattr(module, "config", None), "model_type", None)
+        if not isinstance(module, PreTrainedModel) or kind not in VISION_FAMILIES:
+            continue
+        # An encoder that only holds the blocks is a model of its own in some families; what reads pixels is meant.
+        if module.main_input_name != "pixel_values" or any(module in set(outer.modules()) for outer in seen):
+            continue
+        if not any(hasattr(module, part) for part in ("embeddings",)):
+            continue
+        seen.append(module)
+        stack = _stack(module)
+        if stack is not None:
+            yield module, stack
+
+
+def _stack(base: nn.Module) -> nn.ModuleList | None:
+    depth = base.config.num_hidden_layers  # type: ignore[union-attr]
+    for holder in (base, *base.children()):
+        for name in STACKS:
+            stack = getattr(holder, name, None)
+            if isinstance(stack, nn.ModuleList) and len(stack) == depth:
+                return stack
+    return None
+
+
+def _block(name: str, module: nn.Module) -> Block:
+    norm = next((getattr(module, each) for each in SECOND_NORMS if hasattr(module, each)), None)
+    feed = next((each for each in FEED_FORWARDS if isinstance(getattr(module, each, None), nn.Module)), None)
+    # What calls the attention function says in which sense it masks.
+    attentions = [each for each in module.modules() if hasattr(each, "is_causal")]
+    if norm is None or feed is None or len(attentions) != 1:
+        raise UnsupportedModelError(
+            f"{name} has a block {type(module).__name__} with {len(attentions)} attention modules, "
+            f"{'a' if norm is not None else 'no'} second norm and {'a' if feed else 'no'} feed-forward module; "
+            "one of each was looked for"
+        )
+    return Block(module, attentions[0], norm, getattr(module, feed), adds_residual=feed == "output")
+
+
+def prefix_of(tokens: int, grid: tuple[int, int, int], name: str) -> int:
+    """How many of ``tokens`` stand in front of the patches: class, distillation and register tokens.
+
+    Raises:
+        UnsupportedModelError: if there are fewer tokens than patches.
+    """
+    prefix = tokens - math.prod(grid)
+    if prefix < 0:
+        raise UnsupportedModelError(f"{name} made {tokens} tokens of {math.prod(grid)} patches {grid}; more were expected")
+    return prefix

@@ -1,0 +1,426 @@
+"""Vision transformers with fewer tokens, through module hooks and transformers' attention registry.
+
+A block of a vision transformer computes ``y = x + attention(norm(x))`` and then ``y + feed_forward(norm(y))``. Tokens
+are merged between the two (ToMe, arXiv 2210.09461), so that the feed-forward part of this block and all of the next
+ones read fewer. The block's own code runs. The hook in front of its second norm writes the K merged tokens over the
+first rows of the residual y, which the block still holds, and hands on these rows alone; behind the feed-forward part
+a hook pads with zeros what the block is about to add; the block's own hook cuts off the rows that are left over.
+Layer scale, dropout and stochastic depth stay the block's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.hosts.attention import AttentionFunction, watch_modules
+from quickmerge.hosts.encoder import Block, Encoder, find_encoder, prefix_of
+from quickmerge.hosts.summary import VisionStats
+from quickmerge.reducers.base import Reducer
+from quickmerge.tokens.budget import Count
+from quickmerge.tokens.plan import MergePlan
+from quickmerge.tokens.removal import Removal, removal_for
+from quickmerge.tokens.saliency import AttentionTrace
+from quickmerge.tokens.view import TokenView
+
+CALL = "quickmerge_call"
+"""Keyword by which a forward hands its state to its blocks, where the model passes keywords on."""
+
+
+@dataclass
+class Level:
+    """The tokens that enter a block: what each stands for, and where each original token has gone.
+
+    ``size``, ``position`` and ``valid`` are ``(B, K)``; ``valid`` is None where no slot is padding. ``slot (B, N)`` is
+    the place of each original token, -1 where it was dropped; ``alive``, how many of every row were not dropped, None
+    where rows differ. ``bias (B, 1, 1, K)`` is what attention adds to the scores, None for nothing.
+    """
+
+    size: Tensor
+    position: Tensor
+    valid: Tensor | None
+    slot: Tensor
+    alive: int | None
+    bias: Tensor | None = None
+
+
+@dataclass
+class Call:
+    """The state of one forward: by block, what enters it and what was decided in it."""
+
+    grid: tuple[int, int, int]
+    tokens: int = 0
+    prefix: int = 0
+    targets: list[Reducer | None] = field(default_factory=list)
+    levels: list[Level | None] = field(default_factory=list)
+    traces: list[AttentionTrace | None] = field(default_factory=list)
+    plans: list[MergePlan | None] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+
+    @property
+    def last(self) -> Level | None:
+        """The tokens that leave the last block, None if none was ever taken out."""
+        return self.levels[-1]
+
+
+def reduce_vit(
+    model: PreTrainedModel,
+    reducer: Reducer,
+    layer: int | Sequence[int] | Removal | None = None,
+    *,
+    unmerge: bool = False,
+) -> VisionRun:
+    """Make a vision transformer read with fewer tokens; see `quickmerge.hosts.reduce`."""
+    if not isinstance(reducer, Reducer):
+        raise ValueError(f"reducer must be a quickmerge reducer such as ToMe(), got {reducer!r}")
+    if "vision" not in reducer.places:
+        raise ValueError(f"reducer {reducer.name} is for text; a vision transformer takes those of `quickmerge ls`")
+    encoder = find_encoder(model)
+    blocks: tuple[int, ...] = ()
+    if layer is not None and not isinstance(layer, Removal):
+        blocks = tuple(layer) if isinstance(layer, Sequence) else (layer,)
+        whole = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < len(encoder) for x in blocks)
+        rising = all(a < b for a, b in zip(blocks, blocks[1:], strict=False))
+        if not (blocks and whole and rising):
+            raise ValueError(f"layer must be rising blocks in 0..{len(encoder) - 1} or a Removal, got {layer!r}")
+    elif layer is None and not isinstance(reducer.keep, (int, float)):
+        raise ValueError(f"layer must say which blocks merge where keep is a budget, got None and {reducer.keep!r}")
+    if isinstance(layer, Removal):
+        layer.wanted(len(encoder))
+    reducer.check(model, blocks, "vision")
+    return VisionRun(encoder, reducer, layer if isinstance(layer, Removal) else blocks or None, unmerge=unmerge)
+
+
+class VisionRun:
+    """One attachment of a reducer to a vision transformer. Enter it with ``with``; it detaches on any way out.
+
+    A run sees every forward of the model while it is attached. Afterwards ask it for `summary`, and for the `call`
+    that the last forward left.
+    """
+
+    def __init__(
+        self, encoder: Encoder, reducer: Reducer, schedule: Removal | tuple[int, ...] | None, *, unmerge: bool = False
+    ) -> None:
+        self.encoder = encoder
+        self.reducer = reducer
+        self.schedule = schedule
+        self.unmerge = unmerge
+        self.call: Call | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._signature = inspect.signature(encoder.base.forward)
+        self._takes_keywords = any(p.kind is p.VAR_KEYWORD for p in self._signature.parameters.values())
+
+    # Attaching --------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> VisionRun:
+        encoder = self.encoder
+        if self._undo:
+            raise UnsupportedModelError(
+                f"{type(encoder.model).__name__} is already inside a quickmerge run; leave that first"
+            )
+        try:
+            self._undo.append(watch_modules(encoder.base, [block.attention for block in encoder.blocks], self))
+            self._undo.append(encoder.base.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
+            self._undo.append(encoder.base.register_forward_hook(self._after_model).remove)
+            if encoder.pooler is not None:
+                self._undo.append(encoder.pooler.register_forward_pre_hook(self._before_pooler).remove)
+            for index, block in enumerate(encoder.blocks):
+                self._hook(index, block)
+        except BaseException:
+            self._detach()
+            raise
+        return self
+
+    def _hook(self, index: int, block: Block) -> None:
+        def add(handle: Any) -> None:
+            self._undo.append(handle.remove)
+
+        add(block.module.register_forward_pre_hook(self._before_block(index), with_kwargs=True, prepend=True))
+        add(block.second_norm.register_forward_pre_hook(self._before_second_norm(index)))
+        if block.adds_residual:
+            add(block.feed_forward.register_forward_pre_hook(self._before_residual(index)))
+        else:
+            add(block.feed_forward.register_forward_hook(self._after_feed_forward(index)))
+            # In front of whatever records the blocks' outputs.
+            add(block.module.register_forward_hook(self._after_block(index), prepend=True))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    # One forward ------------------------------------------------------------------------------------------------
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        pixels = args[0] if args else kwargs.get("pixel_values")
+        if not isinstance(pixels, Tensor):
+            raise ValueError("pixel_values must be a tensor of images or videos, got " + type(pixels).__name__)
+        masked = self._signature.bind_partial(*args, **kwargs).arguments.get("bool_masked_pos")
+        if masked is not None:
+            raise QuickmergeError("bool_masked_pos must be None inside a quickmerge run: masked patches can't be merged")
+        self.call = Call(self.encoder.grid(pixels))
+        if self._takes_keywords:
+            kwargs = {**kwargs, CALL: self.call}
+        return args, kwargs
+
+    def _start(self, call: Call, hidden: Tensor) -> None:
+        """What the first block's input tells: how many tokens there are, and how many each block shall leave."""
+        depth, tokens = len(self.encoder), hidden.shape[1]
+        call.tokens = tokens
+        call.prefix = prefix_of(tokens, call.grid, type(self.encoder.model).__name__)
+        call.levels, call.traces = [None] * (depth + 1), [None] * depth
+        call.plans, call.widths, call.targets = [None] * depth, [tokens] * depth, [None] * depth
+        if isinstance(self.schedule, tuple):
+            for stage, block in enumerate(self.schedule):
+                keep = self.reducer.keep
+                if isinstance(keep, (int, float)):
+                    share = keep ** (stage + 1)
+                    left = call.prefix + int((tokens - call.prefix) * share + 1e-9)
+                    call.targets[block] = self._toward(left, tokens)
+                else:
+                    call.targets[block] = self.reducer
+            return
+        removal = self.schedule
+        if removal is None:
+            removal = removal_for(float(self.reducer.keep), tokens, call.prefix, depth)  # type: ignore[arg-type]
+        before = tokens
+        for block, left in enumerate(removal.counts(tokens, call.prefix, depth)):
+            call.targets[block] = self._toward(left, before)
+            before = left
+
+    def _toward(self, left: int, tokens: int) -> Reducer | None:
+        return replace(self.reducer, keep=Count(max(1, left))) if left < tokens else None
+
+    def _before_block(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            kwargs = dict(kwargs)
+            call = kwargs.pop(CALL, None) or self.call
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if index == 0:
+                self._start(call, hidden)
+            self.call = call
+            if self.reducer.before and call.targets[index] is not None:
+                plan, hidden = self._decide(call, index, hidden)
+                if plan is not None:
+                    call.levels[index] = self._level(call, call.levels[index], plan, hidden.dtype)
+                    call.widths[index] = plan.slots
+                    if args:
+                        args = (hidden, *args[1:])
+                    else:
+                        kwargs["hidden_states"] = hidden
+            level = call.levels[index]
+            call.levels[index + 1] = level
+            call.widths[index] = hidden.shape[1]
+            if level is not None and kwargs.get("interpolate_pos_encoding") and _has_relative_bias(module):
+                raise QuickmergeError(
+                    "interpolate_pos_encoding must be False inside a quickmerge run of a model with relative positions"
+                )
+            if level is not None and kwargs.get("position_embeddings") is not None:
+                kwargs["position_embeddings"] = _rotary(kwargs["position_embeddings"], level, call.prefix)
+            return args, kwargs
+
+        return hook
+
+    def _before_second_norm(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            call = self._current()
+            call.plans[index] = None if not self.reducer.before else call.plans[index]
+            if self.reducer.before or call.targets[index] is None:
+                return None
+            residual = args[0]
+            # Where gradients flow, what the merge saves for them must not be overwritten below.
+            source = residual.clone() if residual.requires_grad and torch.is_grad_enabled() else residual
+            plan, merged = self._decide(call, index, source)
+            if plan is None:
+                return None
+            call.levels[index + 1] = self._level(call, call.levels[index], plan, merged.dtype)
+            call.widths[index] = plan.slots
+            residual[:, : plan.slots] = merged
+            return (merged,)
+
+        return hook
+
+    def _after_feed_forward(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            short = self._short(index)
+            if short is None:
+                return None
+            return nn.functional.pad(output, (0, 0, 0, short.slot.shape[1] - short.slots))
+
+        return hook
+
+    def _before_residual(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            short = self._short(index)
+            return None if short is None else (args[0], args[1][:, : short.slots])
+
+        return hook
+
+    def _after_block(self, index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            short = self._short(index)
+            if short is None:
+                return None
+            return output[:, : short.slots]
+
+        return hook
+
+    def _short(self, index: int) -> MergePlan | None:
+        """The plan that was carried out inside block ``index``, None if there was none."""
+        return None if self.reducer.before else self._current().plans[index]
+
+    def _current(self) -> Call:
+        if self.call is None:
+            raise QuickmergeError("a block was called outside of its model's forward, which a run can't follow")
+        return self.call
+
+    # Deciding ---------------------------------------------------------------------------------------------------
+
+    def _decide(self, call: Call, index: int, hidden: Tensor) -> tuple[MergePlan | None, Tensor]:
+        reducer, level = call.targets[index], call.levels[index]
+        assert reducer is not None
+        trace = call.traces[index] if not reducer.before else None
+        known: dict[str, Any] = {} if level is None else {"size": level.size, "position": level.position}
+        if level is None or level.valid is None:
+            known["prefix"] = call.prefix
+        else:
+            index_of = torch.arange(hidden.shape[1], device=hidden.device)
+            known |= {"valid": level.valid, "protected": (index_of < call.prefix) & level.valid}
+        view = TokenView(
+            hidden, attention=() if trace is None else (trace,), grid=call.grid, layer=index,
+            depth=len(self.encoder), **known,
+        )  # fmt: skip
+        plan = reducer.plan(view)
+        if plan.slots == hidden.shape[1]:
+            return None, hidden
+        call.plans[index] = plan
+        return plan, reducer.combine(view, plan, hidden)
+
+    def _level(self, call: Call, level: Level | None, plan: MergePlan, dtype: torch.dtype) -> Level:
+        """The tokens after ``plan`` was carried out on those of ``level``."""
+        slot = plan.slot
+        if level is not None:
+            slot = torch.where(level.slot >= 0, plan.slot.gather(1, level.slot.clamp_min(0)), -1)
+        # By shapes alone where that will do: every slot that is dropped whole was a single token, or none is.
+        alive = call.tokens if level is None else level.alive
+        valid = None
+        if plan.seat is None:
+            counts = (slot >= 0).sum(-1)
+            alive = int(counts[0]) if bool((counts == counts[0]).all()) else None
+            valid = None if bool(plan.valid.all()) else plan.valid
+        elif plan.moved is None:
+            single = level is None or (level.valid is None and level.slot.shape[1] == level.size.shape[1])
+            counts = (slot >= 0).sum(-1) if not single else None
+            if counts is None:
+                alive = plan.slots
+            else:
+                alive = int(counts[0]) if bool((counts == counts[0]).all()) else None
+        return Level(plan.size, plan.position, valid, slot, alive, self._bias(plan, valid, dtype))
+
+    def _bias(self, plan: MergePlan, valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """What attention adds to the scores of each slot: log(size), and nothing reaches a slot that is padding."""
+        if not self.reducer.proportional and valid is None:
+            return None
+        bias = plan.size.clamp_min(1).to(torch.float32).log()
+        if not self.reducer.proportional:
+            bias = torch.zeros_like(bias)
+        if valid is not None:
+            bias = bias.masked_fill(~valid, -torch.inf)
+        return bias.to(dtype)[:, None, None]
+
+    def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Called for every attention: keeps what a reducer reads, and adds log(size) to the scores."""
+        state = self._current()
+        level = state.levels[layer]
+        query, key, value = args[:3]
+        mask = args[3] if len(args) > 3 else kwargs.pop("attention_mask", None)
+        bias = None
+        if level is not None:
+            bias = level.bias
+            if mask is not None and mask.shape[-1] != key.shape[2]:
+                mask = _pick(mask, level)
+            mask = bias if mask is None else mask if bias is None else mask + bias
+        if state.targets[layer] is not None and not self.reducer.before:
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            state.traces[layer] = AttentionTrace(query, key, value, scaling)
+        return call(module, query, key, value, mask, *args[4:], **kwargs)
+
+    # Handing out ------------------------------------------------------------------------------------------------
+
+    def _before_pooler(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        level = self._current().last
+        return None if level is None else (spread(args[0], level), *args[1:])
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        level = self._current().last
+        if level is None:
+            return output
+        if self.unmerge:
+            output.last_hidden_state = full_length(output.last_hidden_state, level)
+        elif self.encoder.model is not self.encoder.base:
+            output.last_hidden_state = spread(output.last_hidden_state, level)
+        return output
+
+    def summary(self) -> VisionStats:
+        """Tokens in and left after each block of the last forward; prints as a line."""
+        call = self.call
+        if call is None:
+            return VisionStats(repr(self.reducer))
+        return VisionStats(repr(self.reducer), call.grid, call.tokens, call.prefix, [float(n) for n in call.widths])
+
+
+def spread(y: Tensor, level: Level) -> Tensor:
+    """Give every original token that was not dropped the features of its slot: ``(B, K, D)`` to ``(B, alive, D)``.
+
+    The mean over these is the mean over slots weighted by size, and attention over them is attention with log(size)
+    added to the scores, so whatever pools the tokens pools them as it should. Where rows have dropped different
+    numbers of tokens, what they dropped is filled with the mean of what they have, which leaves means as they are.
+    """
+    if level.alive == level.slot.shape[1]:
+        return _gather(y, level.slot)
+    if level.alive is not None:
+        first = (level.slot >= 0).long().argsort(dim=-1, descending=True, stable=True)[:, : level.alive]
+        return _gather(y, level.slot.gather(1, first))
+    there = (level.slot >= 0)[..., None]
+    out = torch.where(there, _gather(y, level.slot.clamp_min(0)), 0.0)
+    return torch.where(there, out, out.sum(1, keepdim=True) / there.sum(1, keepdim=True)).to(y.dtype)
+
+
+def full_length(y: Tensor, level: Level) -> Tensor:
+    """Every original token with the features of its slot, ``(B, K, D)`` to ``(B, N, D)``; zero where it was dropped."""
+    out = _gather(y, level.slot.clamp_min(0))
+    return out if level.alive == level.slot.shape[1] else torch.where((level.slot >= 0)[..., None], out, 0.0)
+
+
+def _gather(y: Tensor, index: Tensor) -> Tensor:
+    return y.gather(1, index[..., None].expand(-1, -1, y.shape[-1]))
+
+
+def _has_relative_bias(block: nn.Module) -> bool:
+    return getattr(block, "relative_position_bias", None) is not None
+
+
+def _rotary(embeddings: tuple[Tensor, ...], level: Level, prefix: int) -> tuple[Tensor, ...]:
+    """Rows of rotary tables ``(N, d)`` for the places where the slots stand, ``(B, 1, K, d)``."""
+    place = level.position[:, prefix:] - prefix
+    return tuple(table[place][:, None] for table in embeddings)
+
+
+def _pick(mask: Tensor, level: Level) -> Tensor:
+    """Rows and columns of a bias on the scores ``(B or 1, H or 1, N, N)`` for the places where the slots stand."""
+    at = level.position
+    b, h, k, n = at.shape[0], mask.shape[1], at.shape[1], mask.shape[-1]
+    rows = mask.expand(b, -1, -1, -1).gather(2, at[:, None, :, None].expand(b, h, k, n))
+    return rows.gather(3, at[:, None, None].expand(b, h, k, k))
