@@ -1,4 +1,4 @@
-"""``reduce``: run a causal LM with fewer tokens inside a ``with`` block, and leave it as it was."""
+"""Running a causal LM with fewer tokens inside a ``with`` block, and leaving it as it was."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from quickmerge.tokens.schedule import Schedule
 MODES = ("prefix", "block_causal")
 
 
-def reduce(
+def reduce_lm(
     model: PreTrainedModel,
     reducer: Reducer,
     layer: int | Sequence[int] | Schedule | None = None,
@@ -36,42 +36,14 @@ def reduce(
     chunk: int = 128,
     window: int = 64,
 ) -> Run:
-    """Make ``model`` read with fewer tokens while the returned run is entered as a context manager.
-
-    ``prefix`` mode merges the residual stream of a fully known prompt at the given depth: blocks below read every
-    token, blocks above read the slots, and so do their caches. ``block_causal`` mode merges keys and values of every
-    finished chunk once it has left the recent window. Its budget comes from the chunk alone and its saliency from the
-    chunk and the window that follows, all read before the merge is first seen; it is exact for scoring.
-    There ``QuickMerge(pool=1, merge=0)`` predicts better than its defaults, which are made for prompts.
-
-    Args:
-        model: a causal LM of one of the proven families (`quickmerge.hosts.FAMILIES`).
-        reducer: the method, with its ``keep``.
-        layer: in ``prefix`` mode the first block that reads the reduced sequence, 1..L-1; a list of such blocks
-            or a `Schedule` merges at several depths. Default: blocks 4/15 and 5/6 of the way up (8 and 25 of
-            30), see `Schedule.of`. In ``block_causal`` mode the first block whose cache is merged, 0..L-1; default 0,
-            or the block in front of which a `Surprise` budget reads.
-        mode: ``"prefix"`` or ``"block_causal"``.
-        sinks: tokens at the start of every sequence that stay alone.
-        recent: in ``prefix`` mode, tokens at the end of every prompt that stay alone; at least 1, since the last
-            one predicts the next token.
-        protect: further tokens that stay alone: a function from ``input_ids (B, N)`` to a bool mask ``(B, N)``.
-            ``prefix`` mode only.
-        chunk: ``block_causal`` mode, tokens per chunk.
-        window: ``block_causal`` mode, recent tokens that are never merged.
-
-    Returns:
-        A `Run`: enter it with ``with``; afterwards ask it for `Run.summary`.
-
-    Raises:
-        UnsupportedModelError: for a model that can't be served, naming its class.
-        ValueError: for a setting out of range.
-    """
+    """Attach to a causal language model; see `quickmerge.hosts.reduce` for the arguments."""
     from quickmerge.hosts.block_causal import BlockCausalRun
     from quickmerge.hosts.prefix import PrefixRun
 
     if not isinstance(reducer, Reducer):
         raise ValueError(f"reducer must be a quickmerge reducer such as QuickMerge(keep=0.4), got {reducer!r}")
+    if "text" not in reducer.places:
+        raise ValueError(f"reducer {reducer.name} is for vision transformers, and {type(model).__name__} is none")
     decoder = find_decoder(model)
     if mode == "prefix":
         schedule = layer if isinstance(layer, Schedule) else Schedule.of(layer, len(decoder))

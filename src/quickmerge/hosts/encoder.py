@@ -75,7 +75,7 @@ class Encoder:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value]
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def find_encoder(model: PreTrainedModel) -> Encoder:
@@ -95,7 +95,7 @@ def find_encoder(model: PreTrainedModel) -> Encoder:
             f"served, exactly one was looked for, of a family of {', '.join(VISION_FAMILIES)}"
         )
     base, stack = found[0]
-    implementation = str(base.config._attn_implementation)
+    implementation = str(base.config._attn_implementation)  # type: ignore[union-attr]
     if implementation.startswith(PREFIX):
         raise UnsupportedModelError(f"{name} is already inside a quickmerge run; leave that first")
     if implementation not in IMPLEMENTATIONS:
@@ -110,7 +110,9 @@ def find_encoder(model: PreTrainedModel) -> Encoder:
 
 def holds_encoder(model: Any) -> bool:
     """True if ``model`` holds a vision transformer of one of the proven families and is no language model."""
-    return isinstance(model, PreTrainedModel) and any(True for _ in _towers(model))
+    if not isinstance(model, PreTrainedModel):
+        return False
+    return model.get_output_embeddings() is None and any(True for _ in _towers(model))
 
 
 def _towers(model: PreTrainedModel) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
@@ -123,7 +125,7 @@ def _towers(model: PreTrainedModel) -> Iterator[tuple[nn.Module, nn.ModuleList]]
         # An encoder that only holds the blocks is a model of its own in some families; what reads pixels is meant.
         if module.main_input_name != "pixel_values" or any(module in set(outer.modules()) for outer in seen):
             continue
-        if not any(hasattr(module, part) for part in ("embeddings",)):
+        if not hasattr(module, "embeddings"):
             continue
         seen.append(module)
         stack = _stack(module)
@@ -163,5 +165,7 @@ def prefix_of(tokens: int, grid: tuple[int, int, int], name: str) -> int:
     """
     prefix = tokens - math.prod(grid)
     if prefix < 0:
-        raise UnsupportedModelError(f"{name} made {tokens} tokens of {math.prod(grid)} patches {grid}; more were expected")
+        raise UnsupportedModelError(
+            f"{name} made {tokens} tokens of {math.prod(grid)} patches {grid}; more were expected"
+        )
     return prefix

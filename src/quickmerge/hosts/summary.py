@@ -99,7 +99,9 @@ class VisionStats:
         runs = layer_runs(self.tokens_per_block)
         left = ", ".join(f"{n:g} after blocks {a}-{b}" if a != b else f"{n:g} after block {a}" for a, b, n in runs)
         share = self.tokens_kept / self.tokens_in
-        return f"{self.reducer}, {self.tokens_in} tokens in\n  left: {left}\n  mean: {self.tokens_kept:.1f}, {share:.0%}"
+        return (
+            f"{self.reducer}, {self.tokens_in} tokens in\n  left: {left}\n  mean: {self.tokens_kept:.1f}, {share:.0%}"
+        )
 
 
 def layer_runs(counts: Sequence[float]) -> list[tuple[int, int, float]]:

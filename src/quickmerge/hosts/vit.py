@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.hosts.attention import AttentionFunction, watch_modules
 from quickmerge.hosts.encoder import Block, Encoder, find_encoder, prefix_of
+from quickmerge.hosts.level import Level, after, full_length, pick, rotary, spread
 from quickmerge.hosts.summary import VisionStats
 from quickmerge.reducers.base import Reducer
 from quickmerge.tokens.budget import Count
@@ -32,24 +34,7 @@ from quickmerge.tokens.saliency import AttentionTrace
 from quickmerge.tokens.view import TokenView
 
 CALL = "quickmerge_call"
-"""Keyword by which a forward hands its state to its blocks, where the model passes keywords on."""
-
-
-@dataclass
-class Level:
-    """The tokens that enter a block: what each stands for, and where each original token has gone.
-
-    ``size``, ``position`` and ``valid`` are ``(B, K)``; ``valid`` is None where no slot is padding. ``slot (B, N)`` is
-    the place of each original token, -1 where it was dropped; ``alive``, how many of every row were not dropped, None
-    where rows differ. ``bias (B, 1, 1, K)`` is what attention adds to the scores, None for nothing.
-    """
-
-    size: Tensor
-    position: Tensor
-    valid: Tensor | None
-    slot: Tensor
-    alive: int | None
-    bias: Tensor | None = None
+"""Keyword by which a forward hands its state to its blocks, and a block to its attention."""
 
 
 @dataclass
@@ -85,10 +70,12 @@ def reduce_vit(
         raise ValueError(f"reducer {reducer.name} is for text; a vision transformer takes those of `quickmerge ls`")
     encoder = find_encoder(model)
     blocks: tuple[int, ...] = ()
+    if layer is None:
+        layer = reducer.stages(len(encoder))
     if layer is not None and not isinstance(layer, Removal):
         blocks = tuple(layer) if isinstance(layer, Sequence) else (layer,)
         whole = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < len(encoder) for x in blocks)
-        rising = all(a < b for a, b in zip(blocks, blocks[1:], strict=False))
+        rising = all(a < b for a, b in pairwise(blocks))
         if not (blocks and whole and rising):
             raise ValueError(f"layer must be rising blocks in 0..{len(encoder) - 1} or a Removal, got {layer!r}")
     elif layer is None and not isinstance(reducer.keep, (int, float)):
@@ -114,6 +101,7 @@ class VisionRun:
         self.schedule = schedule
         self.unmerge = unmerge
         self.call: Call | None = None
+        self._active: Call | None = None
         self._undo: list[Callable[[], None]] = []
         self._signature = inspect.signature(encoder.base.forward)
         self._takes_keywords = any(p.kind is p.VAR_KEYWORD for p in self._signature.parameters.values())
@@ -144,6 +132,7 @@ class VisionRun:
             self._undo.append(handle.remove)
 
         add(block.module.register_forward_pre_hook(self._before_block(index), with_kwargs=True, prepend=True))
+        add(block.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
         add(block.second_norm.register_forward_pre_hook(self._before_second_norm(index)))
         if block.adds_residual:
             add(block.feed_forward.register_forward_pre_hook(self._before_residual(index)))
@@ -169,8 +158,8 @@ class VisionRun:
             raise ValueError("pixel_values must be a tensor of images or videos, got " + type(pixels).__name__)
         masked = self._signature.bind_partial(*args, **kwargs).arguments.get("bool_masked_pos")
         if masked is not None:
-            raise QuickmergeError("bool_masked_pos must be None inside a quickmerge run: masked patches can't be merged")
-        self.call = Call(self.encoder.grid(pixels))
+            raise QuickmergeError("bool_masked_pos must be None inside a quickmerge run, got a mask")
+        self.call = self._active = Call(self.encoder.grid(pixels))
         if self._takes_keywords:
             kwargs = {**kwargs, CALL: self.call}
         return args, kwargs
@@ -187,7 +176,8 @@ class VisionRun:
                 keep = self.reducer.keep
                 if isinstance(keep, (int, float)):
                     share = keep ** (stage + 1)
-                    left = call.prefix + int((tokens - call.prefix) * share + 1e-9)
+                    # One patch at least, or a mean over patches would be one over nothing.
+                    left = call.prefix + max(1, int((tokens - call.prefix) * share + 1e-9))
                     call.targets[block] = self._toward(left, tokens)
                 else:
                     call.targets[block] = self.reducer
@@ -206,15 +196,15 @@ class VisionRun:
     def _before_block(self, index: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             kwargs = dict(kwargs)
-            call = kwargs.pop(CALL, None) or self.call
+            call: Call = kwargs.get(CALL) or self._current()
             hidden = args[0] if args else kwargs["hidden_states"]
-            if index == 0:
+            if not call.tokens:
                 self._start(call, hidden)
-            self.call = call
+            kwargs[CALL] = self._active = call
             if self.reducer.before and call.targets[index] is not None:
                 plan, hidden = self._decide(call, index, hidden)
                 if plan is not None:
-                    call.levels[index] = self._level(call, call.levels[index], plan, hidden.dtype)
+                    call.levels[index] = self._after(call.levels[index], plan, hidden.dtype)
                     call.widths[index] = plan.slots
                     if args:
                         args = (hidden, *args[1:])
@@ -228,10 +218,17 @@ class VisionRun:
                     "interpolate_pos_encoding must be False inside a quickmerge run of a model with relative positions"
                 )
             if level is not None and kwargs.get("position_embeddings") is not None:
-                kwargs["position_embeddings"] = _rotary(kwargs["position_embeddings"], level, call.prefix)
+                kwargs["position_embeddings"] = rotary(kwargs["position_embeddings"], level, call.prefix)
             return args, kwargs
 
         return hook
+
+    def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # With gradient checkpointing a block's inside runs again in the backward pass, when other forwards may have
+        # begun: the keyword tells which one it belongs to.
+        kwargs = dict(kwargs)
+        self._active = kwargs.pop(CALL, None) or self._active
+        return args, kwargs
 
     def _before_second_norm(self, index: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -245,7 +242,7 @@ class VisionRun:
             plan, merged = self._decide(call, index, source)
             if plan is None:
                 return None
-            call.levels[index + 1] = self._level(call, call.levels[index], plan, merged.dtype)
+            call.levels[index + 1] = self._after(call.levels[index], plan, merged.dtype)
             call.widths[index] = plan.slots
             residual[:, : plan.slots] = merged
             return (merged,)
@@ -282,9 +279,9 @@ class VisionRun:
         return None if self.reducer.before else self._current().plans[index]
 
     def _current(self) -> Call:
-        if self.call is None:
+        if self._active is None:
             raise QuickmergeError("a block was called outside of its model's forward, which a run can't follow")
-        return self.call
+        return self._active
 
     # Deciding ---------------------------------------------------------------------------------------------------
 
@@ -308,37 +305,8 @@ class VisionRun:
         call.plans[index] = plan
         return plan, reducer.combine(view, plan, hidden)
 
-    def _level(self, call: Call, level: Level | None, plan: MergePlan, dtype: torch.dtype) -> Level:
-        """The tokens after ``plan`` was carried out on those of ``level``."""
-        slot = plan.slot
-        if level is not None:
-            slot = torch.where(level.slot >= 0, plan.slot.gather(1, level.slot.clamp_min(0)), -1)
-        # By shapes alone where that will do: every slot that is dropped whole was a single token, or none is.
-        alive = call.tokens if level is None else level.alive
-        valid = None
-        if plan.seat is None:
-            counts = (slot >= 0).sum(-1)
-            alive = int(counts[0]) if bool((counts == counts[0]).all()) else None
-            valid = None if bool(plan.valid.all()) else plan.valid
-        elif plan.moved is None:
-            single = level is None or (level.valid is None and level.slot.shape[1] == level.size.shape[1])
-            counts = (slot >= 0).sum(-1) if not single else None
-            if counts is None:
-                alive = plan.slots
-            else:
-                alive = int(counts[0]) if bool((counts == counts[0]).all()) else None
-        return Level(plan.size, plan.position, valid, slot, alive, self._bias(plan, valid, dtype))
-
-    def _bias(self, plan: MergePlan, valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """What attention adds to the scores of each slot: log(size), and nothing reaches a slot that is padding."""
-        if not self.reducer.proportional and valid is None:
-            return None
-        bias = plan.size.clamp_min(1).to(torch.float32).log()
-        if not self.reducer.proportional:
-            bias = torch.zeros_like(bias)
-        if valid is not None:
-            bias = bias.masked_fill(~valid, -torch.inf)
-        return bias.to(dtype)[:, None, None]
+    def _after(self, level: Level | None, plan: MergePlan, dtype: torch.dtype) -> Level:
+        return after(level, plan, proportional=self.reducer.proportional, dtype=dtype)
 
     def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Called for every attention: keeps what a reducer reads, and adds log(size) to the scores."""
@@ -350,7 +318,7 @@ class VisionRun:
         if level is not None:
             bias = level.bias
             if mask is not None and mask.shape[-1] != key.shape[2]:
-                mask = _pick(mask, level)
+                mask = pick(mask, level)
             mask = bias if mask is None else mask if bias is None else mask + bias
         if state.targets[layer] is not None and not self.reducer.before:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -381,46 +349,5 @@ class VisionRun:
         return VisionStats(repr(self.reducer), call.grid, call.tokens, call.prefix, [float(n) for n in call.widths])
 
 
-def spread(y: Tensor, level: Level) -> Tensor:
-    """Give every original token that was not dropped the features of its slot: ``(B, K, D)`` to ``(B, alive, D)``.
-
-    The mean over these is the mean over slots weighted by size, and attention over them is attention with log(size)
-    added to the scores, so whatever pools the tokens pools them as it should. Where rows have dropped different
-    numbers of tokens, what they dropped is filled with the mean of what they have, which leaves means as they are.
-    """
-    if level.alive == level.slot.shape[1]:
-        return _gather(y, level.slot)
-    if level.alive is not None:
-        first = (level.slot >= 0).long().argsort(dim=-1, descending=True, stable=True)[:, : level.alive]
-        return _gather(y, level.slot.gather(1, first))
-    there = (level.slot >= 0)[..., None]
-    out = torch.where(there, _gather(y, level.slot.clamp_min(0)), 0.0)
-    return torch.where(there, out, out.sum(1, keepdim=True) / there.sum(1, keepdim=True)).to(y.dtype)
-
-
-def full_length(y: Tensor, level: Level) -> Tensor:
-    """Every original token with the features of its slot, ``(B, K, D)`` to ``(B, N, D)``; zero where it was dropped."""
-    out = _gather(y, level.slot.clamp_min(0))
-    return out if level.alive == level.slot.shape[1] else torch.where((level.slot >= 0)[..., None], out, 0.0)
-
-
-def _gather(y: Tensor, index: Tensor) -> Tensor:
-    return y.gather(1, index[..., None].expand(-1, -1, y.shape[-1]))
-
-
 def _has_relative_bias(block: nn.Module) -> bool:
     return getattr(block, "relative_position_bias", None) is not None
-
-
-def _rotary(embeddings: tuple[Tensor, ...], level: Level, prefix: int) -> tuple[Tensor, ...]:
-    """Rows of rotary tables ``(N, d)`` for the places where the slots stand, ``(B, 1, K, d)``."""
-    place = level.position[:, prefix:] - prefix
-    return tuple(table[place][:, None] for table in embeddings)
-
-
-def _pick(mask: Tensor, level: Level) -> Tensor:
-    """Rows and columns of a bias on the scores ``(B or 1, H or 1, N, N)`` for the places where the slots stand."""
-    at = level.position
-    b, h, k, n = at.shape[0], mask.shape[1], at.shape[1], mask.shape[-1]
-    rows = mask.expand(b, -1, -1, -1).gather(2, at[:, None, :, None].expand(b, h, k, n))
-    return rows.gather(3, at[:, None, None].expand(b, h, k, k))

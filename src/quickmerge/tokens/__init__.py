@@ -5,7 +5,14 @@ Pure tensors: nothing in here knows a model.
 
 from quickmerge.tokens.budget import Budget, Count, Entropy, Mass, Ratio, Remaining, as_budget
 from quickmerge.tokens.plan import MergePlan
-from quickmerge.tokens.saliency import AttentionTrace, attention_entropy, attention_norm, received_attention
+from quickmerge.tokens.removal import Removal, removal_for
+from quickmerge.tokens.saliency import (
+    AttentionTrace,
+    attention_entropy,
+    attention_norm,
+    bidirectional_attention,
+    received_attention,
+)
 from quickmerge.tokens.schedule import Schedule, Stage
 from quickmerge.tokens.view import TokenView
 
@@ -18,11 +25,14 @@ __all__ = [
     "MergePlan",
     "Ratio",
     "Remaining",
+    "Removal",
     "Schedule",
     "Stage",
     "TokenView",
     "as_budget",
     "attention_entropy",
     "attention_norm",
+    "bidirectional_attention",
     "received_attention",
+    "removal_for",
 ]

@@ -56,13 +56,15 @@ def similar_anchor(view: TokenView, anchor: Tensor, window: int, causal: bool = 
     return torch.where(view.valid, leader, -1)
 
 
-def bipartite_matching(metric: Tensor, open_: Tensor, remove: Tensor) -> Tensor:
+def bipartite_matching(metric: Tensor, open_: Tensor, remove: Tensor, weight: Tensor | None = None) -> Tensor:
     """ToMe's matching (arXiv 2210.09461): alternate tokens form two sets, the closest pairs merge.
 
     Args:
         metric: ``(B, N, D)`` features to compare by cosine.
         open_: ``(B, N)`` bool, tokens that may merge. The sets alternate over these.
         remove: ``(B,)`` how many tokens should disappear; at most as many as the first set holds do.
+        weight: ``(B, N)`` non-negative, what it costs to lose a token. Those go first of the least
+            ``weight * (1 - cosine)``. Default: all weigh the same.
 
     Returns:
         ``(B, N)`` long, the index of the partner each removed token merges into, -1 for tokens that stay.
@@ -81,6 +83,8 @@ def bipartite_matching(metric: Tensor, open_: Tensor, remove: Tensor) -> Tensor:
     similarity = x[rows, a.clamp_min(0)] @ x[rows, b_.clamp_min(0)].transpose(1, 2)
     similarity = similarity.masked_fill((b_ < 0)[:, None], -torch.inf)
     best, partner = similarity.max(-1)
+    if weight is not None:
+        best = torch.where(best == -torch.inf, best, -weight[rows, a.clamp_min(0)] * (1 - best))
     best = best.masked_fill(a < 0, -torch.inf)
     order = best.argsort(dim=-1, descending=True, stable=True)
     place = torch.empty_like(order).scatter_(1, order, torch.arange(a.shape[1], device=a.device).expand_as(order))
@@ -91,7 +95,9 @@ def bipartite_matching(metric: Tensor, open_: Tensor, remove: Tensor) -> Tensor:
     return leader[:, :n]
 
 
-def bipartite_pairs(metric: Tensor, prefix: int, remove: int) -> tuple[Tensor, Tensor, Tensor]:
+def bipartite_pairs(
+    metric: Tensor, prefix: int, remove: int, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """ToMe's matching (arXiv 2210.09461) where every token is open but the first ``prefix``: shapes known beforehand.
 
     As in the paper, the sets alternate over all positions, the even ones against the odd ones, and what is protected
@@ -101,10 +107,12 @@ def bipartite_pairs(metric: Tensor, prefix: int, remove: int) -> tuple[Tensor, T
         metric: ``(B, N, D)`` features to compare by cosine; an all-zero one is like nothing.
         prefix: tokens at the start of every row that take no part.
         remove: R, at most half of the others.
+        weight: ``(B, N)`` non-negative, what it costs to lose a token. Those go first of the least
+            ``weight * (1 - cosine)``. Default: all weigh the same.
 
     Returns:
-        The R tokens that go, their partners, and how alike the pairs are: ``(B, R)`` each, most alike first, ties to
-        the earlier token.
+        The R tokens that go, their partners, and how alike the pairs are: ``(B, R)`` each, those that go first in
+        front, of equal ones the earlier.
 
     Raises:
         ValueError: if ``remove`` is more than half of the tokens behind the prefix.
@@ -114,7 +122,8 @@ def bipartite_pairs(metric: Tensor, prefix: int, remove: int) -> tuple[Tensor, T
     x = normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
     even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
     best, partner = (x[:, even::2] @ x[:, odd::2].transpose(1, 2)).max(-1)
-    order = best.argsort(dim=-1, descending=True, stable=True)[:, :remove]
+    rank = best if weight is None else -weight[:, even::2] * (1 - best)
+    order = rank.argsort(dim=-1, descending=True, stable=True)[:, :remove]
     return 2 * order + even, 2 * partner.gather(1, order) + odd, best.gather(1, order)
 
 

@@ -46,7 +46,12 @@ class MergePlan:
 
     @classmethod
     def from_anchors(
-        cls, view: TokenView, anchor: Tensor, leader: Tensor | None = None, share: Tensor | None = None
+        cls,
+        view: TokenView,
+        anchor: Tensor,
+        leader: Tensor | None = None,
+        share: Tensor | None = None,
+        pads_left: bool | None = None,
     ) -> MergePlan:
         """Build a plan in which every slot is led by one kept token, the anchor.
 
@@ -57,9 +62,9 @@ class MergePlan:
                 to drop it. A leader must be an anchor and must not be protected. None drops all the rest.
             share: ``(B, N)`` non-negative float, how heavily each token counts in its slot before shares are
                 normalised to sum to one. Default: equal shares. An anchor's share must be positive.
+            pads_left: on which side padding slots fill a ragged batch. Default: where the tokens are padded.
 
-        The slot keeps its anchor's position and the slots keep the anchors' order. Padding slots fill a ragged
-        batch on the side where the tokens are padded.
+        The slot keeps its anchor's position and the slots keep the anchors' order.
 
         Raises:
             ValueError: if an anchor is padding, or a leader is no free anchor.
@@ -70,7 +75,8 @@ class MergePlan:
         n = view.valid.shape[1]
         count = kept.sum(-1)
         k = int(count.max())
-        shift = k - count if view.pads_left else torch.zeros_like(count)
+        left = view.pads_left if pads_left is None else pads_left
+        shift = k - count if left else torch.zeros_like(count)
         rank = kept.long().cumsum(-1) - 1 + shift[:, None]
         slot = torch.where(kept, rank, -1)
         if leader is not None:
@@ -188,7 +194,13 @@ class MergePlan:
         into = self.slot.clamp_min(0)
         slot = torch.where(self.slot >= 0, then.slot.gather(1, into), -1)
         weight = torch.where(slot >= 0, self.weight * then.weight.gather(1, into), 0.0)
-        return MergePlan(slot=slot, weight=weight, position=then.position, size=then.size, valid=then.valid)
+        seat = moved = None
+        # Where both only drop, or both only merge, it is still known who leads and who moved.
+        if self.seat is not None and then.seat is not None and (self.moved is None) == (then.moved is None):
+            seat = self.seat.gather(1, then.seat)
+            if self.moved is not None and then.moved is not None:
+                moved = torch.cat([self.moved, self.seat.gather(1, then.moved)], 1)
+        return MergePlan(slot, weight, then.position, then.size, then.valid, seat, moved)
 
     def carry(self, mask: Tensor) -> Tensor:
         """Which slots hold a marked token: ``(B, N)`` bool to ``(B, K)`` bool."""

@@ -92,7 +92,9 @@ def removal_for(keep: float, tokens: int, prefix: int, depth: int) -> Removal:
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if total(middle) > wanted else (low, middle)
-    return min((_even(low, depth), _even(high, depth)), key=lambda x: abs(sum(x.counts(tokens, prefix, depth)) - wanted))
+    return min(
+        (_even(low, depth), _even(high, depth)), key=lambda x: abs(sum(x.counts(tokens, prefix, depth)) - wanted)
+    )
 
 
 def _even(r: float, depth: int) -> Removal:

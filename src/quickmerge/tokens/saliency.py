@@ -130,6 +130,51 @@ def attention_norm(
     return received * norm.repeat_interleave(received.shape[1] // norm.shape[1], dim=1)
 
 
+def bidirectional_attention(trace: AttentionTrace, rows: Tensor, bias: Tensor | None = None, moment: int = 1) -> Tensor:
+    """Attention that each token receives from some tokens of its row, where every token sees every other one.
+
+    ``r_hj = (1/w sum_{i in rows} p_hij^m)^(1/m)`` with ``p_hi = softmax(scaling * q_hi . k_h + bias)``, exact.
+
+    Args:
+        trace: one layer, without a sliding window.
+        rows: ``(B, w)`` long, the tokens that vote, at least one a row; -1 for nobody.
+        bias: ``(B, N)``, what the model adds to the scores of each key, such as log(size); -inf for padding.
+        moment: m; 1 is the mean, 2 the root mean square.
+
+    Returns:
+        ``(B, H, N)``, zero for padding; with ``moment=1`` it sums to one over the tokens of a row.
+
+    Raises:
+        ValueError: if the trace has a sliding window.
+    """
+    if trace.window is not None:
+        raise ValueError(f"trace must be of attention in both directions, without a window, got {trace.window}")
+    b, h, n, d = trace.query.shape
+    g = trace.key.shape[1]
+    dtype = torch.promote_types(trace.query.dtype, torch.float32)
+    key = trace.key.to(dtype).transpose(-1, -2)
+    there = (rows >= 0).to(dtype)
+    total = torch.zeros(1)
+    # An image has fewer tokens than a prompt, so more rows of scores stay in cache.
+    for start in range(0, rows.shape[1], 2 * BLOCK):
+        part = rows[:, start : start + 2 * BLOCK]
+        width = part.shape[1]
+        pick = part.clamp_min(0)[:, None, :, None].expand(b, h, width, d)
+        query = (trace.query.gather(2, pick).to(dtype) * trace.scaling).view(b, g, (h // g) * width, d)
+        scores = (query @ key).view(b, h, width, n)
+        if bias is not None:
+            # What padding holds, not even a number perhaps, must not matter.
+            added = bias.to(dtype)[:, None, None]
+            scores = torch.where(added == -torch.inf, added, scores + added)
+        probs = scores.softmax(-1)
+        if moment != 1:
+            probs = probs.pow(moment)
+        votes = (there[:, None, None, start : start + 2 * BLOCK] @ probs).squeeze(-2)
+        total = votes if start == 0 else total + votes
+    mean = total / there.sum(-1)[:, None, None]
+    return mean if moment == 1 else mean.pow(1 / moment)
+
+
 def attention_entropy(trace: AttentionTrace, valid: Tensor, position: Tensor) -> Tensor:
     """Entropy of each token's own attention row over log(number of keys it sees), ``(B, H, N)`` in [0, 1].
 

@@ -1,0 +1,99 @@
+"""``reduce``: run a model with fewer tokens inside a ``with`` block, and leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quickmerge.hosts.causal_lm import reduce_lm
+from quickmerge.hosts.encoder import holds_encoder
+from quickmerge.hosts.vit import reduce_vit
+from quickmerge.reducers.base import Reducer
+from quickmerge.tokens.removal import Removal
+from quickmerge.tokens.schedule import Schedule
+
+TEXT_ONLY: dict[str, Any] = {"mode": "prefix", "sinks": 4, "recent": 16, "protect": None, "chunk": 128, "window": 64}
+"""Settings that a vision transformer has no use for, and what they are where nobody set them."""
+
+
+def reduce(
+    model: PreTrainedModel,
+    reducer: Reducer,
+    layer: int | Sequence[int] | Schedule | Removal | None = None,
+    *,
+    mode: str = "prefix",
+    sinks: int = 4,
+    recent: int = 16,
+    protect: Callable[[Tensor], Tensor] | None = None,
+    chunk: int = 128,
+    window: int = 64,
+    unmerge: bool = False,
+) -> Any:
+    """Make ``model`` read with fewer tokens while the returned run is entered as a context manager.
+
+    Language models have two modes. ``prefix`` mode merges the residual stream of a fully known prompt at the given
+    depth: blocks below read every token, blocks above read the slots, and so do their caches. ``block_causal`` mode
+    merges keys and values of every finished chunk once it has left the recent window. Its budget comes from the chunk
+    alone and its saliency from the chunk and the window that follows, all read before the merge is first seen; it is
+    exact for scoring. There ``QuickMerge(pool=1, merge=0)`` predicts better than its defaults, which are made for
+    prompts.
+
+    In a vision transformer each block of the schedule takes tokens out between its attention and its feed-forward part
+    (ToMe, arXiv 2210.09461), or in front of it where the method says so. Class, distillation and register tokens stay
+    alone. What the model pools, it pools as if every original token that was not dropped were still there. Enter the
+    run before `torch.compile` or `torch.export`.
+
+    Args:
+        model: a causal LM of one of the proven families (`quickmerge.hosts.FAMILIES`), or a vision transformer of one
+            (`quickmerge.hosts.VISION_FAMILIES`).
+        reducer: the method, with its ``keep``.
+        layer: in ``prefix`` mode the first block that reads the reduced sequence, 1..L-1; a list of such blocks
+            or a `Schedule` merges at several depths. Default: blocks 4/15 and 5/6 of the way up (8 and 25 of
+            30), see `Schedule.of`. In ``block_causal`` mode the first block whose cache is merged, 0..L-1; default 0,
+            or the block in front of which a `Surprise` budget reads. In a vision transformer a `Removal`, which says
+            how many tokens every block takes out; or a block, or a list of them, 0..L-1, of which the i-th leaves the
+            share ``keep^i`` of the patches (or what the budget says). Default: the constant `Removal` with which the
+            blocks together read the share ``keep``, or the blocks for which the method was trained.
+        mode: ``"prefix"`` or ``"block_causal"``; language models only, as are the settings from here to ``window``.
+        sinks: tokens at the start of every sequence that stay alone.
+        recent: in ``prefix`` mode, tokens at the end of every prompt that stay alone; at least 1, since the last
+            one predicts the next token.
+        protect: further tokens that stay alone: a function from ``input_ids (B, N)`` to a bool mask ``(B, N)``.
+            ``prefix`` mode only.
+        chunk: ``block_causal`` mode, tokens per chunk.
+        window: ``block_causal`` mode, recent tokens that are never merged.
+        unmerge: vision transformers only: give back ``last_hidden_state`` at full length, every patch with the features
+            of its slot and zeros where it was dropped.
+
+    Returns:
+        A `Run` or a `VisionRun`: enter it with ``with``; afterwards ask it for its ``summary()``.
+
+    Raises:
+        UnsupportedModelError: for a model that can't be served, naming its class.
+        ValueError: for a setting out of range.
+    """
+    text: dict[str, Any] = {
+        "mode": mode,
+        "sinks": sinks,
+        "recent": recent,
+        "protect": protect,
+        "chunk": chunk,
+        "window": window,
+    }
+    if holds_encoder(model):
+        for name, value in text.items():
+            if value != TEXT_ONLY[name]:
+                raise ValueError(f"{name} is for language models and must be left out for {type(model).__name__}")
+        if isinstance(layer, Schedule):
+            raise ValueError(
+                "layer must be a block, a list of blocks or a Removal in a vision transformer, got a Schedule"
+            )
+        return reduce_vit(model, reducer, layer, unmerge=unmerge)
+    if unmerge:
+        raise ValueError(f"unmerge is for vision transformers and must be False for {type(model).__name__}")
+    if isinstance(layer, Removal):
+        raise ValueError("layer must be a block, a list of blocks or a Schedule in a language model, got a Removal")
+    return reduce_lm(model, reducer, layer, **text)
