@@ -1,4 +1,4 @@
-"""Loading: any Hugging Face causal language model, and an embedded default that needs no hub."""
+"""Loading: any Hugging Face causal language or vision model, and embedded defaults that need no hub."""
 
 from quickmerge.errors import (
     CacheFolderError,
@@ -10,9 +10,11 @@ from quickmerge.errors import (
 from quickmerge.models.cache import cache_folder
 from quickmerge.models.load import MODELS, find_model, load, verify
 from quickmerge.models.shape import load_shape_only
+from quickmerge.models.vision import VISION_MODELS, load_vision
 
 __all__ = [
     "MODELS",
+    "VISION_MODELS",
     "CacheFolderError",
     "DamagedWeightsError",
     "FetchError",
@@ -22,5 +24,6 @@ __all__ = [
     "find_model",
     "load",
     "load_shape_only",
+    "load_vision",
     "verify",
 ]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickmerge.errors import DamagedWeightsError, UnknownModelError, near_match
+from quickmerge.errors import DamagedWeightsError, UnknownModelError, UnsupportedModelError, near_match
 from quickmerge.models import smollm2
 from quickmerge.models.cache import cache_folder
 from quickmerge.models.console import saying
+from quickmerge.models.embedded import MODELS, VISION_MODELS, check_embedded, embedded_folder, prepare_embedded
 from quickmerge.models.folder import check_model_folder
 from quickmerge.models.options import check_attention, check_device, check_dtype
 from quickmerge.models.read import read
@@ -19,11 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["MODELS", "find_model", "load", "verify"]
-
-MODELS: dict[str, str] = {smollm2.NAME: smollm2.DESCRIPTION}
-"""The embedded models, which need no hub: their names, and how to describe each in a report."""
-
-_ALLOWED = f"give an embedded name ({', '.join(MODELS)}), a local model folder, or a hub id such as owner/name"
 
 
 def load(
@@ -62,7 +59,7 @@ def load(
     if attn_implementation is not None:
         options["attn_implementation"] = check_attention(attn_implementation)
     if name in MODELS:
-        source = str(smollm2.prepare(cache_folder(cache_dir), progress=progress))
+        source = str(prepare_embedded(name, cache_folder(cache_dir), progress=progress))
     else:
         source = find_model(name)
     with saying(f"loading {name}", progress=progress, only_on_terminal=True):
@@ -70,7 +67,7 @@ def load(
             model, tokenizer = read(source, options)
         except DamagedWeightsError:
             if name in MODELS:  # we know what every file should be, so say which one is not
-                smollm2.check_folder(Path(source), full=True)
+                check_embedded(name, Path(source))
             raise
         return model.to(placement).eval(), tokenizer
 
@@ -85,23 +82,34 @@ def verify(name: str = smollm2.NAME, *, cache_dir: str | os.PathLike[str] | None
         UnknownModelError: `name` is not an embedded model.
         DamagedWeightsError: a file is missing, or is not what was written.
     """
-    if name not in MODELS:
-        raise UnknownModelError(f"name is {name!r}{near_match(name, MODELS)}, but must be one of: {', '.join(MODELS)}")
-    folder = smollm2.folder_in(cache_folder(cache_dir))
-    smollm2.check_folder(folder, full=True)
+    known = [*MODELS, *VISION_MODELS]
+    if name not in known:
+        raise UnknownModelError(f"name is {name!r}{near_match(name, known)}, but must be one of: {', '.join(known)}")
+    folder = embedded_folder(name, cache_folder(cache_dir))
+    check_embedded(name, folder)
     return folder
 
 
-def find_model(name: str) -> str:
+def find_model(name: str, embedded: Mapping[str, str] = MODELS) -> str:
     """Tell what a name that is not an embedded one stands for: a folder that looks sound, or a hub id.
+
+    Args:
+        name: what the user gave.
+        embedded: the embedded models that could have been meant, for the messages.
 
     Returns:
         What `from_pretrained` takes.
 
     Raises:
         UnknownModelError: it can be neither.
+        UnsupportedModelError: it is an embedded model of the other kind.
         DamagedWeightsError: the folder holds truncated or garbled weights.
     """
+    if name not in embedded and name in VISION_MODELS:
+        raise UnsupportedModelError(f"{name} is a vision model, not a causal language model: open it with load_vision")
+    if name not in embedded and name in MODELS:
+        raise UnsupportedModelError(f"{name} is a causal language model, not a vision model: open it with load")
+    allowed = f"give an embedded name ({', '.join(embedded)}), a local model folder, or a hub id such as owner/name"
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         check_model_folder(folder)
@@ -111,7 +119,7 @@ def find_model(name: str) -> str:
     # a hub id is exactly owner/name; whatever else has a slash was meant as a path
     owner, slash, rest = name.partition("/")
     if not slash:
-        raise UnknownModelError(f"no model is called {name!r}{near_match(name, MODELS)}: {_ALLOWED}")
+        raise UnknownModelError(f"no model is called {name!r}{near_match(name, embedded)}: {allowed}")
     if owner in ("", ".", "..", "~") or not rest or "/" in rest:
-        raise UnknownModelError(f"there is no folder {name!r}: {_ALLOWED}")
+        raise UnknownModelError(f"there is no folder {name!r}: {allowed}")
     return name

@@ -11,7 +11,7 @@ from quickmerge.models.console import transformers_silenced
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["read"]
+__all__ = ["damaged", "first_sentence", "read", "read_config", "read_weights"]
 
 
 def read(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -27,7 +27,7 @@ def read(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrai
         DamagedWeightsError: the weights are garbled or incomplete.
     """
     with transformers_silenced():
-        config = _read_config(source)
+        config = read_config(source)
         _check_causal(source, config)
         # the tokenizer first: it is small, and its absence should not cost the wait for the weights
         tokenizer = _read_tokenizer(source)
@@ -35,7 +35,14 @@ def read(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrai
     return model, tokenizer
 
 
-def _read_config(source: str) -> PretrainedConfig:
+def read_config(source: str) -> PretrainedConfig:
+    """Read the config that lies in a folder or on the hub.
+
+    Raises:
+        UnknownModelError: nothing of this name can be reached.
+        UnsupportedModelError: the installed transformers knows no such model type.
+        DamagedWeightsError: the config is garbled.
+    """
     from transformers import AutoConfig
 
     try:
@@ -43,15 +50,15 @@ def _read_config(source: str) -> PretrainedConfig:
     except OSError as error:
         if Path(source).is_dir():
             raise DamagedWeightsError(
-                f"{Path(source) / 'config.json'} is damaged ({_first_sentence(error)}): copy or download it again"
+                f"{Path(source) / 'config.json'} is damaged ({first_sentence(error)}): copy or download it again"
             ) from error
         raise UnknownModelError(
-            f"the hub has no model {source!r} that can be reached from here ({_first_sentence(error)}): "
+            f"the hub has no model {source!r} that can be reached from here ({first_sentence(error)}): "
             "check the id and the connection, or give a local model folder"
         ) from error
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
-            f"{source} is of a model type that the installed transformers does not know ({_first_sentence(error)})"
+            f"{source} is of a model type that the installed transformers does not know ({first_sentence(error)})"
         ) from error
 
 
@@ -75,7 +82,7 @@ def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers raises whatever its parsers raise
-        raise UnsupportedModelError(f"{source} has no usable tokenizer ({_first_sentence(error)})") from error
+        raise UnsupportedModelError(f"{source} has no usable tokenizer ({first_sentence(error)})") from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -83,27 +90,60 @@ def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def _read_model(source: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    damaged = f"the weights in {source} are damaged or incomplete (%s): delete them and copy or download them again"
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, config=config, output_loading_info=True, **options)
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise DamagedWeightsError(damaged % _first_sentence(error)) from error
-    except OSError as error:
-        if Path(source).is_dir():
-            raise DamagedWeightsError(damaged % _first_sentence(error)) from error
-        raise UnknownModelError(f"the weights of {source!r} cannot be reached ({_first_sentence(error)})") from error
-    except (ImportError, ValueError, NotImplementedError) as error:
-        raise QuickmergeError(f"{source} cannot be loaded as asked ({_first_sentence(error)})") from error
-    # transformers fills what a file lacks with random numbers and goes on; the model would then talk nonsense
-    lacking = sorted(info["missing_keys"]) + sorted(str(entry) for entry in info.get("mismatched_keys") or [])
+    model, lacking = read_weights(AutoModelForCausalLM, source, config, options)
     if lacking:
-        raise DamagedWeightsError(damaged % f"{len(lacking)} tensors are missing, {lacking[0]} first")
+        raise damaged(source, f"{len(lacking)} tensors are missing, {lacking[0]} first")
     return model
 
 
-def _first_sentence(error: BaseException) -> str:
+def read_weights(
+    auto: Any, source: str, config: PretrainedConfig, options: dict[str, Any]
+) -> tuple[PreTrainedModel, list[str]]:
+    """Read a model, and tell which tensors its files lack.
+
+    transformers fills what a file lacks with random numbers and goes on; the model would then talk nonsense, so the
+    caller has to look at the list.
+
+    Args:
+        auto: the class that opens it, such as `AutoModel`.
+        source: a folder, or a hub id.
+        config: what `read_config` gave.
+        options: what goes to `from_pretrained`.
+
+    Returns:
+        The model, and the names of the tensors that were not read, sorted.
+
+    Raises:
+        UnknownModelError: the weights cannot be reached.
+        DamagedWeightsError: they are garbled.
+        QuickmergeError: they cannot be loaded as `options` ask.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **options)
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise damaged(source, first_sentence(error)) from error
+    except OSError as error:
+        if Path(source).is_dir():
+            raise damaged(source, first_sentence(error)) from error
+        raise UnknownModelError(f"the weights of {source!r} cannot be reached ({first_sentence(error)})") from error
+    except (ImportError, ValueError, NotImplementedError) as error:
+        raise QuickmergeError(f"{source} cannot be loaded as asked ({first_sentence(error)})") from error
+    lacking = sorted(info["missing_keys"]) + sorted(str(entry) for entry in info.get("mismatched_keys") or [])
+    return model, lacking
+
+
+def damaged(source: str, reason: str) -> DamagedWeightsError:
+    """The error for weights that are garbled or incomplete."""
+    return DamagedWeightsError(
+        f"the weights in {source} are damaged or incomplete ({reason}): delete them and copy or download them again"
+    )
+
+
+def first_sentence(error: BaseException) -> str:
+    """What an error of another library says first, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(". ")[0].rstrip(".")[:200]

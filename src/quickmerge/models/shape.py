@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quickmerge.models import smollm2
 from quickmerge.models.cache import cache_folder
-from quickmerge.models.load import MODELS, find_model
+from quickmerge.models.embedded import MODELS, prepare_embedded
+from quickmerge.models.load import find_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ def load_shape_only(name: str) -> PreTrainedModel:
 
     from quickmerge.errors import UnsupportedModelError
 
-    source = str(smollm2.prepare(cache_folder(None))) if name in MODELS else find_model(name)
+    source = str(prepare_embedded(name, cache_folder(None), progress=True)) if name in MODELS else find_model(name)
     config = AutoConfig.from_pretrained(source)
     try:
         with torch.device("meta"):

