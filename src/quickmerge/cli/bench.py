@@ -1,4 +1,4 @@
-"""``quickmerge bench``: quality beside cost for several reducers on your documents."""
+"""``quickmerge bench``: quality beside cost for several reducers on your documents or images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import typer
 from quickmerge.cli.common import (
     JSON,
     LAYER,
-    MODEL,
     PRIOR,
     add_prior,
     check_output,
@@ -23,6 +22,7 @@ from quickmerge.cli.common import (
     read_text,
     write_json,
 )
+from quickmerge.errors import QuickmergeError
 
 EXAMPLE = (
     "Example: quickmerge bench --text a.txt b.txt --reducer quickmerge,tome,random --keep 0.2,0.42 --json out.json"
@@ -30,24 +30,54 @@ EXAMPLE = (
 
 
 def bench(
-    text: Annotated[list[Path], typer.Option("--text", help="UTF-8 files of at least 1,000 tokens; give several.")],
+    text: Annotated[
+        list[Path] | None, typer.Option("--text", help="UTF-8 files of at least 1,000 tokens; give several.")
+    ] = None,
     more: Annotated[list[Path] | None, typer.Argument(help="Further files after --text.", show_default=False)] = None,
-    model: MODEL = "smollm2-135m",
+    image: Annotated[
+        Path | None,
+        typer.Option("--image", help="A folder of images instead; with a folder for each class, labels are checked."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="A folder, a Hugging Face id, or the default: smollm2-135m, vit-small-14 to see."),
+    ] = None,
     reducer: Annotated[
         str,
         typer.Option(
             "--reducer", help="Names with commas; see quickmerge ls. Settings may follow: quickmerge:recency=0.5."
         ),
     ] = "quickmerge,random",
-    keep: Annotated[str, typer.Option("--keep", help="Shares with commas.")] = "0.2,0.42,0.6",
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            "--keep", help="Shares with commas: of the tokens (0.2,0.42,0.6), of images the compute (0.5,0.7)."
+        ),
+    ] = None,
     layer: LAYER = None,
     context: Annotated[int, typer.Option("--context", help="Tokens of context per document.")] = 1024,
     target: Annotated[int, typer.Option("--target", help="Tokens of continuation that are scored.")] = 192,
     out: Annotated[Path | None, typer.Option("--out", help="Write report.html here (a folder).")] = None,
     prior: PRIOR = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Images to read, evenly taken from the folder.")] = 64,
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Images: how often the methods take turns.")] = 5,
     json: JSON = None,
 ) -> None:
-    """Context recovery and cost of every reducer at every keep, on the same target tokens, timed interleaved."""
+    """Quality and cost of every reducer at every keep, timed interleaved.
+
+    For texts that is context recovery on the same target tokens; for images fidelity to the features of the model as it
+    is, and labels where the folder has one for each class and the model a head for them.
+    """
+    if (image is None) == (not text):
+        raise QuickmergeError("give either --text or --image, got " + ("both" if image else "neither"))
+    if image is not None:
+        from quickmerge.cli.bench_vision import bench_images
+
+        for name, value in {"--prior": prior, "--layer": layer, "further files": more}.items():
+            if value is not None:
+                raise QuickmergeError(f"{name} can't be used with --image: leave it out")
+        bench_images(image, model or "vit-small-14", reducer, keep or "0.5,0.7", limit, rounds, out, json)
+        return
     from rich.console import Console
 
     from quickmerge.evaluation.bench import bench as measure
@@ -56,12 +86,12 @@ def bench(
     from quickmerge.report import bench_report, bench_table, write_page
 
     check_output(json, out / "report.html" if out is not None else None)
-    keeps = parse_keeps(keep)
+    model, keeps = model or "smollm2-135m", parse_keeps(keep or "0.2,0.42,0.6")
     methods = [parse_reducer(name.strip(), keeps[0]) for name in reducer.split(",")]
     if prior is not None:
         methods.append(add_prior(parse_reducer("quickmerge", keeps[0]), prior))
     depth = parse_layer(layer)
-    paths = [*text, *(more or [])]
+    paths = [*(text or []), *(more or [])]
     texts = [read_text(path) for path in paths]
     lm, tokenizer = load_model(model)
     # Documents sorted into several folders are told apart by the folder's name in the tables.

@@ -1,4 +1,4 @@
-"""``quickmerge show``: what of a text was kept, what was merged into what, with weights."""
+"""``quickmerge show``: what of a text, an image or a video was kept, and what was merged into what."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from quickmerge.cli.common import (
     JSON,
     KEEP,
     LAYER,
-    MODEL,
-    REDUCER,
     check_output,
     load_model,
     one_sentence,
@@ -23,22 +21,60 @@ from quickmerge.cli.common import (
 )
 from quickmerge.errors import QuickmergeError
 
-EXAMPLE = "Example: quickmerge show --file report.txt --keep 0.3 --html map.html --picture map.png"
+EXAMPLE = (
+    "Example: quickmerge show --file report.txt --keep 0.3 --html map.html --picture map.png; "
+    "quickmerge show --image photo.jpg --reducer tome --remove 16"
+)
 
 
 def show(
     file: Annotated[Path | None, typer.Option("--file", help="UTF-8 text to show.")] = None,
     text: Annotated[str | None, typer.Option("--text", help="Text to show, in place of --file.")] = None,
-    model: MODEL = "smollm2-135m",
-    reducer: REDUCER = "quickmerge",
+    image: Annotated[Path | None, typer.Option("--image", help="Image to show, in place of a text.")] = None,
+    video: Annotated[Path | None, typer.Option("--video", help="Video to show: frames, merged across time.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="A folder, a Hugging Face id, or the default: smollm2-135m, vit-small-14 to see."),
+    ] = None,
+    reducer: Annotated[
+        str | None,
+        typer.Option("--reducer", help="See quickmerge ls. Default: quickmerge, and grid for videos."),
+    ] = None,
     keep: KEEP = 0.4,
     layer: LAYER = None,
+    remove: Annotated[
+        str | None,
+        typer.Option("--remove", help="Images: tokens that every block takes out (13), falling (13:-1) or listed."),
+    ] = None,
+    frames: Annotated[int, typer.Option("--frames", min=1, help="Videos: how many frames.")] = 8,
+    stride: Annotated[int, typer.Option("--stride", min=1, help="Videos: take every so many frames.")] = 4,
     html: Annotated[Path | None, typer.Option("--html", help="Write an HTML page here.")] = None,
-    picture: Annotated[Path | None, typer.Option("--picture", help="Write a picture here (.png or .svg).")] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--picture", help="Write a picture here: .png or .svg of a text, .png or .webp of images."),
+    ] = None,
+    animation: Annotated[
+        Path | None, typer.Option("--animation", help="Videos: write an animation here (.gif or .webp).")
+    ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Tokens to read from the start of the text.")] = 2048,
     json: JSON = None,
 ) -> None:
-    """Show the tokens of a text: kept, merged into what, dropped."""
+    """Show the tokens of a text or the patches of an image or a video: kept, merged into what, dropped."""
+    given = {"--file": file, "--text": text, "--image": image, "--video": video}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise QuickmergeError(f"give one of {', '.join(given)}, got {' and '.join(named) or 'none'}")
+    _only(named[0], {"--remove": remove, "--animation": animation, "--html": html, "--layer": layer})
+    if image is not None or video is not None:
+        from quickmerge.cli.show_vision import MODEL as SEEING
+        from quickmerge.cli.show_vision import show_image, show_video
+
+        if image is not None:
+            show_image(image, model or SEEING, reducer or "quickmerge", keep, remove, layer, picture, json)
+        elif video is not None:
+            show_video(video, model or SEEING, reducer or "grid", keep, frames, stride, picture, animation, json)
+        return
+    model, reducer = model or "smollm2-135m", reducer or "quickmerge"
     from rich.console import Console
 
     from quickmerge.hosts.summary import layer_runs
@@ -47,8 +83,6 @@ def show(
     from quickmerge.report.page import page
 
     check_output(json, html, picture)
-    if (file is None) == (text is None):
-        raise QuickmergeError("give either --file or --text, got " + ("both" if file else "neither"))
     if picture is not None and picture.suffix not in (".png", ".svg"):
         raise QuickmergeError(f"--picture must end in .png or .svg, got {picture.name!r}")
     method = parse_reducer(reducer, keep)
@@ -74,3 +108,11 @@ def show(
         "model": model, "reducer": reducer, "keep": keep, "kept": kept, "tokens": [c.__dict__ for c in cells],
         **stats.as_dict(),
     })  # fmt: skip
+
+
+def _only(what: str, given: dict[str, object]) -> None:
+    """Raise if an option was given that has no meaning for what is shown."""
+    allowed = {"--image": ("--remove", "--layer"), "--video": ("--animation",)}.get(what, ("--html", "--layer"))
+    for name, value in given.items():
+        if value is not None and name not in allowed:
+            raise QuickmergeError(f"{name} has no meaning with {what}: leave it out")

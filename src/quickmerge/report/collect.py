@@ -52,5 +52,5 @@ def token_cells(
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, :limit].to(model.device)
     with torch.inference_mode(), reduce(model, reducer, layer) as run:
         model(ids, use_cache=False, logits_to_keep=1)
-    plan, protected = run.main_plan, run.protected  # type: ignore[attr-defined]
+    plan, protected = run.main_plan, run.protected
     return plan_cells(tokenizer, ids[0], plan, protected), run.summary()

@@ -1,0 +1,92 @@
+"""``quickmerge bench --image``: quality beside cost for several reducers on your images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quickmerge.cli.common import check_output, one_sentence, parse_keeps, progress, quiet, write_json
+from quickmerge.errors import QuickmergeError
+
+BATCH = 8
+
+
+def bench_images(
+    folder: Path, model: str, reducer: str, keep: str, limit: int, rounds: int, out: Path | None, json: Path | None
+) -> None:
+    """Fidelity, labels where there are any, and time of every method at every share of the operations."""
+    from rich.console import Console
+
+    from quickmerge.evaluation.bench import environment
+    from quickmerge.evaluation.images import load_batch
+    from quickmerge.evaluation.vision_bench import arms, time_arms
+    from quickmerge.evaluation.vision_bench import bench_images as measure
+    from quickmerge.reducers import make_reducer
+    from quickmerge.report.bench_vision import vision_table, write_vision_report
+
+    report = out / "report.html" if out is not None else None
+    check_output(json, report)
+    shares = parse_keeps(keep)
+    with one_sentence():
+        methods = [make_reducer(name.strip(), place="vision") for name in reducer.split(",")]
+    paths, labels = _images(folder, limit)
+    quiet()
+    network, processor, classes = _model(model, labels)
+    if classes is None:
+        labels = None
+    batches = [load_batch(paths[i : i + BATCH], processor) for i in range(0, len(paths), BATCH)]
+    with one_sentence():
+        everything = arms(network, methods, shares, batches[0])
+    with progress() as bar, one_sentence():
+        work = (1 + len(everything)) * (len(batches) + rounds + 1)
+        task = bar.add_task("measuring", total=work)
+
+        def advance(label: str) -> None:
+            bar.update(task, advance=1, description=label)
+
+        rows, records = measure(network, batches, everything, labels=labels, classes=classes, advance=advance)
+        times = time_arms(network, batches[0], everything, rounds, advance)
+    for row, spent in zip(rows, times, strict=True):
+        row |= {k: v for k, v in spent.items() if k not in ("method", "asked")}
+    meta = {"model": model, "images": len(paths), "folder": folder.name, "environment": environment()}
+    write_json(json, {"rows": rows, "images": records, "meta": meta})
+    vision_table(rows, Console())
+    if report is not None:
+        write_vision_report(report, rows, meta)
+        print(f"wrote {report}")
+
+
+def _images(folder: Path, limit: int) -> tuple[list[Path], list[str] | None]:
+    """Files, evenly taken from the folder, and their labels where it holds a folder for each class."""
+    from quickmerge.evaluation.images import read_labelled
+    from quickmerge.training.data import find_data
+
+    if folder.is_dir() and sum(path.is_dir() for path in folder.iterdir()) > 1:
+        found = read_labelled(folder)
+        chosen = [found[i * len(found) // min(limit, len(found))] for i in range(min(limit, len(found)))]
+        return [image.path for image in chosen], [image.label for image in chosen]
+    data = find_data([folder])
+    if data.kind != "images":
+        raise QuickmergeError(f"--image must be a folder of images, got one of {data.kind}")
+    files = list(data.files)
+    count = min(limit, len(files))
+    return [files[i * len(files) // count] for i in range(count)], None
+
+
+def _model(name: str, labels: list[str] | None) -> tuple[Any, Any, list[str] | None]:
+    """The model as a classifier if it is one that knows these labels, else for its features."""
+    from quickmerge.errors import UnsupportedModelError
+    from quickmerge.models.vision import load_vision
+
+    if labels is not None:
+        try:
+            model, processor = load_vision(name, task="classify")
+        except UnsupportedModelError:
+            pass
+        else:
+            names = model.config.id2label or {}
+            classes = [str(names[i]) for i in range(len(names))]
+            if set(labels) <= set(classes):
+                return model, processor, classes
+    model, processor = load_vision(name)
+    return model, processor, None

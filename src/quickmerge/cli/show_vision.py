@@ -1,0 +1,143 @@
+"""``quickmerge show --image`` and ``--video``: which patches became one token, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quickmerge.cli.common import check_output, one_sentence, parse_layer, quiet, write_json
+from quickmerge.errors import QuickmergeError
+
+MODEL = "vit-small-14"
+PICTURES = (".png", ".webp")
+ANIMATIONS = (".gif", ".webp")
+
+
+def show_image(
+    file: Path, model: str, reducer: str, keep: float, remove: str | None, layer: str | None, picture: Path | None,
+    json: Path | None,
+) -> None:  # fmt: skip
+    """Paint the patches of an image by the token that they became."""
+    from rich.console import Console
+
+    from quickmerge.evaluation.images import load_batch
+    from quickmerge.report import merged_picture, write_picture
+    from quickmerge.report.collect_vision import as_picture, patch_stages
+
+    picture = picture or Path(f"{file.stem}-{reducer.split(':')[0]}.png")
+    _check_suffix("--picture", picture, PICTURES)
+    check_output(json, picture)
+    method, where = _method(reducer, keep), _where(remove, layer)
+    quiet()
+    encoder, processor = _load(model)
+    pixels = load_batch([file], processor)
+    with Console(stderr=True).status("looking"), one_sentence():
+        stages, stats = patch_stages(encoder, pixels, method, where)
+    if not stages:
+        raise QuickmergeError(f"nothing was merged: --keep must be below 1 or --remove above 0, got {keep:g}, {remove}")
+    seen = as_picture(pixels[0], processor.image_mean, processor.image_std)
+    write_picture(merged_picture(seen, stages, title=f"{file.name}, {reducer}"), picture)
+    print(stats)
+    print(f"wrote {picture}")
+    _write(json, file, model, reducer, keep, remove, stages, stats.as_dict())
+
+
+def show_video(
+    file: Path, model: str, reducer: str, keep: float, frames: int, stride: int, picture: Path | None,
+    animation: Path | None, json: Path | None,
+) -> None:  # fmt: skip
+    """Paint the patches of a video's frames by the token that they became, across time."""
+    import torch
+    from rich.console import Console
+
+    from quickmerge.report import video_animation, video_strip, write_picture
+    from quickmerge.report.collect_vision import as_picture, frame_stage
+    from quickmerge.training.data import VideoClips
+
+    picture = picture or Path(f"{file.stem}-{reducer.split(':')[0]}.png")
+    _check_suffix("--picture", picture, PICTURES)
+    if animation is not None:
+        _check_suffix("--animation", animation, ANIMATIONS)
+    check_output(json, picture, animation)
+    across = _across(reducer, keep)
+    if not file.is_file():
+        raise QuickmergeError(f"{file} can't be read: there is no such file")
+    quiet()
+    encoder, processor = _load(model)
+    size = processor.crop_size or processor.size
+    with Console(stderr=True).status("looking"), one_sentence():
+        clip = VideoClips([file], (size["height"], size["width"]), frames, stride)[0]
+        mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
+        pixels = ((clip - mean) / std)[None]
+        stage = frame_stage(encoder, pixels, across)
+    seen = [as_picture(frame, processor.image_mean, processor.image_std) for frame in pixels[0]]
+    total = stage.groups.size
+    print(f"{across!r}: {stage.tokens} of {total} tokens left of {frames} frames")
+    write_picture(video_strip(seen, stage, title=f"{file.name}, {reducer}"), picture)
+    print(f"wrote {picture}")
+    if animation is not None:
+        video_animation(seen, stage, animation)
+        print(f"wrote {animation}")
+    _write(json, file, model, reducer, keep, None, [stage], {"tokens_in": total, "tokens_out": stage.tokens})
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    from quickmerge.models.vision import load_vision
+
+    return load_vision(name)
+
+
+def _method(reducer: str, keep: float) -> Any:
+    from quickmerge.reducers import make_reducer
+
+    if not 0 < keep <= 1:
+        raise QuickmergeError(f"--keep must be a number in (0, 1], got {keep:g}")
+    with one_sentence():
+        return make_reducer(reducer, place="vision", keep=keep)
+
+
+def _across(reducer: str, keep: float) -> Any:
+    from quickmerge.reducers.grid import GridMerge
+
+    if not 0 < keep <= 1:
+        raise QuickmergeError(f"--keep must be a number in (0, 1], got {keep:g}")
+    return GridMerge(keep=keep) if reducer == "grid" else _method(reducer, keep)
+
+
+def _where(remove: str | None, layer: str | None) -> Any:
+    """``--remove``, ``--layer`` or neither, as `quickmerge.reduce` takes it."""
+    if remove is None:
+        return parse_layer(layer)
+    if layer is not None:
+        raise QuickmergeError("give either --remove or --layer, got both")
+    return parse_removal(remove)
+
+
+def parse_removal(text: str) -> Any:
+    """``"13"`` is constant, ``"13:-1"`` falls from 26 to 0, ``"20,20,10"`` is a number for each block."""
+    from quickmerge.tokens.removal import Removal
+
+    number, colon, inflection = text.partition(":")
+    try:
+        numbers = [int(part) for part in number.split(",")]
+        bend = float(inflection) if colon else 0.0
+    except ValueError:
+        raise QuickmergeError(
+            f"--remove must be tokens per block (13), with an inflection (13:-1) or listed (20,20,10), got {text!r}"
+        ) from None
+    with one_sentence():
+        return Removal(numbers[0] if len(numbers) == 1 else tuple(numbers), bend)
+
+
+def _check_suffix(option: str, path: Path, allowed: tuple[str, ...]) -> None:
+    if path.suffix.lower() not in allowed:
+        raise QuickmergeError(f"{option} must end in {' or '.join(allowed)}, got {path.name!r}")
+
+
+def _write(
+    path: Path | None, file: Path, model: str, reducer: str, keep: float, remove: str | None, stages: Any, stats: Any
+) -> None:
+    write_json(path, {
+        "file": file.name, "model": model, "reducer": reducer, "keep": keep, "remove": remove,
+        "stages": [{"name": s.name, "tokens": s.tokens, "groups": s.groups.tolist()} for s in stages], **stats,
+    })  # fmt: skip
