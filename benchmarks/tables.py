@@ -300,6 +300,60 @@ def patch_prior() -> str:
     return markdown(headers, body)
 
 
+def _with_interval(row: Row, key: str, digits: int) -> str:
+    low, high = (f"{row[f'{key}_{end}']:.{digits}f}" for end in ("low", "high"))
+    return f"{row[key]:.{digits}f} ({low} to {high})"
+
+
+def vision_quality(name: str = "vision_quality") -> str:
+    """Labels and features of a vision transformer by method at equal operations."""
+    body = []
+    for r in sorted(rows_of(name), key=lambda r: (-(r["asked"] or r["ratio"]), -r["correct"], -r["pooled"])):
+        change = "" if r["method"] == "full" else _with_interval(r, "correct_change", 3)
+        body.append([
+            f"**{r['method']}**" if r["method"].startswith("quickmerge") else r["method"],
+            f"{r['ratio']:.2f}",
+            f"{r['tokens_out']:.0f}",
+            _with_interval(r, "correct", 3),
+            change,
+            _with_interval(r, "pooled", 4),
+            _with_interval(r, "patches", 3),
+        ])  # fmt: skip
+    headers = ["method", "GMAC share", "tokens left", "accuracy (95 %)", "change (paired)", "pooled features",
+               "patch features"]  # fmt: skip
+    return markdown(headers, body)
+
+
+def vision_fashion() -> str:
+    """The same on Fashion-MNIST."""
+    return vision_quality("vision_fashion")
+
+
+def vision_speed() -> str:
+    """Time of a vision transformer by method beside what operations allow."""
+    body = [
+        [
+            r["method"],
+            f"{r['batch']}",
+            f"{1e3 * r['seconds']:.0f} ms",
+            f"{r['speedup']:.2f}x ({r['speedup_low']:.2f} to {r['speedup_high']:.2f})",
+            f"{r['limit']:.2f}x",
+            f"{r['aim']:.2f}x" if r["aim"] else "",
+        ]
+        for r in rows_of("vision_speed")
+    ]
+    return markdown(["method", "batch", "time", "speed-up (quartiles)", "operations allow", "aim"], body)
+
+
+def vision_video() -> str:
+    """What is left of a video's features when patches are merged across time."""
+    rows = sorted(rows_of("vision_video"), key=lambda r: (-r["keep"], -r["fidelity"]))
+    body = [
+        [r["method"], f"{r['keep']:g}", f"{r['fidelity']:.3f} ({r['low']:.3f} to {r['high']:.3f})"] for r in rows
+    ]
+    return markdown(["method", "keep", "patch features (95 %)"], body)
+
+
 def matrix() -> str:
     """The support matrix that the tests hold: families down, attention and cache across."""
     cells: dict[str, str] = json.loads((HERE.parent / "tests" / "hosts" / "matrix.json").read_text(encoding="utf-8"))
@@ -339,6 +393,10 @@ TABLES: dict[str, Callable[[], str]] = {
         prior_budget,
         patch_merge,
         patch_prior,
+        vision_quality,
+        vision_fashion,
+        vision_speed,
+        vision_video,
     )
 }
 

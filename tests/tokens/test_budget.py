@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from prefix_views import PREFIXES, as_masks, prefix_views
 from strategies import FLOATS, alone, counts, generator, plain_budgets, prop, saliency_budgets, seeds, shares, views
 from torch import Tensor
 
 from quickmerge.tokens import Budget, Count, Entropy, Mass, Ratio, Remaining, TokenView, as_budget
-from quickmerge.tokens.budget import round_half_up, select
+from quickmerge.tokens.budget import fixed_count, lowest, round_half_up, select
 
 
 def scores(view: TokenView, kind: str, seed: int) -> Tensor:
@@ -287,3 +288,30 @@ def test_as_budget_refuses_everything_else(value: Any) -> None:
 def test_as_budget_refuses_a_number_out_of_range(value: float) -> None:
     with pytest.raises(ValueError, match=r"keep must be a number in \(0, 1\], got"):
         as_budget(value)
+
+
+@prop(40)
+@given(prefix_views(), counts)
+def test_a_count_behind_a_prefix_is_known_beforehand(view: TokenView, tokens: int) -> None:
+    got = fixed_count(Count(tokens), view)
+    assert isinstance(got, int) and Count(tokens).count(view, None).tolist() == [got] * len(view.hidden)
+    assert fixed_count(Count(tokens), as_masks(view)) is None
+    for budget in (Ratio(0.5), Entropy(), Mass(0.5), Remaining(0.5)):
+        assert fixed_count(budget, view) is None
+
+
+@prop(60)
+@given(st.integers(1, 30), st.sampled_from(PREFIXES), seeds, st.sampled_from(("tied", "normal", "twins", "zeros")))
+def test_the_lowest_go_and_of_equal_ones_the_later(patches: int, prefix: int, seed: int, kind: str) -> None:
+    n, rng = patches + prefix, generator(seed)
+    score = torch.randn(2, n, generator=rng)
+    score = score.round() if kind == "tied" else torch.zeros_like(score) if kind == "zeros" else score
+    for remove in {0, 1, patches // 2, patches}:
+        got = lowest(score, remove, prefix)
+        for row in range(2):
+            order = sorted(range(prefix, n), key=lambda i: (float(score[row, i]), -i))
+            assert got[row].tolist() == sorted(order[:remove])
+        # what is left is what a budget would have kept
+        view = TokenView(torch.zeros(2, n, 1), prefix=prefix)
+        kept = select(score, torch.full((2,), n - remove), view)
+        assert torch.equal(kept, torch.ones(2, n, dtype=torch.bool).scatter(1, got, False))

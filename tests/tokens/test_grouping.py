@@ -8,12 +8,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from prefix_views import LENGTHS, PREFIXES, slow_pairs
 from strategies import FLOATS, generator, numbers, prop, seeds, valid_masks, views
 from torch import Tensor
 
 from quickmerge.tokens import MergePlan, TokenView
 from quickmerge.tokens.budget import Count, select
-from quickmerge.tokens.grouping import bipartite_matching, chunked_clusters, next_anchor, similar_anchor
+from quickmerge.tokens.grouping import (
+    bipartite_matching,
+    bipartite_pairs,
+    chunked_clusters,
+    next_anchor,
+    similar_anchor,
+)
 
 
 def anchors(view: TokenView, tokens: int, seed: int) -> Tensor:
@@ -247,3 +254,54 @@ def test_clusters_refuse_bad_sizes(chunk: int, clusters: int) -> None:
     message = f"clusters must lie in 1..chunk, got clusters={clusters} and chunk={chunk}"
     with pytest.raises(ValueError, match=message):
         chunked_clusters(torch.zeros(1, 4, 2), torch.ones(1, 4, dtype=torch.bool), chunk, clusters)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_pairs_of_known_number(tokens: int, prefix: int) -> None:
+    """Against a loop, with and without weights: exact vectors with many ties and zeros, and random ones."""
+    if tokens < prefix:
+        return
+    most, rng = (tokens - prefix) // 2, generator(tokens + prefix)
+    for metric in (exact_units((2, tokens), rng), torch.randn(2, tokens, 5, generator=rng, dtype=torch.float64)):
+        weight = torch.randint(0, 3, (2, tokens), generator=rng).to(metric.dtype)
+        for remove, each in ((0, None), (min(13, most), None), (min(13, most), weight), (most, weight)):
+            source, into, alike = bipartite_pairs(metric, prefix, remove, each)
+            assert source.shape == into.shape == alike.shape == (2, remove)
+            for row in range(2):
+                weights = None if each is None else each[row].tolist()
+                want = slow_pairs(metric[row].tolist(), prefix, remove, weights)
+                got = list(zip(source[row].tolist(), into[row].tolist(), strict=True))
+                assert got == want
+                cosines = [cosine(metric[row, i], metric[row, j]) for i, j in want]
+                assert alike[row].tolist() == pytest.approx(cosines, abs=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "prefix", "remove"), [(9, 1, 5), (9, 0, 5), (2, 2, 1), (9, 1, -1)])
+def test_pairs_that_there_are_not(tokens: int, prefix: int, remove: int) -> None:
+    with pytest.raises(ValueError, match=rf"remove must lie in 0\.\.{(tokens - prefix) // 2}, got {remove}"):
+        bipartite_pairs(torch.ones(1, tokens, 2), prefix, remove)
+
+
+@prop(40)
+@given(st.integers(1, 30), seeds, st.floats(0.2, 1))
+def test_matching_by_weight(n: int, seed: int, density: float) -> None:
+    """The least weight times distance goes first; weights of one are no weights."""
+    rng = generator(seed)
+    metric = torch.randn(2, n, 5, generator=rng, dtype=torch.float64)
+    open_ = torch.rand(2, n, generator=rng) < density
+    weight = torch.rand(2, n, generator=rng, dtype=torch.float64)
+    remove = torch.randint(0, n + 2, (2,), generator=rng)
+    got = bipartite_matching(metric, open_, remove, weight)
+    assert torch.equal(bipartite_matching(metric, open_, remove, torch.ones_like(weight)),
+                       bipartite_matching(metric, open_, remove))  # fmt: skip
+    for row in range(2):
+        tokens = open_[row].nonzero().flatten().tolist()
+        first, second = tokens[::2], tokens[1::2]
+        pairs = []
+        for i in first if second else []:
+            alike = {j: cosine(metric[row, i], metric[row, j]) for j in second}
+            j = max(alike, key=lambda j: alike[j])
+            pairs.append((float(weight[row, i]) * (1 - alike[j]), i, j))
+        want = {i: j for _, i, j in sorted(pairs)[: int(remove[row])]}
+        assert {i: j for i, j in enumerate(got[row].tolist()) if j >= 0} == want

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from prefix_views import LENGTHS, PREFIXES, make
 from strategies import after, alone, assert_same_plan, generator, numbers, plans, prop, seeds, told, tolerance, views
 from torch import Tensor
 
@@ -407,3 +408,82 @@ def test_check_finds_any_single_change_of_a_slot_or_a_size(data: st.DataObject) 
     assume(slot != int(plan.slot[row, token]))
     with pytest.raises(ValueError, match=r"^(slot|valid|weight|size|protected): "):
         replace(plan, slot=put(plan.slot, (row, token), slot)).check(view)
+
+
+def moves(view: TokenView, count: int, seed: int, drop: bool) -> tuple[Tensor, Tensor | None]:
+    """Random tokens that go, ``count`` of each row, and random ones of those that stay for them to merge into."""
+    rng, prefix = generator(seed), view.prefix or 0
+    order = [torch.randperm(view.hidden.shape[1] - prefix, generator=rng) + prefix for _ in view.hidden]
+    source = torch.stack([o[:count] for o in order])
+    into = [o[count:][torch.randint(max(1, len(o) - count), (count,), generator=rng)] for o in order]
+    return source, None if drop else torch.stack(into)
+
+
+@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_from_moves_is_the_plan_that_anchors_give(tokens: int, prefix: int, drop: bool) -> None:
+    free = tokens - prefix
+    for count in {0, 1, free // 2, free - 1} if free > 1 else {0} if free == 1 else ():
+        view = make(2, tokens, prefix, tokens + count, merged=True, dtype=torch.float64)
+        source, into = moves(view, count, count, drop)
+        share = None if count % 2 else view.size.double()
+        plan = MergePlan.from_moves(view, source, into, share)
+        plan.check(view)
+        assert plan.slots == tokens - count
+        anchor = torch.ones(2, tokens, dtype=torch.bool).scatter(1, source, False)
+        leader = None if into is None else torch.full((2, tokens), -1).scatter(1, source, into)
+        want = MergePlan.from_anchors(view, anchor, leader, share)
+        for name in ("slot", "position", "size", "valid"):
+            assert torch.equal(getattr(plan, name), getattr(want, name)), name
+        torch.testing.assert_close(plan.weight, want.weight, rtol=1e-12, atol=0)
+        torch.testing.assert_close(plan.merge(view.hidden), loop_merge(plan, view.hidden), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(plan.unmerge(plan.merge(view.hidden)), want.unmerge(want.merge(view.hidden)))
+        # who leads is known, and those who moved are named
+        assert torch.equal(plan.slot.gather(1, plan.seat), torch.arange(plan.slots).expand(2, -1))
+        assert plan.moved is (None if drop else source)
+
+
+@prop(60)
+@given(seeds, st.sampled_from(PREFIXES), st.integers(2, 30), st.booleans(), st.booleans())
+def test_moves_compose_and_still_know_who_moved(seed: int, prefix: int, free: int, drop: bool, mixed: bool) -> None:
+    view = make(2, prefix + free, prefix, seed, merged=True, dtype=torch.float64)
+    source, into = moves(view, free // 2, seed, drop)
+    first = MergePlan.from_moves(view, source, into, view.size)
+    between = TokenView(first.merge(view.hidden), position=first.position, size=first.size, prefix=prefix)
+    left = free - free // 2
+    source, into = moves(between, left // 2, seed + 1, drop != mixed)
+    then = MergePlan.from_moves(between, source, into, between.size)
+    both = first.compose(then)
+    both.check(view)
+    assert (both.seat is None) is mixed
+    torch.testing.assert_close(both.merge(view.hidden), then.merge(between.hidden), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(both.merge(view.hidden), loop_merge(both, view.hidden), rtol=1e-9, atol=1e-9)
+    if both.seat is not None:
+        assert torch.equal(view.position.gather(1, both.seat), both.position)
+        assert torch.equal(both.slot.gather(1, both.seat), torch.arange(both.slots).expand(2, -1))
+        for row in range(2):
+            led = set(both.seat[row].tolist())
+            rest = {i for i, s in enumerate(both.slot[row].tolist()) if s >= 0 and i not in led}
+            assert rest == (set() if both.moved is None else set(both.moved[row].tolist()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_moves_copy_slots_of_one_to_the_bit_and_flow_back(dtype: torch.dtype) -> None:
+    view = make(2, 40, 1, 0, dtype=dtype)
+    source, into = moves(view, 15, 3, drop=False)
+    plan, x = MergePlan.from_moves(view, source, into), view.hidden.clone().requires_grad_()
+    merged = plan.merge(x)
+    assert merged.dtype == dtype
+    single = torch.zeros(2, plan.slots).scatter_add(1, plan.slot, torch.ones(2, 40)) == 1
+    assert torch.equal(merged[single], view.hidden.gather(1, plan.seat[..., None].expand_as(merged))[single])
+    merged.float().sum().backward()
+    torch.testing.assert_close(x.grad.float(), plan.weight[..., None].expand_as(x).float(), rtol=0.01, atol=0)
+
+
+def test_a_side_for_padding_slots_can_be_named() -> None:
+    view = TokenView(torch.zeros(2, 4, 1))
+    anchor = torch.tensor([[True, True, True, True], [True, False, False, True]])
+    assert MergePlan.from_anchors(view, anchor).valid[1].tolist() == [False, False, True, True]
+    plan = MergePlan.from_anchors(view, anchor, pads_left=False)
+    assert plan.valid[1].tolist() == [True, True, False, False] and plan.slot[1].tolist() == [0, -1, -1, 1]

@@ -12,11 +12,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from prefix_views import prefix_views
 from strategies import FLOATS, alone, attention_trace, generator, numbers, padded, prop, seeds, valid_masks, views
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quickmerge.tokens import AttentionTrace, TokenView, attention_entropy, attention_norm, received_attention
+from quickmerge.tokens import (
+    AttentionTrace,
+    TokenView,
+    attention_entropy,
+    attention_norm,
+    bidirectional_attention,
+    received_attention,
+)
 from quickmerge.tokens.saliency import BLOCK, last_rows, pool
 
 DOUBLE = (torch.float64,)
@@ -370,3 +378,77 @@ def test_pool_of_one_changes_nothing(kind: str) -> None:
 def test_pool_refuses_an_unknown_kind() -> None:
     with pytest.raises(ValueError, match="kind must be 'mean' or 'max', got 'median'"):
         pool(torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), 3, "median")
+
+
+def slow_bidirectional(trace: AttentionTrace, rows: Tensor, bias: Tensor | None, moment: int) -> Tensor:
+    """Softmax over all keys, a voter at a time."""
+    b, h, n, _ = trace.query.shape
+    out = torch.zeros(b, h, n, dtype=torch.float64)
+    for row in range(b):
+        voters = [i for i in rows[row].tolist() if i >= 0]
+        for head in range(h):
+            group = head // (h // trace.key.shape[1])
+            for i in voters:
+                dots = [trace.scaling * float(trace.query[row, head, i] @ trace.key[row, group, j]) for j in range(n)]
+                if bias is not None:
+                    dots = [d + float(bias[row, j]) for j, d in enumerate(dots)]
+                total = math.fsum(math.exp(d) for d in dots)
+                for j, d in enumerate(dots):
+                    out[row, head, j] += (math.exp(d) / total) ** moment / len(voters)
+    return out ** (1 / moment)
+
+
+@prop(30)
+@given(prefix_views(dtypes=DOUBLE, max_patches=8), seeds, moments, st.sampled_from(("none", "size", "padding")))
+def test_bidirectional_attention(view: TokenView, seed: int, moment: int, kind: str) -> None:
+    (trace,) = view.attention
+    b, n = view.position.shape
+    rng = generator(seed)
+    rows = torch.randint(-1, n, (b, 5), generator=rng)
+    rows[:, 0] = torch.randint(n, (b,), generator=rng)
+    bias = None if kind == "none" else view.size.double().log()
+    junk = trace
+    if kind == "padding":
+        gone = torch.rand(b, n, generator=rng) < 0.4
+        gone.scatter_(1, torch.randint(n, (b, 1), generator=rng), False)
+        bias = bias.masked_fill(gone, -torch.inf)
+        junk = replace(trace, key=trace.key.masked_fill(gone[:, None, :, None], torch.nan))
+    got = bidirectional_attention(junk, rows, bias, moment)
+    torch.testing.assert_close(got, slow_bidirectional(trace, rows, bias, moment), rtol=0, atol=1e-10)
+    if moment == 1:
+        torch.testing.assert_close(got.sum(-1), torch.ones_like(got[..., 0]), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_bidirectional_attention_runs_in_float32_at_least_and_in_blocks(dtype: torch.dtype) -> None:
+    rng = generator(1)
+    trace = AttentionTrace(*(numbers((1, 2, 150, 4), "normal", rng, dtype) for _ in range(3)), scaling=0.5)
+    rows = torch.arange(150)[None]
+    got = bidirectional_attention(trace, rows)
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    want = bidirectional_attention(as_double(trace), rows)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-8)
+    scores = as_double(trace).query @ as_double(trace).key.transpose(-1, -2) * 0.5
+    torch.testing.assert_close(want, scores.softmax(-1).mean(-2), rtol=0, atol=1e-12)
+
+
+def test_bidirectional_attention_never_holds_the_matrix_and_knows_no_window() -> None:
+    n, rng = 2048, generator(0)
+    trace = AttentionTrace(*(numbers((1, 1, n, 1), "normal", rng) for _ in range(3)), scaling=1.0)
+    with Largest() as largest:
+        bidirectional_attention(trace, torch.arange(n)[None], torch.zeros(1, n))
+    assert largest.numel == 2 * BLOCK * n < n * n
+    with pytest.raises(ValueError, match="trace must be of attention in both directions, without a window, got 7"):
+        bidirectional_attention(replace(trace, window=7), torch.zeros(1, 1).long())
+
+
+def test_a_merged_token_is_read_as_often_as_what_it_stands_for() -> None:
+    """log(size) on a key is that key over again."""
+    rng = generator(2)
+    trace = AttentionTrace(*(numbers((1, 2, 6, 4), "normal", rng, torch.float64) for _ in range(3)), scaling=0.5)
+    size = torch.tensor([[1, 3, 1, 2, 1, 1]])
+    over = torch.arange(6).repeat_interleave(size[0])
+    long = replace(trace, query=trace.query[:, :, over], key=trace.key[:, :, over], value=trace.value[:, :, over])
+    got = bidirectional_attention(trace, torch.tensor([[0, 4]]), size.double().log())
+    want = bidirectional_attention(long, torch.tensor([[0, 7]]))
+    torch.testing.assert_close(got, torch.zeros_like(got).index_add_(2, over, want), rtol=0, atol=1e-12)

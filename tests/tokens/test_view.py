@@ -97,3 +97,24 @@ def test_no_tokens_at_all_are_refused() -> None:
 def test_a_view_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         TokenView(torch.zeros(1, 1, 1)).grid = (1, 1, 1)
+
+
+def test_a_prefix_says_what_the_masks_would() -> None:
+    view = TokenView(torch.randn(2, 5, 3), prefix=2)
+    assert view.valid.all() and view.protected.tolist() == [[True, True, False, False, False]] * 2
+    assert view.position.tolist() == [[0, 1, 2, 3, 4]] * 2 and view.size.tolist() == [[1] * 5] * 2
+    assert view.length.tolist() == [5, 5] and view.free.tolist() == [[False, False, True, True, True]] * 2
+    assert not view.pads_left  # the prefix stays in front whatever a ragged plan leaves
+    assert TokenView(torch.randn(1, 3, 1), prefix=0).free.all()
+    place = torch.tensor([[0, 4, 9]])
+    assert TokenView(torch.randn(1, 3, 1), prefix=1, position=place).position is place
+
+
+def test_a_prefix_replaces_masks_and_is_a_whole_number() -> None:
+    hidden, mask = torch.randn(1, 3, 1), torch.ones(1, 3, dtype=torch.bool)
+    for masks in ({"valid": mask}, {"protected": mask}):
+        with pytest.raises(ValueError, match="valid and protected must be left out where prefix is given"):
+            TokenView(hidden, prefix=1, **masks)
+    for bad in (-1, 1.0, True):
+        with pytest.raises(ValueError, match="prefix must be a whole number of at least 0"):
+            TokenView(hidden, prefix=bad)

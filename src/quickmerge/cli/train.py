@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from quickmerge.cli import train_prior
+from quickmerge.cli import train_classifier, train_dynamicvit, train_prior
 
 app = typer.Typer(
     name="train", help="Train what a method needs. Can be killed at any moment and resumed.", no_args_is_help=True
 )
 app.command("prior", epilog=train_prior.EXAMPLE)(train_prior.prior)
+app.command("classifier", epilog=train_classifier.EXAMPLE)(train_classifier.classifier)
+app.command("dynamicvit", epilog=train_dynamicvit.EXAMPLE)(train_dynamicvit.dynamicvit)

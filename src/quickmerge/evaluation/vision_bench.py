@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,12 @@ class Arm:
         size = (self.resize, self.resize)
         return F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
 
+    def run(self, model: Any, images: Tensor) -> Any:
+        """The model's output for what `images` gave; positions are stretched where the model has to be told."""
+        if self.resize is not None and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+            return model(images, interpolate_pos_encoding=True)
+        return model(images)
+
 
 @dataclass
 class Seen:
@@ -104,7 +111,7 @@ def arms(
                 found.append(Arm(reducer.label, ratio, _attach(model, replace(reducer, keep=Count(kept)), block)))
                 continue
             found.append(Arm(reducer.label, ratio, _attach(model, reducer, removal_at(shape, ratio, tokens, prefix))))
-        if smaller:
+        if smaller and pixels.ndim == 4:
             found.append(Arm("smaller images", ratio, None, _smaller(shape, encoder, ratio, pixels, prefix)))
     return found + [Arm(reducer.label, float("nan"), _attach(model, reducer, None)) for reducer in trained]
 
@@ -155,7 +162,7 @@ def look(model: Any, x: Tensor, arm: Arm | None = None, grid: tuple[int, int] | 
     arm = arm or Arm("full", 1.0)
     images = arm.images(x)
     with torch.no_grad(), _watch(encoder) as seen, arm.context() as run:
-        out = model(images)
+        out = arm.run(model, images)
     hidden: Tensor = seen["hidden"].float()
     rows, columns = encoder.grid(images)[1:]
     frames = encoder.grid(images)[0]
@@ -300,7 +307,7 @@ def time_arms(
                 with everything[at].context():
                     _wait(x)
                     start = time.perf_counter()
-                    model(images[at])
+                    everything[at].run(model, images[at])
                     _wait(x)
                     if round_:  # the first round warms up
                         spent[at].append(time.perf_counter() - start)

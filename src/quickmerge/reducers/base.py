@@ -35,6 +35,8 @@ class Reducer(ABC):
     """True if attention above the merge should add log(size) to the scores of a slot (ToMe, eq. 1)."""
     places: ClassVar[tuple[str, ...]] = ("text", "vision")
     """Where the method may run: in the prompt of a language model, in a vision transformer, or in both."""
+    once: ClassVar[bool] = False
+    """True if the method is made to reduce once and not in every block."""
     before: ClassVar[bool] = False
     """True if a vision transformer's block should read fewer tokens as a whole, and not from its attention on."""
 
@@ -55,6 +57,13 @@ class Reducer(ABC):
     def voters(self, tokens: float) -> float:
         """How many query rows of each probed layer the reducer reads, of a prompt of ``tokens`` tokens."""
         return 0.0
+
+    def stages(self, depth: int) -> tuple[int, ...] | None:
+        """The blocks of a vision transformer of ``depth`` blocks that the method acts at when nobody names any.
+
+        None leaves it to the host. Only methods that were trained for certain blocks have something to say.
+        """
+        return None
 
     def check(self, model: Any, layers: tuple[int, ...], mode: str) -> None:  # noqa: B027
         """Raise unless the method may run in ``model`` with merges before the blocks ``layers``.

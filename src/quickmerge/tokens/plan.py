@@ -38,7 +38,7 @@ class MergePlan:
         index = torch.arange(view.valid.shape[1], device=view.valid.device).expand_as(view.valid)
         return cls(
             slot=torch.where(view.valid, index, -1),
-            weight=view.valid.to(torch.float32),
+            weight=view.valid.to(torch.promote_types(view.hidden.dtype, torch.float32)),
             position=view.position,
             size=view.size * view.valid,
             valid=view.valid,

@@ -40,6 +40,14 @@ class Objective(nn.Module, ABC):
             Scalars by name, each a mean over the items of the batch; ``"loss"`` is the one that is minimised.
         """
 
+    def group_of(self, name: str) -> str:
+        """The group that a trained parameter is in, by its name. Default: there is one group."""
+        return ""
+
+    def rate_of(self, group: str, progress: float) -> float:
+        """What the learning rate of a group's parameters is multiplied with. Nothing but the arguments may decide."""
+        return 1.0
+
     def place(self, device: torch.device) -> None:
         """Move what the objective holds outside its module tree. Called once, before the first step."""
 

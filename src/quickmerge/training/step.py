@@ -37,7 +37,7 @@ class Step:
 
     Args:
         metrics: the objective's, means over the items of all processes, and ``grad_norm`` before clipping.
-        rate: its learning rate.
+        rate: its learning rate, before groups of parameters have theirs.
         flags: what the processes answered to `ask` of `Stepper.take`, summed.
     """
 
@@ -75,10 +75,14 @@ class Stepper:
         # accelerate patches the forward of what it prepares: let that be a shell around the objective.
         self.shell = accelerator.prepare(_Shell(objective))
         self.parameters = trained_parameters(objective)
-        matrices = [value for value in self.parameters.values() if value.ndim > 1]
-        vectors = [value for value in self.parameters.values() if value.ndim <= 1]
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, value in self.parameters.items():
+            groups.setdefault((objective.group_of(name), value.ndim > 1), []).append(value)
         self.adamw = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            [
+                {"params": values, "weight_decay": config.weight_decay if matrices else 0.0, "group": group}
+                for (group, matrices), values in groups.items()
+            ],
             lr=config.learning_rate,
             betas=config.betas,
         )
@@ -96,7 +100,7 @@ class Stepper:
         """
         rate = learning_rate(step, self.config)
         for group in self.adamw.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * self.objective.rate_of(group["group"], step / self.config.steps)
         metrics, losses = self._gradient(step)
         # Without a limit too this measures the norm, and under fp16 takes the loss scale out.
         limit = math.inf if self.config.clip is None else self.config.clip

@@ -109,7 +109,7 @@ class VideoClips(Dataset[Tensor]):
         clips = [(video, clip) for video, count in enumerate(counts) for clip in range(count // span)]
         if not clips:
             raise QuickmergeError(
-                f"training needs a video of at least {span} frames, and the longest of {len(counts)} has "
+                f"a clip needs a video of at least {span} frames, and the longest of {len(counts)} has "
                 f"{max(counts)}: give longer videos, or fewer frames or a smaller stride"
             )
         self._skipped = sum(count < span for count in counts)

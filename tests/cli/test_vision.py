@@ -1,0 +1,101 @@
+"""``quickmerge show`` and ``bench`` for images and videos."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """Twelve frames of a square that moves."""
+    path = tmp_path / "clip.mp4"
+    writer = imageio_ffmpeg.write_frames(str(path), (48, 48), fps=8, macro_block_size=1)
+    writer.send(None)
+    for t in range(12):
+        frame = np.full((48, 48, 3), 40, dtype=np.uint8)
+        frame[8:24, 2 * t : 2 * t + 16] = (200, 120, 40)
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+    return path
+
+
+def test_show_paints_an_image(run, tiny: Path, photos: Path, tmp_path: Path) -> None:
+    picture, data = tmp_path / "p.png", tmp_path / "p.json"
+    settings = ["--model", tiny, "--reducer", "tome", "--remove", "2,3"]
+    code, out, err = run("show", "--image", photos / "left" / "0.png", *settings, "--picture", picture, "--json", data)
+    assert code == 0, err
+    assert "17 tokens in" in out and f"wrote {picture}" in out
+    assert Image.open(picture).size[0] == 1200
+    stages = json.loads(data.read_text())["stages"]
+    assert [(s["name"], s["tokens"]) for s in stages] == [("block 1", 15), ("block 2", 12)]
+    assert np.array(stages[0]["groups"]).shape == (1, 4, 4)
+
+
+def test_show_names_the_picture_itself(run, tiny: Path, photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("show", "--image", photos / "left" / "0.png", "--model", tiny, "--keep", 0.6)
+    assert code == 0, err
+    assert (tmp_path / "0-quickmerge.png").is_file()
+
+
+def test_show_paints_a_video(run, tiny: Path, clip: Path, tmp_path: Path) -> None:
+    picture, animation = tmp_path / "v.png", tmp_path / "v.webp"
+    settings = ["--model", tiny, "--frames", 4, "--stride", 2, "--keep", 0.25]
+    code, out, err = run("show", "--video", clip, *settings, "--picture", picture, "--animation", animation)
+    assert code == 0, err
+    assert "16 of 64 tokens left of 4 frames" in out
+    assert Image.open(picture).size[0] > 300 and getattr(Image.open(animation), "n_frames", 1) == 4
+
+
+def test_bench_measures_features_and_labels(run, tiny: Path, classifier: Path, photos: Path, tmp_path: Path) -> None:
+    data, report = tmp_path / "b.json", tmp_path / "report"
+    common = ["--reducer", "tome,random", "--keep", "0.7", "--limit", 6, "--rounds", 2, "--json", data, "--out", report]
+    code, out, err = run("bench", "--image", photos, "--model", tiny, *common)
+    assert code == 0, err
+    rows = json.loads(data.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["full", "tome", "random", "smaller images"]
+    assert all("correct" not in row and row["images"] == 6 and row["speedup"] > 0 for row in rows)
+    assert "compute" in (report / "report.html").read_text()
+    code, out, err = run("bench", "--image", photos, "--model", classifier, *common)
+    assert code == 0, err
+    rows = json.loads(data.read_text())["rows"]
+    assert all(0 <= row["correct"] <= 1 for row in rows) and rows[0]["agrees"] == 1 and "correct" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("show", ["--image", "PHOTO", "--reducer", "truncate"], "reducer must be one of"),
+        ("show", ["--image", "PHOTO", "--remove", "x"], "--remove must be tokens per block"),
+        ("show", ["--image", "PHOTO", "--remove", "1,2,3,4,5"], "at most 4 numbers"),
+        ("show", ["--image", "PHOTO", "--remove", "3", "--layer", "1"], "give either --remove or --layer, got both"),
+        ("show", ["--image", "PHOTO", "--picture", "p.svg"], "--picture must end in .png or .webp"),
+        ("show", ["--image", "PHOTO", "--keep", "1"], "nothing was merged"),
+        ("show", ["--image", "PHOTO", "--html", "p.html"], "--html has no meaning with --image"),
+        ("show", ["--image", "TEXT"], "can't be read as an image"),
+        ("show", ["--image", "PHOTO", "--video", "PHOTO"], "got --image and --video"),
+        ("show", ["--video", "nowhere.mp4"], "there is no such file"),
+        ("show", ["--video", "CLIP", "--frames", "40"], "at least 160 frames"),
+        ("bench", ["--image", "PHOTOS", "--keep", "2"], "--keep must be a number in"),
+        ("bench", ["--image", "PHOTOS", "--keep", "0.05"], "ratio must be one that"),
+        ("bench", ["--image", "PHOTOS", "--layer", "2"], "--layer can't be used with --image"),
+        ("bench", ["--image", "PHOTOS", "--text", "TEXT"], "got both"),
+        ("bench", [], "got neither"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    run, tiny: Path, photos: Path, clip: Path, tmp_path: Path, command: str, options: list[str], message: str
+) -> None:
+    (tmp_path / "t.txt").write_text("no image")
+    names = {"PHOTO": photos / "left" / "0.png", "PHOTOS": photos, "TEXT": tmp_path / "t.txt", "CLIP": clip}
+    code, _, err = run(command, *(names.get(option, option) for option in options), "--model", tiny)
+    assert code == 2 and message in err and err.startswith("quickmerge: ") and "Traceback" not in err
+    assert not list(tmp_path.glob("*.tmp"))
