@@ -348,9 +348,7 @@ def vision_speed() -> str:
 def vision_video() -> str:
     """What is left of a video's features when patches are merged across time."""
     rows = sorted(rows_of("vision_video"), key=lambda r: (-r["keep"], -r["fidelity"]))
-    body = [
-        [r["method"], f"{r['keep']:g}", f"{r['fidelity']:.3f} ({r['low']:.3f} to {r['high']:.3f})"] for r in rows
-    ]
+    body = [[r["method"], f"{r['keep']:g}", f"{r['fidelity']:.3f} ({r['low']:.3f} to {r['high']:.3f})"] for r in rows]
     return markdown(["method", "keep", "patch features (95 %)"], body)
 
 

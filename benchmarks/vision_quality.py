@@ -67,8 +67,11 @@ def main() -> int:
         probe = choose_probe(*sets)
     batches = [load_batch([image.path for image in test[i : i + BATCH]], processor) for i in range(0, len(test), BATCH)]
     methods = [make_reducer(name, place="vision") for name in args.reducer.split(",")]
-    methods += [qm.DynamicViT.from_pretrained(path) for path in args.dynamicvit]
-    everything = arms(model, methods, args.ratio, batches[0])
+    trained = [
+        (qm.DynamicViT.from_pretrained(path), load_vision(path / "backbone", task="classify")[0])
+        for path in args.dynamicvit
+    ]
+    everything = arms(model, methods, args.ratio, batches[0], trained=trained)
     with progress() as bar:
         task = bar.add_task("measuring", total=(1 + len(everything)) * len(batches))
         rows, _ = bench_images(

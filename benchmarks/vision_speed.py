@@ -18,6 +18,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import quickmerge as qm
 from quickmerge.cli.common import progress, write_json
@@ -25,6 +26,7 @@ from quickmerge.evaluation.bench import environment
 from quickmerge.evaluation.vision_bench import Arm, look, time_arms
 from quickmerge.evaluation.vision_cost import vision_shape
 from quickmerge.hosts import find_encoder
+from quickmerge.reducers.predictor import Predictor
 
 HERE = Path(__file__).parent
 AIMS = {"tome, r = 8": 1.28, "tome, r = 13": 1.62, "tome, r = 16": 1.90, "dynamicvit, keep 0.7": 1.50}
@@ -84,9 +86,8 @@ def ways_of(model: Any, config: Any) -> list[Arm]:
         return Arm(name, 1.0, attach)
 
     torch.manual_seed(1)
-    trained = qm.DynamicViT.untrained(config.hidden_size, config.num_hidden_layers, keep=0.7)
-    for part in trained.predictors:
-        part.to(model.device, model.dtype)
+    predictors = nn.ModuleList(Predictor(config.hidden_size) for _ in range(3)).to(model.device, model.dtype).eval()
+    trained = qm.DynamicViT(keep=0.7, predictors=predictors)
     return [
         *(way(f"tome, r = {r}", qm.ToMe(), qm.Removal(r)) for r in (8, 13, 16)),
         way("tofu, r = 13", qm.ToFu(), qm.Removal(13)),

@@ -12,15 +12,21 @@ if TYPE_CHECKING:
     from quickmerge.data import shipped_prior as shipped_prior
     from quickmerge.errors import QuickmergeError as QuickmergeError
     from quickmerge.hosts import Run as Run
+    from quickmerge.hosts import VisionRun as VisionRun
     from quickmerge.hosts import reduce as reduce
     from quickmerge.models import load as load
+    from quickmerge.models import load_vision as load_vision
     from quickmerge.prior import Prior as Prior
     from quickmerge.prior import QuickMergePrior as QuickMergePrior
     from quickmerge.prior import Surprise as Surprise
     from quickmerge.reducers import Attention as Attention
+    from quickmerge.reducers import DynamicViT as DynamicViT
+    from quickmerge.reducers import Pool as Pool
     from quickmerge.reducers import QuickMerge as QuickMerge
+    from quickmerge.reducers import QuickMergeVision as QuickMergeVision
     from quickmerge.reducers import Random as Random
     from quickmerge.reducers import Reducer as Reducer
+    from quickmerge.reducers import ToFu as ToFu
     from quickmerge.reducers import ToMe as ToMe
     from quickmerge.reducers import TopNorm as TopNorm
     from quickmerge.reducers import Truncate as Truncate
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
     from quickmerge.tokens import Mass as Mass
     from quickmerge.tokens import MergePlan as MergePlan
     from quickmerge.tokens import Ratio as Ratio
+    from quickmerge.tokens import Removal as Removal
     from quickmerge.tokens import Schedule as Schedule
     from quickmerge.tokens import TokenView as TokenView
 
@@ -38,11 +45,24 @@ __version__ = "0.1.0"
 _HOME = {
     "data": ("shipped_prior",),
     "errors": ("QuickmergeError",),
-    "hosts": ("Run", "reduce"),
-    "models": ("load",),
+    "hosts": ("Run", "VisionRun", "reduce"),
+    "models": ("load", "load_vision"),
     "prior": ("Prior", "QuickMergePrior", "Surprise"),
-    "reducers": ("Attention", "QuickMerge", "Random", "Reducer", "ToMe", "TopNorm", "Truncate", "Uniform"),
-    "tokens": ("Count", "Entropy", "Mass", "MergePlan", "Ratio", "Schedule", "TokenView"),
+    "reducers": (
+        "Attention",
+        "DynamicViT",
+        "Pool",
+        "QuickMerge",
+        "QuickMergeVision",
+        "Random",
+        "Reducer",
+        "ToFu",
+        "ToMe",
+        "TopNorm",
+        "Truncate",
+        "Uniform",
+    ),
+    "tokens": ("Count", "Entropy", "Mass", "MergePlan", "Ratio", "Removal", "Schedule", "TokenView"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = ["__version__", *_WHERE]

@@ -114,7 +114,7 @@ def wrong(tmp_path: Path, folder: Path, text: Path) -> dict[str, tuple[list[obje
         "missing": ([*show, "--file", tmp_path / "nowhere.txt"], "can't be read"),
         "short document": ([*bench, "--text", tmp_path / "short.txt"], "at least 1000 tokens to be measured, got 2"),
         "short prompt": ([*show, "--file", tmp_path / "short.txt"], "longer than its protected tokens"),
-        "both": ([*show, "--file", text, "--text", "sea"], "either --file or --text"),
+        "both": ([*show, "--file", text, "--text", "sea"], "got --file and --text"),
         "picture": ([*show, "--file", text, "--picture", "m.gif"], ".png or .svg"),
         "unwritable": (["ls", "--json", text / "x.json"], "can't be written"),
     }

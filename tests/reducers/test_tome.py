@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from prefix_views import LENGTHS, PREFIXES, make, prefix_views, slow_pairs
 from strategies import prop, views
 from torch import Tensor
 
 from quickmerge.reducers import ToMe
-from quickmerge.tokens import AttentionTrace, Count, TokenView
+from quickmerge.tokens import AttentionTrace, Count, Ratio, TokenView
 
 
 @dataclass
@@ -118,3 +120,68 @@ def test_the_last_free_tokens_share_one_slot_when_the_budget_is_all_protected(vi
     plan = ToMe(keep=Count(1)).plan(view)
     want = (view.protected & view.valid).sum(-1) + view.free.any(-1)
     assert plan.valid.sum(-1).tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_one_round_behind_a_prefix_is_the_papers(tokens: int, prefix: int) -> None:
+    """Even positions against odd ones, whatever r, and no more than half of those behind the prefix."""
+    if tokens <= prefix:
+        return
+    most = (tokens - prefix) // 2
+    for r in {0, 1, min(13, most), most}:
+        view = make(2, tokens, prefix, tokens + r, dtype=torch.float64, merged=True)
+        plan = ToMe(keep=Count(max(1, tokens - r))).plan(view)
+        plan.check(view)
+        merged = plan.merge(view.hidden)
+        for row in range(2):
+            metric = view.attention[-1].key[row].mean(0)
+            into = dict(slow_pairs(metric.tolist(), prefix, min(r, most)))
+            stays = [i for i in range(tokens) if i not in into]
+            assert plan.position[row].tolist() == view.position[row, stays].tolist()
+            for slot, i in enumerate(stays):
+                members = [i, *(a for a, b in into.items() if b == i)]
+                size = view.size[row, members].double()
+                assert int(plan.size[row, slot]) == int(size.sum())
+                want = (size[:, None] * view.hidden[row, members]).sum(0) / size.sum()
+                torch.testing.assert_close(merged[row, slot], want, rtol=1e-9, atol=1e-9)
+
+
+@prop(40)
+@given(prefix_views(kinds=("normal",), dtypes=(torch.float64,)), st.integers(1, 20))
+def test_rounds_behind_a_prefix(view: TokenView, tokens: int) -> None:
+    """As many rounds as it takes, each on the means of the one before; one token is left behind the prefix."""
+    plan = ToMe(keep=Count(tokens)).plan(view)
+    plan.check(view)
+    for row in range(len(view.hidden)):
+        metric = list(view.attention[-1].key[row].mean(0))
+        size, members = view.size[row].tolist(), [[i] for i in range(len(metric))]
+        while (remove := min(len(metric) - tokens, (len(metric) - view.prefix) // 2)) > 0:
+            pairs = slow_pairs([m.tolist() for m in metric], view.prefix, remove)
+            total = [s * m for s, m in zip(size, metric, strict=True)]
+            for a, b in pairs:
+                total[b], size[b], members[b] = total[b] + total[a], size[b] + size[a], members[b] + members[a]
+            rest = [i for i in range(len(metric)) if i not in dict(pairs)]
+            metric = [total[i] / size[i] for i in rest]
+            size, members = [size[i] for i in rest], [members[i] for i in rest]
+        assert plan.size[row].tolist() == size
+        for slot, group in enumerate(members):
+            assert (plan.slot[row] == slot).nonzero().flatten().tolist() == sorted(group)
+
+
+def test_zero_and_equal_keys_behind_a_prefix_go_in_order() -> None:
+    for kind in ("zeros", "twins"):
+        view = make(2, 17, 1, 0, kind=kind)
+        plan = ToMe(keep=Count(4)).plan(view)
+        plan.check(view)
+        assert plan.slots == 4 and plan.slot[:, 0].tolist() == [0, 0]
+    assert plan.is_identity(view) is False
+
+
+def test_other_budgets_than_a_count_work_behind_a_prefix() -> None:
+    """They go by masks, and the prefix stays in front."""
+    for keep in (Ratio(0.5), Ratio(0.1)):
+        view = make(3, 41, 1, 0)
+        plan = ToMe(keep=keep).plan(view)
+        plan.check(view)
+        assert plan.slots == math.floor(41 * keep.keep + 0.5) and plan.position[:, 0].tolist() == [0, 0, 0]

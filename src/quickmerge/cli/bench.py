@@ -61,6 +61,9 @@ def bench(
     prior: PRIOR = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Images to read, evenly taken from the folder.")] = 64,
     rounds: Annotated[int, typer.Option("--rounds", min=2, help="Images: how often the methods take turns.")] = 5,
+    dynamicvit: Annotated[
+        Path | None, typer.Option("--dynamicvit", help="Images: measure this folder of train dynamicvit too.")
+    ] = None,
     json: JSON = None,
 ) -> None:
     """Quality and cost of every reducer at every keep, timed interleaved.
@@ -76,7 +79,7 @@ def bench(
         for name, value in {"--prior": prior, "--layer": layer, "further files": more}.items():
             if value is not None:
                 raise QuickmergeError(f"{name} can't be used with --image: leave it out")
-        bench_images(image, model or "vit-small-14", reducer, keep or "0.5,0.7", limit, rounds, out, json)
+        bench_images(image, model or "vit-small-14", reducer, keep or "0.5,0.7", limit, rounds, dynamicvit, out, json)
         return
     from rich.console import Console
 

@@ -12,7 +12,15 @@ BATCH = 8
 
 
 def bench_images(
-    folder: Path, model: str, reducer: str, keep: str, limit: int, rounds: int, out: Path | None, json: Path | None
+    folder: Path,
+    model: str,
+    reducer: str,
+    keep: str,
+    limit: int,
+    rounds: int,
+    dynamicvit: Path | None,
+    out: Path | None,
+    json: Path | None,
 ) -> None:
     """Fidelity, labels where there are any, and time of every method at every share of the operations."""
     from rich.console import Console
@@ -34,9 +42,10 @@ def bench_images(
     network, processor, classes = _model(model, labels)
     if classes is None:
         labels = None
+    trained = [] if dynamicvit is None else [_trained(dynamicvit)]
     batches = [load_batch(paths[i : i + BATCH], processor) for i in range(0, len(paths), BATCH)]
     with one_sentence():
-        everything = arms(network, methods, shares, batches[0])
+        everything = arms(network, methods, shares, batches[0], trained=trained)
     with progress() as bar, one_sentence():
         work = (1 + len(everything)) * (len(batches) + rounds + 1)
         task = bar.add_task("measuring", total=work)
@@ -90,3 +99,12 @@ def _model(name: str, labels: list[str] | None) -> tuple[Any, Any, list[str] | N
                 return model, processor, classes
     model, processor = load_vision(name)
     return model, processor, None
+
+
+def _trained(folder: Path) -> tuple[Any, Any]:
+    """A trained DynamicViT and the model that was trained with it, None where that is the one that is measured."""
+    from quickmerge.models.vision import load_vision
+    from quickmerge.reducers import DynamicViT
+
+    backbone = folder / "backbone"
+    return DynamicViT.from_pretrained(folder), load_vision(backbone, task="classify")[0] if backbone.is_dir() else None

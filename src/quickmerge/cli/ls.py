@@ -15,27 +15,36 @@ def ls(json: JSON = None) -> None:
     from rich.table import Table
 
     from quickmerge.data import PRIORS
-    from quickmerge.hosts import FAMILIES
-    from quickmerge.models import MODELS
-    from quickmerge.reducers import REDUCERS
+    from quickmerge.hosts import FAMILIES, VISION_FAMILIES
+    from quickmerge.models import MODELS, VISION_MODELS
+    from quickmerge.reducers import PLACES, DynamicViT
 
+    found = [(place, name, cls) for place, table in PLACES.items() for name, cls in table.items()]
     reducers = [
         {
             "name": name,
+            "place": place,
             "about": (cls.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ").replace("``", ""),
             "source": cls.source,
-            "settings": {f.name: f.default for f in dataclasses.fields(cls)},
+            "settings": {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING},
         }
-        for name, cls in REDUCERS.items()
+        for place, name, cls in found
     ]
     check_output(json)
     console = Console()
-    table = Table("reducer", "what it does", "settings (defaults)", "source", title="Reducers", show_lines=True)
-    for r in reducers:
-        settings = ", ".join(f"{k}={v}" for k, v in r["settings"].items())  # type: ignore[attr-defined]
-        table.add_row(f"[bold]{r['name']}[/]", " ".join(str(r["about"]).split()), settings, str(r["source"]))
-    console.print(table)
-    console.print("[bold]Models[/]: " + ", ".join(MODELS) + ", or any folder or Hugging Face id of these families:")
-    console.print("  " + ", ".join(FAMILIES))
+    for place, title in (("text", "Reducers for language models"), ("vision", "Reducers for vision transformers")):
+        table = Table("reducer", "what it does", "settings (defaults)", "source", title=title, show_lines=True)
+        for r in reducers:
+            if r["place"] == place:
+                settings = ", ".join(f"{k}={v}" for k, v in r["settings"].items())  # type: ignore[attr-defined]
+                table.add_row(f"[bold]{r['name']}[/]", " ".join(str(r["about"]).split()), settings, str(r["source"]))
+        console.print(table)
+    console.print(f"  and {DynamicViT.name} ({DynamicViT.source}), which quickmerge train dynamicvit trains")
+    for models, families in ((MODELS, FAMILIES), (VISION_MODELS, VISION_FAMILIES)):
+        console.print("[bold]Models[/]: " + ", ".join(models) + ", or any folder or Hugging Face id of these families:")
+        console.print("  " + ", ".join(families))
     console.print("[bold]Trained priors[/] (--prior): " + ", ".join(PRIORS) + ", or any folder that train prior wrote")
-    write_json(json, {"reducers": reducers, "models": list(MODELS), "families": list(FAMILIES), "priors": list(PRIORS)})
+    write_json(json, {
+        "reducers": reducers, "models": [*MODELS, *VISION_MODELS], "families": [*FAMILIES, *VISION_FAMILIES],
+        "priors": list(PRIORS),
+    })  # fmt: skip

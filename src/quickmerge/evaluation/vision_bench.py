@@ -39,12 +39,14 @@ class Arm:
         ratio: the share of the operations that was asked for.
         attach: makes the run, None for the model as it is.
         resize: pixels of both sides that images are brought to first, None for as they are.
+        model: the model that is run, None for the one that is measured; a method may have been trained with its own.
     """
 
     name: str
     ratio: float
     attach: Callable[[], VisionRun] | None = None
     resize: int | None = None
+    model: Any = None
 
     def context(self) -> AbstractContextManager[Any]:
         """The run to enter, or nothing."""
@@ -59,6 +61,7 @@ class Arm:
 
     def run(self, model: Any, images: Tensor) -> Any:
         """The model's output for what `images` gave; positions are stretched where the model has to be told."""
+        model = self.model or model
         if self.resize is not None and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
             return model(images, interpolate_pos_encoding=True)
         return model(images)
@@ -76,19 +79,26 @@ class Seen:
 
 
 def arms(
-    model: Any, reducers: Sequence[Reducer], ratios: Sequence[float], pixels: Tensor, *, smaller: bool = True
+    model: Any,
+    reducers: Sequence[Reducer],
+    ratios: Sequence[float],
+    pixels: Tensor,
+    *,
+    smaller: bool = True,
+    trained: Sequence[tuple[Reducer, Any]] = (),
 ) -> list[Arm]:
     """Every method at every share of the operations, as nearly as whole tokens allow.
 
     A method that takes tokens out in every block gets the constant `Removal` of that cost. One that reduces once
-    (`Reducer.once`) does so a quarter of the way up, or further down where that can't save enough. One that was trained
-    for its blocks and its share comes as it is, once.
+    (`Reducer.once`) does so a quarter of the way up, or further down where that can't save enough.
 
     Args:
         model: a supported vision transformer.
         reducers: one of each method; ``keep`` is replaced.
         ratios: shares of the operations of the model as it is.
         pixels: images ``(B, C, H, W)`` of the size to be measured.
+        trained: methods that were trained for their blocks and their share, each with the model that it runs in (None:
+            this one); they come as they are, once.
         smaller: also the model as it is on smaller images, which is what saving tokens is free without any method.
 
     Raises:
@@ -101,11 +111,8 @@ def arms(
     tokens = seen["tokens"]
     prefix = tokens - math.prod(encoder.grid(pixels))
     found: list[Arm] = []
-    trained = [r for r in reducers if r.stages(len(encoder)) is not None]
     for ratio in ratios:
         for reducer in reducers:
-            if reducer in trained:
-                continue
             if reducer.once:
                 block, kept = once_at(shape, ratio, tokens)
                 found.append(Arm(reducer.label, ratio, _attach(model, replace(reducer, keep=Count(kept)), block)))
@@ -113,7 +120,9 @@ def arms(
             found.append(Arm(reducer.label, ratio, _attach(model, reducer, removal_at(shape, ratio, tokens, prefix))))
         if smaller and pixels.ndim == 4:
             found.append(Arm("smaller images", ratio, None, _smaller(shape, encoder, ratio, pixels, prefix)))
-    return found + [Arm(reducer.label, float("nan"), _attach(model, reducer, None)) for reducer in trained]
+    for reducer, own in trained:
+        found.append(Arm(reducer.label, float("nan"), _attach(own or model, reducer, None), model=own))
+    return found
 
 
 def _attach(model: Any, reducer: Reducer, layer: Any) -> Callable[[], VisionRun]:
@@ -158,8 +167,8 @@ def look(model: Any, x: Tensor, arm: Arm | None = None, grid: tuple[int, int] | 
         arm: how to run it; None for as it is.
         grid: height and width of the patch grid that ``patches`` are brought to, where images are made smaller.
     """
-    encoder = find_encoder(model)
     arm = arm or Arm("full", 1.0)
+    encoder = find_encoder(arm.model or model)
     images = arm.images(x)
     with torch.no_grad(), _watch(encoder) as seen, arm.context() as run:
         out = arm.run(model, images)

@@ -7,8 +7,12 @@ from typing import Any
 from quickmerge.errors import QuickmergeError, UnknownReducerError, near_match
 from quickmerge.reducers.attention import Attention
 from quickmerge.reducers.base import Reducer, ScoreReducer
+from quickmerge.reducers.dynamicvit import DynamicViT
+from quickmerge.reducers.pooling import Pool
 from quickmerge.reducers.quickmerge import QuickMerge
+from quickmerge.reducers.quickmerge_vision import QuickMergeVision
 from quickmerge.reducers.random import Random
+from quickmerge.reducers.tofu import ToFu
 from quickmerge.reducers.tome import ToMe
 from quickmerge.reducers.topnorm import TopNorm
 from quickmerge.reducers.truncate import Truncate
@@ -17,23 +21,37 @@ from quickmerge.reducers.uniform import Uniform
 REDUCERS: dict[str, type[Reducer]] = {
     cls.name: cls for cls in (QuickMerge, Attention, ToMe, TopNorm, Uniform, Truncate, Random)
 }
-"""Every reducer by the name the command line knows it by."""
+"""Every reducer for language models by the name the command line knows it by."""
+
+VISION_REDUCERS: dict[str, type[Reducer]] = {
+    cls.name: cls for cls in (QuickMergeVision, ToMe, ToFu, Attention, TopNorm, Uniform, Random, Pool)
+}
+"""Every untrained reducer for vision transformers by name; ``quickmerge`` is another class than in a language model.
+`DynamicViT` is loaded from the folder that its training wrote."""
+
+PLACES = {"text": REDUCERS, "vision": VISION_REDUCERS}
 
 
-def make_reducer(name: str, **settings: Any) -> Reducer:
+def make_reducer(name: str, *, place: str = "text", **settings: Any) -> Reducer:
     """A reducer by name, with its settings; ``name`` may carry some itself: ``"quickmerge:recency=0.5:pool=31"``.
 
+    Args:
+        name: one of `REDUCERS`, or of `VISION_REDUCERS`.
+        place: ``"text"`` for a language model, ``"vision"`` for a vision transformer.
+        settings: of the reducer, such as ``keep``.
+
     Raises:
-        UnknownReducerError: for a name that is not in `REDUCERS`, with the nearest that is.
+        UnknownReducerError: for a name that is not known at this place, with the nearest that is.
         QuickmergeError: for a setting that the reducer does not have.
-        ValueError: for a setting out of range.
+        ValueError: for a setting out of range, or another place.
     """
+    if place not in PLACES:
+        raise ValueError(f"place must be one of {', '.join(PLACES)}, got {place!r}")
+    table = PLACES[place]
     name, *parts = name.split(":")
-    if name not in REDUCERS:
-        raise UnknownReducerError(
-            f"reducer must be one of {', '.join(REDUCERS)}, got {name!r}{near_match(name, REDUCERS)}"
-        )
-    allowed = [f.name for f in fields(REDUCERS[name]) if f.name != "keep"]
+    if name not in table:
+        raise UnknownReducerError(f"reducer must be one of {', '.join(table)}, got {name!r}{near_match(name, table)}")
+    allowed = [f.name for f in fields(table[name]) if f.name != "keep"]
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals or key not in allowed:
@@ -42,7 +60,7 @@ def make_reducer(name: str, **settings: Any) -> Reducer:
                 f"got {part!r}{near_match(key, allowed)}"
             )
         settings[key] = _value(value)
-    return REDUCERS[name](**settings)
+    return table[name](**settings)
 
 
 def _value(text: str) -> Any:
@@ -55,11 +73,16 @@ def _value(text: str) -> Any:
 
 __all__ = [
     "REDUCERS",
+    "VISION_REDUCERS",
     "Attention",
+    "DynamicViT",
+    "Pool",
     "QuickMerge",
+    "QuickMergeVision",
     "Random",
     "Reducer",
     "ScoreReducer",
+    "ToFu",
     "ToMe",
     "TopNorm",
     "Truncate",

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from quickmerge.errors import whole_number
 from quickmerge.reducers.base import ScoreReducer, mean_attention
-from quickmerge.tokens.saliency import received_attention
+from quickmerge.reducers.vision import key_bias, sees_all, voters
+from quickmerge.tokens.saliency import AttentionTrace, bidirectional_attention, received_attention
 from quickmerge.tokens.view import TokenView
 
 
@@ -21,10 +23,13 @@ class Attention(ScoreReducer):
     The selection that SnapKV (arXiv 2404.14469) makes for a cache, without its pooling, here in the residual
     stream: ``score_j = mean over probed layers and heads of r_hj``.
 
+    In a vision transformer the prefix tokens vote instead, as for EViT (arXiv 2202.07800), and all tokens where there
+    is no prefix.
+
     Args:
         keep: share of the tokens kept, or a budget.
         layers: how many layers below the merge are probed.
-        window: query rows that vote.
+        window: query rows that vote; of no account in a vision transformer.
     """
 
     layers: int = 4
@@ -45,4 +50,16 @@ class Attention(ScoreReducer):
         return min(float(self.window), tokens)
 
     def score(self, view: TokenView) -> Tensor:  # noqa: D102
-        return mean_attention(view, partial(received_attention, window=self.window))
+        if not sees_all(view):
+            return mean_attention(view, partial(received_attention, window=self.window))
+        tokens = view.hidden.shape[1]
+        if view.prefix is not None:
+            rows = voters(view, 0 if view.prefix else tokens)
+        else:
+            rows = voters(view, torch.where((view.protected & view.valid).any(-1), 0, tokens))
+        bias = key_bias(view, self.proportional)
+
+        def received(trace: AttentionTrace, valid: Tensor, position: Tensor) -> Tensor:
+            return bidirectional_attention(trace, rows, bias)
+
+        return mean_attention(view, received)

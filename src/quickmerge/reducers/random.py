@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,7 +26,17 @@ class Random(ScoreReducer):
     name: ClassVar[str] = "random"
 
     def score(self, view: TokenView) -> Tensor:  # noqa: D102
-        generator = torch.Generator().manual_seed(self.seed)
-        position = torch.where(view.valid, view.position, 0)
-        table = torch.rand(int(position.max()) + 1, generator=generator).to(view.hidden.device)
-        return table[position]
+        if view.prefix is not None and view.grid is not None:
+            # How many positions there are is known, so that nothing has to be looked up.
+            position, length = view.position, view.prefix + math.prod(view.grid)
+        else:
+            position = torch.where(view.valid, view.position, 0)
+            length = int(position.max()) + 1
+        table: Tensor = draw(self.seed, length)
+        return table.to(view.hidden.device)[position]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def draw(seed: int, length: int) -> Tensor:
+    """The first ``length`` numbers in [0, 1) that ``seed`` gives; the same ones however many are asked for."""
+    return torch.rand(length, generator=torch.Generator().manual_seed(seed))

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from quickmerge.reducers.base import Reducer
+from quickmerge.tokens.budget import fixed_count
 from quickmerge.tokens.plan import MergePlan
 from quickmerge.tokens.view import TokenView
 
@@ -19,6 +20,12 @@ class Uniform(Reducer):
     name: ClassVar[str] = "uniform"
 
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
+        left = fixed_count(self.budget, view)
+        if left is not None and view.prefix is not None:
+            b, n = view.hidden.shape[:2]
+            # Token i stays where floor(i c / m) steps up, so the t-th that goes, from 0, is floor(t m / (m - c)).
+            gone = torch.arange(n - left, device=view.hidden.device) * (n - view.prefix) // max(1, n - left)
+            return MergePlan.from_moves(view, (view.prefix + gone).expand(b, -1))
         fixed = view.protected & view.valid
         count = self.budget.count(view, None) - fixed.sum(-1)
         free = view.free.sum(-1)
