@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.training.data.find import IMAGES
-from quickmerge.training.data.images import UNREADABLE, _opaque, _reason
+from quickmerge.training.data.images import UNREADABLE, opaque, reason
 
 __all__ = ["LabelledImage", "load_batch", "read_labelled"]
 
@@ -75,7 +75,7 @@ def load_batch(paths: Sequence[Path], processor: Any) -> Tensor:
     for path in paths:
         try:
             with Image.open(path) as image:
-                images.append(_opaque(ImageOps.exif_transpose(image)).convert("RGB"))
+                images.append(opaque(ImageOps.exif_transpose(image)).convert("RGB"))
         except UNREADABLE as error:
             raise _unreadable(path, error) from None
     pixels: list[Tensor] = [processor([image], return_tensors="pt")["pixel_values"] for image in images]
@@ -86,4 +86,4 @@ def load_batch(paths: Sequence[Path], processor: Any) -> Tensor:
 
 
 def _unreadable(path: Path, error: BaseException) -> QuickmergeError:
-    return QuickmergeError(f"{path} can't be read as an image: {_reason(error)}")
+    return QuickmergeError(f"{path} can't be read as an image: {reason(error)}")

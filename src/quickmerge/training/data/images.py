@@ -54,7 +54,7 @@ class ImageFolder(Dataset[Tensor]):
             image = self._open(index)
         except UNREADABLE as error:
             called = self._path(index) or self.describe(index)
-            raise QuickmergeError(f"{called} can't be read as an image: {_reason(error)}") from None
+            raise QuickmergeError(f"{called} can't be read as an image: {reason(error)}") from None
         pixels = torch.from_numpy(np.atleast_3d(np.array(image)))
         return pixels.permute(2, 0, 1).contiguous() / 255
 
@@ -79,8 +79,8 @@ class ImageFolder(Dataset[Tensor]):
             return self._fit(image)
 
     def _fit(self, image: Image.Image) -> Image.Image:
-        opaque = _opaque(ImageOps.exif_transpose(image)).convert("RGB" if self.channels == 3 else "L")
-        return ImageOps.fit(opaque, (self.width, self.height), Image.Resampling.BICUBIC)
+        upright = opaque(ImageOps.exif_transpose(image)).convert("RGB" if self.channels == 3 else "L")
+        return ImageOps.fit(upright, (self.width, self.height), Image.Resampling.BICUBIC)
 
     def _path(self, index: int) -> Path | None:
         # a column of a dataset holds no paths, and would decode an image to tell
@@ -88,7 +88,7 @@ class ImageFolder(Dataset[Tensor]):
         return source if isinstance(source, Path) else None
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def opaque(image: Image.Image) -> Image.Image:
     """An image of 8 bits a channel; what was transparent is white."""
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip instead of scale
         return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
@@ -98,7 +98,8 @@ def _opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Why an image can't be read, in a few words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, UnidentifiedImageError):
