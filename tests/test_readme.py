@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_readme_s_python_runs(smollm2: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def python_of_readme() -> list[str]:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    return blocks
+
+
+@pytest.mark.slow
+def test_the_readme_s_vision_runs() -> None:
+    """Slow for its download of 90 MB."""
+    names: dict[str, Any] = {"qm": importlib.import_module("quickmerge"), "image": Image.new("RGB", (300, 260), "teal")}
+    exec(compile(python_of_readme()[2], str(README), "exec"), names)
+    assert names["features"].shape == (1, 257 - 12 * 16, 384)
+    assert names["run"].summary().tokens_per_block[-1] == 65
+
+
+def test_the_readme_s_python_runs(smollm2: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = python_of_readme()[:2]
     # The second goes on from the first, and a fifth of the document must be more than its protected tokens.
     names = {"document": "The tide tables of the bay are printed every year in March. " * 12}
     for block in blocks:
