@@ -431,3 +431,27 @@ def test_the_vision_half_of_a_pair_is_found() -> None:
     assert run.summary().tokens_per_block[-1] == 37 - 4 * R
     plain, merged, again = (getattr(out, "pooler_output", out) for out in (plain, merged, again))
     assert not torch.equal(plain, merged) and torch.equal(plain, again)
+
+
+def test_a_mean_over_ragged_drops_is_the_mean_over_what_is_left() -> None:
+    """Where images drop different numbers of patches, what they dropped must not pull the mean, nor the class token."""
+
+    class Some(qm.Uniform):
+        """One patch of the first image, five of the second."""
+
+        def plan(self, view: TokenView) -> MergePlan:
+            anchor = torch.ones_like(view.valid)
+            anchor[0, 4], anchor[1, 4:9] = False, False
+            return MergePlan.from_anchors(view, anchor)
+
+    model = build("dinov2", dtype=torch.float64, head="ForImageClassification", num_labels=3)
+    x = pixels("dinov2", dtype=torch.float64)
+    with torch.no_grad(), qm.reduce(model, Some(keep=qm.Entropy()), 1):
+        logits = model(x).logits
+    base = model.dinov2
+    with qm.reduce(base, Some(keep=qm.Entropy()), 1) as run:
+        slots = output(base, x)
+    for row, count in enumerate((35, 31)):
+        assert int(run.call.last.valid[row].sum()) == count + 1
+        y = slots[row, : count + 1]
+        torch.testing.assert_close(logits[row], model.classifier(torch.cat([y[0], y[1:].mean(0)])))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quickmerge.hosts.causal_lm import reduce_lm
 from quickmerge.hosts.encoder import holds_encoder
+from quickmerge.hosts.timm_encoder import holds_timm
+from quickmerge.hosts.timm_vit import reduce_timm
 from quickmerge.hosts.vit import reduce_vit
 from quickmerge.reducers.base import Reducer
 from quickmerge.tokens.removal import Removal
@@ -20,7 +22,7 @@ TEXT_ONLY: dict[str, Any] = {"mode": "prefix", "sinks": 4, "recent": 16, "protec
 
 
 def reduce(
-    model: PreTrainedModel,
+    model: PreTrainedModel | nn.Module,
     reducer: Reducer,
     layer: int | Sequence[int] | Schedule | Removal | None = None,
     *,
@@ -48,7 +50,7 @@ def reduce(
 
     Args:
         model: a causal LM of one of the proven families (`quickmerge.hosts.FAMILIES`), or a vision transformer of one
-            (`quickmerge.hosts.VISION_FAMILIES`).
+            (`quickmerge.hosts.VISION_FAMILIES`), or timm's ``VisionTransformer`` or a module that holds one.
         reducer: the method, with its ``keep``.
         layer: in ``prefix`` mode the first block that reads the reduced sequence, 1..L-1; a list of such blocks
             or a `Schedule` merges at several depths. Default: blocks 4/15 and 5/6 of the way up (8 and 25 of
@@ -66,7 +68,8 @@ def reduce(
         chunk: ``block_causal`` mode, tokens per chunk.
         window: ``block_causal`` mode, recent tokens that are never merged.
         unmerge: vision transformers only: give back ``last_hidden_state`` at full length, every patch with the features
-            of its slot and zeros where it was dropped.
+            of its slot and zeros where it was dropped; of a model of timm, what ``forward_features`` and
+            ``forward_intermediates`` give (the latter needs it).
 
     Returns:
         A `Run` or a `VisionRun`: enter it with ``with``; afterwards ask it for its ``summary()``.
@@ -83,7 +86,8 @@ def reduce(
         "chunk": chunk,
         "window": window,
     }
-    if holds_encoder(model):
+    timm = holds_timm(model)
+    if timm or holds_encoder(model):
         for name, value in text.items():
             if value != TEXT_ONLY[name]:
                 raise ValueError(f"{name} is for language models and must be left out for {type(model).__name__}")
@@ -91,7 +95,7 @@ def reduce(
             raise ValueError(
                 "layer must be a block, a list of blocks or a Removal in a vision transformer, got a Schedule"
             )
-        return reduce_vit(model, reducer, layer, unmerge=unmerge)
+        return (reduce_timm if timm else reduce_vit)(model, reducer, layer, unmerge=unmerge)
     if unmerge:
         raise ValueError(f"unmerge is for vision transformers and must be False for {type(model).__name__}")
     if isinstance(layer, Removal):

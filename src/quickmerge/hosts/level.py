@@ -61,12 +61,13 @@ def after(level: Level | None, plan: MergePlan, *, proportional: bool, dtype: to
     return Level(plan.size, plan.position, valid, slot, alive, single, bias)
 
 
-def spread(y: Tensor, level: Level) -> Tensor:
+def spread(y: Tensor, level: Level, prefix: int) -> Tensor:
     """Give every original token that was not dropped the features of its slot: ``(B, K, D)`` to ``(B, alive, D)``.
 
     The mean over these is the mean over slots weighted by size, and attention over them is attention with log(size)
     added to the scores, so whatever pools the tokens pools them as it should. Where rows have dropped different
-    numbers of tokens, what they dropped is filled with the mean of what they have, which leaves means as they are.
+    numbers of tokens, what they dropped is filled with the mean of the patches that they have, those behind the first
+    ``prefix`` tokens, which leaves that mean as it is.
     """
     if level.alive == level.slot.shape[1]:
         return _gather(y, level.slot)
@@ -75,7 +76,8 @@ def spread(y: Tensor, level: Level) -> Tensor:
         return _gather(y, level.slot.gather(1, first))
     there = (level.slot >= 0)[..., None]
     out = torch.where(there, _gather(y, level.slot.clamp_min(0)), 0.0)
-    return torch.where(there, out, out.sum(1, keepdim=True) / there.sum(1, keepdim=True)).to(y.dtype)
+    mean = out[:, prefix:].sum(1, keepdim=True) / there[:, prefix:].sum(1, keepdim=True)
+    return torch.where(there, out, mean).to(y.dtype)
 
 
 def full_length(y: Tensor, level: Level) -> Tensor:

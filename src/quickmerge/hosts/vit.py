@@ -1,59 +1,27 @@
-"""Vision transformers with fewer tokens, through module hooks and transformers' attention registry.
-
-A block of a vision transformer computes ``y = x + attention(norm(x))`` and then ``y + feed_forward(norm(y))``. Tokens
-are merged between the two (ToMe, arXiv 2210.09461), so that the feed-forward part of this block and all of the next
-ones read fewer. The block's own code runs. The hook in front of its second norm writes the K merged tokens over the
-first rows of the residual y, which the block still holds, and hands on these rows alone; behind the feed-forward part
-a hook pads with zeros what the block is about to add; the block's own hook cuts off the rows that are left over.
-Layer scale, dropout and stochastic depth stay the block's.
-"""
+"""Vision transformers of transformers with fewer tokens, through module hooks and its attention registry."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from types import TracebackType
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.errors import QuickmergeError
 from quickmerge.hosts.attention import AttentionFunction, watch_modules
-from quickmerge.hosts.encoder import Block, Encoder, find_encoder, prefix_of
-from quickmerge.hosts.level import Level, after, full_length, pick, rotary, spread
-from quickmerge.hosts.summary import VisionStats
+from quickmerge.hosts.encoder import Encoder, find_encoder
+from quickmerge.hosts.level import full_length, pick, rotary, spread
+from quickmerge.hosts.vision_run import Call, schedule_for
+from quickmerge.hosts.vision_run import VisionRun as VisionRun
 from quickmerge.reducers.base import Reducer
-from quickmerge.tokens.budget import Count
-from quickmerge.tokens.plan import MergePlan
-from quickmerge.tokens.removal import Removal, removal_for
+from quickmerge.tokens.removal import Removal
 from quickmerge.tokens.saliency import AttentionTrace
-from quickmerge.tokens.view import TokenView
 
 CALL = "quickmerge_call"
 """Keyword by which a forward hands its state to its blocks, and a block to its attention."""
-
-
-@dataclass
-class Call:
-    """The state of one forward: by block, what enters it and what was decided in it."""
-
-    grid: tuple[int, int, int]
-    tokens: int = 0
-    prefix: int = 0
-    targets: list[Reducer | None] = field(default_factory=list)
-    levels: list[Level | None] = field(default_factory=list)
-    traces: list[AttentionTrace | None] = field(default_factory=list)
-    plans: list[MergePlan | None] = field(default_factory=list)
-    widths: list[int] = field(default_factory=list)
-
-    @property
-    def last(self) -> Level | None:
-        """The tokens that leave the last block, None if none was ever taken out."""
-        return self.levels[-1]
 
 
 def reduce_vit(
@@ -63,92 +31,33 @@ def reduce_vit(
     *,
     unmerge: bool = False,
 ) -> VisionRun:
-    """Make a vision transformer read with fewer tokens; see `quickmerge.hosts.reduce`."""
-    if not isinstance(reducer, Reducer):
-        raise ValueError(f"reducer must be a quickmerge reducer such as ToMe(), got {reducer!r}")
-    if "vision" not in reducer.places:
-        raise ValueError(f"reducer {reducer.name} is for text; a vision transformer takes those of `quickmerge ls`")
+    """Make a vision transformer of transformers read with fewer tokens; see `quickmerge.hosts.reduce`."""
     encoder = find_encoder(model)
-    blocks: tuple[int, ...] = ()
-    if layer is None:
-        layer = reducer.stages(len(encoder))
-    if layer is not None and not isinstance(layer, Removal):
-        blocks = tuple(layer) if isinstance(layer, Sequence) else (layer,)
-        whole = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < len(encoder) for x in blocks)
-        rising = all(a < b for a, b in pairwise(blocks))
-        if not (blocks and whole and rising):
-            raise ValueError(f"layer must be rising blocks in 0..{len(encoder) - 1} or a Removal, got {layer!r}")
-    elif layer is None and not isinstance(reducer.keep, (int, float)):
-        raise ValueError(f"layer must say which blocks merge where keep is a budget, got None and {reducer.keep!r}")
-    if isinstance(layer, Removal):
-        layer.wanted(len(encoder))
-    reducer.check(model, blocks, "vision")
-    return VisionRun(encoder, reducer, layer if isinstance(layer, Removal) else blocks or None, unmerge=unmerge)
+    return TransformersRun(encoder, reducer, schedule_for(encoder, reducer, layer), unmerge=unmerge)
 
 
-class VisionRun:
-    """One attachment of a reducer to a vision transformer. Enter it with ``with``; it detaches on any way out.
-
-    A run sees every forward of the model while it is attached. Afterwards ask it for `summary`, and for the `call`
-    that the last forward left.
-    """
+class TransformersRun(VisionRun):
+    """A run on a model of transformers."""
 
     def __init__(
         self, encoder: Encoder, reducer: Reducer, schedule: Removal | tuple[int, ...] | None, *, unmerge: bool = False
     ) -> None:
-        self.encoder = encoder
-        self.reducer = reducer
-        self.schedule = schedule
-        self.unmerge = unmerge
-        self.call: Call | None = None
-        self._active: Call | None = None
-        self._undo: list[Callable[[], None]] = []
+        super().__init__(encoder, reducer, schedule, unmerge=unmerge)
         self._signature = inspect.signature(encoder.base.forward)
         self._takes_keywords = any(p.kind is p.VAR_KEYWORD for p in self._signature.parameters.values())
 
-    # Attaching --------------------------------------------------------------------------------------------------
-
-    def __enter__(self) -> VisionRun:
+    def _attach(self) -> None:
         encoder = self.encoder
-        if self._undo:
-            raise UnsupportedModelError(
-                f"{type(encoder.model).__name__} is already inside a quickmerge run; leave that first"
-            )
-        try:
-            self._undo.append(watch_modules(encoder.base, [block.attention for block in encoder.blocks], self))
-            self._undo.append(encoder.base.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
-            self._undo.append(encoder.base.register_forward_hook(self._after_model).remove)
-            if encoder.pooler is not None:
-                self._undo.append(encoder.pooler.register_forward_pre_hook(self._before_pooler).remove)
-            for index, block in enumerate(encoder.blocks):
-                self._hook(index, block)
-        except BaseException:
-            self._detach()
-            raise
-        return self
-
-    def _hook(self, index: int, block: Block) -> None:
-        def add(handle: Any) -> None:
-            self._undo.append(handle.remove)
-
-        add(block.module.register_forward_pre_hook(self._before_block(index), with_kwargs=True, prepend=True))
-        add(block.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
-        add(block.second_norm.register_forward_pre_hook(self._before_second_norm(index)))
-        if block.adds_residual:
-            add(block.feed_forward.register_forward_pre_hook(self._before_residual(index)))
-        else:
-            add(block.feed_forward.register_forward_hook(self._after_feed_forward(index)))
-            # In front of whatever records the blocks' outputs.
-            add(block.module.register_forward_hook(self._after_block(index), prepend=True))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._detach()
-
-    def _detach(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        self._undo.append(watch_modules(encoder.base, [block.attention for block in encoder.blocks], self))
+        self._note(encoder.base.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self._note(encoder.base.register_forward_hook(self._after_model))
+        if encoder.pooler is not None:
+            self._note(encoder.pooler.register_forward_pre_hook(self._before_pooler))
+        for index, block in enumerate(encoder.blocks):
+            before = partial(self._before_block, index)
+            self._note(block.module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            self._note(block.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+            self._hook_second_half(index, block)
 
     # One forward ------------------------------------------------------------------------------------------------
 
@@ -164,64 +73,22 @@ class VisionRun:
             kwargs = {**kwargs, CALL: self.call}
         return args, kwargs
 
-    def _start(self, call: Call, hidden: Tensor) -> None:
-        """What the first block's input tells: how many tokens there are, and how many each block shall leave."""
-        depth, tokens = len(self.encoder), hidden.shape[1]
-        call.tokens = tokens
-        call.prefix = prefix_of(tokens, call.grid, type(self.encoder.model).__name__)
-        call.levels, call.traces = [None] * (depth + 1), [None] * depth
-        call.plans, call.widths, call.targets = [None] * depth, [tokens] * depth, [None] * depth
-        if isinstance(self.schedule, tuple):
-            for stage, block in enumerate(self.schedule):
-                keep = self.reducer.keep
-                if isinstance(keep, (int, float)):
-                    share = keep ** (stage + 1)
-                    # One patch at least, or a mean over patches would be one over nothing.
-                    left = call.prefix + max(1, int((tokens - call.prefix) * share + 1e-9))
-                    call.targets[block] = self._toward(left, tokens)
-                else:
-                    call.targets[block] = self.reducer
-            return
-        removal = self.schedule
-        if removal is None:
-            removal = removal_for(float(self.reducer.keep), tokens, call.prefix, depth)  # type: ignore[arg-type]
-        before = tokens
-        for block, left in enumerate(removal.counts(tokens, call.prefix, depth)):
-            call.targets[block] = self._toward(left, before)
-            before = left
-
-    def _toward(self, left: int, tokens: int) -> Reducer | None:
-        return replace(self.reducer, keep=Count(max(1, left))) if left < tokens else None
-
-    def _before_block(self, index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            kwargs = dict(kwargs)
-            call: Call = kwargs.get(CALL) or self._current()
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if not call.tokens:
-                self._start(call, hidden)
-            kwargs[CALL] = self._active = call
-            if self.reducer.before and call.targets[index] is not None:
-                plan, hidden = self._decide(call, index, hidden)
-                if plan is not None:
-                    call.levels[index] = self._after(call.levels[index], plan, hidden.dtype)
-                    call.widths[index] = plan.slots
-                    if args:
-                        args = (hidden, *args[1:])
-                    else:
-                        kwargs["hidden_states"] = hidden
-            level = call.levels[index]
-            call.levels[index + 1] = level
-            call.widths[index] = hidden.shape[1]
-            if level is not None and kwargs.get("interpolate_pos_encoding") and _has_relative_bias(module):
-                raise QuickmergeError(
-                    "interpolate_pos_encoding must be False inside a quickmerge run of a model with relative positions"
-                )
-            if level is not None and kwargs.get("position_embeddings") is not None:
-                kwargs["position_embeddings"] = rotary(kwargs["position_embeddings"], level, call.prefix)
-            return args, kwargs
-
-        return hook
+    def _before_block(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = dict(kwargs)
+        call: Call = kwargs.get(CALL) or self._current()
+        kwargs[CALL] = self._active = call
+        if args:
+            args = (self._enter_block(call, index, args[0]), *args[1:])
+        else:
+            kwargs["hidden_states"] = self._enter_block(call, index, kwargs["hidden_states"])
+        level = call.levels[index]
+        if level is not None and kwargs.get("interpolate_pos_encoding") and _has_relative_bias(module):
+            raise QuickmergeError(
+                "interpolate_pos_encoding must be False inside a quickmerge run of a model with relative positions"
+            )
+        if level is not None and kwargs.get("position_embeddings") is not None:
+            kwargs["position_embeddings"] = rotary(kwargs["position_embeddings"], level, call.prefix)
+        return args, kwargs
 
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # With gradient checkpointing a block's inside runs again in the backward pass, when other forwards may have
@@ -229,84 +96,6 @@ class VisionRun:
         kwargs = dict(kwargs)
         self._active = kwargs.pop(CALL, None) or self._active
         return args, kwargs
-
-    def _before_second_norm(self, index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            call = self._current()
-            call.plans[index] = None if not self.reducer.before else call.plans[index]
-            if self.reducer.before or call.targets[index] is None:
-                return None
-            residual = args[0]
-            # Where gradients flow, what the merge saves for them must not be overwritten below.
-            source = residual.clone() if residual.requires_grad and torch.is_grad_enabled() else residual
-            plan, merged = self._decide(call, index, source)
-            if plan is None:
-                return None
-            call.levels[index + 1] = self._after(call.levels[index], plan, merged.dtype)
-            call.widths[index] = plan.slots
-            residual[:, : plan.slots] = merged
-            return (merged,)
-
-        return hook
-
-    def _after_feed_forward(self, index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            short = self._short(index)
-            if short is None:
-                return None
-            return nn.functional.pad(output, (0, 0, 0, short.slot.shape[1] - short.slots))
-
-        return hook
-
-    def _before_residual(self, index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            short = self._short(index)
-            return None if short is None else (args[0], args[1][:, : short.slots])
-
-        return hook
-
-    def _after_block(self, index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            short = self._short(index)
-            if short is None:
-                return None
-            return output[:, : short.slots]
-
-        return hook
-
-    def _short(self, index: int) -> MergePlan | None:
-        """The plan that was carried out inside block ``index``, None if there was none."""
-        return None if self.reducer.before else self._current().plans[index]
-
-    def _current(self) -> Call:
-        if self._active is None:
-            raise QuickmergeError("a block was called outside of its model's forward, which a run can't follow")
-        return self._active
-
-    # Deciding ---------------------------------------------------------------------------------------------------
-
-    def _decide(self, call: Call, index: int, hidden: Tensor) -> tuple[MergePlan | None, Tensor]:
-        reducer, level = call.targets[index], call.levels[index]
-        assert reducer is not None
-        trace = call.traces[index] if not reducer.before else None
-        known: dict[str, Any] = {} if level is None else {"size": level.size, "position": level.position}
-        if level is None or level.valid is None:
-            known["prefix"] = call.prefix
-        else:
-            index_of = torch.arange(hidden.shape[1], device=hidden.device)
-            known |= {"valid": level.valid, "protected": (index_of < call.prefix) & level.valid}
-        view = TokenView(
-            hidden, attention=() if trace is None else (trace,), grid=call.grid, layer=index,
-            depth=len(self.encoder), **known,
-        )  # fmt: skip
-        plan = reducer.plan(view)
-        if plan.slots == hidden.shape[1]:
-            return None, hidden
-        call.plans[index] = plan
-        return plan, reducer.combine(view, plan, hidden)
-
-    def _after(self, level: Level | None, plan: MergePlan, dtype: torch.dtype) -> Level:
-        return after(level, plan, proportional=self.reducer.proportional, dtype=dtype)
 
     def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Called for every attention: keeps what a reducer reads, and adds log(size) to the scores."""
@@ -328,25 +117,19 @@ class VisionRun:
     # Handing out ------------------------------------------------------------------------------------------------
 
     def _before_pooler(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        level = self._current().last
-        return None if level is None else (spread(args[0], level), *args[1:])
+        call = self._current()
+        return None if call.last is None else (spread(args[0], call.last, call.prefix), *args[1:])
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        level = self._current().last
+        call = self._current()
+        level = call.last
         if level is None:
             return output
         if self.unmerge:
             output.last_hidden_state = full_length(output.last_hidden_state, level)
         elif self.encoder.model is not self.encoder.base:
-            output.last_hidden_state = spread(output.last_hidden_state, level)
+            output.last_hidden_state = spread(output.last_hidden_state, level, call.prefix)
         return output
-
-    def summary(self) -> VisionStats:
-        """Tokens in and left after each block of the last forward; prints as a line."""
-        call = self.call
-        if call is None:
-            return VisionStats(repr(self.reducer))
-        return VisionStats(repr(self.reducer), call.grid, call.tokens, call.prefix, [float(n) for n in call.widths])
 
 
 def _has_relative_bias(block: nn.Module) -> bool:

@@ -1,0 +1,263 @@
+"""What runs on vision transformers have in common: deciding, and merging between the halves of a block.
+
+A block of a vision transformer computes ``y = x + attention(norm(x))`` and then ``y + feed_forward(norm(y))``. Tokens
+are merged between the two (ToMe, arXiv 2210.09461), so that the feed-forward part of this block and all of the next
+ones read fewer. The block's own code runs. The hook in front of its second norm writes the K merged tokens over the
+first rows of the residual y, which the block still holds, and hands on these rows alone; behind the feed-forward part
+a hook pads with zeros what the block is about to add; the block's own hook cuts off the rows that are left over.
+Layer scale, dropout and stochastic depth stay the block's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.hosts.encoder import Block, Encoder, prefix_of
+from quickmerge.hosts.level import Level, after
+from quickmerge.hosts.summary import VisionStats
+from quickmerge.reducers.base import Reducer
+from quickmerge.tokens.budget import Count
+from quickmerge.tokens.plan import MergePlan
+from quickmerge.tokens.removal import Removal, removal_for
+from quickmerge.tokens.saliency import AttentionTrace
+from quickmerge.tokens.view import TokenView
+
+
+@dataclass
+class Call:
+    """The state of one forward: by block, what its attention reads and what was decided in it.
+
+    ``arriving`` holds what the block before left where a block takes tokens out in front of its attention: a block
+    that is computed again for gradient checkpointing starts from there.
+    """
+
+    grid: tuple[int, int, int]
+    tokens: int = 0
+    prefix: int = 0
+    targets: list[Reducer | None] = field(default_factory=list)
+    levels: list[Level | None] = field(default_factory=list)
+    traces: list[AttentionTrace | None] = field(default_factory=list)
+    plans: list[MergePlan | None] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+    arriving: dict[int, Level | None] = field(default_factory=dict)
+
+    @property
+    def last(self) -> Level | None:
+        """The tokens that leave the last block, None if none was ever taken out."""
+        return self.levels[-1]
+
+
+def schedule_for(
+    encoder: Encoder, reducer: Reducer, layer: int | Sequence[int] | Removal | None
+) -> Removal | tuple[int, ...] | None:
+    """Where ``reducer`` acts in ``encoder``, of what a user said; None for everywhere, as its ``keep`` asks.
+
+    Raises:
+        ValueError: for a setting out of range, naming it.
+    """
+    if not isinstance(reducer, Reducer):
+        raise ValueError(f"reducer must be a quickmerge reducer such as ToMe(), got {reducer!r}")
+    if "vision" not in reducer.places:
+        raise ValueError(f"reducer {reducer.name} is for text; a vision transformer takes those of `quickmerge ls`")
+    blocks: tuple[int, ...] = ()
+    if layer is None:
+        layer = reducer.stages(len(encoder))
+    if layer is not None and not isinstance(layer, Removal):
+        blocks = tuple(layer) if isinstance(layer, Sequence) else (layer,)
+        whole = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < len(encoder) for x in blocks)
+        rising = all(a < b for a, b in pairwise(blocks))
+        if not (blocks and whole and rising):
+            raise ValueError(f"layer must be rising blocks in 0..{len(encoder) - 1} or a Removal, got {layer!r}")
+    elif layer is None and not isinstance(reducer.keep, (int, float)):
+        raise ValueError(f"layer must say which blocks merge where keep is a budget, got None and {reducer.keep!r}")
+    if isinstance(layer, Removal):
+        layer.wanted(len(encoder))
+    reducer.check(encoder.model, blocks, "vision")
+    return layer if isinstance(layer, Removal) else blocks or None
+
+
+class VisionRun(ABC):
+    """One attachment of a reducer to a vision transformer. Enter it with ``with``; it detaches on any way out.
+
+    A run sees every forward of the model while it is attached. Afterwards ask it for `summary`, and for the `call`
+    that the last forward left. Subclasses know how a library's models hand over pixels, attention and tokens.
+    """
+
+    def __init__(
+        self, encoder: Encoder, reducer: Reducer, schedule: Removal | tuple[int, ...] | None, *, unmerge: bool = False
+    ) -> None:
+        self.encoder = encoder
+        self.reducer = reducer
+        self.schedule = schedule
+        self.unmerge = unmerge
+        self.call: Call | None = None
+        self._active: Call | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    # Attaching --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _attach(self) -> None:
+        """Hook everything, and note in ``_undo`` how to take it off."""
+
+    def __enter__(self) -> Self:
+        if self._undo:
+            raise UnsupportedModelError(
+                f"{type(self.encoder.model).__name__} is already inside a quickmerge run; leave that first"
+            )
+        try:
+            self._attach()
+        except BaseException:
+            self._detach()
+            raise
+        return self
+
+    def _note(self, handle: Any) -> None:
+        self._undo.append(handle.remove)
+
+    def _hook_second_half(self, index: int, block: Block) -> None:
+        self._note(block.second_norm.register_forward_pre_hook(partial(self._before_second_norm, index)))
+        if block.adds_residual:
+            self._note(block.feed_forward.register_forward_pre_hook(partial(self._before_residual, index)))
+        else:
+            self._note(block.feed_forward.register_forward_hook(partial(self._after_feed_forward, index)))
+            # In front of whatever records the blocks' outputs.
+            self._note(block.module.register_forward_hook(partial(self._after_block, index), prepend=True))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    # One forward ------------------------------------------------------------------------------------------------
+
+    def _start(self, call: Call, hidden: Tensor) -> None:
+        """What the first block's input tells: how many tokens there are, and how many each block shall leave."""
+        depth, tokens = len(self.encoder), hidden.shape[1]
+        call.tokens = tokens
+        call.prefix = prefix_of(tokens, call.grid, type(self.encoder.model).__name__)
+        call.levels, call.traces = [None] * (depth + 1), [None] * depth
+        call.plans, call.widths, call.targets = [None] * depth, [tokens] * depth, [None] * depth
+        if isinstance(self.schedule, tuple):
+            for stage, block in enumerate(self.schedule):
+                keep = self.reducer.keep
+                if isinstance(keep, (int, float)):
+                    share = keep ** (stage + 1)
+                    # One patch at least, or a mean over patches would be one over nothing.
+                    left = call.prefix + max(1, int((tokens - call.prefix) * share + 1e-9))
+                    call.targets[block] = self._toward(left, tokens)
+                else:
+                    call.targets[block] = self.reducer
+            return
+        removal = self.schedule
+        if removal is None:
+            removal = removal_for(float(self.reducer.keep), tokens, call.prefix, depth)  # type: ignore[arg-type]
+        before = tokens
+        for block, left in enumerate(removal.counts(tokens, call.prefix, depth)):
+            call.targets[block] = self._toward(left, before)
+            before = left
+
+    def _toward(self, left: int, tokens: int) -> Reducer | None:
+        return replace(self.reducer, keep=Count(max(1, left))) if left < tokens else None
+
+    def _enter_block(self, call: Call, index: int, hidden: Tensor) -> Tensor:
+        """What block ``index`` reads of ``hidden (B, N, D)``: less, if the method takes tokens out in front of it."""
+        if not call.tokens:
+            self._start(call, hidden)
+        if self.reducer.before and call.targets[index] is not None:
+            call.levels[index] = call.arriving.setdefault(index, call.levels[index])
+            plan, hidden = self._decide(call, index, hidden)
+            if plan is not None:
+                call.levels[index] = self._after(call.levels[index], plan, hidden.dtype)
+        call.levels[index + 1] = call.levels[index]
+        call.widths[index] = hidden.shape[1]
+        return hidden
+
+    def _before_second_norm(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        call = self._current()
+        call.plans[index] = None if not self.reducer.before else call.plans[index]
+        if self.reducer.before or call.targets[index] is None:
+            return None
+        residual = args[0]
+        # Where gradients flow, what the merge saves for them must not be overwritten below.
+        source = residual.clone() if residual.requires_grad and torch.is_grad_enabled() else residual
+        plan, merged = self._decide(call, index, source)
+        if plan is None:
+            return None
+        call.levels[index + 1] = self._after(call.levels[index], plan, merged.dtype)
+        call.widths[index] = plan.slots
+        residual[:, : plan.slots] = merged
+        return (merged,)
+
+    def _after_feed_forward(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
+        short = self._short(index)
+        if short is None:
+            return None
+        return nn.functional.pad(output, (0, 0, 0, short.slot.shape[1] - short.slots))
+
+    def _before_residual(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        short = self._short(index)
+        return None if short is None else (args[0], args[1][:, : short.slots])
+
+    def _after_block(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        short = self._short(index)
+        return None if short is None else output[:, : short.slots]
+
+    def _short(self, index: int) -> MergePlan | None:
+        """The plan that was carried out inside block ``index``, None if there was none."""
+        return None if self.reducer.before else self._current().plans[index]
+
+    def _current(self) -> Call:
+        if self._active is None:
+            raise QuickmergeError("a block was called outside of its model's forward, which a run can't follow")
+        return self._active
+
+    # Deciding ---------------------------------------------------------------------------------------------------
+
+    def _decide(self, call: Call, index: int, hidden: Tensor) -> tuple[MergePlan | None, Tensor]:
+        reducer, level = call.targets[index], call.levels[index]
+        assert reducer is not None
+        trace = call.traces[index] if not reducer.before else None
+        # What a call holds on to must not keep a graph alive that nobody will go back through.
+        call.traces[index] = None
+        known: dict[str, Any] = {} if level is None else {"size": level.size, "position": level.position}
+        if level is None or level.valid is None:
+            known["prefix"] = call.prefix
+        else:
+            index_of = torch.arange(hidden.shape[1], device=hidden.device)
+            known |= {"valid": level.valid, "protected": (index_of < call.prefix) & level.valid}
+        view = TokenView(
+            hidden, attention=() if trace is None else (trace,), grid=call.grid, layer=index,
+            depth=len(self.encoder), **known,
+        )  # fmt: skip
+        plan = reducer.plan(view)
+        if plan.slots == hidden.shape[1]:
+            return None, hidden
+        call.plans[index] = plan
+        return plan, reducer.combine(view, plan, hidden)
+
+    def _after(self, level: Level | None, plan: MergePlan, dtype: torch.dtype) -> Level:
+        return after(level, plan, proportional=self.reducer.proportional, dtype=dtype)
+
+    # Afterwards -------------------------------------------------------------------------------------------------
+
+    def summary(self) -> VisionStats:
+        """Tokens in and left after each block of the last forward; prints as a line."""
+        call = self.call
+        if call is None:
+            return VisionStats(repr(self.reducer))
+        return VisionStats(repr(self.reducer), call.grid, call.tokens, call.prefix, [float(n) for n in call.widths])
