@@ -87,7 +87,8 @@ def full_length(y: Tensor, level: Level) -> Tensor:
 
 
 def _gather(y: Tensor, index: Tensor) -> Tensor:
-    return y.gather(1, index[..., None].expand(-1, -1, y.shape[-1]))
+    row = torch.arange(len(y), device=y.device)[:, None] * y.shape[1]
+    return y.flatten(0, 1).index_select(0, (index + row).flatten()).view(*index.shape, y.shape[-1])
 
 
 def rotary(embeddings: tuple[Tensor, ...], level: Level, prefix: int) -> tuple[Tensor, ...]:

@@ -5,7 +5,8 @@ are merged between the two (ToMe, arXiv 2210.09461), so that the feed-forward pa
 ones read fewer. The block's own code runs. The hook in front of its second norm writes the K merged tokens over the
 first rows of the residual y, which the block still holds, and hands on these rows alone; behind the feed-forward part
 a hook pads with zeros what the block is about to add; the block's own hook cuts off the rows that are left over.
-Layer scale, dropout and stochastic depth stay the block's.
+Where neither gradients nor a tracer look on, the residual that the block holds is made the merged tokens instead, and
+nothing is padded nor cut. Layer scale, dropout and stochastic depth stay the block's.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from quickmerge.tokens.view import TokenView
 class Call:
     """The state of one forward: by block, what its attention reads and what was decided in it.
 
+    ``padded`` says of a block that took tokens out whether it goes on at full width, its last rows meaningless.
     ``arriving`` holds what the block before left where a block takes tokens out in front of its attention: a block
     that is computed again for gradient checkpointing starts from there.
     """
@@ -50,6 +52,7 @@ class Call:
     plans: list[MergePlan | None] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     arriving: dict[int, Level | None] = field(default_factory=dict)
+    padded: dict[int, bool] = field(default_factory=dict)
 
     @property
     def last(self) -> Level | None:
@@ -200,12 +203,16 @@ class VisionRun(ABC):
             return None
         call.levels[index + 1] = self._after(call.levels[index], plan, merged.dtype)
         call.widths[index] = plan.slots
-        residual[:, : plan.slots] = merged
+        call.padded[index] = not _plain(residual)
+        if call.padded[index]:
+            residual[:, : plan.slots] = merged
+        else:
+            residual.data = merged
         return (merged,)
 
     def _after_feed_forward(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
         short = self._short(index)
-        if short is None:
+        if short is None or not self._current().padded[index]:
             return None
         return nn.functional.pad(output, (0, 0, 0, short.slot.shape[1] - short.slots))
 
@@ -215,7 +222,7 @@ class VisionRun(ABC):
 
     def _after_block(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         short = self._short(index)
-        return None if short is None else output[:, : short.slots]
+        return None if short is None or not self._current().padded[index] else output[:, : short.slots]
 
     def _short(self, index: int) -> MergePlan | None:
         """The plan that was carried out inside block ``index``, None if there was none."""
@@ -261,3 +268,9 @@ class VisionRun(ABC):
         if call is None:
             return VisionStats(repr(self.reducer))
         return VisionStats(repr(self.reducer), call.grid, call.tokens, call.prefix, [float(n) for n in call.widths])
+
+
+def _plain(residual: Tensor) -> bool:
+    """True if nobody but the block will ask what ``residual`` was: no gradient, and no compiler or exporter."""
+    watched = torch.is_grad_enabled() and residual.requires_grad
+    return type(residual) is Tensor and not watched and not torch.compiler.is_compiling()

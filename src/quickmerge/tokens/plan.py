@@ -167,16 +167,19 @@ class MergePlan:
         return out.reshape(x.shape[0], self.slots, *x.shape[2:])
 
     def _merge_moved(self, x: Tensor, seat: Tensor, dtype: torch.dtype) -> Tensor:
-        """`merge` where it is known who moved: a copy of those who stay, to which only those who go are added."""
-        out = x.gather(1, seat[..., None].expand(-1, -1, x.shape[-1])).to(dtype)
-        if self.moved is None:
-            return out
-        out = out * self.weight.gather(1, seat)[..., None].to(dtype)
-        gone = x.gather(1, self.moved[..., None].expand(-1, -1, x.shape[-1])).to(dtype)
-        gone = gone * self.weight.gather(1, self.moved)[..., None].to(dtype)
-        first = torch.arange(len(x), device=x.device)[:, None] * self.slots
-        into = (self.slot.gather(1, self.moved) + first).flatten()
-        return out.flatten(0, 1).index_add(0, into, gone.flatten(0, 1)).view_as(out)
+        """`merge` where it is known who moved: ``x_a + sum_i w_i (x_i - x_a)`` for the leader a of each slot.
+
+        That is the weighted sum, since the shares of a slot sum to one; only those who go cost more than a copy.
+        """
+        b, n, flat = len(x), x.shape[1], x.flatten(0, 1)
+        row = torch.arange(b, device=x.device)[:, None]
+        out = flat.index_select(0, (seat + row * n).flatten()).to(dtype)
+        if self.moved is not None:
+            into = (self.slot.gather(1, self.moved) + row * self.slots).flatten()
+            apart = flat.index_select(0, (self.moved + row * n).flatten()).to(dtype) - out.index_select(0, into)
+            share = self.weight.gather(1, self.moved).to(dtype).flatten()
+            out.index_add_(0, into, apart * share[:, None])
+        return out.view(b, self.slots, -1)
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Copy each slot back to its members: ``(B, K, ...)`` to ``(B, N, ...)``; dropped tokens become zero."""
