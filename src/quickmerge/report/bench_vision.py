@@ -27,10 +27,12 @@ def headers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["method", "compute", "tokens out", *labels, "pooled", "patches", "images/s", "speed-up"]
 
 
-def cells(row: Mapping[str, Any], labelled: bool) -> list[str]:
-    """One line of the table."""
+def cells(row: Mapping[str, Any], labelled: bool, short: bool = False) -> list[str]:
+    """One line of the table; ``short`` gives half the width of an interval for its ends."""
 
     def share(key: str, digits: int) -> str:
+        if short:
+            return f"{row[key]:.{digits}f} ±{(row[f'{key}_high'] - row[f'{key}_low']) / 2:.{digits}f}"
         low, high = (f"{row[f'{key}_{end}']:.{digits}f}" for end in ("low", "high"))
         return f"{row[key]:.{digits}f} ({low} to {high})"
 
@@ -46,9 +48,9 @@ def vision_table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     from rich.table import Table
 
     names = headers(rows)
-    printed = Table(*names)
+    printed = Table(*names, caption="± is half of the 95 % interval over images")
     for row in _ordered(rows):
-        printed.add_row(*cells(row, "correct" in names))
+        printed.add_row(*cells(row, "correct" in names, short=True))
     console.print(printed)
 
 
