@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from quickmerge.errors import UnsupportedModelError, whole_number
+from quickmerge.errors import whole_number
+from quickmerge.hosts.attachment import Attachment
 from quickmerge.hosts.attention import AttentionFunction, watch
 from quickmerge.hosts.structure import Decoder, find_decoder
 from quickmerge.hosts.summary import RunStats, cache_bytes, cache_bytes_full
@@ -68,21 +68,20 @@ def reduce_lm(
     raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
 
 
-class Run(ABC):
-    """One attachment of a reducer to a model. Enter it with ``with``; it detaches on any way out.
+class Run(Attachment):
+    """One attachment of a reducer to a language model.
 
-    A run sees every forward of the model while it is attached. It may be entered again after it was left; it is not
-    for two threads at once.
+    A run sees every forward of the model while it is attached. It is not for two threads at once.
     """
 
     mode: str
     watches_attention = True
 
     def __init__(self, decoder: Decoder, reducer: Reducer) -> None:
+        super().__init__(decoder.model)
         self.decoder = decoder
         self.reducer = reducer
         self.stats = self._stats()
-        self._undo: list[Callable[[], None]] = []
         self._fresh = False
         self._began = 0.0
         self._cache: Cache | None = None
@@ -91,33 +90,19 @@ class Run(ABC):
     def _stats(self) -> RunStats:
         return RunStats(mode=self.mode, reducer=repr(self.reducer), reducer_bytes=self.reducer.weights_bytes)
 
-    def __enter__(self) -> Run:
-        if self._undo:
-            name = type(self.decoder.model).__name__
-            raise UnsupportedModelError(f"{name} is already inside a quickmerge run; leave that first")
-        try:
-            if self.watches_attention:
-                self._undo.append(watch(self.decoder, self))
-            base = self.decoder.base
-            self._undo.append(base.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
-            self._undo.append(base.register_forward_hook(self._after_model, with_kwargs=True).remove)
-            for index, block in enumerate(self.decoder.layers):
-                hook = self._block_hook(index)
-                if hook is not None:
-                    self._undo.append(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        except BaseException:
-            self._detach()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._detach()
+    def _attach(self) -> None:
+        if self.watches_attention:
+            self._undo.append(watch(self.decoder, self))
+        base = self.decoder.base
+        self._note(base.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self._note(base.register_forward_hook(self._after_model, with_kwargs=True))
+        for index, block in enumerate(self.decoder.layers):
+            hook = self._block_hook(index)
+            if hook is not None:
+                self._note(block.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _detach(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        super()._detach()
         self._cache = None
         self.forget()
 

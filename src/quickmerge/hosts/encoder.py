@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,6 +63,11 @@ class Encoder:
     def config(self) -> Any:
         """The encoder's own configuration."""
         return self.base.config
+
+    def has_rising(self, blocks: tuple[Any, ...]) -> bool:
+        """True for at least one whole number, all in 0..L-1 and rising."""
+        whole = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < len(self) for x in blocks)
+        return bool(blocks) and whole and all(a < b for a, b in pairwise(blocks))
 
     def grid(self, pixels: Tensor) -> tuple[int, int, int]:
         """How many patches ``(T, H, W)`` images ``(B, C, H, W)`` or videos ``(B, T, C, H, W)`` are cut into."""
@@ -155,6 +161,18 @@ def _block(name: str, module: nn.Module) -> Block:
             "one of each was looked for"
         )
     return Block(module, attentions[0], norm, getattr(module, feed), adds_residual=feed == "output")
+
+
+def pixels_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The images or videos that a vision transformer of transformers was called with.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    pixels = args[0] if args else kwargs.get("pixel_values")
+    if not isinstance(pixels, Tensor):
+        raise ValueError("pixel_values must be a tensor of images or videos, got " + type(pixels).__name__)
+    return pixels
 
 
 def prefix_of(tokens: int, grid: tuple[int, int, int], name: str) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from quickmerge.hosts.encoder import find_encoder
 from quickmerge.hosts.vit import reduce_vit
 from quickmerge.reducers.base import Reducer
+from quickmerge.tokens.plan import follow, to_members
 from quickmerge.tokens.saliency import AttentionTrace
 from quickmerge.tokens.view import TokenView
 
@@ -40,8 +41,7 @@ class FrameTokens:
 
     def unmerge(self) -> Tensor:
         """Every patch with the features of its slot, ``(B, T H W, D)``; zero where it was dropped."""
-        index = self.slot.clamp_min(0)[..., None].expand(-1, -1, self.hidden.shape[-1])
-        return torch.where((self.slot >= 0)[..., None], self.hidden.gather(1, index), 0.0)
+        return to_members(self.hidden, self.slot)
 
 
 def encode_frames(
@@ -106,12 +106,11 @@ def encode_frames(
         own = (frame * n + patch).reshape(b, -1)
     else:
         own = torch.where(slot >= 0, frame * n + slot, -1).reshape(b, -1)
-    final = torch.where(own >= 0, plan.slot.gather(1, own.clamp_min(0)), -1)
     return FrameTokens(
         hidden=across.combine(view, plan, features),
         size=plan.size,
         position=plan.position,
-        slot=final,
+        slot=follow(own, plan.slot),
         special=hidden[:, :prefix].reshape(b, t, prefix, hidden.shape[-1]),
         grid=(t, rows, columns),
         frame_tokens=n,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quickmerge.tokens.plan import MergePlan
+from quickmerge.tokens.plan import MergePlan, follow
 
 
 @dataclass
@@ -38,9 +38,7 @@ def after(level: Level | None, plan: MergePlan, *, proportional: bool, dtype: to
         proportional: whether attention adds log(size) to the scores (ToMe, arXiv 2210.09461, eq. 1).
         dtype: of the bias.
     """
-    slot = plan.slot
-    if level is not None:
-        slot = torch.where(level.slot >= 0, plan.slot.gather(1, level.slot.clamp_min(0)), -1)
+    slot = plan.slot if level is None else follow(level.slot, plan.slot)
     valid = None
     if plan.seat is not None and plan.moved is not None:
         alive = slot.shape[1] if level is None else level.alive

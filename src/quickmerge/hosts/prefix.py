@@ -80,10 +80,9 @@ class PrefixRun(Run):
         blocks = [end - start for start, end in zip(self.stages, ends, strict=True)]
         return self.composed[blocks.index(max(blocks))]
 
-    def __enter__(self) -> Run:
-        super().__enter__()
-        self._undo.append(self.decoder.model.register_forward_pre_hook(self._check_head, with_kwargs=True).remove)
-        return self
+    def _attach(self) -> None:
+        super()._attach()
+        self._note(self.decoder.model.register_forward_pre_hook(self._check_head, with_kwargs=True))
 
     def _check_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a prompt that comes with drafted tokens: assisted decoding would have them merged into it."""

@@ -11,18 +11,16 @@ nothing is padded nor cut. Layer scale, dropout and stochastic depth stay the bl
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.errors import QuickmergeError
+from quickmerge.hosts.attachment import Attachment
 from quickmerge.hosts.encoder import Block, Encoder, prefix_of
 from quickmerge.hosts.level import Level, after
 from quickmerge.hosts.summary import VisionStats
@@ -77,9 +75,7 @@ def schedule_for(
         layer = reducer.stages(len(encoder))
     if layer is not None and not isinstance(layer, Removal):
         blocks = tuple(layer) if isinstance(layer, Sequence) else (layer,)
-        whole = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < len(encoder) for x in blocks)
-        rising = all(a < b for a, b in pairwise(blocks))
-        if not (blocks and whole and rising):
+        if not encoder.has_rising(blocks):
             raise ValueError(f"layer must be rising blocks in 0..{len(encoder) - 1} or a Removal, got {layer!r}")
     elif layer is None and not isinstance(reducer.keep, (int, float)):
         raise ValueError(f"layer must say which blocks merge where keep is a budget, got None and {reducer.keep!r}")
@@ -89,8 +85,8 @@ def schedule_for(
     return layer if isinstance(layer, Removal) else blocks or None
 
 
-class VisionRun(ABC):
-    """One attachment of a reducer to a vision transformer. Enter it with ``with``; it detaches on any way out.
+class VisionRun(Attachment):
+    """One attachment of a reducer to a vision transformer.
 
     A run sees every forward of the model while it is attached. Afterwards ask it for `summary`, and for the `call`
     that the last forward left. Subclasses know how a library's models hand over pixels, attention and tokens.
@@ -99,34 +95,15 @@ class VisionRun(ABC):
     def __init__(
         self, encoder: Encoder, reducer: Reducer, schedule: Removal | tuple[int, ...] | None, *, unmerge: bool = False
     ) -> None:
+        super().__init__(encoder.model)
         self.encoder = encoder
         self.reducer = reducer
         self.schedule = schedule
         self.unmerge = unmerge
         self.call: Call | None = None
         self._active: Call | None = None
-        self._undo: list[Callable[[], None]] = []
 
     # Attaching --------------------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def _attach(self) -> None:
-        """Hook everything, and note in ``_undo`` how to take it off."""
-
-    def __enter__(self) -> Self:
-        if self._undo:
-            raise UnsupportedModelError(
-                f"{type(self.encoder.model).__name__} is already inside a quickmerge run; leave that first"
-            )
-        try:
-            self._attach()
-        except BaseException:
-            self._detach()
-            raise
-        return self
-
-    def _note(self, handle: Any) -> None:
-        self._undo.append(handle.remove)
 
     def _hook_second_half(self, index: int, block: Block) -> None:
         self._note(block.second_norm.register_forward_pre_hook(partial(self._before_second_norm, index)))
@@ -136,15 +113,6 @@ class VisionRun(ABC):
             self._note(block.feed_forward.register_forward_hook(partial(self._after_feed_forward, index)))
             # In front of whatever records the blocks' outputs.
             self._note(block.module.register_forward_hook(partial(self._after_block, index), prepend=True))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._detach()
-
-    def _detach(self) -> None:
-        while self._undo:
-            self._undo.pop()()
 
     # One forward ------------------------------------------------------------------------------------------------
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.hosts.attention import AttentionFunction, watch_modules
-from quickmerge.hosts.encoder import Encoder, find_encoder
+from quickmerge.hosts.encoder import Encoder, find_encoder, pixels_of
 from quickmerge.hosts.level import full_length, pick, rotary, spread
 from quickmerge.hosts.vision_run import Call, schedule_for
 from quickmerge.hosts.vision_run import VisionRun as VisionRun
@@ -62,9 +62,7 @@ class TransformersRun(VisionRun):
     # One forward ------------------------------------------------------------------------------------------------
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        pixels = args[0] if args else kwargs.get("pixel_values")
-        if not isinstance(pixels, Tensor):
-            raise ValueError("pixel_values must be a tensor of images or videos, got " + type(pixels).__name__)
+        pixels = pixels_of(args, kwargs)
         masked = self._signature.bind_partial(*args, **kwargs).arguments.get("bool_masked_pos")
         if masked is not None:
             raise QuickmergeError("bool_masked_pos must be None inside a quickmerge run, got a mask")

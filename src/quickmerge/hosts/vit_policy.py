@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.hosts.attachment import Attachment
 from quickmerge.hosts.attention import AttentionFunction, watch_modules
-from quickmerge.hosts.encoder import Encoder, find_encoder, prefix_of
+from quickmerge.hosts.encoder import Encoder, find_encoder, pixels_of, prefix_of
 from quickmerge.tokens.policy import fill_dropped, key_bias, masked_softmax
 
 Decide = Callable[[int, Tensor, Tensor], Tensor]
@@ -45,8 +44,7 @@ def policy_vit(model: PreTrainedModel, layers: Sequence[int], decide: Decide) ->
     """
     encoder = find_encoder(model)
     blocks = tuple(layers)
-    whole = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < len(encoder) for x in blocks)
-    if not (blocks and whole and all(a < b for a, b in pairwise(blocks))):
+    if not encoder.has_rising(blocks):
         raise ValueError(f"layers must be rising blocks in 0..{len(encoder) - 1}, got {layers!r}")
     return PolicyRun(encoder, blocks, decide)
 
@@ -63,8 +61,8 @@ class Forward:
     features: Tensor | None = None
 
 
-class PolicyRun:
-    """One attachment of a policy to a vision transformer. Enter it with ``with``; it detaches on any way out.
+class PolicyRun(Attachment):
+    """One attachment of a policy to a vision transformer.
 
     After a forward it holds ``masks``, ``(B, N)`` float for each stage, with a gradient where the decision has one;
     ``features``, what the last block's patches became behind the last norm, ``(B, N, C)``, dropped ones included; and
@@ -72,11 +70,11 @@ class PolicyRun:
     """
 
     def __init__(self, encoder: Encoder, layers: tuple[int, ...], decide: Decide) -> None:
+        super().__init__(encoder.model)
         self.encoder = encoder
         self.layers = layers
         self.decide = decide
         self._state: Forward | None = None
-        self._undo: list[Callable[[], None]] = []
 
     @property
     def masks(self) -> list[Tensor]:
@@ -96,42 +94,24 @@ class PolicyRun:
             raise QuickmergeError("the model's forward did not come to its end, so there are no features")
         return found
 
-    def __enter__(self) -> PolicyRun:
+    def _attach(self) -> None:
         encoder = self.encoder
-        if self._undo:
-            raise UnsupportedModelError(
-                f"{type(encoder.model).__name__} is already inside a quickmerge run; leave that first"
-            )
         if any(getattr(block.module, "gradient_checkpointing", False) for block in encoder.blocks):
             raise UnsupportedModelError(
-                f"{type(encoder.model).__name__} must not recompute its blocks under a policy: "
+                f"{self._name} must not recompute its blocks under a policy: "
                 "call activation_checkpointing_disable() first"
             )
-        try:
-            self._undo.append(watch_modules(encoder.base, [block.attention for block in encoder.blocks], self))
-            self._undo.append(encoder.base.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
-            self._undo.append(encoder.base.register_forward_hook(self._after_model).remove)
-            for index, block in enumerate(encoder.blocks):
-                hook = block.module.register_forward_pre_hook(self._before_block(index), with_kwargs=True, prepend=True)
-                self._undo.append(hook.remove)
-            if encoder.pooler is not None:
-                self._undo.append(encoder.pooler.register_forward_pre_hook(self._before_pooler).remove)
-                for module in encoder.pooler.modules():
-                    if isinstance(module, nn.MultiheadAttention):
-                        self._undo.append(module.register_forward_pre_hook(self._before_probe, with_kwargs=True).remove)
-        except BaseException:
-            self._detach()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._detach()
-
-    def _detach(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        self._undo.append(watch_modules(encoder.base, [block.attention for block in encoder.blocks], self))
+        self._note(encoder.base.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self._note(encoder.base.register_forward_hook(self._after_model))
+        for index, block in enumerate(encoder.blocks):
+            before = self._before_block(index)
+            self._note(block.module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        if encoder.pooler is not None:
+            self._note(encoder.pooler.register_forward_pre_hook(self._before_pooler))
+            for module in encoder.pooler.modules():
+                if isinstance(module, nn.MultiheadAttention):
+                    self._note(module.register_forward_pre_hook(self._before_probe, with_kwargs=True))
 
     def _current(self) -> Forward:
         if self._state is None:
@@ -141,10 +121,7 @@ class PolicyRun:
     # One forward ------------------------------------------------------------------------------------------------
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        pixels = args[0] if args else kwargs.get("pixel_values")
-        if not isinstance(pixels, Tensor):
-            raise ValueError("pixel_values must be a tensor of images or videos, got " + type(pixels).__name__)
-        self._state = Forward(self.encoder.grid(pixels))
+        self._state = Forward(self.encoder.grid(pixels_of(args, kwargs)))
 
     def _before_block(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -183,20 +183,14 @@ class MergePlan:
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Copy each slot back to its members: ``(B, K, ...)`` to ``(B, N, ...)``; dropped tokens become zero."""
-        index = self.slot.clamp_min(0)
-        while index.ndim < y.ndim:
-            index = index[..., None]
-        member = (self.slot >= 0).view(*self.slot.shape, *[1] * (y.ndim - 2))
-        out = y.gather(1, index.expand(-1, -1, *y.shape[2:]))
-        return torch.where(member, out, torch.zeros((), dtype=y.dtype, device=y.device))
+        return to_members(y, self.slot)
 
     def compose(self, then: MergePlan) -> MergePlan:
         """The single plan that equals applying this one and then ``then`` to its slots."""
         if then.slot.shape[1] != self.slots:
             raise ValueError(f"then must act on {self.slots} tokens, got a plan for {then.slot.shape[1]}")
-        into = self.slot.clamp_min(0)
-        slot = torch.where(self.slot >= 0, then.slot.gather(1, into), -1)
-        weight = torch.where(slot >= 0, self.weight * then.weight.gather(1, into), 0.0)
+        slot = follow(self.slot, then.slot)
+        weight = torch.where(slot >= 0, self.weight * then.weight.gather(1, self.slot.clamp_min(0)), 0.0)
         seat = moved = None
         # Where both only drop, or both only merge, it is still known who leads and who moved.
         if self.seat is not None and then.seat is not None and (self.moved is None) == (then.moved is None):
@@ -238,3 +232,18 @@ class MergePlan:
             places = self.position[row][self.valid[row]]
             if bool((places[1:] <= places[:-1]).any()):
                 raise ValueError("position: slots must be in rising order of position")
+
+
+def follow(slot: Tensor, then: Tensor) -> Tensor:
+    """Where tokens end that went to ``slot (B, N)`` when the slots went to ``then (B, K)``; -1 is dropped."""
+    return torch.where(slot >= 0, then.gather(1, slot.clamp_min(0)), -1)
+
+
+def to_members(y: Tensor, slot: Tensor) -> Tensor:
+    """Copy slots ``(B, K, ...)`` to the tokens that are in them, ``slot (B, N)``; zero for those that are in none."""
+    index = slot.clamp_min(0)
+    while index.ndim < y.ndim:
+        index = index[..., None]
+    member = (slot >= 0).view(*slot.shape, *[1] * (y.ndim - 2))
+    out = y.gather(1, index.expand(-1, -1, *y.shape[2:]))
+    return torch.where(member, out, torch.zeros((), dtype=y.dtype, device=y.device))
