@@ -18,6 +18,7 @@ def run(capsys, monkeypatch):
 
     def call(*args: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["quickmerge", *map(str, args)])
+        capsys.readouterr()  # what fixtures printed, such as the bar of a model that is saved, is not the command's
         try:
             main()
             code = 0
