@@ -21,7 +21,7 @@ from rich.progress import track
 import quickmerge as qm
 from quickmerge.cli.common import progress, quiet, write_json
 from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.images import load_batch, read_labelled
+from quickmerge.evaluation.images import evenly, load_batch, read_labelled
 from quickmerge.evaluation.probe import choose_probe
 from quickmerge.evaluation.vision_bench import arms, bench_images, look
 from quickmerge.models import cache_folder
@@ -47,14 +47,14 @@ def main() -> int:
     args = parser.parse_args()
     quiet()
     folder = Path(args.data) if Path(args.data).is_dir() else cache_folder() / "labelled" / args.data
-    test = thinned(read_labelled(folder / "test"), args.limit)
+    test = evenly(read_labelled(folder / "test"), args.limit)
     probe, classes = None, None
     if args.classifier is not None:
         model, processor = load_vision(args.classifier, task="classify")
         classes = [model.config.id2label[i] for i in range(model.config.num_labels)]
     else:
         model, processor = load_vision("vit-small-14")
-        train = thinned(read_labelled(folder / "train"), args.train)
+        train = evenly(read_labelled(folder / "train"), args.train)
         val = train[::5]
         kept = [image for i, image in enumerate(train) if i % 5]
         sets = []
@@ -85,12 +85,6 @@ def main() -> int:
     write_json(args.out, {"rows": rows, "meta": meta, "environment": environment()})
     vision_table(rows, Console())
     return 0
-
-
-def thinned(images: list, most: int) -> list:  # type: ignore[type-arg]
-    """At most so many, evenly taken."""
-    count = min(most, len(images))
-    return [images[i * len(images) // count] for i in range(count)]
 
 
 if __name__ == "__main__":

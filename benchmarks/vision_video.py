@@ -22,6 +22,7 @@ from torch import Tensor
 import quickmerge as qm
 from quickmerge.cli.common import quiet, write_json
 from quickmerge.evaluation.bench import environment
+from quickmerge.evaluation.images import evenly
 from quickmerge.evaluation.vision_bench import interval
 from quickmerge.hosts.frames import encode_frames
 from quickmerge.models import cache_folder
@@ -29,6 +30,7 @@ from quickmerge.models.vision import load_vision
 from quickmerge.reducers.grid import GridMerge
 from quickmerge.tokens.saliency import AttentionTrace
 from quickmerge.training.data import VideoClips
+from quickmerge.training.data.labelled import PixelFormat
 
 HERE = Path(__file__).parent
 
@@ -44,14 +46,13 @@ def main() -> int:
     args = parser.parse_args()
     quiet()
     model, processor = load_vision("vit-small-14")
-    mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
+    form = PixelFormat.of(processor)
     found: dict[tuple[str, float], list[float]] = {}
     videos = sorted((cache_folder() / "clips" / "test").glob("*.*"))
     for path in videos:
-        clips = VideoClips([path], 224, args.frames, args.stride)
-        count = min(args.clips, len(clips))
-        for index in track(range(count), path.stem):
-            pixels = ((clips[index * len(clips) // count] - mean) / std)[None]
+        clips = VideoClips([path], (form.height, form.width), args.frames, args.stride)
+        for index in track(evenly(range(len(clips)), args.clips), path.stem):
+            pixels = form.standardised(clips[index])[None]
             with torch.inference_mode():
                 full = encode_frames(model, pixels, GridMerge(keep=1.0)).hidden
             for keep in args.keep:

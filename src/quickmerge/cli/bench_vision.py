@@ -67,19 +67,16 @@ def bench_images(
 
 def _images(folder: Path, limit: int) -> tuple[list[Path], list[str] | None]:
     """Files, evenly taken from the folder, and their labels where it holds a folder for each class."""
-    from quickmerge.evaluation.images import read_labelled
+    from quickmerge.evaluation.images import evenly, read_labelled
     from quickmerge.training.data import find_data
 
     if folder.is_dir() and sum(path.is_dir() for path in folder.iterdir()) > 1:
-        found = read_labelled(folder)
-        chosen = [found[i * len(found) // min(limit, len(found))] for i in range(min(limit, len(found)))]
+        chosen = evenly(read_labelled(folder), limit)
         return [image.path for image in chosen], [image.label for image in chosen]
     data = find_data([folder])
     if data.kind != "images":
         raise QuickmergeError(f"--image must be a folder of images, got one of {data.kind}")
-    files = list(data.files)
-    count = min(limit, len(files))
-    return [files[i * len(files) // count] for i in range(count)], None
+    return evenly(data.files, limit), None
 
 
 def _model(name: str, labels: list[str] | None) -> tuple[Any, Any, list[str] | None]:

@@ -66,19 +66,23 @@ def parse_keeps(text: str) -> list[float]:
     except ValueError:
         raise QuickmergeError(f"--keep must be numbers in (0, 1] with commas (0.2,0.42), got {text!r}") from None
     for keep in keeps:
-        if not 0 < keep <= 1:
-            raise QuickmergeError(f"--keep must be a number in (0, 1], got {keep:g}")
+        check_keep(keep)
     return keeps
 
 
-def parse_reducer(name: str, keep: float) -> Reducer:
-    """A reducer by its name."""
-    from quickmerge.reducers import make_reducer
-
+def check_keep(keep: float) -> None:
+    """Raise QuickmergeError unless ``keep`` is a share in (0, 1]."""
     if not 0 < keep <= 1:
         raise QuickmergeError(f"--keep must be a number in (0, 1], got {keep:g}")
+
+
+def parse_reducer(name: str, keep: float, place: str = "text") -> Reducer:
+    """A reducer by its name, of those for language models or (``place="vision"``) for vision transformers."""
+    from quickmerge.reducers import make_reducer
+
+    check_keep(keep)
     with one_sentence():
-        return make_reducer(name, keep=keep)
+        return make_reducer(name, place=place, keep=keep)
 
 
 def add_prior(method: Reducer, prior: str) -> Reducer:

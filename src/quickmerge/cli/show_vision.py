@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quickmerge.cli.common import check_output, one_sentence, parse_layer, quiet, write_json
+from quickmerge.cli.common import check_keep, check_output, one_sentence, parse_layer, parse_reducer, quiet, write_json
 from quickmerge.errors import QuickmergeError
 
 MODEL = "vit-small-14"
@@ -21,21 +21,24 @@ def show_image(
     from rich.console import Console
 
     from quickmerge.evaluation.images import load_batch
+    from quickmerge.models import load_vision
     from quickmerge.report import merged_picture, write_picture
     from quickmerge.report.collect_vision import as_picture, patch_stages
+    from quickmerge.training.data.labelled import PixelFormat
 
     picture = picture or Path(f"{file.stem}-{reducer.split(':')[0]}.png")
     _check_suffix("--picture", picture, PICTURES)
     check_output(json, picture)
-    method, where = _method(reducer, keep), _where(remove, layer)
+    method, where = parse_reducer(reducer, keep, "vision"), _where(remove, layer)
     quiet()
-    encoder, processor = _load(model)
+    encoder, processor = load_vision(model)
+    form = PixelFormat.of(processor)
     pixels = load_batch([file], processor)
     with Console(stderr=True).status("looking"), one_sentence():
         stages, stats = patch_stages(encoder, pixels, method, where)
     if not stages:
         raise QuickmergeError(f"nothing was merged: --keep must be below 1 or --remove above 0, got {keep:g}, {remove}")
-    seen = as_picture(pixels[0], processor.image_mean, processor.image_std)
+    seen = as_picture(pixels[0], form)
     write_picture(merged_picture(seen, stages, title=f"{file.name}, {reducer}"), picture)
     print(stats)
     print(f"wrote {picture}")
@@ -47,30 +50,31 @@ def show_video(
     animation: Path | None, json: Path | None,
 ) -> None:  # fmt: skip
     """Paint the patches of a video's frames by the token that they became, across time."""
-    import torch
     from rich.console import Console
 
+    from quickmerge.models import load_vision
+    from quickmerge.reducers.grid import GridMerge
     from quickmerge.report import video_animation, video_strip, write_picture
     from quickmerge.report.collect_vision import as_picture, frame_stage
     from quickmerge.training.data import VideoClips
+    from quickmerge.training.data.labelled import PixelFormat
 
     picture = picture or Path(f"{file.stem}-{reducer.split(':')[0]}.png")
     _check_suffix("--picture", picture, PICTURES)
     if animation is not None:
         _check_suffix("--animation", animation, ANIMATIONS)
     check_output(json, picture, animation)
-    across = _across(reducer, keep)
+    check_keep(keep)
+    across = GridMerge(keep=keep) if reducer == "grid" else parse_reducer(reducer, keep, "vision")
     if not file.is_file():
         raise QuickmergeError(f"{file} can't be read: there is no such file")
     quiet()
-    encoder, processor = _load(model)
-    size = processor.crop_size or processor.size
+    encoder, processor = load_vision(model)
+    form = PixelFormat.of(processor)
     with Console(stderr=True).status("looking"), one_sentence():
-        clip = VideoClips([file], (size["height"], size["width"]), frames, stride)[0]
-        mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
-        pixels = ((clip - mean) / std)[None]
+        pixels = form.standardised(VideoClips([file], (form.height, form.width), frames, stride)[0])[None]
         stage = frame_stage(encoder, pixels, across)
-    seen = [as_picture(frame, processor.image_mean, processor.image_std) for frame in pixels[0]]
+    seen = [as_picture(frame, form) for frame in pixels[0]]
     total = stage.groups.size
     print(f"{across!r}: {stage.tokens} of {total} tokens left of {frames} frames")
     write_picture(video_strip(seen, stage, title=f"{file.name}, {reducer}"), picture)
@@ -79,29 +83,6 @@ def show_video(
         video_animation(seen, stage, animation)
         print(f"wrote {animation}")
     _write(json, file, model, reducer, keep, None, [stage], {"tokens_in": total, "tokens_out": stage.tokens})
-
-
-def _load(name: str) -> tuple[Any, Any]:
-    from quickmerge.models.vision import load_vision
-
-    return load_vision(name)
-
-
-def _method(reducer: str, keep: float) -> Any:
-    from quickmerge.reducers import make_reducer
-
-    if not 0 < keep <= 1:
-        raise QuickmergeError(f"--keep must be a number in (0, 1], got {keep:g}")
-    with one_sentence():
-        return make_reducer(reducer, place="vision", keep=keep)
-
-
-def _across(reducer: str, keep: float) -> Any:
-    from quickmerge.reducers.grid import GridMerge
-
-    if not 0 < keep <= 1:
-        raise QuickmergeError(f"--keep must be a number in (0, 1], got {keep:g}")
-    return GridMerge(keep=keep) if reducer == "grid" else _method(reducer, keep)
 
 
 def _where(remove: str | None, layer: str | None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image, ImageOps
@@ -15,7 +15,9 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.training.data.find import IMAGES
 from quickmerge.training.data.images import UNREADABLE, opaque, reason
 
-__all__ = ["LabelledImage", "load_batch", "read_labelled"]
+__all__ = ["LabelledImage", "evenly", "load_batch", "read_labelled"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, order=True)
@@ -54,6 +56,12 @@ def read_labelled(folder: Path) -> list[LabelledImage]:
         except UNREADABLE as error:
             raise _unreadable(image.path, error) from None
     return found
+
+
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most ``most`` of the items, evenly taken, in their order."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def load_batch(paths: Sequence[Path], processor: Any) -> Tensor:

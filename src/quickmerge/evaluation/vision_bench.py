@@ -36,17 +36,22 @@ class Arm:
 
     Args:
         name: what the tables call it.
-        ratio: the share of the operations that was asked for.
+        ratio: the share of the operations that was asked for, None for a method that comes as it was trained.
         attach: makes the run, None for the model as it is.
         resize: pixels of both sides that images are brought to first, None for as they are.
         model: the model that is run, None for the one that is measured; a method may have been trained with its own.
     """
 
     name: str
-    ratio: float
+    ratio: float | None
     attach: Callable[[], VisionRun] | None = None
     resize: int | None = None
     model: Any = None
+
+    @property
+    def label(self) -> str:
+        """What it is called while it is measured."""
+        return self.name if self.ratio is None else f"{self.name} {self.ratio:g}"
 
     def context(self) -> AbstractContextManager[Any]:
         """The run to enter, or nothing."""
@@ -108,7 +113,7 @@ def arms(
     shape = vision_shape(encoder)
     with torch.no_grad(), _watch(encoder) as seen:
         model(pixels[:1])
-    tokens = seen["tokens"]
+    tokens = seen["hidden"].shape[1]
     prefix = tokens - math.prod(encoder.grid(pixels))
     found: list[Arm] = []
     for ratio in ratios:
@@ -121,7 +126,7 @@ def arms(
         if smaller and pixels.ndim == 4:
             found.append(Arm("smaller images", ratio, None, _smaller(shape, encoder, ratio, pixels, prefix)))
     for reducer, own in trained:
-        found.append(Arm(reducer.label, float("nan"), _attach(own or model, reducer, None), model=own))
+        found.append(Arm(reducer.label, None, _attach(own or model, reducer, None), model=own))
     return found
 
 
@@ -149,7 +154,6 @@ def _watch(encoder: Encoder) -> Iterator[dict[str, Any]]:
 
     def note(module: Any, args: Any, output: Any) -> None:
         seen["hidden"] = output.last_hidden_state
-        seen["tokens"] = output.last_hidden_state.shape[1]
 
     handle = encoder.base.register_forward_hook(note, prepend=True)
     try:
@@ -173,8 +177,7 @@ def look(model: Any, x: Tensor, arm: Arm | None = None, grid: tuple[int, int] | 
     with torch.no_grad(), _watch(encoder) as seen, arm.context() as run:
         out = arm.run(model, images)
     hidden: Tensor = seen["hidden"].float()
-    rows, columns = encoder.grid(images)[1:]
-    frames = encoder.grid(images)[0]
+    frames, rows, columns = encoder.grid(images)
     level: Level | None = run.call.last if run is not None else None
     prefix = run.call.prefix if run is not None else hidden.shape[1] - frames * rows * columns
     weight = torch.ones(hidden.shape[:2]) if level is None else level.size.float()
@@ -234,17 +237,19 @@ def bench_images(
         raise QuickmergeError(f"labels must be one for each of {count} images, got {len(labels)}")
     if labels is not None and probe is None and classes is None:
         raise QuickmergeError("labels need classes (for a model with a head) or a probe, got neither")
-    shape = vision_shape(find_encoder(model))
+    encoder = find_encoder(model)
+    shape = vision_shape(encoder)
     everything = [Arm("full", 1.0), *methods]
     records: list[Row] = []
     first = 0
     for batch in batches:
         full = look(model, batch)
-        grid = find_encoder(model).grid(batch)[1:]
+        reference = _guess(full, classes, probe)
+        grid = encoder.grid(batch)[1:]
         for arm in everything:
-            advance(f"{arm.name} {arm.ratio:g}")
+            advance(arm.label)
             seen = full if arm.name == "full" else look(model, batch, arm, grid)
-            guess, reference = (_guess(each, classes, probe) for each in (seen, full))
+            guess = _guess(seen, classes, probe)
             pooled = F.cosine_similarity(seen.pooled, full.pooled, dim=-1)
             patches = F.cosine_similarity(seen.patches, full.patches, dim=-1).mean(-1)
             ratio = shape.ratio(int(full.entering[0]), seen.entering, seen.leaving)
@@ -252,26 +257,26 @@ def bench_images(
                 records.append({
                     "image": first + i, "method": arm.name, "asked": arm.ratio, "ratio": ratio,
                     "pooled": float(pooled[i]), "patches": float(patches[i]),
-                    "correct": None if labels is None else float(guess[i] == labels[first + i]),
-                    "agrees": None if guess is None else float(guess[i] == reference[i]),
+                    "correct": None if labels is None or guess is None else float(guess[i] == labels[first + i]),
+                    "agrees": None if guess is None or reference is None else float(guess[i] == reference[i]),
                     "tokens": sum(seen.leaving) / len(seen.leaving), "tokens_out": seen.leaving[-1],
                 })  # fmt: skip
         first += len(batch)
     return [_row(records, arm) for arm in everything], records
 
 
-def _guess(seen: Seen, classes: Sequence[Any] | None, probe: LinearProbe | None) -> list[Any]:
+def _guess(seen: Seen, classes: Sequence[Any] | None, probe: LinearProbe | None) -> list[Any] | None:
     if probe is not None:
         return list(probe.predict(seen.pooled))
     if seen.logits is None or classes is None:
-        return [None] * len(seen.pooled)
+        return None
     return [classes[i] for i in seen.logits.argmax(-1).tolist()]
 
 
 def _row(records: Sequence[Row], arm: Arm) -> Row:
-    mine = [r for r in records if r["method"] == arm.name and _same(r["asked"], arm.ratio)]
+    mine = [r for r in records if (r["method"], r["asked"]) == (arm.name, arm.ratio)]
     full = {r["image"]: r for r in records if r["method"] == "full"}
-    row: Row = {"method": arm.name, "asked": None if math.isnan(arm.ratio) else arm.ratio, "images": len(mine)}
+    row: Row = {"method": arm.name, "asked": arm.ratio, "images": len(mine)}
     for key in ("ratio", "tokens", "tokens_out"):
         row[key] = sum(r[key] for r in mine) / len(mine)
     for key in ("pooled", "patches", "correct", "agrees"):
@@ -283,10 +288,6 @@ def _row(records: Sequence[Row], arm: Arm) -> Row:
             lost = [r[key] - full[r["image"]][key] for r in mine]
             row["correct_change"], row["correct_change_low"], row["correct_change_high"] = interval(lost)
     return row
-
-
-def _same(a: float, b: float) -> bool:
-    return a == b or (math.isnan(a) and math.isnan(b))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -312,7 +313,7 @@ def time_arms(
         for round_ in range(rounds + 1):
             for turn in range(len(everything)):
                 at = (turn + round_) % len(everything)
-                advance(f"{everything[at].name} {everything[at].ratio:g}")
+                advance(everything[at].label)
                 with everything[at].context():
                     _wait(x)
                     start = time.perf_counter()
@@ -325,7 +326,7 @@ def time_arms(
         gain = [a / b for a, b in zip(spent[0], seconds, strict=True)]
         low, middle, high = quantiles(gain, n=4) if len(gain) > 1 else gain * 3
         rows.append({
-            "method": arm.name, "asked": None if math.isnan(arm.ratio) else arm.ratio, "rounds": rounds,
+            "method": arm.name, "asked": arm.ratio, "rounds": rounds,
             "batch": len(x), "seconds": median(seconds), "images_per_second": len(x) / median(seconds),
             "speedup": middle, "speedup_low": low, "speedup_high": high,
         })  # fmt: skip

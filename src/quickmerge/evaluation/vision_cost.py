@@ -51,19 +51,17 @@ class VisionShape:
 def vision_shape(encoder: Encoder) -> VisionShape:
     """The shape of a vision transformer; one on the meta device does."""
 
-    def entries(module: nn.Module) -> int:
-        return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+    first, second = [], []
+    for block in encoder.blocks:
+        # Some blocks keep the first matrix of the feed-forward half in a module of its own.
+        inner = getattr(block.module, "intermediate", None)
+        second.append(_entries(block.feed_forward) + (_entries(inner) if isinstance(inner, nn.Module) else 0))
+        first.append(_entries(block.module) - second[-1])
+    return VisionShape(tuple(first), tuple(second), encoder.config.hidden_size)
 
-    whole = [entries(block.module) for block in encoder.blocks]
-    second = [_feed_forward(block.module, block.feed_forward, entries) for block in encoder.blocks]
-    first = tuple(a - b for a, b in zip(whole, second, strict=True))
-    return VisionShape(first, tuple(second), encoder.config.hidden_size)
 
-
-def _feed_forward(block: nn.Module, module: nn.Module, entries) -> int:  # type: ignore[no-untyped-def]
-    # Some blocks keep the first matrix of the feed-forward half in a module of its own.
-    first = getattr(block, "intermediate", None)
-    return int(entries(module) + (entries(first) if isinstance(first, nn.Module) else 0))
+def _entries(module: nn.Module) -> int:
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
 def removal_at(shape: VisionShape, ratio: float, tokens: int, prefix: int) -> Removal:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from quickmerge.hosts.frames import encode_frames
 from quickmerge.hosts.summary import VisionStats
 from quickmerge.reducers import Reducer
 from quickmerge.report.patchmap_stage import PatchStage
+from quickmerge.training.data.labelled import PixelFormat
 
 
 def patch_stages(
@@ -44,12 +43,7 @@ def frame_stage(model: Any, pixels: Tensor, across: Reducer) -> PatchStage:
     return PatchStage("merged across time", tokens.slot[0].reshape(tokens.grid).cpu().numpy())
 
 
-def as_picture(pixels: Tensor, mean: list[float], std: list[float]) -> Image.Image:
+def as_picture(pixels: Tensor, form: PixelFormat) -> Image.Image:
     """What a model saw of an image ``(3, H, W)``, put back into colours."""
-    return Image.fromarray(_colours(pixels, mean, std))
-
-
-def _colours(pixels: Tensor, mean: list[float], std: list[float]) -> NDArray[np.uint8]:
-    x = pixels.float().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    colours: NDArray[np.uint8] = (x.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    return colours
+    x = form.plain(pixels.float().cpu())
+    return Image.fromarray((x.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())

@@ -57,6 +57,18 @@ class PixelFormat:
         mean, std = (processor.image_mean, processor.image_std) if scaled else ((0.0,) * 3, (1.0,) * 3)
         return cls(height, width, tuple(mean), tuple(std))
 
+    def standardised(self, x: Tensor) -> Tensor:
+        """Pixels ``(..., C, H, W)`` in [0, 1] as the model takes them."""
+        return (x - _by_channel(self.mean)) / _by_channel(self.std)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The inverse of `standardised`."""
+        return x * _by_channel(self.std) + _by_channel(self.mean)
+
+
+def _by_channel(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values)[:, None, None]
+
 
 class LabelledPictures(Dataset[tuple[Tensor, int]]):
     """Images with the numbers of their classes.
@@ -100,7 +112,6 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
         files, size = [image.path for image in images], (form.height, form.width)
         self._plain = ImageFolder(files, size)
         self._pictures = _RandomCuts(files, size, area) if augment else self._plain
-        self._mean, self._std = (torch.tensor(value)[:, None, None] for value in (form.mean, form.std))
         self._form, self._area = form, area if augment else None
 
     def __len__(self) -> int:
@@ -108,7 +119,7 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """One image, ``(3, H, W)`` float32, standardised, and the number of its class."""
-        return (self._pictures[index] - self._mean) / self._std, self._labels[index]
+        return self._form.standardised(self._pictures[index]), self._labels[index]
 
     def describe(self, index: int) -> str:
         """What an image is called."""
