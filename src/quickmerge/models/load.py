@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from quickmerge.errors import DamagedWeightsError, UnknownModelError, UnsupportedModelError, near_match
 from quickmerge.models import smollm2
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["MODELS", "find_model", "load", "verify"]
+__all__ = ["MODELS", "find_model", "load", "load_from", "verify"]
+
+T = TypeVar("T")
 
 
 def load(
@@ -53,23 +55,50 @@ def load(
         FetchError: an embedded model could not be downloaded.
         QuickmergeError: `dtype`, `device` or `attn_implementation` is not one that can be used.
     """
+    return load_from(
+        name_or_path, MODELS, read, dtype=dtype, device=device, attn_implementation=attn_implementation,
+        cache_dir=cache_dir, progress=progress,
+    )  # fmt: skip
+
+
+def load_from(
+    name_or_path: str | os.PathLike[str],
+    embedded: Mapping[str, str],
+    read: Callable[[str, dict[str, Any]], tuple[PreTrainedModel, T]],
+    *,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    attn_implementation: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    progress: bool,
+) -> tuple[PreTrainedModel, T]:
+    """Load a model of any kind and what goes with it.
+
+    Args:
+        name_or_path: as for `load`, as are the settings.
+        embedded: the embedded models of this kind.
+        read: reads a folder or hub id with settings of `from_pretrained`.
+
+    Raises:
+        What `load` raises, and what ``read`` does.
+    """
     name = os.fspath(name_or_path)
     placement = check_device(device)
     options: dict[str, Any] = {"dtype": check_dtype(dtype)}
     if attn_implementation is not None:
         options["attn_implementation"] = check_attention(attn_implementation)
-    if name in MODELS:
+    if name in embedded:
         source = str(prepare_embedded(name, cache_folder(cache_dir), progress=progress))
     else:
-        source = find_model(name)
+        source = find_model(name, embedded)
     with saying(f"loading {name}", progress=progress, only_on_terminal=True):
         try:
-            model, tokenizer = read(source, options)
+            model, companion = read(source, options)
         except DamagedWeightsError:
-            if name in MODELS:  # we know what every file should be, so say which one is not
+            if name in embedded:  # we know what every file should be, so say which one is not
                 check_embedded(name, Path(source))
             raise
-        return model.to(placement).eval(), tokenizer
+        return model.to(placement).eval(), companion
 
 
 def verify(name: str = smollm2.NAME, *, cache_dir: str | os.PathLike[str] | None = None) -> Path:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
-from quickmerge.errors import DamagedWeightsError, QuickmergeError, near_match
-from quickmerge.models.cache import cache_folder
-from quickmerge.models.console import saying
-from quickmerge.models.embedded import VISION_MODELS, check_embedded, prepare_embedded
-from quickmerge.models.load import find_model
-from quickmerge.models.options import check_attention, check_device, check_dtype
+from quickmerge.errors import QuickmergeError, near_match
+from quickmerge.models.embedded import VISION_MODELS
+from quickmerge.models.load import load_from
 from quickmerge.models.read_vision import Task, read_vision
 
 if TYPE_CHECKING:
@@ -56,23 +52,10 @@ def load_vision(
         FetchError: an embedded model could not be downloaded.
         QuickmergeError: `dtype`, `device`, `attn_implementation` or `task` is not one that can be used.
     """
-    name = os.fspath(name_or_path)
     if task not in get_args(Task):
         tasks = get_args(Task)
         raise QuickmergeError(f"task is {task!r}{near_match(str(task), tasks)}, but must be one of: {', '.join(tasks)}")
-    placement = check_device(device)
-    options: dict[str, Any] = {"dtype": check_dtype(dtype)}
-    if attn_implementation is not None:
-        options["attn_implementation"] = check_attention(attn_implementation)
-    if name in VISION_MODELS:
-        source = str(prepare_embedded(name, cache_folder(cache_dir), progress=progress))
-    else:
-        source = find_model(name, VISION_MODELS)
-    with saying(f"loading {name}", progress=progress, only_on_terminal=True):
-        try:
-            model, processor = read_vision(source, task, options)
-        except DamagedWeightsError:
-            if name in VISION_MODELS:  # we know what every file should be, so say which one is not
-                check_embedded(name, Path(source))
-            raise
-        return model.to(placement).eval(), processor
+    return load_from(
+        name_or_path, VISION_MODELS, lambda source, options: read_vision(source, task, options), dtype=dtype,
+        device=device, attn_implementation=attn_implementation, cache_dir=cache_dir, progress=progress,
+    )  # fmt: skip
