@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from quickmerge.prior import Prior as Prior
     from quickmerge.prior import QuickMergePrior as QuickMergePrior
     from quickmerge.prior import Surprise as Surprise
+    from quickmerge.reducers import SCOPE as SCOPE
     from quickmerge.reducers import Attention as Attention
     from quickmerge.reducers import DynamicViT as DynamicViT
     from quickmerge.reducers import Pool as Pool
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from quickmerge.reducers import ToFu as ToFu
     from quickmerge.reducers import ToMe as ToMe
     from quickmerge.reducers import TopNorm as TopNorm
+    from quickmerge.reducers import TrimTokenator as TrimTokenator
     from quickmerge.reducers import Truncate as Truncate
     from quickmerge.reducers import Uniform as Uniform
     from quickmerge.tokens import Count as Count
@@ -49,6 +51,7 @@ _HOME = {
     "models": ("load", "load_vision"),
     "prior": ("Prior", "QuickMergePrior", "Surprise"),
     "reducers": (
+        "SCOPE",
         "Attention",
         "DynamicViT",
         "Pool",
@@ -59,6 +62,7 @@ _HOME = {
         "ToFu",
         "ToMe",
         "TopNorm",
+        "TrimTokenator",
         "Truncate",
         "Uniform",
     ),

@@ -22,7 +22,7 @@ from quickmerge.reducers import REDUCERS, VISION_REDUCERS, Attention, Reducer, m
 from quickmerge.reducers.vision import key_bias, sees_all, voters
 from quickmerge.tokens import AttentionTrace, Count, Entropy, Mass, MergePlan, Ratio, TokenView
 
-NAMES = ("quickmerge", "tome", "tofu", "attention", "topnorm", "uniform", "random", "pool")
+NAMES = ("quickmerge", "tome", "tofu", "attention", "topnorm", "uniform", "random", "pool", "scope")
 LAWFUL = pytest.mark.parametrize("name", NAMES)
 MERGES = ("quickmerge", "tome", "tofu", "pool")
 MATCHES = ("quickmerge", "tome", "tofu")
@@ -205,7 +205,7 @@ def test_what_a_reducer_lacks_is_named(name: str) -> None:
     full = make(1, 9, 1, 0)
     bare = TokenView(full.hidden, prefix=1, grid=None if name == "pool" else full.grid, layer=6, depth=12)
     reducer = made(name, Count(4))
-    if name in (*MATCHES, "attention"):
+    if name in (*MATCHES, "attention", "scope"):
         with pytest.raises(ValueError, match=r"attention must hold .* got none"):
             reducer.plan(bare)
     elif name == "pool":
@@ -238,7 +238,7 @@ def test_names_and_places_that_are_not_known() -> None:
         made("tofo", 0.5)
     with pytest.raises(UnknownReducerError, match="got 'tofu'"):
         make_reducer("tofu")
-    with pytest.raises(ValueError, match="place must be one of text, vision, got 'video'"):
+    with pytest.raises(ValueError, match="place must be one of text, vision, visual, got 'video'"):
         make_reducer("tome", place="video")
 
 

@@ -32,10 +32,15 @@ def ls(json: JSON = None) -> None:
     ]
     check_output(json)
     console = Console()
-    for place, title in (("text", "Reducers for language models"), ("vision", "Reducers for vision transformers")):
+    for place, title in (
+        ("text", "Reducers for language models"),
+        ("vision", "Reducers for vision transformers"),
+        ("visual", "Further reducers for the visual tokens of a language model"),
+    ):
         table = Table("reducer", "what it does", "settings (defaults)", "source", title=title, show_lines=True)
         for r in reducers:
-            if r["place"] == place:
+            further = place == "visual" and r["name"] in PLACES["vision"]
+            if r["place"] == place and not further:
                 settings = ", ".join(f"{k}={v}" for k, v in r["settings"].items())  # type: ignore[attr-defined]
                 table.add_row(f"[bold]{r['name']}[/]", " ".join(str(r["about"]).split()), settings, str(r["source"]))
         console.print(table)

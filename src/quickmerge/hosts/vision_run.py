@@ -69,7 +69,7 @@ def schedule_for(
     if not isinstance(reducer, Reducer):
         raise ValueError(f"reducer must be a quickmerge reducer such as ToMe(), got {reducer!r}")
     if "vision" not in reducer.places:
-        raise ValueError(f"reducer {reducer.name} is for text; a vision transformer takes those of `quickmerge ls`")
+        raise ValueError(f"reducer {reducer.name} is not for vision transformers; those of `quickmerge ls` are")
     blocks: tuple[int, ...] = ()
     if layer is None:
         layer = reducer.stages(len(encoder))

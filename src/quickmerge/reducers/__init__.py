@@ -12,9 +12,11 @@ from quickmerge.reducers.pooling import Pool
 from quickmerge.reducers.quickmerge import QuickMerge
 from quickmerge.reducers.quickmerge_vision import QuickMergeVision
 from quickmerge.reducers.random import Random
+from quickmerge.reducers.scope import SCOPE
 from quickmerge.reducers.tofu import ToFu
 from quickmerge.reducers.tome import ToMe
 from quickmerge.reducers.topnorm import TopNorm
+from quickmerge.reducers.trimtokenator import TrimTokenator
 from quickmerge.reducers.truncate import Truncate
 from quickmerge.reducers.uniform import Uniform
 
@@ -24,20 +26,24 @@ REDUCERS: dict[str, type[Reducer]] = {
 """Every reducer for language models by the name the command line knows it by."""
 
 VISION_REDUCERS: dict[str, type[Reducer]] = {
-    cls.name: cls for cls in (QuickMergeVision, ToMe, ToFu, Attention, TopNorm, Uniform, Random, Pool)
+    cls.name: cls for cls in (QuickMergeVision, ToMe, ToFu, SCOPE, Attention, TopNorm, Uniform, Random, Pool)
 }
 """Every untrained reducer for vision transformers by name; ``quickmerge`` is another class than in a language model.
 `DynamicViT` is loaded from the folder that its training wrote."""
 
-PLACES = {"text": REDUCERS, "vision": VISION_REDUCERS}
+VISUAL_TOKEN_REDUCERS: dict[str, type[Reducer]] = VISION_REDUCERS | {TrimTokenator.name: TrimTokenator}
+"""Every untrained reducer for the visual tokens that a language model is given, where the question is known too."""
+
+PLACES = {"text": REDUCERS, "vision": VISION_REDUCERS, "visual": VISUAL_TOKEN_REDUCERS}
 
 
 def make_reducer(name: str, *, place: str = "text", **settings: Any) -> Reducer:
     """A reducer by name, with its settings; ``name`` may carry some itself: ``"quickmerge:recency=0.5:pool=31"``.
 
     Args:
-        name: one of `REDUCERS`, or of `VISION_REDUCERS`.
-        place: ``"text"`` for a language model, ``"vision"`` for a vision transformer.
+        name: one of `REDUCERS`, of `VISION_REDUCERS` or of `VISUAL_TOKEN_REDUCERS`.
+        place: ``"text"`` for a language model, ``"vision"`` for a vision transformer, ``"visual"`` for the
+            visual tokens in front of one.
         settings: of the reducer, such as ``keep``.
 
     Raises:
@@ -73,7 +79,9 @@ def _value(text: str) -> Any:
 
 __all__ = [
     "REDUCERS",
+    "SCOPE",
     "VISION_REDUCERS",
+    "VISUAL_TOKEN_REDUCERS",
     "Attention",
     "DynamicViT",
     "Pool",
@@ -85,6 +93,7 @@ __all__ = [
     "ToFu",
     "ToMe",
     "TopNorm",
+    "TrimTokenator",
     "Truncate",
     "Uniform",
     "make_reducer",

@@ -29,6 +29,10 @@ class TokenView:
             ask for any.
         grid: ``(T, H, W)`` for images and video, else None.
         text: ``(B, M, D)`` text features, for methods that need the question, else None.
+        text_valid: ``(B, M)`` bool, False for padding of the text. Default, where there is a text: all.
+        saliency: ``(B, N)`` finite and non-negative, how much each token matters, where the host has measured it
+            elsewhere (the attention of a class token that is not among these tokens, say); padding may hold anything.
+            Else None.
         surprise: ``(B,)`` how much more surprising than usual the tokens before these were, for budgets that ask;
             else None.
         layer: the block in which, or in front of which, the tokens stand, for methods that go by it; else None.
@@ -50,6 +54,8 @@ class TokenView:
     attention: Sequence[AttentionTrace] = ()
     grid: tuple[int, int, int] | None = None
     text: Tensor | None = None
+    text_valid: Tensor | None = None
+    saliency: Tensor | None = None
     surprise: Tensor | None = None
     layer: int | None = None
     depth: int | None = None
@@ -78,6 +84,38 @@ class TokenView:
             raise ValueError(f"length must have shape {tuple(shape[:1])}, got {tuple(self.length.shape)}")
         if self.prefix is None and not bool(self.valid.any(-1).all()):
             raise ValueError("valid must mark at least one token in every row, got a row that is all padding")
+        self._check_text()
+        self._check_saliency()
+
+    def _check_text(self) -> None:
+        if self.text is None:
+            if self.text_valid is not None:
+                raise ValueError("text_valid must be left out where there is no text")
+            return
+        if self.text.ndim != 3 or len(self.text) != len(self.hidden) or self.text.shape[1] == 0:
+            raise ValueError(
+                f"text must be ({len(self.hidden)}, text tokens, features) with a token at least, "
+                f"got shape {tuple(self.text.shape)}"
+            )
+        shape = self.text.shape[:2]
+        if self.text_valid is None:
+            object.__setattr__(self, "text_valid", torch.ones(shape, dtype=torch.bool, device=self.text.device))
+        elif self.text_valid.shape != shape:
+            raise ValueError(f"text_valid must have shape {tuple(shape)}, got {tuple(self.text_valid.shape)}")
+        elif self.prefix is None and not bool(self.text_valid.any(-1).all()):
+            raise ValueError("text_valid must mark at least one token in every row, got a row that is all padding")
+
+    def _check_saliency(self) -> None:
+        if self.saliency is None:
+            return
+        if self.saliency.shape != self.hidden.shape[:2]:
+            raise ValueError(
+                f"saliency must have shape {tuple(self.hidden.shape[:2])}, got {tuple(self.saliency.shape)}"
+            )
+        if self.prefix is None:
+            wrong = self.valid & ~(self.saliency.isfinite() & (self.saliency >= 0))
+            if bool(wrong.any()):
+                raise ValueError(f"saliency must be finite and not negative, got {float(self.saliency[wrong][0])}")
 
     def _fill_prefix(self, shape: torch.Size, device: torch.device) -> None:
         if self.valid is not None or self.protected is not None:
