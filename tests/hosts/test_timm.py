@@ -549,7 +549,7 @@ def test_schedules_and_listed_blocks() -> None:
         ({"layer": Removal((1, 2, 3, 4))}, "at most 3 numbers"),
         ({"layer": qm.Schedule((1,))}, "got a Schedule"),
         ({"mode": "block_causal"}, "mode is for language models"),
-        ({"reducer": qm.Truncate()}, "reducer truncate is for text"),
+        ({"reducer": qm.Truncate()}, "reducer truncate is not for vision"),
     ],
 )
 def test_bad_settings_are_told(more: dict[str, Any], message: str) -> None:

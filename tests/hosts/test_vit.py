@@ -384,7 +384,7 @@ def test_other_sizes_of_images() -> None:
         ({"layer": Removal((1, 2, 3, 4, 5))}, "at most 4 numbers"),
         ({"layer": qm.Schedule((1,))}, "got a Schedule"),
         ({"mode": "block_causal"}, "mode is for language models"),
-        ({"reducer": qm.Truncate()}, "reducer truncate is for text"),
+        ({"reducer": qm.Truncate()}, "reducer truncate is not for vision"),
         ({"reducer": qm.ToMe(keep=qm.Entropy())}, "layer must say which blocks merge"),
         ({"reducer": "tome"}, "reducer must be a quickmerge reducer"),
     ],
