@@ -1,13 +1,16 @@
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.training.data import ImageFolder
+from quickmerge.training.data.images import open_image, opened
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -115,6 +118,58 @@ def test_a_broken_image_is_named(tmp_path: Path, damage: str, suffix: str) -> No
     with pytest.raises(QuickmergeError, match=rf"a\.{suffix} can't be read as an image: \w") as told:
         ImageFolder([path], 8)[0]
     assert "\n" not in str(told.value)
+
+
+def bomb(path: Path, width: int, height: int) -> Path:
+    """A small file that claims a size; what follows would take its memory to decode."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(10_000_000))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+    return path
+
+
+@pytest.mark.parametrize("side", [11_600, 13_000, 60_000])  # below, and above, what Pillow itself refuses
+def test_a_bomb_is_refused_before_it_is_decoded(
+    tmp_path: Path, side: int, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = bomb(tmp_path / "a.png", side, side)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda _: pytest.fail("decoded"))
+    words = r"a\.png can't be read as an image: it has more than 134 million pixels"
+    for read in (open_image, lambda file: ImageFolder([file], 8)[0]):
+        with pytest.raises(QuickmergeError, match=words):
+            read(path)
+    assert not [warning for warning in recwarn if issubclass(warning.category, Image.DecompressionBombWarning)]
+
+
+def test_a_large_photograph_is_no_bomb(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    path = tmp_path / "a.png"
+    Image.new("1", (12_032, 9_024)).save(path)  # 108 megapixels, as telephones have them
+    with opened(path) as image:
+        assert image.size == (12_032, 9_024)
+    assert not recwarn.list
+
+
+def test_an_image_is_opened_as_it_is_meant_to_be_seen(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the first row is the right side
+    halves((255, 0, 0, 255), (0, 0, 255, 0), "RGBA", (16, 8)).save(tmp_path / "a.png", exif=exif)
+    image = open_image(tmp_path / "a.png")
+    assert (image.mode, image.size) == ("RGB", (8, 16))
+    assert image.getpixel((0, 0)) == RED and image.getpixel((0, 15)) == (255, 255, 255)
+
+
+def test_what_goes_wrong_with_an_open_image_is_told(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(QuickmergeError, match=r"a\.png can't be read as an image: broken"), opened(tmp_path / "a.png"):
+        raise ValueError("broken")
+    with pytest.raises(QuickmergeError, match=r"^as it was$"), opened(tmp_path / "a.png"):
+        raise QuickmergeError("as it was")
+    with pytest.raises(QuickmergeError, match="can't be read as an image: Is a directory"):
+        open_image(tmp_path)
 
 
 def test_images_that_are_open_already() -> None:

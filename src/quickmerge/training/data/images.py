@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,47 @@ from quickmerge.training.data.fit import Size, height_and_width
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for files that are broken, each decoder in its own way."""
+MOST_PIXELS = 128 * 2**20
+"""Larger images are not decoded: a small file may claim any size, and take all memory."""
 SAMPLES = 64
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image file whose size is known and allowed, and whose pixels are not decoded yet.
+
+    Whatever goes wrong with it inside the ``with`` block is told in one sentence.
+
+    Raises:
+        QuickmergeError: there is no such file, it is no image, it breaks off, or it has more than `MOST_PIXELS`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is stricter
+            image = Image.open(path)
+        with image:
+            if image.width * image.height > MOST_PIXELS:
+                raise Image.DecompressionBombError
+            yield image
+    except QuickmergeError:
+        raise
+    except UNREADABLE as error:
+        raise QuickmergeError(f"{path} can't be read as an image: {reason(error)}") from None
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file as it is meant to be seen: decoded, upright, in RGB, and white where it was transparent.
+
+    Raises:
+        QuickmergeError: it can't be read, or is too large; see `opened`.
+    """
+    with opened(path) as image:
+        return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned as its camera was held, in RGB, and white where it was transparent."""
+    return opaque(ImageOps.exif_transpose(image)).convert("RGB")
 
 
 class ImageFolder(Dataset[Tensor]):
@@ -50,11 +92,7 @@ class ImageFolder(Dataset[Tensor]):
         """One image, ``(channels, H, W)`` float32 in [0, 1]."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        try:
-            image = self._open(index)
-        except UNREADABLE as error:
-            called = self._path(index) or self.describe(index)
-            raise QuickmergeError(f"{called} can't be read as an image: {reason(error)}") from None
+        image = self._open(index)
         pixels = torch.from_numpy(np.atleast_3d(np.array(image)))
         return pixels.permute(2, 0, 1).contiguous() / 255
 
@@ -72,11 +110,16 @@ class ImageFolder(Dataset[Tensor]):
         return digest.hexdigest()
 
     def _open(self, index: int) -> Image.Image:
-        source = self._files[index]
-        if isinstance(source, Image.Image):
+        path = self._path(index)
+        if path is not None:
+            with opened(path) as image:
+                return self._fit(image)
+        try:
+            source = self._files[index]  # of a column of a dataset this decodes it
+            assert isinstance(source, Image.Image)
             return self._fit(source)
-        with Image.open(source) as image:
-            return self._fit(image)
+        except UNREADABLE as error:
+            raise QuickmergeError(f"{self.describe(index)} can't be read as an image: {reason(error)}") from None
 
     def _fit(self, image: Image.Image) -> Image.Image:
         upright = opaque(ImageOps.exif_transpose(image)).convert("RGB" if self.channels == 3 else "L")
@@ -104,4 +147,6 @@ def reason(error: BaseException) -> str:
         return error.strerror
     if isinstance(error, UnidentifiedImageError):
         return "its content is of no known image format"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {MOST_PIXELS // 10**6} million pixels"
     return str(error) or type(error).__name__

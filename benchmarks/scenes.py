@@ -1,0 +1,83 @@
+"""Draw the scenes that answers of vision-language models are trained and measured on.
+
+    python benchmarks/scenes.py [--out DIR] [--train N] [--val N] [--test N]
+
+Writes scenes/{train,val,test}/, pictures of 224 x 224 pixels with shapes, words and digits, and beside them
+annotations.jsonl, what is on each and 8 to 12 questions with their answers, into the cache folder (or DIR). Other
+numbers of pictures than the usual go to a folder of their own. The same pictures come out every time; no scene of one
+split is in another. A second run finds everything whole and does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from annotated_pictures import Picture, write_all
+from asking import Asker
+from pictures import SAY
+from scene_drawing import draw_picture
+from scene_questions import candidates
+from scene_things import SPLITS, Scene, draw_scene
+
+from quickmerge.errors import QuickmergeError
+from quickmerge.models import cache_folder
+
+SEED = 0
+USUAL = {"train": 4000, "val": 100, "test": 300}
+ABOUT = {"seed": SEED, "recipe": 2, "source": "benchmarks/scenes.py", "licence": "Apache-2.0"}
+"""The recipe counts up when other pictures or questions come out."""
+
+
+def scenes(split: str, count: int) -> Iterator[Scene]:
+    """The first scenes of a split, no two with the same things at the same places."""
+    assert split in SPLITS
+    seen = set()
+    for index in range(count):
+        draw = random.Random(f"{SEED} {split} {index}")
+        scene = draw_scene(split, draw)
+        while (key := frozenset((thing.label, thing.colour, thing.cells) for thing in scene.things)) in seen:
+            scene = draw_scene(split, draw)
+        seen.add(key)
+        yield scene
+
+
+def pictures(split: str, count: int) -> Iterator[Picture]:
+    """The first pictures of a split, with their questions."""
+    asker = Asker()
+    for index, scene in enumerate(scenes(split, count)):
+        draw = random.Random(f"{SEED} {split} {index} questions")
+        asked = asker.ask(candidates(scene, draw), draw)
+        file = io.BytesIO()
+        draw_picture(scene, index).save(file, "PNG", compress_level=5)
+        questions = [(one.kind, one.question, one.answer) for one in asked]
+        yield Picture(file.getvalue(), scene.labels, questions, [(thing.text, thing.box) for thing in scene.things])
+
+
+def main() -> int:
+    """Run the command line; 0 when everything is there."""
+    parser = argparse.ArgumentParser(description="Draw the scenes of the benchmark.")
+    parser.add_argument("--out", type=Path, help="where to write them (default: the cache folder)")
+    for split, usual in USUAL.items():
+        parser.add_argument(f"--{split}", type=int, default=usual, help=f"pictures (default: {usual})")
+    given = parser.parse_args()
+    counts = {split: getattr(given, split) for split in USUAL}
+    if min(counts.values()) < 1:
+        parser.error(f"--train, --val and --test must be at least 1, got {', '.join(map(str, counts.values()))}")
+    out: Path = (given.out or cache_folder()).expanduser().absolute()
+    name = "scenes" if counts == USUAL else "-".join(["scenes", *map(str, counts.values())])
+    try:
+        return write_all(
+            out / name, {split: (count, pictures(split, count)) for split, count in counts.items()}, ".png", ABOUT
+        )
+    except QuickmergeError as error:
+        SAY.print(str(error), markup=False)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
