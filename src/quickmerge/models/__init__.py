@@ -1,4 +1,4 @@
-"""Loading: any Hugging Face causal language or vision model, and embedded defaults that need no hub."""
+"""Loading: any Hugging Face language, vision or vision-language model, and embedded defaults that need no hub."""
 
 from quickmerge.errors import (
     CacheFolderError,
@@ -11,6 +11,7 @@ from quickmerge.models.cache import cache_folder
 from quickmerge.models.load import MODELS, find_model, load, verify
 from quickmerge.models.shape import load_shape_only
 from quickmerge.models.vision import VISION_MODELS, load_vision
+from quickmerge.models.vlm import ask_inputs, load_vlm
 
 __all__ = [
     "MODELS",
@@ -20,10 +21,12 @@ __all__ = [
     "FetchError",
     "UnknownModelError",
     "UnsupportedModelError",
+    "ask_inputs",
     "cache_folder",
     "find_model",
     "load",
     "load_shape_only",
     "load_vision",
+    "load_vlm",
     "verify",
 ]

@@ -11,7 +11,14 @@ from quickmerge.errors import DamagedWeightsError, UnknownModelError, Unsupporte
 from quickmerge.models import smollm2
 from quickmerge.models.cache import cache_folder
 from quickmerge.models.console import saying
-from quickmerge.models.embedded import MODELS, VISION_MODELS, check_embedded, embedded_folder, prepare_embedded
+from quickmerge.models.embedded import (
+    MODELS,
+    SENTENCE_MODELS,
+    VISION_MODELS,
+    check_embedded,
+    embedded_folder,
+    prepare_embedded,
+)
 from quickmerge.models.folder import check_model_folder
 from quickmerge.models.options import check_attention, check_device, check_dtype
 from quickmerge.models.read import read
@@ -111,7 +118,7 @@ def verify(name: str = smollm2.NAME, *, cache_dir: str | os.PathLike[str] | None
         UnknownModelError: `name` is not an embedded model.
         DamagedWeightsError: a file is missing, or is not what was written.
     """
-    known = [*MODELS, *VISION_MODELS]
+    known = [*MODELS, *VISION_MODELS, *SENTENCE_MODELS]
     if name not in known:
         raise UnknownModelError(f"name is {name!r}{near_match(name, known)}, but must be one of: {', '.join(known)}")
     folder = embedded_folder(name, cache_folder(cache_dir))
@@ -138,7 +145,10 @@ def find_model(name: str, embedded: Mapping[str, str] = MODELS) -> str:
         raise UnsupportedModelError(f"{name} is a vision model, not a causal language model: open it with load_vision")
     if name not in embedded and name in MODELS:
         raise UnsupportedModelError(f"{name} is a causal language model, not a vision model: open it with load")
-    allowed = f"give an embedded name ({', '.join(embedded)}), a local model folder, or a hub id such as owner/name"
+    if name not in embedded and name in SENTENCE_MODELS:
+        raise UnsupportedModelError(f"{name} is a sentence encoder: open it with quickmerge.recognition.sentence")
+    known = f"an embedded name ({', '.join(embedded)}), " if embedded else ""
+    allowed = f"give {known}a local model folder, or a hub id such as owner/name"
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         check_model_folder(folder)

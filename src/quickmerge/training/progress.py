@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Show", "say", "shown"]
+__all__ = ["Show", "say", "share_shown", "shown"]
 
 Show = Callable[[int, float, float], None]
 """Called after a step with the steps done, the loss and the items per second."""
@@ -40,6 +40,18 @@ def shown(done: int, steps: int, visible: bool) -> Iterator[Show]:
             bar.update(task, completed=done, measured=f"loss {loss:.4g}, {speed:.3g} items/s, left")
 
         yield show
+
+
+@contextmanager
+def share_shown(what: str) -> Iterator[Callable[[float], None]]:
+    """A progress bar of something that tells the share of it that is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=1.0)
+        yield lambda share: bar.update(task, completed=share)
 
 
 def say(sentence: str) -> None:
