@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from quickmerge.errors import QuickmergeError as QuickmergeError
     from quickmerge.hosts import Run as Run
     from quickmerge.hosts import VisionRun as VisionRun
+    from quickmerge.hosts import VlmRun as VlmRun
     from quickmerge.hosts import reduce as reduce
     from quickmerge.models import load as load
     from quickmerge.models import load_vision as load_vision
+    from quickmerge.models import load_vlm as load_vlm
     from quickmerge.prior import Prior as Prior
     from quickmerge.prior import QuickMergePrior as QuickMergePrior
     from quickmerge.prior import Surprise as Surprise
+    from quickmerge.recognition import Recognizer as Recognizer
     from quickmerge.reducers import SCOPE as SCOPE
     from quickmerge.reducers import Attention as Attention
     from quickmerge.reducers import DynamicViT as DynamicViT
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from quickmerge.reducers import TrimTokenator as TrimTokenator
     from quickmerge.reducers import Truncate as Truncate
     from quickmerge.reducers import Uniform as Uniform
+    from quickmerge.reducers import select_visual_tokens as select_visual_tokens
     from quickmerge.tokens import Count as Count
     from quickmerge.tokens import Entropy as Entropy
     from quickmerge.tokens import Mass as Mass
@@ -47,9 +51,10 @@ __version__ = "0.1.0"
 _HOME = {
     "data": ("shipped_prior",),
     "errors": ("QuickmergeError",),
-    "hosts": ("Run", "VisionRun", "reduce"),
-    "models": ("load", "load_vision"),
+    "hosts": ("Run", "VisionRun", "VlmRun", "reduce"),
+    "models": ("load", "load_vision", "load_vlm"),
     "prior": ("Prior", "QuickMergePrior", "Surprise"),
+    "recognition": ("Recognizer",),
     "reducers": (
         "SCOPE",
         "Attention",
@@ -65,6 +70,7 @@ _HOME = {
         "TrimTokenator",
         "Truncate",
         "Uniform",
+        "select_visual_tokens",
     ),
     "tokens": ("Count", "Entropy", "Mass", "MergePlan", "Ratio", "Removal", "Schedule", "TokenView"),
 }

@@ -25,7 +25,7 @@ from quickmerge.tokens import (
     bidirectional_attention,
     received_attention,
 )
-from quickmerge.tokens.saliency import BLOCK, last_rows, pool
+from quickmerge.tokens.saliency import BLOCK, attention_from, last_rows, pool
 
 DOUBLE = (torch.float64,)
 
@@ -110,6 +110,17 @@ def test_received_attention(view: TokenView, window: int, moment: int) -> None:
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, slow_received(trace, view, window, moment), rtol=0, atol=1e-10)
     assert (got[~view.valid[:, None].expand_as(got)] == 0).all() and (got >= 0).all()
+
+
+@prop(30)
+@given(probed(max_tokens=40), st.integers(1, 45), moments)
+def test_chosen_voters_vote_like_the_last_ones_where_these_are_chosen(
+    view: TokenView, window: int, moment: int
+) -> None:
+    (trace,) = view.attention
+    rows, real = last_rows(view.valid, window)
+    got = attention_from(trace, torch.where(real, rows, -1), view.valid, view.position, moment)
+    torch.testing.assert_close(got, slow_received(trace, view, window, moment), rtol=0, atol=1e-10)
 
 
 @prop(30)

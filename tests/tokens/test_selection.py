@@ -290,16 +290,23 @@ def test_similarities_are_whole_units_and_nothing_flows_back() -> None:
 
 def test_keeping_only_what_was_chosen() -> None:
     hidden = torch.randn(2, 6, 3, generator=generator(0))
-    chosen = torch.tensor([[1, 0, 1, 0, 0, 1], [1, 0, 0, 1, 1, 0]]).bool()
+    everywhere = Selection(torch.tensor([[5, 0, 2], [0, 4, 3]]), 6)
+    behind = Selection(torch.tensor([[4, 1], [3, 2]]), 5)
     plain, shaped = TokenView(hidden), TokenView(hidden, prefix=1)
-    for view, left in ((plain, None), (plain, 3), (shaped, 3)):
+    for view, chosen, left, order in (
+        (plain, everywhere, None, [[5, 0, 2], [0, 4, 3]]),
+        (plain, everywhere, 3, [[5, 0, 2], [0, 4, 3]]),
+        (shaped, behind, 3, [[5, 2], [4, 3]]),
+    ):
         plan = keep_only(view, chosen, left)
         plan.check(view)
         assert plan.position.tolist() == [[0, 2, 5], [0, 3, 4]]
         assert (plan.seat is not None) == (view is shaped)
+        assert plan.order is not None and plan.order.tolist() == order
     valid = torch.tensor([[1, 1, 1, 0, 0, 0], [1] * 6]).bool()
-    plan = keep_only(TokenView(hidden, valid=valid), torch.ones_like(valid))
-    assert plan.valid.sum(-1).tolist() == [3, 6]
+    chosen = Selection(torch.tensor([[2, 0, 1, -1, -1, -1], [3, 5, 0, 1, 2, 4]]), 6)
+    plan = keep_only(TokenView(hidden, valid=valid), chosen)
+    assert plan.valid.sum(-1).tolist() == [3, 6] and torch.equal(plan.order, chosen.order)
 
 
 def test_bad_arguments_are_named() -> None:

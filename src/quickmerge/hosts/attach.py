@@ -13,6 +13,8 @@ from quickmerge.hosts.encoder import holds_encoder
 from quickmerge.hosts.timm_encoder import holds_timm
 from quickmerge.hosts.timm_vit import reduce_timm
 from quickmerge.hosts.vit import reduce_vit
+from quickmerge.hosts.vlm import reduce_vlm
+from quickmerge.hosts.vlm_structure import holds_vlm
 from quickmerge.reducers.base import Reducer
 from quickmerge.tokens.removal import Removal
 from quickmerge.tokens.schedule import Schedule
@@ -33,6 +35,7 @@ def reduce(
     chunk: int = 128,
     window: int = 64,
     unmerge: bool = False,
+    positions: str = "kept",
 ) -> Any:
     """Make ``model`` read with fewer tokens while the returned run is entered as a context manager.
 
@@ -48,9 +51,20 @@ def reduce(
     alone. What the model pools, it pools as if every original token that was not dropped were still there. Enter the
     run before `torch.compile` or `torch.export`.
 
+    In a vision-language model visual tokens alone are taken out, a picture (or video) at a time with a budget of its
+    own, behind the projector or in front of blocks of the language model. The tower and the projector run as always,
+    and so do ``generate`` and its check of placeholders. Every other token stays. Behind the projector a method sees
+    the visual tokens as the language model gets them, or the features of the tower where it is made for these (SCOPE),
+    with what it asks for: attention and keys of the tower's layer, the embeddings of the instruction, the grid. Inside
+    it sees the residual stream, and attention and keys of the block below. Rows that end with different numbers of
+    tokens are padded on the left. Pictures of a later turn, read behind a filled cache, are read in full, and so are
+    those that come in ``inputs_embeds`` without ids. A picture of LLaVA-NeXT is one set of tokens with its crops, but
+    every tile of Idefics3 and SmolVLM is a picture.
+
     Args:
         model: a causal LM of one of the proven families (`quickmerge.hosts.FAMILIES`), or a vision transformer of one
-            (`quickmerge.hosts.VISION_FAMILIES`), or timm's ``VisionTransformer`` or a module that holds one.
+            (`quickmerge.hosts.VISION_FAMILIES`), or timm's ``VisionTransformer`` or a module that holds one, or a
+            vision-language model of one of `quickmerge.hosts.VLM_FAMILIES`.
         reducer: the method, with its ``keep``.
         layer: in ``prefix`` mode the first block that reads the reduced sequence, 1..L-1; a list of such blocks
             or a `Schedule` merges at several depths. Default: blocks 4/15 and 5/6 of the way up (8 and 25 of
@@ -58,7 +72,10 @@ def reduce(
             or the block in front of which a `Surprise` budget reads. In a vision transformer a `Removal`, which says
             how many tokens every block takes out; or a block, or a list of them, 0..L-1, of which the i-th leaves the
             share ``keep^i`` of the patches (or what the budget says). Default: the constant `Removal` with which the
-            blocks together read the share ``keep``, or the blocks for which the method was trained.
+            blocks together read the share ``keep``, or the blocks for which the method was trained. In a
+            vision-language model 0, behind the projector, which is the default; a block 1..L-1 of its language model;
+            or a list of these, of which the i-th leaves the share ``keep^i`` of the visual tokens (or what the budget
+            says). More tokens than there are asks for all.
         mode: ``"prefix"`` or ``"block_causal"``; language models only, as are the settings from here to ``window``.
         sinks: tokens at the start of every sequence that stay alone.
         recent: in ``prefix`` mode, tokens at the end of every prompt that stay alone; at least 1, since the last
@@ -70,9 +87,12 @@ def reduce(
         unmerge: vision transformers only: give back ``last_hidden_state`` at full length, every patch with the features
             of its slot and zeros where it was dropped; of a model of timm, what ``forward_features`` and
             ``forward_intermediates`` give (the latter needs it).
+        positions: vision-language models only, and of no account inside: ``"kept"``, every token keeps the position
+            that it had, and the next one gets the one that it would have had; or ``"consecutive"``, as if the prompt
+            had been shorter from the first (LLaVA, LLaVA-NeXT, Idefics3 and SmolVLM only).
 
     Returns:
-        A `Run` or a `VisionRun`: enter it with ``with``; afterwards ask it for its ``summary()``.
+        A `Run`, a `VisionRun` or a `VlmRun`: enter it with ``with``; afterwards ask it for its ``summary()``.
 
     Raises:
         UnsupportedModelError: for a model that can't be served, naming its class.
@@ -86,6 +106,17 @@ def reduce(
         "chunk": chunk,
         "window": window,
     }
+    if holds_vlm(model):
+        for name, value in (text | {"unmerge": unmerge}).items():
+            if value != (TEXT_ONLY | {"unmerge": False})[name]:
+                raise ValueError(f"{name} must be left out for {type(model).__name__}, whose visual tokens are reduced")
+        if isinstance(layer, (Schedule, Removal)):
+            raise ValueError(
+                f"layer must be a block or a list of blocks for visual tokens, got a {type(layer).__name__}"
+            )
+        return reduce_vlm(model, reducer, layer, positions=positions)
+    if positions != "kept":
+        raise ValueError(f"positions is for vision-language models and must be left out for {type(model).__name__}")
     timm = holds_timm(model)
     if timm or holds_encoder(model):
         for name, value in text.items():

@@ -64,7 +64,9 @@ def watch(decoder: Decoder, watcher: Watcher) -> Callable[[], None]:
     Raises:
         UnsupportedModelError: if another run is attached already.
     """
-    return watch_modules(decoder.model, decoder.attentions, watcher, decoder.config)
+    # Inside a model of several parts the decoder alone is told.
+    holder: Any = decoder.model if decoder.model.config is decoder.config else decoder.base
+    return watch_modules(holder, decoder.attentions, watcher, decoder.config)
 
 
 def watch_modules(

@@ -43,7 +43,8 @@ def reduce_lm(
     if not isinstance(reducer, Reducer):
         raise ValueError(f"reducer must be a quickmerge reducer such as QuickMerge(keep=0.4), got {reducer!r}")
     if "text" not in reducer.places:
-        raise ValueError(f"reducer {reducer.name} is for vision transformers, and {type(model).__name__} is none")
+        kind = "vision transformers" if "vision" in reducer.places else "the visual tokens of a vision-language model"
+        raise ValueError(f"reducer {reducer.name} is for {kind}, and {type(model).__name__} is a language model alone")
     decoder = find_decoder(model)
     if mode == "prefix":
         schedule = layer if isinstance(layer, Schedule) else Schedule.of(layer, len(decoder))
@@ -124,6 +125,10 @@ class Run(Attachment):
     def forget(self) -> None:
         """Drop everything that refers to a prompt."""
 
+    def tokens_read(self, cache: Cache) -> int:
+        """How many tokens the cache would hold in every layer if none had been merged."""
+        return int(cache.get_seq_length())
+
     def _block_hook(self, index: int) -> Callable[..., Any] | None:
         """A forward pre-hook for block ``index``, or None."""
         return None
@@ -137,8 +142,8 @@ class Run(Attachment):
         self._fresh = cache is None or cache.get_seq_length() == 0
         if self._fresh:
             self.stats = self._stats()
-        inputs.update(self.begin(self._fresh, inputs))
         self._began = self.clock()
+        inputs.update(self.begin(self._fresh, inputs))
         return (), inputs
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -151,7 +156,7 @@ class Run(Attachment):
             self.stats.decode_steps += 1
             self.stats.decode_seconds += seconds
         if self._cache is not None:
-            tokens = self._cache.get_seq_length()
+            tokens = self.tokens_read(self._cache)
             self.stats.cache_bytes = cache_bytes(self._cache)
             self.stats.cache_bytes_full = cache_bytes_full(self._cache, tokens, self.decoder.windows)
             if self._fresh:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quickmerge.hosts.attention import AttentionFunction
 from quickmerge.hosts.causal_lm import Run
 from quickmerge.hosts.structure import find_decoder
+from quickmerge.hosts.summary import RunStats, VisualStats
+from quickmerge.hosts.vlm_structure import Vlm, find_vlm, holds_vlm
 from quickmerge.reducers.uniform import Uniform
 
 
@@ -21,7 +23,30 @@ class ObserveRun(Run):
     watches_attention = False
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(find_decoder(model), Uniform(keep=1.0))
+        self.vlm: Vlm | None = find_vlm(model) if holds_vlm(model) else None
+        self._tower_seconds = self._tower_began = 0.0
+        self._ids: Tensor | None = None
+        super().__init__(find_decoder(model) if self.vlm is None else self.vlm.decoder, Uniform(keep=1.0))
+
+    def _stats(self) -> RunStats:
+        kind = RunStats if self.vlm is None else VisualStats
+        return kind(mode=self.mode, reducer="none")
+
+    def _attach(self) -> None:
+        super()._attach()
+        if self.vlm is not None:
+            self._note(self.vlm.tower.register_forward_pre_hook(self._before_tower))
+            self._note(self.vlm.tower.register_forward_hook(self._after_tower))
+            self._note(self.vlm.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
+
+    def _before_tower(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._tower_began = self.clock()
+
+    def _after_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._tower_seconds += self.clock() - self._tower_began
+
+    def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._ids = args[0] if args else kwargs.get("input_ids")
 
     def begin(self, prompt: bool, inputs: dict[str, Any]) -> dict[str, Any]:
         """Count the tokens of a prompt."""
@@ -29,7 +54,12 @@ class ObserveRun(Run):
             ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             mask = inputs.get("attention_mask")
             counts = float(ids.shape[1]) if mask is None else float(mask.sum(-1).float().mean())
-            self.stats.reducer, self.stats.rows, self.stats.tokens_in = "none", ids.shape[0], counts
+            self.stats.rows, self.stats.tokens_in = ids.shape[0], counts
+            if self.vlm is not None and isinstance(self.stats, VisualStats):
+                kinds = [token for kind in ("image", "video") if (token := self.vlm.token(kind)) is not None]
+                visual = 0 if self._ids is None else sum(int((self._ids == token).sum()) for token in kinds)
+                self.stats.visual_in = self.stats.visual_kept = visual / len(ids)
+                self.stats.tower_seconds, self._tower_seconds = self._tower_seconds, 0.0
         return {}
 
     def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -44,7 +74,8 @@ class ObserveRun(Run):
         return [self.stats.tokens_in] * len(self.decoder)
 
     def forget(self) -> None:
-        """Nothing is kept."""
+        """Drop the ids of the last prompt; nothing else is kept."""
+        self._ids = None
 
 
 def observe(model: PreTrainedModel) -> ObserveRun:

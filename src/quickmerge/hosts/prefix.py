@@ -44,15 +44,16 @@ class PrefixRun(Run):
         self,
         decoder: Decoder,
         reducer: Reducer,
-        schedule: Schedule,
+        schedule: Schedule | None,
         *,
-        sinks: int,
-        recent: int,
-        protect: Callable[[Tensor], Tensor] | None,
+        sinks: int = 0,
+        recent: int = 0,
+        protect: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(decoder, reducer)
         self.schedule = schedule
-        self.stages = {s.layer: s.keep for s in schedule.stages(reducer.keep, len(decoder))}
+        stages = [] if schedule is None else schedule.stages(reducer.keep, len(decoder))
+        self.stages = {s.layer: s.keep for s in stages}
         self.sinks, self.recent, self.protect = sinks, recent, protect
         self._prompts: WeakKeyDictionary[Cache, Prompt] = WeakKeyDictionary()
         self._prompt: Prompt | None = None
@@ -162,7 +163,7 @@ class PrefixRun(Run):
     def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Keep references to what the next merge will ask for; add log(size) where the method wants it."""
         query, key, value = args[:3]
-        if self._fresh and any(stage - self.reducer.probes <= layer < stage for stage in self.stages):
+        if self._fresh and self._probed(layer):
             scaling = kwargs.get("scaling")
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             self._traces[layer] = AttentionTrace(query, key, value, scaling, self.decoder.windows[layer])
@@ -171,12 +172,25 @@ class PrefixRun(Run):
             return call(module, *args, **kwargs)
         return proportional_attention(call, module, args, kwargs, segment.size[:, -key.shape[2] :])
 
+    def _probed(self, layer: int) -> bool:
+        """Whether a merge asks what the attention of this layer computed."""
+        return any(stage - self.reducer.probes <= layer < stage for stage in self.stages)
+
     def _segment(self, layer: int) -> Segment | None:
         """The segment a block belongs to; None below the first merge and where merging changed nothing."""
         if self._prompt is None:
             return None
         below = [first for first in self._prompt.segments if first <= layer]
         return self._prompt.segments[max(below)] if below else None
+
+    def _reads(self, layer: int) -> Segment | None:
+        """The segment by which a block's arguments are changed; None leaves them as the model made them."""
+        return self._segment(layer)
+
+    def _places(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """``(B, q)``, where the tokens that enter the decoder stand in the original sequence."""
+        places: Tensor = kwargs["position_ids"].expand(len(hidden), -1)
+        return places
 
     def _block_hook(self, index: int) -> Callable[..., Any] | None:
         if index < min(self.stages):
@@ -193,28 +207,28 @@ class PrefixRun(Run):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-        position_ids = kwargs["position_ids"].expand(len(hidden), -1)
+        places = self._places(hidden, kwargs)
         if self._fresh and index in self.stages:
             # A reducer computes as it always does, also where the model runs under autocast.
             with torch.autocast(hidden.device.type, enabled=False):
-                hidden = self._merge(index, hidden, position_ids, prompt)
+                hidden = self._merge(index, hidden, places, prompt)
             if cache is not None:
                 self._prompts[cache] = prompt
         if self._fresh and index in self._corrections:
             hidden = hidden + self._corrections.pop(index).to(hidden.dtype)
-        segment = self._segment(index)
+        segment = self._reads(index)
         if segment is None:
             return None
         kwargs = dict(kwargs)
         if not self._fresh and index in prompt.segments:
             assert self._new is not None and cache is not None
-            segment.extend(position_ids, self._new, cache.get_seq_length(index))
+            segment.extend(places, self._new, cache.get_seq_length(index))
         if self._fresh:
-            kwargs["position_ids"] = segment.position
+            if kwargs.get("position_ids") is not None:
+                kwargs["position_ids"] = pick_columns(kwargs["position_ids"], segment.source)
             if kwargs.get("position_embeddings") is not None:
                 kwargs["position_embeddings"] = tuple(
-                    t.expand(len(hidden), -1, -1).gather(1, segment.source[..., None].expand(-1, -1, t.shape[-1]))
-                    for t in kwargs["position_embeddings"]
+                    pick_columns(t, segment.source, -2) for t in kwargs["position_embeddings"]
                 )
         kwargs["attention_mask"] = segment.mask(self.decoder, index, hidden, cache)
         if args:
@@ -271,3 +285,14 @@ class PrefixRun(Run):
         """Drop prompts and traces; plans and statistics stay for the summary."""
         self._prompts.clear()
         self._prompt, self._new, self._traces, self._corrections = None, None, {}, {}
+
+
+def pick_columns(x: Tensor, source: Tensor, axis: int = -1) -> Tensor:
+    """The columns ``source (B, K)`` of ``x``: columns lie along ``axis``, the rows, B or 1, along the axis before.
+
+    ``(..., N, d)`` with axis -2, as rotary tables are, or ``(..., N)`` with axis -1, as positions are.
+    """
+    rows = axis - 1
+    x = x.expand(*x.shape[:rows], len(source), *x.shape[rows + 1 :])
+    index = source if axis == -1 else source[..., None].expand(-1, -1, x.shape[-1])
+    return x.gather(axis, index.expand(*x.shape[: x.ndim + rows], *index.shape))

@@ -57,6 +57,16 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
         raise UnsupportedModelError(
             f"{name} (model_type {kind!r}) is not supported: merging is proven for {', '.join(FAMILIES)}"
         )
+    return read_decoder(model, base)
+
+
+def read_decoder(model: PreTrainedModel, base: Any) -> Decoder:
+    """The parts of the decoder ``base`` of ``model``.
+
+    Raises:
+        UnsupportedModelError: see `find_decoder`.
+    """
+    name = type(model).__name__
     stacks = [m for m in base.children() if isinstance(m, nn.ModuleList) and len(m) == base.config.num_hidden_layers]
     if len(stacks) != 1:
         raise UnsupportedModelError(f"{name} has {len(stacks)} lists of decoder blocks, exactly one was looked for")
@@ -67,7 +77,14 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
         if len(found) != 1:
             raise UnsupportedModelError(f"{name} has a block with {len(found)} attention modules, one was looked for")
         attentions.append(found[0])
-    implementation = base.config._attn_implementation
+    check_attention(name, base.config)
+    windows = tuple(layer_window(base.config, i) for i in range(len(layers)))
+    return Decoder(model, base, layers, tuple(attentions), windows)
+
+
+def check_attention(name: str, config: Any) -> None:
+    """Raise UnsupportedModelError unless the host can stand in front of the attention that ``config`` names."""
+    implementation = config._attn_implementation
     if str(implementation).startswith(PREFIX):
         raise UnsupportedModelError(f"{name} is already inside a quickmerge run; leave that first")
     if implementation not in IMPLEMENTATIONS:
@@ -75,8 +92,6 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
             f"{name} runs attention as {implementation!r}, which merging can't stand in front of: "
             f"load it with attn_implementation set to one of {', '.join(IMPLEMENTATIONS)}"
         )
-    windows = tuple(layer_window(base.config, i) for i in range(len(layers)))
-    return Decoder(model, base, layers, tuple(attentions), windows)
 
 
 def layer_window(config: Any, layer: int) -> int | None:

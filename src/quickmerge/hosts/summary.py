@@ -71,6 +71,29 @@ class RunStats:
 
 
 @dataclass
+class VisualStats(RunStats):
+    """The same of a model that reads pictures, with its visual tokens counted, mean over rows, before and after.
+
+    ``images`` is how many pictures and videos the prompt held (tiles, where a model cuts pictures up beforehand), 0
+    where nobody told them apart.
+    ``tower_seconds`` is the vision tower, measuring inside; ``reducer_seconds`` counts the measuring too.
+    """
+
+    images: int = 0
+    visual_in: float = 0.0
+    visual_kept: float = 0.0
+    tower_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        if not self.tokens_per_layer:
+            return super().__str__()
+        first, *rest = super().__str__().split("\n")
+        of = f" of {self.images} picture(s)" if self.images else ""
+        seen = f"  visual:  {self.visual_in:g} tokens{of}, {self.visual_kept:g} kept"
+        return "\n".join([first, seen, *rest[:1], f"  tower:   {self.tower_seconds:.3f} s", *rest[1:]])
+
+
+@dataclass
 class VisionStats:
     """What a vision transformer read in its last forward.
 

@@ -19,6 +19,7 @@ from quickmerge.reducers.topnorm import TopNorm
 from quickmerge.reducers.trimtokenator import TrimTokenator
 from quickmerge.reducers.truncate import Truncate
 from quickmerge.reducers.uniform import Uniform
+from quickmerge.reducers.visual import select_visual_tokens
 
 REDUCERS: dict[str, type[Reducer]] = {
     cls.name: cls for cls in (QuickMerge, Attention, ToMe, TopNorm, Uniform, Truncate, Random)
@@ -97,4 +98,5 @@ __all__ = [
     "Truncate",
     "Uniform",
     "make_reducer",
+    "select_visual_tokens",
 ]

@@ -24,7 +24,7 @@ class Attention(ScoreReducer):
     stream: ``score_j = mean over probed layers and heads of r_hj``.
 
     In a vision transformer the prefix tokens vote instead, as for EViT (arXiv 2202.07800), and all tokens where there
-    is no prefix.
+    is no prefix; a view's own ``saliency`` is taken as it is.
 
     Args:
         keep: share of the tokens kept, or a budget.
@@ -46,10 +46,16 @@ class Attention(ScoreReducer):
     def probes(self) -> int:  # noqa: D102
         return self.layers
 
+    @property
+    def asks(self) -> frozenset[str]:  # noqa: D102
+        return frozenset({"attention"})
+
     def voters(self, tokens: float) -> float:  # noqa: D102
         return min(float(self.window), tokens)
 
     def score(self, view: TokenView) -> Tensor:  # noqa: D102
+        if view.saliency is not None:
+            return torch.where(view.valid, view.saliency, 0.0)
         if not sees_all(view):
             return mean_attention(view, partial(received_attention, window=self.window))
         tokens = view.hidden.shape[1]

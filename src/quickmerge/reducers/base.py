@@ -55,6 +55,16 @@ class Reducer(ABC):
         """How many layers below the merge must hand over their queries, keys and values; 0 for none."""
         return 0
 
+    @property
+    def asks(self) -> frozenset[str]:
+        """What a host must measure of visual tokens that a language model is given, for a view of these alone.
+
+        ``"tower"``: ``view.hidden`` is what the vision tower made of them, not what the language model gets.
+        ``"attention"`` or ``"norm"``: ``view.saliency`` is the attention that they receive, or that times the length of
+        their values. ``"key"``: ``view.key``. ``"text"``: ``view.text``. Nothing else is measured.
+        """
+        return frozenset()
+
     def voters(self, tokens: float) -> float:
         """How many query rows of each probed layer the reducer reads, of a prompt of ``tokens`` tokens."""
         return 0.0

@@ -135,6 +135,11 @@ class DynamicViT(Reducer):
         """Refuse a model with other weights than those it was trained for, and other blocks; move to its device."""
         from quickmerge.prior.identity import model_hash
 
+        if mode == "visual":
+            raise QuickmergeError(
+                f"reducer must be one for visual tokens, got {self.name}, whose predictors were trained inside a "
+                "vision transformer"
+            )
         wanted = self.trained_for.get("hash")
         if wanted is not None and (given := model_hash(model)) != wanted:
             name = self.trained_for.get("model", "another model")

@@ -15,9 +15,13 @@ from quickmerge.tokens.view import TokenView
 def mean_key(view: TokenView, who: str) -> Tensor:
     """Keys of the last traced layer averaged over heads, ``(B, N, d)`` in float32 at least and without gradients.
 
+    The view's own where it has them.
+
     Raises:
         ValueError: if there is no trace to read.
     """
+    if view.key is not None:
+        return view.key.detach().to(torch.promote_types(view.key.dtype, torch.float32))
     if not view.attention:
         raise ValueError(f"attention must hold the trace of the layer below for {who}, got none")
     key = view.attention[-1].key.detach()

@@ -64,16 +64,22 @@ class QuickMergeVision(Reducer):
     def probes(self) -> int:  # noqa: D102
         return 1
 
+    @property
+    def asks(self) -> frozenset[str]:  # noqa: D102
+        return frozenset({"key", "norm"})
+
     def voters(self, tokens: float) -> float:  # noqa: D102
         return min(float(self.votes + 1), tokens)
 
     @torch.no_grad()
     def saliency(self, view: TokenView) -> Tensor:
-        """``(B, N)`` attention norm, zero for padding.
+        """``(B, N)`` attention norm, zero for padding; the view's own saliency where it has one.
 
         Raises:
             ValueError: if there is no trace to read.
         """
+        if view.saliency is not None:
+            return torch.where(view.valid, view.saliency, 0.0)
         if not view.attention:
             raise ValueError(f"attention must hold the trace of the view's block for {self.name}, got none")
         trace = view.attention[-1]

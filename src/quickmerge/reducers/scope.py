@@ -55,6 +55,10 @@ class SCOPE(Reducer):
     def probes(self) -> int:  # noqa: D102
         return 1 if self.alpha else 0
 
+    @property
+    def asks(self) -> frozenset[str]:  # noqa: D102
+        return frozenset({"tower", "attention"} if self.alpha else {"tower"})
+
     def voters(self, tokens: float) -> float:  # noqa: D102
         return 1.0 if self.alpha else 0.0
 
@@ -87,12 +91,11 @@ class SCOPE(Reducer):
         if left is not None and view.prefix is not None:
             p = view.prefix
             behind = None if saliency is None else saliency[:, p:]
-            chosen = cover(view.hidden[:, p:], left - p, behind, self.alpha).mask
-            return keep_only(view, torch.nn.functional.pad(chosen, (p, 0), value=True), left)
+            return keep_only(view, cover(view.hidden[:, p:], left - p, behind, self.alpha), left)
         count = self.budget.count(view, saliency)
         if bool((count >= view.valid.sum(-1)).all()):
             return MergePlan.identity(view)
         wanted = count - (view.protected & view.valid).sum(-1)
         # Values are looked up anyway; on an accelerator each look would wait for it.
         lazy = view.hidden.device.type == "cpu"
-        return keep_only(view, cover(view.hidden, wanted, saliency, self.alpha, view.free, lazy).mask)
+        return keep_only(view, cover(view.hidden, wanted, saliency, self.alpha, view.free, lazy))

@@ -57,6 +57,10 @@ class ToFu(Reducer):
     def probes(self) -> int:  # noqa: D102
         return 1
 
+    @property
+    def asks(self) -> frozenset[str]:  # noqa: D102
+        return frozenset({"key"})
+
     def prunes(self, view: TokenView) -> bool:
         """True in blocks below the switch.
 

@@ -30,6 +30,10 @@ class ToMe(Reducer):
     def probes(self) -> int:  # noqa: D102
         return 1
 
+    @property
+    def asks(self) -> frozenset[str]:  # noqa: D102
+        return frozenset({"key"})
+
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
         metric, count = mean_key(view, self.name), fixed_count(self.budget, view)
         return match_down(view, metric, self.budget.count(view, None) if count is None else count)

@@ -64,6 +64,10 @@ class TrimTokenator(Reducer):
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
 
+    @property
+    def asks(self) -> frozenset[str]:  # noqa: D102
+        return frozenset({"text"} if self.aligned < 1 else ())
+
     def alignment(self, view: TokenView) -> Tensor:
         """``(B, N)``: minus the mean distance to the text, as `alignment` says; higher is nearer.
 
@@ -85,15 +89,14 @@ class TrimTokenator(Reducer):
             patches = view.hidden.shape[1] - p
             stage1 = max(left - p, math.floor(self.aligned * patches + 0.5 + 1e-9))
             near = None if stage1 >= patches else self._nearest(view, stage1)[:, p:]
-            chosen = disperse(view.hidden[:, p:], left - p, near, self.objective).mask
-            return keep_only(view, torch.nn.functional.pad(chosen, (p, 0), value=True), left)
+            return keep_only(view, disperse(view.hidden[:, p:], left - p, near, self.objective), left)
         count = self.budget.count(view, None)
         if bool((count >= view.valid.sum(-1)).all()):
             return MergePlan.identity(view)
         wanted = count - (view.protected & view.valid).sum(-1)
         stage1s = torch.maximum(wanted, round_half_up(self.aligned * view.free.sum(-1).double()))
         near = view.free if self.aligned == 1 else self._nearest(view, stage1s[:, None])
-        return keep_only(view, disperse(view.hidden, wanted, near, self.objective).mask)
+        return keep_only(view, disperse(view.hidden, wanted, near, self.objective))
 
     def _nearest(self, view: TokenView, count: int | Tensor) -> Tensor:
         """``(B, N)`` bool: the ``count`` (or ``(B, 1)``) free tokens nearest to the text, of equal ones the earlier."""

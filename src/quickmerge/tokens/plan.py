@@ -22,6 +22,7 @@ class MergePlan:
     ``seat (B, K)`` long, where it is known: the token that each slot is led by. All slots are then valid, and all
     tokens that are in none but lead none are dropped or in ``moved``.
     ``moved (B, R)`` long, where ``seat`` is: the tokens that merged into another one's slot; None for none.
+    ``order (B, R)`` long, where tokens were chosen one after another: which, then -1; protected ones are not in it.
     """
 
     slot: Tensor
@@ -31,6 +32,7 @@ class MergePlan:
     valid: Tensor
     seat: Tensor | None = None
     moved: Tensor | None = None
+    order: Tensor | None = None
 
     @classmethod
     def identity(cls, view: TokenView) -> MergePlan:
@@ -186,7 +188,7 @@ class MergePlan:
         return to_members(y, self.slot)
 
     def compose(self, then: MergePlan) -> MergePlan:
-        """The single plan that equals applying this one and then ``then`` to its slots."""
+        """The single plan that equals applying this one and then ``then`` to its slots; it knows of no ``order``."""
         if then.slot.shape[1] != self.slots:
             raise ValueError(f"then must act on {self.slots} tokens, got a plan for {then.slot.shape[1]}")
         slot = follow(self.slot, then.slot)
@@ -232,6 +234,16 @@ class MergePlan:
             places = self.position[row][self.valid[row]]
             if bool((places[1:] <= places[:-1]).any()):
                 raise ValueError("position: slots must be in rising order of position")
+
+
+def anchors_of(plan: MergePlan, view: TokenView) -> Tensor:
+    """``(B, K)`` long: the token of ``view`` at whose place each slot stands; of a padding slot, any."""
+    if plan.seat is not None:
+        return plan.seat
+    last = view.position.shape[1] - 1
+    # Positions rise over the valid tokens of a row; padding must not stand in between.
+    place = torch.where(view.valid, view.position, torch.where(view.valid.long().cumsum(-1) > 0, 2**62, -1))
+    return torch.searchsorted(place.contiguous(), plan.position.contiguous()).clamp_max(last)
 
 
 def follow(slot: Tensor, then: Tensor) -> Tensor:

@@ -111,6 +111,27 @@ def received_attention(
     return mean if moment == 1 else mean.pow(1 / moment)
 
 
+def attention_from(trace: AttentionTrace, rows: Tensor, valid: Tensor, position: Tensor, moment: int = 1) -> Tensor:
+    """Attention that each token receives from chosen tokens of its row, in a causal model.
+
+    ``r_hj = (1/w sum_{i in rows} p_hij^m)^(1/m)``, arguments as for `received_attention`; ``rows (B, w)`` long, at
+    least one a row, -1 for nobody.
+
+    Returns:
+        ``(B, H, N)``.
+    """
+    there = rows >= 0
+    total = torch.zeros(1)
+    for start in range(0, rows.shape[1], BLOCK):
+        part = slice(start, start + BLOCK)
+        probs, _ = _probabilities(trace, rows[:, part].clamp_min(0), valid, position)
+        probs = probs if moment == 1 else probs.pow_(moment)
+        votes = (there[:, None, None, None, part].to(probs.dtype) @ probs).squeeze(-2)
+        total = votes if start == 0 else total + votes
+    mean = (total / there.sum(-1).clamp_min(1).view(-1, 1, 1, 1)).flatten(1, 2)
+    return mean if moment == 1 else mean.pow(1 / moment)
+
+
 def attention_norm(
     trace: AttentionTrace,
     valid: Tensor,

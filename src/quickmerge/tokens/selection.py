@@ -5,8 +5,9 @@ How many are chosen is known beforehand, no value is looked up (but for ``lazy``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -17,7 +18,7 @@ from quickmerge.tokens.view import TokenView
 
 OBJECTIVES = ("sum", "min")
 PIECE = 1024  # similarities of this many tokens, each at most 2^20, have a sum that fits into int32
-AT_ONCE = 16  # bounds that lazy evaluation renews together: less overhead than one by one, and few in vain
+AT_ONCE = 32  # bounds that lazy evaluation renews together: less overhead than one by one, and few in vain
 GRAM_PAYS = 7  # measured: with more picks than N / 7 it is faster to compare all pairs once than picks one by one
 
 
@@ -136,16 +137,18 @@ def disperse(x: Tensor, count: int | Tensor, open_: Tensor | None = None, object
     return Selection(_cut(chosen, limit), x.shape[1])
 
 
-def keep_only(view: TokenView, chosen: Tensor, left: int | None = None) -> MergePlan:
-    """The plan that keeps the ``chosen (B, N)`` and the protected tokens and drops the rest.
+def keep_only(view: TokenView, chosen: Selection, left: int | None = None) -> MergePlan:
+    """The plan that keeps the chosen and the protected tokens, drops the rest, and knows the order of the choice.
 
-    Where the view has a ``prefix``, ``left`` says how many are kept of every row, prefix and all, and nothing is
-    looked up.
+    With ``left``, how many are kept of every row of a view with a ``prefix``, prefix and all, the choice is among the
+    tokens behind the prefix, and nothing is looked up.
     """
     if left is None or view.prefix is None:
-        return MergePlan.from_anchors(view, chosen & view.valid)
-    gone = (~chosen[:, view.prefix :]).long().argsort(dim=-1, descending=True, stable=True)
-    return MergePlan.from_moves(view, gone[:, : chosen.shape[1] - left] + view.prefix)
+        return replace(MergePlan.from_anchors(view, chosen.mask & view.valid), order=chosen.order)
+    p = view.prefix
+    gone = (~chosen.mask).long().argsort(dim=-1, descending=True, stable=True)
+    plan = MergePlan.from_moves(view, gone[:, : p + chosen.tokens - left] + p)
+    return replace(plan, order=torch.where(chosen.order < 0, -1, chosen.order + p))
 
 
 def unit(x: Tensor, open_: Tensor | None = None) -> Tensor:
@@ -187,22 +190,27 @@ def _greedy(similar: Tensor, weight: Tensor, free: Tensor, steps: int) -> Tensor
 
 
 def _lazy(similar: Tensor, weight: Tensor, free: Tensor, steps: int, most: int) -> Tensor:
-    """``(steps,)`` of one row, of which ``most`` count: a score once computed bounds all later ones of its token."""
-    covered = torch.zeros_like(similar[0])
-    bound = torch.where(free, _gain(similar, covered).double() * weight, -1.0)
-    computed = torch.zeros_like(bound, dtype=torch.long)
-    order = torch.full_like(computed[:steps], -1)
+    """``(steps,)`` of one row, of which ``most`` count: a score once computed bounds all later ones of its token.
+
+    In numpy, since each of the many small steps costs torch several times what it computes.
+    """
+    like, heavy = similar.cpu().numpy(), weight.cpu().numpy()
+    covered = np.zeros_like(like[0])
+    bound = np.where(free.cpu().numpy(), like.sum(-1, dtype=np.int64) * heavy, -1.0)
+    computed = np.zeros(len(bound), dtype=np.int64)
+    order = torch.full((steps,), -1)
+    at_once = min(AT_ONCE, len(bound))
     for step in range(most):
         # The best bound that is no bound but a score is the answer; an equal one further on could only be a tie.
-        while int(computed[best := int(bound.argmax())]) != step:
-            renew = bound.topk(min(AT_ONCE, len(bound))).indices
-            renew[-1] = best  # of equal bounds, topk may have taken others
-            score = _gain(similar[renew], covered).double() * weight[renew]
-            bound[renew] = torch.where(bound[renew] < 0, -1.0, score)
+        while computed[best := int(bound.argmax())] != step:
+            renew = np.argpartition(bound, -at_once)[-at_once:]
+            renew[0] = best  # the least of them, or of equal bounds another one
+            gain = np.maximum(like[renew], covered).sum(-1, dtype=np.int64) - covered.sum(dtype=np.int64)
+            bound[renew] = np.where(bound[renew] < 0, -1.0, gain * heavy[renew])
             computed[renew] = step
         order[step], bound[best] = best, -1.0
-        covered = torch.maximum(covered, similar[best])
-    return order
+        np.maximum(covered, like[best], out=covered)
+    return order.to(similar.device)
 
 
 def _weight(saliency: Tensor | None, alpha: float, free: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ class TokenView:
         saliency: ``(B, N)`` finite and non-negative, how much each token matters, where the host has measured it
             elsewhere (the attention of a class token that is not among these tokens, say); padding may hold anything.
             Else None.
+        key: ``(B, N, d)`` what tokens resemble one another by (keys of an attention layer, mean over its heads), where
+            the host has measured it elsewhere; else None.
         surprise: ``(B,)`` how much more surprising than usual the tokens before these were, for budgets that ask;
             else None.
         layer: the block in which, or in front of which, the tokens stand, for methods that go by it; else None.
@@ -56,6 +58,7 @@ class TokenView:
     text: Tensor | None = None
     text_valid: Tensor | None = None
     saliency: Tensor | None = None
+    key: Tensor | None = None
     surprise: Tensor | None = None
     layer: int | None = None
     depth: int | None = None
@@ -106,6 +109,10 @@ class TokenView:
             raise ValueError("text_valid must mark at least one token in every row, got a row that is all padding")
 
     def _check_saliency(self) -> None:
+        if self.key is not None and (self.key.ndim != 3 or self.key.shape[:2] != self.hidden.shape[:2]):
+            raise ValueError(
+                f"key must be ({', '.join(map(str, self.hidden.shape[:2]))}, features), got {tuple(self.key.shape)}"
+            )
         if self.saliency is None:
             return
         if self.saliency.shape != self.hidden.shape[:2]:

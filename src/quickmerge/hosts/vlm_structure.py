@@ -1,0 +1,150 @@
+"""Finding the parts of a vision-language model that the host acts on, or saying why it can't."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from quickmerge.errors import UnsupportedModelError
+from quickmerge.hosts.encoder import Encoder, find_encoder
+from quickmerge.hosts.structure import FAMILIES, Decoder, check_attention, read_decoder
+
+TOWERS = ("clip_vision_model", "dinov2", "siglip_vision_model")
+"""Vision towers that the tests prove inside LLaVA and LLaVA-NeXT."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one family are built.
+
+    ``tower`` and ``text`` name the parts of the base model. ``layout`` says how the tower's patches become visual
+    tokens: ``"patches"``, one each; ``"tiles"``, squares of patches of every picture or tile of one; ``"packed"``,
+    squares too, of all pictures in one sequence. ``mrope`` is True where visual tokens have places in three directions,
+    and ``raster`` where the patches of a packed sequence are in the order of lines, not of squares.
+    """
+
+    tower: str
+    text: str
+    layout: str
+    mrope: bool = False
+    raster: bool = False
+
+
+VLM_FAMILIES: dict[str, Family] = {
+    "idefics3": Family("vision_model", "text_model", "tiles"),
+    "llava": Family("vision_tower", "language_model", "patches"),
+    "llava_next": Family("vision_tower", "language_model", "patches"),
+    "paddleocr_vl": Family("visual", "language_model", "packed", mrope=True, raster=True),
+    "qwen2_5_vl": Family("visual", "language_model", "packed", mrope=True),
+    "qwen2_vl": Family("visual", "language_model", "packed", mrope=True),
+    "qwen3_vl": Family("visual", "language_model", "packed", mrope=True),
+    "smolvlm": Family("vision_model", "text_model", "tiles"),
+}
+"""The vision-language models that the tests prove, by ``config.model_type``."""
+
+
+@dataclass(frozen=True)
+class Vlm:
+    """A vision-language model: as given, its base, the decoder of its language model, and its vision tower.
+
+    ``attention`` is the module whose attention in the tower is measured, of block ``block``; ``merge`` how many
+    patches a visual token spans in each direction; ``encoder`` the tower's parts where its layout is ``"patches"``.
+    """
+
+    model: PreTrainedModel
+    base: Any
+    decoder: Decoder
+    tower: Any
+    attention: nn.Module
+    block: int
+    merge: int
+    encoder: Encoder | None
+
+    @property
+    def name(self) -> str:
+        """Its ``model_type``."""
+        return str(self.model.config.model_type)
+
+    @property
+    def family(self) -> Family:
+        """How it is built."""
+        return VLM_FAMILIES[self.name]
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the whole."""
+        return self.model.config
+
+    @property
+    def deepstack(self) -> int:
+        """After how many of the first blocks the decoder adds to its visual tokens what the tower saw lower down."""
+        return len(getattr(self.tower, "deepstack_merger_list", ()))
+
+    def token(self, kind: str) -> int | None:
+        """The id of the placeholder of an ``"image"`` or a ``"video"``; None if the model knows none."""
+        return getattr(self.config, f"{kind}_token_id", None)
+
+
+def holds_vlm(model: Any) -> bool:
+    """True for a language model with a vision tower, supported or not."""
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        return False
+    return getattr(model.config, "vision_config", None) is not None
+
+
+def find_vlm(model: PreTrainedModel) -> Vlm:
+    """Find the parts of a vision-language model.
+
+    Raises:
+        UnsupportedModelError: naming the class and what would do, if it is not of a family in `VLM_FAMILIES`, holds
+            another vision tower or language model than the tests prove, or is already inside a run.
+    """
+    name, kind = type(model).__name__, getattr(model.config, "model_type", None)
+    family = VLM_FAMILIES.get(str(kind))
+    if family is None or model.base_model is model or not hasattr(model.base_model, family.tower):
+        raise UnsupportedModelError(
+            f"{name} (model_type {kind!r}) is not supported: reducing visual tokens is proven for the "
+            f"...ForConditionalGeneration classes of {', '.join(VLM_FAMILIES)}"
+        )
+    base = model.base_model
+    tower, text = getattr(base, family.tower), getattr(base, family.text)
+    if not family.mrope and text.config.model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{name} holds a language model of type {text.config.model_type!r}, which is not supported: merging is "
+            f"proven for {', '.join(FAMILIES)}"
+        )
+    decoder = read_decoder(model, text)
+    check_attention(name, tower.config)
+    if family.layout == "patches":
+        return _with_encoder(model, base, decoder, tower)
+    if family.layout == "tiles":
+        blocks, merge = tower.encoder.layers, model.config.scale_factor
+    else:
+        inner = tower.vision_model.encoder.layers if family.raster else tower.blocks
+        blocks, merge = inner, tower.config.spatial_merge_size
+    # Windowed blocks see a corner each; the last block that sees the whole picture is asked.
+    block = max(getattr(tower.config, "fullatt_block_indexes", None) or [len(blocks) - 1])
+    attention = getattr(blocks[block], "attn", None) or blocks[block].self_attn
+    return Vlm(model, base, decoder, tower, attention, block, int(merge), None)
+
+
+def _with_encoder(model: PreTrainedModel, base: Any, decoder: Decoder, tower: Any) -> Vlm:
+    name, kind = type(model).__name__, tower.config.model_type
+    if kind not in TOWERS:
+        raise UnsupportedModelError(
+            f"{name} holds a vision tower of type {kind!r}, which is not supported: {', '.join(TOWERS)} are"
+        )
+    encoder = find_encoder(tower)
+    layer = model.config.vision_feature_layer
+    layer = layer if isinstance(layer, int) else layer[-1]
+    # Of the states that the tower hands out the first is what enters block 0.
+    block = (layer if layer >= 0 else layer + len(encoder) + 1) - 1
+    if block < 0:
+        raise UnsupportedModelError(
+            f"{name} has vision_feature_layer {model.config.vision_feature_layer!r}, in front of every block of its "
+            "vision tower; a layer behind a block was looked for"
+        )
+    return Vlm(model, base, decoder, tower, encoder.blocks[block].attention, block, 1, encoder)
