@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from quickmerge.models import focus_vit, smollm2
+from quickmerge.models import focus_vit, minilm, smollm2
 
-__all__ = ["MODELS", "VISION_MODELS", "check_embedded", "embedded_folder", "prepare_embedded"]
+__all__ = ["MODELS", "SENTENCE_MODELS", "VISION_MODELS", "check_embedded", "embedded_folder", "prepare_embedded"]
 
 MODELS: dict[str, str] = {smollm2.NAME: smollm2.DESCRIPTION}
 """The embedded language models: their names, and how to describe each in a report."""
 
 VISION_MODELS: dict[str, str] = {focus_vit.NAME: focus_vit.DESCRIPTION}
 """The embedded vision models: their names, and how to describe each in a report."""
+
+SENTENCE_MODELS: dict[str, str] = {minilm.NAME: minilm.DESCRIPTION}
+"""The embedded sentence encoders: their names, and how to describe each in a report."""
 
 
 class _Maker(Protocol):
@@ -24,7 +27,7 @@ class _Maker(Protocol):
     def check_folder(self, folder: Path, *, full: bool = False) -> None: ...
 
 
-_MAKERS: dict[str, _Maker] = {smollm2.NAME: smollm2, focus_vit.NAME: focus_vit}
+_MAKERS: dict[str, _Maker] = {smollm2.NAME: smollm2, focus_vit.NAME: focus_vit, minilm.NAME: minilm}
 
 
 def prepare_embedded(name: str, cache: Path, *, progress: bool) -> Path:

