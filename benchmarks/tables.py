@@ -352,6 +352,117 @@ def vision_video() -> str:
     return markdown(["method", "keep", "patch features (95 %)"], body)
 
 
+def vlm_quality(data: str = "scenes") -> str:
+    """Right answers of a vision-language model by method, share of the visual tokens and kind of question."""
+    rows = [r for r in rows_of("vlm_quality") if r["data"] == data]
+    kinds = list(rows[0]["kinds"])
+    body = []
+    for r in sorted(rows, key=lambda r: (-r["keep"], -r["exact"])):
+        full = r["method"] == "full"
+        body.append([
+            "all tokens" if full else r["method"],
+            f"{r['visual_kept']:.0f}",
+            f"{100 * r['exact']:.1f} % ({100 * r['exact_low']:.1f} to {100 * r['exact_high']:.1f})",
+            "" if full else f"{100 * r['change']:+.1f} ({100 * r['change_low']:+.1f} to {100 * r['change_high']:+.1f})",
+            *(f"{100 * r['kinds'][kind]['exact']:.0f} %" for kind in kinds),
+        ])  # fmt: skip
+    return markdown(["method", "visual tokens", "right answers (95 %)", "change (paired)", *kinds], body)
+
+
+def vlm_mosaics() -> str:
+    """The same on photographs."""
+    return vlm_quality("mosaics")
+
+
+def vlm_speed() -> str:
+    """Seconds from a picture to the first token by method, and where they go."""
+    body = [
+        [
+            "all tokens" if r["method"] == "full" else r["method"],
+            f"{r['visual_kept']:.0f}",
+            f"{1e3 * r['seconds']:.0f} ms",
+            f"{r['speedup']:.2f}x ({r['speedup_low']:.2f} to {r['speedup_high']:.2f})",
+            f"{1e3 * r['tower_seconds']:.0f} ms",
+            f"{1e3 * r['prefill_seconds']:.0f} ms",
+            f"{1e3 * r['reducer_seconds']:.1f} ms",
+            f"{r['cache_bytes'] / 2**20:.1f} MiB",
+        ]
+        for r in sorted(rows_of("vlm_quality"), key=lambda r: (-r["keep"], r["seconds"]))
+        if r["data"] == "scenes"
+    ]
+    headers = ["method", "visual tokens", "picture to first token", "speed-up (quartiles)", "vision tower",
+               "language model", "reducer", "cache"]  # fmt: skip
+    return markdown(headers, body)
+
+
+def _spread(values: list[float], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
+
+
+def _labels(found: list[Row]) -> list[str]:
+    """What recognised labels score over seeds: exact recall and precision, then F1 by meaning and its floor."""
+    at = [_spread([r["exact_at"][k]["recall"] for r in found]) for k in ("5", "10")]
+    own = _spread([r["exact_at_own"]["recall"] for r in found])
+    precision = _spread([r["exact"]["precision"] for r in found])
+    means = [_spread([r["meaning"][what] for r in found]) for what in ("recall", "precision", "f1")]
+    floor = f"{np.mean([r['floor']['f1'] for r in found]):.3f}"
+    return [own, *at, precision, " / ".join(mean.split(" ± ")[0] for mean in means[:2]), means[2], floor]
+
+
+LABELS = ["recall at as many as there are", "at 5", "at 10", "precision of all", "R / P by meaning", "F1", "its floor"]
+
+
+def _recognition() -> dict[str, list[Row]]:
+    """The runs of the recognition benchmark by variant."""
+    grouped: dict[str, list[Row]] = {}
+    for run in rows_of("recognition", "runs"):
+        grouped.setdefault(run["variant"], []).append(run)
+    return grouped
+
+
+def recognition_ways() -> str:
+    """Ways to get labels out of a recogniser."""
+    body = []
+    for name, runs in _recognition().items():
+        if name == "paper" or name.startswith("reference"):
+            body += [[name, way, *_labels([run["ways"][way] for run in runs])] for way in runs[0]["ways"]]
+    return markdown(["trained with", "decoded by", *LABELS], body)
+
+
+def recognition_ablation() -> str:
+    """Depth, masks and objectives of a recogniser, all decoded by one-shot sampling."""
+    body = []
+    for name, runs in _recognition().items():
+        seconds = _spread([run["train_seconds"] for run in runs], 0)
+        body.append([name, f"{runs[0]['blocks']}", f"{runs[0]['tokens']}",
+                     *_labels([run["ways"]["one-shot"] for run in runs]), f"{seconds} s"])  # fmt: skip
+    return markdown(["variant", "blocks", "image tokens", *LABELS, "training"], body)
+
+
+def recognition_times() -> str:
+    """Seconds to decode a picture by way, beside one-shot sampling with a cache."""
+    body = []
+    for name, runs in _recognition().items():
+        for way in runs[0].get("times", {}):
+            each = [run["times"][way] for run in runs]
+            seconds = f"{1e3 * np.mean([r['seconds'] for r in each]):.0f} ms"
+            body.append([name, way, seconds, f"{_spread([r['ratio'] for r in each], 2)}x"])
+    return markdown(["trained with", "decoded by", "median of a picture", "beside one-shot"], body)
+
+
+def recognition_tokens() -> str:
+    """A recogniser that was trained on all image tokens, with fewer of them."""
+    runs = _recognition()["all tokens"]
+    body = []
+    for index, arm in enumerate(runs[0]["reduced"]):
+        each = [run["reduced"][index] for run in runs]
+        seconds = f"{1e3 * np.mean([r['decode_seconds'] for r in each]):.0f} ms"
+        body.append([arm["reducer"], f"{arm['keep']:g}", f"{arm['tokens']:.0f}", *_labels(each), seconds])
+    return markdown(["method", "keep", "image tokens", *LABELS, "decoding"], body)
+
+
 def matrix() -> str:
     """The support matrix that the tests hold: families down, attention and cache across."""
     cells: dict[str, str] = json.loads((HERE.parent / "tests" / "hosts" / "matrix.json").read_text(encoding="utf-8"))
@@ -395,6 +506,13 @@ TABLES: dict[str, Callable[[], str]] = {
         vision_fashion,
         vision_speed,
         vision_video,
+        recognition_ways,
+        recognition_ablation,
+        recognition_times,
+        recognition_tokens,
+        vlm_quality,
+        vlm_mosaics,
+        vlm_speed,
     )
 }
 

@@ -39,6 +39,31 @@ def test_show_paints_an_image(run, tiny: Path, photos: Path, tmp_path: Path) -> 
     assert np.array(stages[0]["groups"]).shape == (1, 4, 4)
 
 
+@pytest.mark.parametrize("budget", [["--keep", 0.25], ["--tokens", 4]])
+def test_show_paints_the_order_in_which_patches_were_chosen(
+    run, tiny: Path, photos: Path, tmp_path: Path, budget: list[Any]
+) -> None:
+    picture, data = tmp_path / "p.png", tmp_path / "p.json"
+    common = ["--model", tiny, "--reducer", "scope", *budget, "--picture", picture, "--json", data]
+    code, out, err = run("show", "--image", photos / "left" / "0.png", *common)
+    assert code == 0, err
+    (stage,) = json.loads(data.read_text())["stages"]
+    groups, ranks = np.array(stage["groups"]), np.array(stage["ranks"])
+    assert stage["name"] == "block 3" and stage["tokens"] == 5  # of four blocks the last but one; a class token
+    assert sorted(ranks[groups >= 0].tolist()) == [1, 2, 3, 4] and not ranks[groups < 0].any()
+    assert Image.open(picture).size[0] == 1200 and "17 after blocks 0-1, 5 after blocks 2-3" in out
+
+
+def test_show_tells_tokens_from_shares_for_every_method(run, tiny: Path, photos: Path, tmp_path: Path) -> None:
+    data = tmp_path / "p.json"
+    common = ["--model", tiny, "--picture", tmp_path / "p.png", "--json", data]
+    for reducer in ("tome", "random", "pool"):
+        code, _, err = run("show", "--image", photos / "left" / "0.png", "--reducer", reducer, "--tokens", 6, *common)
+        assert code == 0, err
+        (stage,) = json.loads(data.read_text())["stages"]
+        assert stage["tokens"] == 7 and "ranks" not in stage
+
+
 def test_show_names_the_picture_itself(run, tiny: Path, photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = run("show", "--image", photos / "left" / "0.png", "--model", tiny, "--keep", 0.6)
@@ -80,10 +105,38 @@ def test_bench_measures_features_and_labels(run, tiny: Path, classifier: Path, p
         ("show", ["--image", "PHOTO", "--picture", "p.svg"], "--picture must end in .png or .webp"),
         ("show", ["--image", "PHOTO", "--keep", "1"], "nothing was merged"),
         ("show", ["--image", "PHOTO", "--html", "p.html"], "--html has no meaning with --image"),
+        ("show", ["--image", "PHOTO", "--tokens", "16"], "--tokens must be below the 16 patches of the image, got 16"),
+        (
+            "show",
+            ["--image", "PHOTO", "--tokens", "4", "--keep", "0.5"],
+            "give either --keep or --tokens, got 0.5 and 4",
+        ),
+        ("show", ["--image", "PHOTO", "--tokens", "4", "--remove", "3"], "give either --remove or --tokens, got both"),
+        ("show", ["--image", "PHOTO", "--prompt", "What is it?"], "--prompt is for vision-language models"),
+        (
+            "show",
+            ["--image", "PHOTO", "--reducer", "trimtokenator:norm=1"],
+            "trimtokenator goes by a question to a lang",
+        ),
+        (
+            "show",
+            ["--image", "PHOTO", "--reducer", "scope", "--keep", "1.5"],
+            "--keep must be a number in (0, 1], got 1.5",
+        ),
+        ("show", ["--text", "sea", "--tokens", "4"], "--tokens has no meaning with --text: leave it out"),
+        ("show", ["--video", "CLIP", "--prompt", "What?"], "--prompt has no meaning with --video: leave it out"),
+        ("show", ["--image", "nowhere.png"], "nowhere.png can't be read as an image: No such file or directory"),
+        ("show", ["--image", "BROKEN"], "broken.png can't be read as an image: "),
+        ("show", ["--image", "BOMB"], "bomb.png can't be read as an image: it has more than 134 million pixels"),
         ("show", ["--image", "TEXT"], "can't be read as an image"),
         ("show", ["--image", "PHOTO", "--video", "PHOTO"], "got --image and --video"),
         ("show", ["--video", "nowhere.mp4"], "there is no such file"),
         ("show", ["--video", "CLIP", "--frames", "40"], "at least 160 frames"),
+        (
+            "bench",
+            ["--image", "PHOTOS", "--reducer", "tome,trimtokenator"],
+            "trimtokenator goes by a question to a lang",
+        ),
         ("bench", ["--image", "PHOTOS", "--keep", "2"], "--keep must be a number in"),
         ("bench", ["--image", "PHOTOS", "--keep", "0.05"], "ratio must be one that"),
         ("bench", ["--image", "PHOTOS", "--layer", "2"], "--layer can't be used with --image"),
@@ -95,7 +148,14 @@ def test_bad_input_is_one_sentence(
     run, tiny: Path, photos: Path, clip: Path, tmp_path: Path, command: str, options: list[str], message: str
 ) -> None:
     (tmp_path / "t.txt").write_text("no image")
-    names = {"PHOTO": photos / "left" / "0.png", "PHOTOS": photos, "TEXT": tmp_path / "t.txt", "CLIP": clip}
+    whole = (photos / "left" / "0.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("1", (16_000, 10_000)).save(tmp_path / "bomb.png")
+    names = {
+        "PHOTO": photos / "left" / "0.png", "PHOTOS": photos, "TEXT": tmp_path / "t.txt", "CLIP": clip,
+        "BROKEN": tmp_path / "broken.png", "BOMB": tmp_path / "bomb.png",
+    }  # fmt: skip
     code, _, err = run(command, *(names.get(option, option) for option in options), "--model", tiny)
     assert code == 2 and message in err and err.startswith("quickmerge: ") and "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
     assert not list(tmp_path.glob("*.tmp"))

@@ -36,7 +36,11 @@ def bench(
     more: Annotated[list[Path] | None, typer.Argument(help="Further files after --text.", show_default=False)] = None,
     image: Annotated[
         Path | None,
-        typer.Option("--image", help="A folder of images instead; with a folder for each class, labels are checked."),
+        typer.Option(
+            "--image",
+            help="A folder of images instead; with a folder for each class, labels are checked, and for a "
+            "vision-language model, with annotations.jsonl, answers.",
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -51,7 +55,9 @@ def bench(
     keep: Annotated[
         str | None,
         typer.Option(
-            "--keep", help="Shares with commas: of the tokens (0.2,0.42,0.6), of images the compute (0.5,0.7)."
+            "--keep",
+            help="Shares with commas: of the tokens (0.2,0.42,0.6), of images the compute (0.5,0.7), or with a "
+            "vision-language model the visual tokens (0.5,0.25,0.11).",
         ),
     ] = None,
     layer: LAYER = None,
@@ -69,7 +75,8 @@ def bench(
     """Quality and cost of every reducer at every keep, timed interleaved.
 
     For texts that is context recovery on the same target tokens; for images fidelity to the features of the model as it
-    is, and labels where the folder has one for each class and the model a head for them.
+    is, and labels where the folder has one for each class and the model a head for them. For a vision-language model
+    that is answers to the questions of ``annotations.jsonl``, right to the letter, by kind of question.
     """
     if (image is None) == (not text):
         raise QuickmergeError("give either --text or --image, got " + ("both" if image else "neither"))
@@ -79,7 +86,7 @@ def bench(
         for name, value in {"--prior": prior, "--layer": layer, "further files": more}.items():
             if value is not None:
                 raise QuickmergeError(f"{name} can't be used with --image: leave it out")
-        bench_images(image, model or "vit-small-14", reducer, keep or "0.5,0.7", limit, rounds, dynamicvit, out, json)
+        bench_images(image, model or "vit-small-14", reducer, keep, limit, rounds, dynamicvit, out, json)
         return
     from rich.console import Console
 

@@ -15,7 +15,7 @@ def bench_images(
     folder: Path,
     model: str,
     reducer: str,
-    keep: str,
+    keep: str | None,
     limit: int,
     rounds: int,
     dynamicvit: Path | None,
@@ -25,6 +25,7 @@ def bench_images(
     """Fidelity, labels where there are any, and time of every method at every share of the operations."""
     from rich.console import Console
 
+    from quickmerge.cli.vlm import check_needs_no_question, is_vlm
     from quickmerge.evaluation.bench import environment
     from quickmerge.evaluation.images import load_batch
     from quickmerge.evaluation.vision_bench import arms, time_arms
@@ -32,11 +33,21 @@ def bench_images(
     from quickmerge.reducers import make_reducer
     from quickmerge.report.bench_vision import vision_table, write_vision_report
 
+    if is_vlm(model):
+        from quickmerge.cli.bench_vlm import bench_vlm
+
+        if dynamicvit is not None:
+            raise QuickmergeError(f"--dynamicvit is for vision transformers: leave it out for {model}")
+        bench_vlm(folder, model, reducer, keep, limit, rounds, out, json)
+        return
     report = out / "report.html" if out is not None else None
     check_output(json, report)
-    shares = parse_keeps(keep)
+    shares = parse_keeps(keep or "0.5,0.7")
+    names = [name.strip() for name in reducer.split(",")]
+    for name in names:
+        check_needs_no_question(name)
     with one_sentence():
-        methods = [make_reducer(name.strip(), place="vision") for name in reducer.split(",")]
+        methods = [make_reducer(name, place="vision") for name in names]
     paths, labels = _images(folder, limit)
     quiet()
     network, processor, classes = _model(model, labels)

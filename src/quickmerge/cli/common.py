@@ -18,12 +18,17 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from quickmerge.reducers import Reducer
+    from quickmerge.tokens.budget import Budget
 
 MODEL = Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, or a Hugging Face id.")]
 REDUCER = Annotated[
     str, typer.Option("--reducer", help="See quickmerge ls. Settings may follow the name: quickmerge:recency=0.5.")
 ]
 KEEP = Annotated[float, typer.Option("--keep", help="Share of the tokens that is kept, in (0, 1].")]
+TOKENS = Annotated[
+    int | None,
+    typer.Option("--tokens", min=1, help="Images: how many tokens of each are kept, in place of --keep."),
+]
 LAYER = Annotated[
     str | None,
     typer.Option("--layer", help="First block that reads fewer tokens, or several: 8,14,20. Default: the method's."),
@@ -76,11 +81,23 @@ def check_keep(keep: float) -> None:
         raise QuickmergeError(f"--keep must be a number in (0, 1], got {keep:g}")
 
 
-def parse_reducer(name: str, keep: float, place: str = "text") -> Reducer:
-    """A reducer by its name, of those for language models or (``place="vision"``) for vision transformers."""
+def parse_budget(keep: float | None, tokens: int | None, usual: float) -> float | Budget:
+    """``--keep`` or ``--tokens``, whichever was given, else the ``usual`` share."""
+    from quickmerge.tokens.budget import Count
+
+    if tokens is None:
+        return usual if keep is None else keep
+    if keep is not None:
+        raise QuickmergeError(f"give either --keep or --tokens, got {keep:g} and {tokens}")
+    return Count(tokens)
+
+
+def parse_reducer(name: str, keep: float | Budget, place: str = "text") -> Reducer:
+    """A reducer by its name, of those for language models, vision transformers (``place="vision"``) or both."""
     from quickmerge.reducers import make_reducer
 
-    check_keep(keep)
+    if isinstance(keep, (int, float)):
+        check_keep(keep)
     with one_sentence():
         return make_reducer(name, place=place, keep=keep)
 

@@ -9,11 +9,9 @@ import typer
 
 from quickmerge.cli.common import (
     JSON,
-    KEEP,
     LAYER,
-    MODEL,
     PRIOR,
-    REDUCER,
+    TOKENS,
     add_prior,
     check_output,
     load_model,
@@ -25,15 +23,34 @@ from quickmerge.cli.common import (
 )
 from quickmerge.errors import QuickmergeError
 
-EXAMPLE = 'Example: quickmerge generate --file report.txt --prompt "Summarise." --keep 0.4 --compare'
+EXAMPLE = (
+    'Example: quickmerge generate --file report.txt --prompt "Summarise." --keep 0.4 --compare; '
+    'quickmerge generate --image photo.jpg --model runs/vlm --reducer scope --tokens 64 --prompt "What is this?"'
+)
 
 
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask; never reduced.")],
     file: Annotated[Path | None, typer.Option("--file", help="UTF-8 text that the prompt is about.")] = None,
-    model: MODEL = "smollm2-135m",
-    reducer: REDUCER = "quickmerge",
-    keep: KEEP = 0.4,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", help="Image that the prompt is about instead; give several.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="A folder, a Hugging Face id, or the default smollm2-135m, which sees no images."),
+    ] = None,
+    reducer: Annotated[
+        str | None,
+        typer.Option(
+            "--reducer",
+            help="See quickmerge ls; settings may follow: quickmerge:recency=0.5. Default: quickmerge, or scope.",
+        ),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option("--keep", help="Share of the tokens that is kept, in (0, 1]. Default: 0.4, of images 0.25."),
+    ] = None,
+    tokens: TOKENS = None,
     layer: LAYER = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
@@ -42,11 +59,23 @@ def generate(
     prior: PRIOR = None,
     json: JSON = None,
 ) -> None:
-    """Answer a prompt about a document, the document read with fewer tokens."""
+    """Answer a prompt about a document or about images, which are read with fewer tokens."""
+    if image:
+        from quickmerge.cli.generate_image import generate_image
+
+        _only_text({"--file": file, "--prior": prior})
+        generate_image(
+            image, prompt, model, reducer or "scope", keep, tokens, layer, max_new_tokens=max_new_tokens, sample=sample,
+            seed=seed, compare=compare, json=json,
+        )  # fmt: skip
+        return
+    if tokens is not None:
+        raise QuickmergeError("--tokens is for images: give --image too, or --keep in its place")
     from rich.console import Console
 
     from quickmerge.evaluation.answer import answer
 
+    model, reducer, keep = model or "smollm2-135m", reducer or "quickmerge", 0.4 if keep is None else keep
     check_output(json)
     method = parse_reducer(reducer, keep)
     method = method if prior is None else add_prior(method, prior)
@@ -74,3 +103,10 @@ def generate(
         "model": model, "reducer": method.label, "keep": keep, "prompt": prompt,
         **{name: found.as_dict() for name, found in results.items()},
     })  # fmt: skip
+
+
+def _only_text(given: dict[str, object]) -> None:
+    """Raise if an option was given that has no meaning for images."""
+    for name, value in given.items():
+        if value is not None:
+            raise QuickmergeError(f"{name} has no meaning with --image: leave it out")

@@ -15,8 +15,9 @@ def ls(json: JSON = None) -> None:
     from rich.table import Table
 
     from quickmerge.data import PRIORS
-    from quickmerge.hosts import FAMILIES, VISION_FAMILIES
+    from quickmerge.hosts import FAMILIES, VISION_FAMILIES, VLM_FAMILIES
     from quickmerge.models import MODELS, VISION_MODELS
+    from quickmerge.models.embedded import SENTENCE_MODELS
     from quickmerge.reducers import PLACES, DynamicViT
 
     found = [(place, name, cls) for place, table in PLACES.items() for name, cls in table.items()]
@@ -48,8 +49,12 @@ def ls(json: JSON = None) -> None:
     for models, families in ((MODELS, FAMILIES), (VISION_MODELS, VISION_FAMILIES)):
         console.print("[bold]Models[/]: " + ", ".join(models) + ", or any folder or Hugging Face id of these families:")
         console.print("  " + ", ".join(families))
+    console.print("[bold]Vision-language models[/]: any folder or Hugging Face id of these families:")
+    console.print("  " + ", ".join(VLM_FAMILIES))
+    console.print("[bold]Recognizers[/]: any folder that train recognizer wrote; compared by meaning with "
+                  + ", ".join(SENTENCE_MODELS))  # fmt: skip
     console.print("[bold]Trained priors[/] (--prior): " + ", ".join(PRIORS) + ", or any folder that train prior wrote")
     write_json(json, {
-        "reducers": reducers, "models": [*MODELS, *VISION_MODELS], "families": [*FAMILIES, *VISION_FAMILIES],
-        "priors": list(PRIORS),
+        "reducers": reducers, "models": [*MODELS, *VISION_MODELS, *SENTENCE_MODELS],
+        "families": [*FAMILIES, *VISION_FAMILIES, *VLM_FAMILIES], "priors": list(PRIORS),
     })  # fmt: skip

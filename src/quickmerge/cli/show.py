@@ -9,8 +9,8 @@ import typer
 
 from quickmerge.cli.common import (
     JSON,
-    KEEP,
     LAYER,
+    TOKENS,
     check_output,
     load_model,
     one_sentence,
@@ -23,7 +23,8 @@ from quickmerge.errors import QuickmergeError
 
 EXAMPLE = (
     "Example: quickmerge show --file report.txt --keep 0.3 --html map.html --picture map.png; "
-    "quickmerge show --image photo.jpg --reducer tome --remove 16"
+    "quickmerge show --image photo.jpg --reducer tome --remove 16; "
+    "quickmerge show --image photo.jpg --reducer scope --tokens 64"
 )
 
 
@@ -40,7 +41,13 @@ def show(
         str | None,
         typer.Option("--reducer", help="See quickmerge ls. Default: quickmerge, and grid for videos."),
     ] = None,
-    keep: KEEP = 0.4,
+    keep: Annotated[
+        float | None, typer.Option("--keep", help="Share of the tokens that is kept, in (0, 1]. Default: 0.4.")
+    ] = None,
+    tokens: TOKENS = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="Images: what a vision-language model is asked about it.")
+    ] = None,
     layer: LAYER = None,
     remove: Annotated[
         str | None,
@@ -64,17 +71,23 @@ def show(
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
         raise QuickmergeError(f"give one of {', '.join(given)}, got {' and '.join(named) or 'none'}")
-    _only(named[0], {"--remove": remove, "--animation": animation, "--html": html, "--layer": layer})
+    _only(named[0], {
+        "--remove": remove, "--animation": animation, "--html": html, "--layer": layer, "--tokens": tokens,
+        "--prompt": prompt,
+    })  # fmt: skip
     if image is not None or video is not None:
+        from quickmerge.cli.show_vision import KEEP, show_image, show_video
         from quickmerge.cli.show_vision import MODEL as SEEING
-        from quickmerge.cli.show_vision import show_image, show_video
 
         if image is not None:
-            show_image(image, model or SEEING, reducer or "quickmerge", keep, remove, layer, picture, json)
+            show_image(
+                image, model or SEEING, reducer or "quickmerge", keep, tokens, remove, layer, prompt, picture, json
+            )
         elif video is not None:
-            show_video(video, model or SEEING, reducer or "grid", keep, frames, stride, picture, animation, json)
+            share = KEEP if keep is None else keep
+            show_video(video, model or SEEING, reducer or "grid", share, frames, stride, picture, animation, json)
         return
-    model, reducer = model or "smollm2-135m", reducer or "quickmerge"
+    model, reducer, keep = model or "smollm2-135m", reducer or "quickmerge", 0.4 if keep is None else keep
     from rich.console import Console
 
     from quickmerge.hosts.summary import layer_runs
@@ -112,7 +125,8 @@ def show(
 
 def _only(what: str, given: dict[str, object]) -> None:
     """Raise if an option was given that has no meaning for what is shown."""
-    allowed = {"--image": ("--remove", "--layer"), "--video": ("--animation",)}.get(what, ("--html", "--layer"))
+    images = ("--remove", "--layer", "--tokens", "--prompt")
+    allowed = {"--image": images, "--video": ("--animation",)}.get(what, ("--html", "--layer"))
     for name, value in given.items():
         if value is not None and name not in allowed:
             raise QuickmergeError(f"{name} has no meaning with {what}: leave it out")

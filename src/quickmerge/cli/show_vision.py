@@ -2,47 +2,89 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quickmerge.cli.common import check_keep, check_output, one_sentence, parse_layer, parse_reducer, quiet, write_json
+from quickmerge.cli.common import (
+    check_keep,
+    check_output,
+    one_sentence,
+    parse_budget,
+    parse_layer,
+    parse_reducer,
+    quiet,
+    write_json,
+)
 from quickmerge.errors import QuickmergeError
 
 MODEL = "vit-small-14"
+KEEP = 0.4
+"""The share that is kept where nobody says."""
 PICTURES = (".png", ".webp")
 ANIMATIONS = (".gif", ".webp")
 
 
 def show_image(
-    file: Path, model: str, reducer: str, keep: float, remove: str | None, layer: str | None, picture: Path | None,
-    json: Path | None,
+    file: Path, model: str, reducer: str, keep: float | None, tokens: int | None, remove: str | None, layer: str | None,
+    prompt: str | None, picture: Path | None, json: Path | None,
 ) -> None:  # fmt: skip
-    """Paint the patches of an image by the token that they became."""
+    """Paint the patches of an image by the token that they became, in the order of the choice where there is one."""
     from rich.console import Console
 
-    from quickmerge.evaluation.images import load_batch
+    from quickmerge.cli.vlm import check_needs_no_question, is_vlm
+    from quickmerge.hosts import find_encoder
     from quickmerge.models import load_vision
     from quickmerge.report import merged_picture, write_picture
     from quickmerge.report.collect_vision import as_picture, patch_stages
+    from quickmerge.training.data.images import open_image
     from quickmerge.training.data.labelled import PixelFormat
 
     picture = picture or Path(f"{file.stem}-{reducer.split(':')[0]}.png")
     _check_suffix("--picture", picture, PICTURES)
     check_output(json, picture)
-    method, where = parse_reducer(reducer, keep, "vision"), _where(remove, layer)
+    budget, where, photo = parse_budget(keep, tokens, KEEP), _where(remove, layer, tokens), open_image(file)
+    if is_vlm(model):
+        from quickmerge.cli.show_vlm import show_tokens
+
+        if remove is not None:
+            raise QuickmergeError(f"--remove is for vision transformers: leave it out for {model}")
+        show_tokens(photo, file.name, model, reducer, budget, where, prompt, picture, json)
+        return
+    if prompt is not None:
+        raise QuickmergeError(f"--prompt is for vision-language models: leave it out for {model}")
+    check_needs_no_question(reducer)
+    share = KEEP if keep is None else keep
+    method = parse_reducer(reducer, share, "vision")
     quiet()
     encoder, processor = load_vision(model)
     form = PixelFormat.of(processor)
-    pixels = load_batch([file], processor)
+    pixels = processor([photo], return_tensors="pt")["pixel_values"]
     with Console(stderr=True).status("looking"), one_sentence():
+        blocks = find_encoder(encoder)
+        if tokens is not None:
+            share = _share(tokens, math.prod(blocks.grid(pixels)))
+            method = replace(method, keep=share)
+        if where is None and (method.once or tokens is not None):
+            where = max(0, len(blocks) - 2)  # SCOPE prunes by what the last block but one gives
         stages, stats = patch_stages(encoder, pixels, method, where)
     if not stages:
-        raise QuickmergeError(f"nothing was merged: --keep must be below 1 or --remove above 0, got {keep:g}, {remove}")
+        raise QuickmergeError(
+            f"nothing was merged: --keep must be below 1 or --remove above 0, got {share:g}, {remove}"
+        )
     seen = as_picture(pixels[0], form)
     write_picture(merged_picture(seen, stages, title=f"{file.name}, {reducer}"), picture)
     print(stats)
     print(f"wrote {picture}")
-    _write(json, file, model, reducer, keep, remove, stages, stats.as_dict())
+    _write(json, file, model, reducer, share, remove, stages, stats.as_dict())
+
+
+def _share(tokens: int, patches: int) -> float:
+    """So many tokens as a share of an image's patches."""
+    if tokens >= patches:
+        raise QuickmergeError(f"--tokens must be below the {patches} patches of the image, got {tokens}")
+    return tokens / patches
 
 
 def show_video(
@@ -85,8 +127,10 @@ def show_video(
     _write(json, file, model, reducer, keep, None, [stage], {"tokens_in": total, "tokens_out": stage.tokens})
 
 
-def _where(remove: str | None, layer: str | None) -> Any:
+def _where(remove: str | None, layer: str | None, tokens: int | None) -> Any:
     """``--remove``, ``--layer`` or neither, as `quickmerge.reduce` takes it."""
+    if remove is not None and tokens is not None:
+        raise QuickmergeError("give either --remove or --tokens, got both")
     if remove is None:
         return parse_layer(layer)
     if layer is not None:
@@ -120,5 +164,11 @@ def _write(
 ) -> None:
     write_json(path, {
         "file": file.name, "model": model, "reducer": reducer, "keep": keep, "remove": remove,
-        "stages": [{"name": s.name, "tokens": s.tokens, "groups": s.groups.tolist()} for s in stages], **stats,
+        "stages": [stage_data(stage) for stage in stages], **stats,
     })  # fmt: skip
+
+
+def stage_data(stage: Any) -> dict[str, Any]:
+    """A `PatchStage` for JSON: the slot of each patch, and in which turn it was chosen where that is known."""
+    ranks = {} if stage.ranks is None else {"ranks": stage.ranks.tolist()}
+    return {"name": stage.name, "tokens": stage.tokens, "groups": stage.groups.tolist(), **ranks}

@@ -85,7 +85,7 @@ def answer(
     if reducer is not None:
         run = reduce(model, reducer, layer, protect=protect, recent=1 if document else 16)
     torch.manual_seed(seed)
-    clock = _FirstToken()
+    clock = FirstToken()
     with torch.inference_mode(), run:
         out = model.generate(
             ids,
@@ -100,12 +100,13 @@ def answer(
     return Answer(text, ids, clock.seconds, run.summary(), getattr(run, "main_plan", None))
 
 
-class _FirstToken:
+class FirstToken:
     """A stopping criterion that never stops; it notes when the first token was there."""
 
     def __init__(self) -> None:
         self.began, self.seconds = time.perf_counter(), 0.0
 
     def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """False for every row of ``ids (B, N)``."""
         self.seconds = self.seconds or time.perf_counter() - self.began
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)

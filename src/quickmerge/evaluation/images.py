@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.training.data.find import IMAGES
-from quickmerge.training.data.images import UNREADABLE, opaque, reason
+from quickmerge.training.data.images import open_image, opened
 
 __all__ = ["LabelledImage", "evenly", "load_batch", "read_labelled"]
 
@@ -50,11 +49,8 @@ def read_labelled(folder: Path) -> list[LabelledImage]:
             raise QuickmergeError(f"the folder {one} of the class {one.name!r} holds no image ({' '.join(IMAGES)})")
         found += [LabelledImage(path, one.name) for path in images]
     for image in found:
-        try:
-            with Image.open(image.path) as opened:
-                opened.verify()
-        except UNREADABLE as error:
-            raise _unreadable(image.path, error) from None
+        with opened(image.path) as file:
+            file.verify()
     return found
 
 
@@ -79,19 +75,9 @@ def load_batch(paths: Sequence[Path], processor: Any) -> Tensor:
     """
     if not paths:
         raise QuickmergeError("paths must name at least one image, got none")
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                images.append(opaque(ImageOps.exif_transpose(image)).convert("RGB"))
-        except UNREADABLE as error:
-            raise _unreadable(path, error) from None
+    images = [open_image(path) for path in paths]
     pixels: list[Tensor] = [processor([image], return_tensors="pt")["pixel_values"] for image in images]
     if len(sizes := {tuple(image.shape[-2:]) for image in pixels}) > 1:
         told = " and ".join(f"{height} x {width}" for height, width in sorted(sizes))
         raise QuickmergeError(f"images of one batch must have one size, but the processor made {told}")
     return torch.cat(pixels)
-
-
-def _unreadable(path: Path, error: BaseException) -> QuickmergeError:
-    return QuickmergeError(f"{path} can't be read as an image: {reason(error)}")

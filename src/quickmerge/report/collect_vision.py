@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -32,8 +34,28 @@ def patch_stages(
             continue
         before = level.size.shape[1]
         slot = level.slot[0, call.prefix :].reshape(call.grid)
-        stages.append(PatchStage(f"block {block + 1}", slot.cpu().numpy(), unplaced=call.prefix))
+        plan = call.plans[block]
+        ranks = None if plan is None or plan.order is None else patch_ranks(plan.slot[0], plan.order[0], slot)
+        stages.append(PatchStage(f"block {block + 1}", slot.cpu().numpy(), call.prefix, ranks))
     return stages, run.summary()
+
+
+def patch_ranks(slot: Tensor, order: Tensor, groups: Tensor) -> NDArray[np.int64]:
+    """When the slot of each patch was chosen, from 1 on; 0 for patches that were dropped, or kept without a turn.
+
+    Args:
+        slot: ``(N,)``, where a plan puts each token.
+        order: ``(K,)``, the tokens that the plan chose one after another, then -1.
+        groups: the slot that each patch is in, of any shape; -1 for dropped.
+
+    Returns:
+        The shape of ``groups``.
+    """
+    chosen = slot[order[order >= 0]]
+    turn = slot.new_zeros(int(slot.max()) + 2)  # the last stands for -1, which chose nobody
+    turn[chosen] = torch.arange(1, len(chosen) + 1, device=slot.device)
+    ranks: NDArray[np.int64] = turn[groups].cpu().numpy()
+    return ranks
 
 
 def frame_stage(model: Any, pixels: Tensor, across: Reducer) -> PatchStage:

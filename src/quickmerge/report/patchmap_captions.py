@@ -29,14 +29,31 @@ def original(sheet: Image.Image, box: Box, facts: str, unit: float, theme: Theme
     _lines(sheet, box, "original", facts, unit, theme)
 
 
-def legend(fills: Sequence[Fill], size: float, room: float) -> list[str]:
+def legend(fills: Sequence[Fill], size: float, room: float, turns: bool = False) -> list[str]:
     """What the colours mean, as far as they occur, in lines that fit.
 
     Args:
         fills: of all pictures on the sheet.
         size: height of the font in pixels.
         room: the width of a line in pixels.
+        turns: whether all pictures show what was chosen in turns, which `patchmap_order.key` explains.
     """
+    if turns:
+        words = ["Framed: one token each, kept."]
+    else:
+        words = _outlines(fills)
+    if any((fill.groups < 0).any() for fill in fills):
+        words.append("Grey and hatched: dropped.")
+    lines: list[str] = []
+    for sentence in words:
+        if lines and fits(f"{lines[-1]} {sentence}", size, room):
+            lines[-1] += f" {sentence}"
+        else:
+            lines.append(sentence)
+    return lines
+
+
+def _outlines(fills: Sequence[Fill]) -> list[str]:
     most = max(int(fill.spans.sum()) for fill in fills)
     within = any((~fill.spans & ~fill.sharp).any() for fill in fills)
     first = "Each outlined area is one token"
@@ -47,15 +64,7 @@ def legend(fills: Sequence[Fill], size: float, room: float) -> list[str]:
         words += ["Mean colour: within a frame."] if within else []
     if any(fill.sharp.any() for fill in fills):
         words.append("Sharp: patches on their own.")
-    if any((fill.groups < 0).any() for fill in fills):
-        words.append("Grey and hatched: dropped.")
-    lines: list[str] = []
-    for sentence in words:
-        if lines and fits(f"{lines[-1]} {sentence}", size, room):
-            lines[-1] += f" {sentence}"
-        else:
-            lines.append(sentence)
-    return lines
+    return words
 
 
 def foot(sheet: Image.Image, lines: Sequence[str], margin: float, size: float, theme: Theme) -> None:

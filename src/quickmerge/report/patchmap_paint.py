@@ -118,7 +118,7 @@ def painted(fill: Fill, frame: NDArray[np.uint8], step: int, size: tuple[int, in
     groups = fill.groups[step]
     photo = np.asarray(resized(frame, size), dtype=np.float64)
     label = groups[cell_of_pixel(size[0], groups.shape[0])[:, None], cell_of_pixel(size[1], groups.shape[1])]
-    out = _dimmed(photo)
+    out = dimmed(photo)
     if len(fill.colours):
         known = np.where(label >= 0, label, 0)
         full = np.where(fill.sharp[known][..., None], photo, fill.colours[known])
@@ -136,7 +136,7 @@ def resized(frame: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
     return photo.resize((size[1], size[0]), Image.Resampling.NEAREST if much else Image.Resampling.LANCZOS)
 
 
-def _dimmed(photo: NDArray[np.float64]) -> NDArray[np.float64]:
+def dimmed(photo: NDArray[np.float64]) -> NDArray[np.float64]:
     """Dark, grey and hatched: what the model no longer reads. The hatching tells it from a dark or grey picture."""
     grey = 18 + 0.32 * (photo @ _LUMA)
     y, x = np.indices(grey.shape)

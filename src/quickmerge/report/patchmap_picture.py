@@ -11,6 +11,7 @@ from quickmerge.errors import QuickmergeError, whole_number
 from quickmerge.report.palette import DARK, LIGHT
 from quickmerge.report.patchmap_captions import LEADING, caption, foot, legend, original
 from quickmerge.report.patchmap_layout import Space, arrange
+from quickmerge.report.patchmap_order import key, last_turn, ordered
 from quickmerge.report.patchmap_paint import Alone, fill_of, image_stage, painted, resized
 from quickmerge.report.patchmap_stage import PatchStage, Picture, clip_of, pixels_of
 from quickmerge.report.patchmap_type import write
@@ -32,7 +33,8 @@ def merged_picture(
 ) -> Image.Image:
     """Draw the photo and, for some stages, a copy in which every token is outlined and has one colour.
 
-    Below each copy are the stage's name, how many tokens are left, and a bar as long as their share.
+    Below each copy are the stage's name, how many tokens are left, and a bar as long as their share. Where a stage has
+    ``ranks``, what was kept looks as in the photo, framed and numbered in the order of the choice.
 
     Args:
         image: what the model saw, after resizing and cropping.
@@ -64,7 +66,10 @@ def merged_picture(
     left, top = round(margin), round(margin + head)
     boxes = [replace(box, x=box.x + left, y=box.y + top) for box in boxes]
     fills = [fill_of(clip, stage, alone) for stage in shown]
-    lines = legend(fills, _SMALL * unit, space.width)
+    last = last_turn(shown)
+    lines = legend(fills, _SMALL * unit, space.width, turns=all(stage.ranks is not None for stage in shown))
+    if last:
+        lines.append("")  # the key is drawn there
     # A caption has room below its last line, which the first line of the legend takes.
     height = round(top + tall + (len(lines) - 1) * LEADING * _SMALL * unit + 8 * unit + margin)
     sheet = Image.new("RGB", (width, height), theme.card)
@@ -75,9 +80,13 @@ def merged_picture(
     _, rows, columns = shown[0].grid
     original(sheet, first, f"{rows} × {columns} patch{'' if rows * columns == 1 else 'es'}", unit, theme)
     for stage, fill, box in zip(shown, fills, boxes[1:], strict=True):
-        sheet.paste(painted(fill, pixels, 0, (box.height, box.width)), (box.x, box.y))
+        size = (box.height, box.width)
+        copy = painted(fill, pixels, 0, size) if stage.ranks is None else ordered(stage, pixels, size, last)
+        sheet.paste(copy, (box.x, box.y))
         caption(sheet, box, stage, unit, theme)
     foot(sheet, lines, margin, _SMALL * unit, theme)
+    if last:
+        key(sheet, (left, sheet.height - margin), last, _SMALL * unit, theme)
     return sheet
 
 

@@ -26,14 +26,17 @@ class PatchStage:
         groups: ``(T, H, W)`` whole numbers: the slot each original patch is in, -1 where it was dropped. T is 1 for
             an image. Slots need not be numbered without gaps.
         unplaced: tokens that stand for no place, such as the class token; they count in captions only.
+        ranks: ``(T, H, W)`` whole numbers, where slots were chosen one after another: 1 for patches of the first one,
+            2 of the second, and so on; 0 where that can't be said. None for methods that choose otherwise.
 
     Raises:
-        QuickmergeError: groups are no such array, or unplaced is negative.
+        QuickmergeError: groups or ranks are no such array, or unplaced is negative.
     """
 
     name: str
     groups: NDArray[np.int64]
     unplaced: int = 0
+    ranks: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         groups: NDArray[Any] = np.asarray(self.groups)
@@ -44,9 +47,22 @@ class PatchStage:
         if int(groups.min()) < -1:
             raise QuickmergeError(f"groups must be slots of at least 0, or -1 for dropped, got {int(groups.min())}")
         whole_number("unplaced", self.unplaced, 0)
-        kept = groups.astype(np.int64)  # a copy: what is shown later is what was given now
+        self._keep("groups", groups)
+        if self.ranks is None:
+            return
+        ranks: NDArray[Any] = np.asarray(self.ranks)
+        if ranks.shape != groups.shape or not np.issubdtype(ranks.dtype, np.integer):
+            raise QuickmergeError(
+                f"ranks must be a whole number for each patch, {groups.shape}, got {ranks.dtype} {ranks.shape}"
+            )
+        if (ranks < 0).any() or ranks[groups < 0].any():
+            raise QuickmergeError("ranks must be at least 0, and 0 where a patch was dropped")
+        self._keep("ranks", ranks)
+
+    def _keep(self, name: str, given: NDArray[Any]) -> None:
+        kept = given.astype(np.int64)  # a copy: what is shown later is what was given now
         kept.flags.writeable = False
-        object.__setattr__(self, "groups", kept)
+        object.__setattr__(self, name, kept)
 
     @property
     def grid(self) -> tuple[int, int, int]:

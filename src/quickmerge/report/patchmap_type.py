@@ -43,7 +43,20 @@ def write(
 
 def fits(words: str, size: float, room: float) -> bool:
     """Whether a line of this font height is at most ``room`` pixels wide."""
-    return _font(_file(words, bold=False), size).getlength(words) <= room
+    return width_of(words, size) <= room
+
+
+def width_of(words: str, size: float, *, bold: bool = False) -> float:
+    """How wide a line of this font height is, in pixels."""
+    return _font(_file(words, bold), size).getlength(words)
+
+
+def centred(picture: Image.Image, at: tuple[float, float], words: str, size: float) -> None:
+    """Write a few words in bold around the point ``at``, white in a black casing: to be read on any photo."""
+    font = _font(_file(words, bold=True), size)
+    ImageDraw.Draw(picture).text(
+        at, words, fill="#ffffff", font=font, anchor="mm", stroke_width=max(1, round(size / 8)), stroke_fill="#000000"
+    )
 
 
 @cache

@@ -1,0 +1,145 @@
+"""Right answers and time of a vision-language model with fewer visual tokens (results/vlm_quality.json).
+
+python benchmarks/scenes.py && python benchmarks/labelled_pictures.py && python benchmarks/mosaics.py
+python benchmarks/vlm_quality.py --model runs/vlm
+
+What was answered is noted picture by picture beside --out, so that a run that was broken off goes on where it was when
+it is started again with the same settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from pictures import SAY
+from rich.console import Console
+
+import quickmerge as qm
+from quickmerge.cli.common import progress, quiet, write_json
+from quickmerge.errors import QuickmergeError
+from quickmerge.evaluation.answers_arms import answer_arms
+from quickmerge.evaluation.answers_bench import answer_records, answer_rows, time_answers
+from quickmerge.evaluation.bench import environment
+from quickmerge.evaluation.images import evenly
+from quickmerge.models import cache_folder
+from quickmerge.prior.identity import model_hash
+from quickmerge.reducers import VISUAL_TOKEN_REDUCERS, make_reducer
+from quickmerge.report.bench_answers import answers_table
+from quickmerge.training.data.annotated import Annotated, read_annotated
+
+HERE = Path(__file__).parent
+DTYPES = ("float32", "bfloat16")
+
+
+def main() -> int:
+    """Measure and write; 2 where something that is needed is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder that `quickmerge train vlm` wrote, or another VLM")
+    parser.add_argument("--scenes", type=Path, default=cache_folder() / "scenes" / "test")
+    parser.add_argument("--mosaics", type=Path, default=cache_folder() / "mosaics" / "test")
+    parser.add_argument("--pictures", type=int, default=100, help="of each of the two at most, evenly taken")
+    parser.add_argument("--reducer", default=",".join(VISUAL_TOKEN_REDUCERS))
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.11])
+    parser.add_argument("--rounds", type=int, default=11, help="how often each method is timed")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "vlm_quality.json")
+    args = parser.parse_args()
+    if min(args.pictures, args.rounds) < 1:
+        parser.error(f"--pictures and --rounds must be at least 1, got {args.pictures} and {args.rounds}")
+    quiet()
+    try:
+        measure(args)
+    except QuickmergeError as error:
+        SAY.print(str(error), markup=False)
+        return 2
+    return 0
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Answer every question of both sets by every method, and time each on scenes."""
+    sets = {
+        name: evenly([picture for picture in read_annotated(folder) if picture.questions], args.pictures)
+        for name, folder in (("scenes", args.scenes), ("mosaics", args.mosaics))
+    }
+    methods = [make_reducer(name, place="visual") for name in args.reducer.split(",")]
+    model, processor = qm.load_vlm(args.model, dtype=getattr(torch, args.dtype))
+    arms = answer_arms(model, processor, methods, args.keep)
+    settings = {
+        "model": model_hash(model), "dtype": args.dtype, "arms": [arm.label for arm in arms],
+        "pictures": {name: told(pictures) for name, pictures in sets.items()},
+    }  # fmt: skip
+    notes = args.out.with_suffix(".partial.jsonl")
+    done = read_notes(notes, settings)
+    with progress() as bar, notes.open("a", encoding="utf-8") as file:
+        if not done:
+            file.write(json.dumps(settings) + "\n")
+        work = (1 + len(arms)) * (sum(map(len, sets.values())) + args.rounds + 1)
+        task = bar.add_task("measuring", total=work)
+
+        def advance(label: str) -> None:
+            bar.update(task, advance=1, description=label)
+
+        records: list[dict[str, Any]] = []
+        for name, pictures in sets.items():
+            for index, picture in enumerate(pictures):
+                key = f"{name} {index}"
+                if key in done:
+                    bar.update(task, advance=1 + len(arms))
+                else:
+                    done[key] = answer_records(model, processor, picture, arms, advance)
+                    file.write(json.dumps({"key": key, "records": done[key]}) + "\n")
+                    file.flush()
+                records += [{**record, "data": name, "picture": index} for record in done[key]]
+        times = time_answers(model, processor, sets["scenes"], arms, args.rounds, advance)
+    rows = []
+    for name in sets:
+        found = answer_rows([record for record in records if record["data"] == name])
+        rows += [{"data": name, **row, **spent} for row, spent in zip(found, times, strict=True)]
+    meta = {
+        "model": Path(args.model).name, "dtype": args.dtype, "rounds": args.rounds,
+        **{name: len(pictures) for name, pictures in sets.items()},
+    }  # fmt: skip
+    write_json(args.out, {"rows": rows, "meta": meta, "environment": environment()})
+    notes.unlink()
+    for name in sets:
+        Console().print(name)
+        answers_table([row for row in rows if row["data"] == name], Console())
+
+
+def told(pictures: list[Annotated]) -> str:
+    """A sha256 over what is asked, for telling whether notes belong to the same run."""
+    texts = [f"{picture.path.name} {picture.questions}" for picture in pictures]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def read_notes(path: Path, settings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What an earlier run with the same settings noted, by picture; a line that was broken off is cut off the file.
+
+    Notes of other settings are removed.
+    """
+    whole: list[str] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            try:
+                json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith("\n"):
+                break
+            whole.append(line)
+    if not whole or json.loads(whole[0]) != settings:
+        path.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return {}
+    path.write_text("".join(whole), encoding="utf-8")
+    return {entry["key"]: entry["records"] for entry in map(json.loads, whole[1:])}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

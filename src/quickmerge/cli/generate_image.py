@@ -1,0 +1,67 @@
+"""``quickmerge generate --image``: answer a prompt about images with fewer visual tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quickmerge.cli.common import check_output, one_sentence, parse_budget, parse_layer, parse_reducer, write_json
+from quickmerge.cli.vlm import load_vlm
+from quickmerge.errors import QuickmergeError
+
+KEEP = 0.25
+"""The share of the visual tokens that is kept where nobody says."""
+
+
+def generate_image(
+    images: list[Path],
+    prompt: str,
+    model: str | None,
+    reducer: str,
+    keep: float | None,
+    tokens: int | None,
+    layer: str | None,
+    *,
+    max_new_tokens: int,
+    sample: bool,
+    seed: int,
+    compare: bool,
+    json: Path | None,
+) -> None:
+    """Print the answer, and on stderr what was read and what it cost."""
+    from rich.console import Console
+
+    from quickmerge.evaluation.answer_images import answer_images, clamped
+    from quickmerge.training.data.images import open_image
+
+    if model is None:
+        raise QuickmergeError(
+            "--model must be a vision-language model with --image, such as train vlm writes, got none"
+        )
+    if not prompt.strip():
+        raise QuickmergeError("--prompt must hold some text, got an empty one")
+    check_output(json)
+    method = parse_reducer(reducer, parse_budget(keep, tokens, KEEP), "visual")
+    depth = parse_layer(layer)
+    pictures = [open_image(path) for path in images]
+    vlm, processor = load_vlm(model)
+    errors = Console(stderr=True)
+    results = {}
+    ways = [("reduced", method), ("full", None)] if compare else [("reduced", method)]
+    for name, way in ways:
+        with errors.status(f"generating ({name})"), one_sentence():
+            results[name] = answer_images(
+                vlm, processor, pictures, prompt, way, depth, max_new_tokens=max_new_tokens, sample=sample, seed=seed
+            )
+    for name, way in ways:
+        found = results[name]
+        if compare:
+            print(f"== {name} ==")
+        print(found.text)
+        print()
+        print(found.stats, file=errors.file)
+        if way is not None and tokens is not None and (note := clamped(tokens, found.visual)):
+            print(note, file=errors.file)
+    write_json(json, {
+        "model": model, "reducer": method.label, "keep": keep, "tokens": tokens, "prompt": prompt,
+        "images": [path.name for path in images], **{name: found.as_dict() for name, found in results.items()},
+    })  # fmt: skip

@@ -1,0 +1,48 @@
+"""What the commands share that ask a vision-language model about images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quickmerge.cli.common import quiet
+from quickmerge.errors import QuickmergeError
+
+
+def is_vlm(name: str) -> bool:
+    """Whether a model reads images and text both, by its configuration alone.
+
+    Raises:
+        QuickmergeError: there is no such model.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    from quickmerge.models.console import transformers_silenced
+    from quickmerge.models.embedded import MODELS, VISION_MODELS
+    from quickmerge.models.load import find_model
+    from quickmerge.models.read import read_config
+
+    if name in MODELS or name in VISION_MODELS:
+        return False
+    with transformers_silenced():
+        kind = read_config(find_model(name, VISION_MODELS)).model_type
+    return kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def load_vlm(name: str) -> tuple[Any, Any]:
+    """Model and processor, the libraries' own chatter kept quiet."""
+    from quickmerge.models.vlm import load_vlm as load
+
+    quiet()
+    return load(name)
+
+
+def check_needs_no_question(reducer: str) -> None:
+    """Raise for a method that goes by the question about an image: a vision transformer is asked none."""
+    from quickmerge.reducers import VISION_REDUCERS, VISUAL_TOKEN_REDUCERS
+
+    name = reducer.split(":")[0]
+    if name in VISUAL_TOKEN_REDUCERS and name not in VISION_REDUCERS:
+        raise QuickmergeError(
+            f"--reducer {name} goes by a question to a language model: give a vision-language model as --model, "
+            f"or one of {', '.join(VISION_REDUCERS)}"
+        )

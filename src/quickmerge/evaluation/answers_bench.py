@@ -1,0 +1,173 @@
+"""The benchmark of vision-language models: right answers and cost of every method on the same annotated pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median, quantiles
+from typing import Any
+
+import numpy as np
+import torch
+
+from quickmerge.errors import QuickmergeError
+from quickmerge.evaluation.answers import ask, exact_answers
+from quickmerge.evaluation.answers_arms import FULL, AnswerArm
+from quickmerge.evaluation.recovery import bootstrap
+from quickmerge.hosts import observe
+from quickmerge.training.data.annotated import Annotated
+from quickmerge.training.data.images import open_image
+
+__all__ = ["answer_records", "answer_rows", "bench_answers", "time_answers"]
+
+Row = dict[str, Any]
+Advance = Callable[[str], None]
+
+
+def bench_answers(
+    model: Any,
+    processor: Any,
+    pictures: Sequence[Annotated],
+    arms: Sequence[AnswerArm],
+    *,
+    rounds: int = 5,
+    advance: Advance = lambda _: None,
+) -> tuple[list[Row], list[Row]]:
+    """Measure what every method costs in right answers, and in time.
+
+    Args:
+        model: a vision-language model in eval mode.
+        processor: its processor.
+        pictures: with questions; see `quickmerge.training.data.annotated.read_annotated`.
+        arms: see `quickmerge.evaluation.answers_arms`.
+        rounds: how often each is timed; 0 leaves times out.
+        advance: called with a label before each measurement, for progress: once for each picture and arm, the model
+            as it is counted, and as often for each round and one more.
+
+    Returns:
+        One row for each arm, the model as it is first, and one record per picture and arm.
+
+    Raises:
+        QuickmergeError: a picture can't be read or there is none with a question.
+    """
+    records = [
+        {"picture": number, **record}
+        for number, picture in enumerate(pictures)
+        for record in answer_records(model, processor, picture, arms, advance)
+    ]
+    rows = answer_rows(records)
+    if rounds:
+        times = time_answers(model, processor, pictures, arms, rounds, advance)
+        rows = [row | spent for row, spent in zip(rows, times, strict=True)]
+    return rows, records
+
+
+def answer_records(
+    model: Any, processor: Any, picture: Annotated, arms: Sequence[AnswerArm], advance: Advance = lambda _: None
+) -> list[Row]:
+    """What the model as it is and every arm answered to the questions about one picture: one record each."""
+    image = open_image(picture.path)
+    usual = ask(model, processor, image, picture.questions)
+    records = []
+    for arm in (FULL, *arms):
+        advance(arm.label)
+        asked = usual if arm.processor is None else ask(model, arm.processor, image, picture.questions)
+        answered = exact_answers(model, asked, arm.context(), shared=arm.shared)
+        records.append({
+            "image": f"{picture.path.parent.name}/{picture.path.name}", "method": arm.name, "keep": arm.keep,
+            "visual_in": int((usual[0].ids == model.config.image_token_id).sum()),
+            "visual_kept": answered.visual_kept,
+            "kinds": [q.kind for q in picture.questions], "right": list(answered.right),
+        })  # fmt: skip
+    return records
+
+
+def answer_rows(records: Sequence[Row]) -> list[Row]:
+    """Average over pictures, by method and share: all questions, each kind, and the change against the full model.
+
+    Each record carries its ``picture``, a name or number of its own. Intervals are over pictures drawn with
+    replacement, since questions about one picture have much in common.
+
+    Raises:
+        QuickmergeError: there is no record.
+    """
+    if not records:
+        raise QuickmergeError("pictures must hold at least one with a question, got none")
+    full = {r["picture"]: r["right"] for r in records if r["method"] == FULL.name}
+    rows = []
+    for method, keep in dict.fromkeys((r["method"], r["keep"]) for r in records):
+        mine = [r for r in records if (r["method"], r["keep"]) == (method, keep)]
+        count = [len(r["right"]) for r in mine]
+        right = [sum(r["right"]) for r in mine]
+        change = [sum(r["right"]) - sum(full[r["picture"]]) for r in mine]
+        kinds: dict[str, list[bool]] = {}
+        for record in mine:
+            for kind, one in zip(record["kinds"], record["right"], strict=True):
+                kinds.setdefault(kind, []).append(one)
+        row: Row = {"method": method, "keep": keep, "pictures": len(mine), "questions": sum(count)}
+        for key in ("visual_in", "visual_kept"):
+            row[key] = sum(r[key] for r in mine) / len(mine)
+        for name, values in (("exact", right), ("change", change)):
+            row[name] = sum(values) / sum(count)
+            low, high = bootstrap(np.array(values, float), np.array(count, float), resamples=2000, seed=0)
+            row[f"{name}_low"], row[f"{name}_high"] = float(low), float(high)
+        row["kinds"] = {
+            kind: {"questions": len(kinds[kind]), "exact": sum(kinds[kind]) / len(kinds[kind])}
+            for kind in sorted(kinds)
+        }
+        rows.append(row)
+    return rows
+
+
+def time_answers(
+    model: Any,
+    processor: Any,
+    pictures: Sequence[Annotated],
+    arms: Sequence[AnswerArm],
+    rounds: int,
+    advance: Advance = lambda _: None,
+) -> list[Row]:
+    """Time from a picture and its first question to the first token, by arm: they take turns, in another order each.
+
+    Returns:
+        One row for each arm, the model as it is first: median seconds of the whole (``seconds``), of the language model
+        with the reducer inside (``prefill_seconds``), of the reducer with all that it has measured
+        (``reducer_seconds``) and of the tower with what is measured there (``tower_seconds``); of the ratio to the
+        whole of the model as it is in the same round the median and the quartiles; and ``cache_bytes`` behind it.
+    """
+    everything = (FULL, *arms)
+    spent: list[list[Row]] = [[] for _ in everything]
+    with torch.inference_mode():
+        for round_ in range(rounds + 1):
+            picture = pictures[max(0, round_ - 1) % len(pictures)]
+            image = open_image(picture.path)
+            for turn in range(len(everything)):
+                at = (turn + round_) % len(everything)
+                arm = everything[at]
+                advance(arm.label)
+                (asked,) = ask(model, arm.processor or processor, image, picture.questions[:1])
+                with observe(model) if arm.attach is None else arm.attach() as run:
+                    start = _now(model)
+                    model(**asked.inputs, use_cache=True, logits_to_keep=1)
+                    seconds = _now(model) - start
+                    stats: Any = run.summary()  # of a model with pictures
+                if round_:  # the first round warms up
+                    spent[at].append({
+                        "seconds": seconds, "prefill_seconds": stats.prefill_seconds,
+                        "reducer_seconds": stats.reducer_seconds, "tower_seconds": stats.tower_seconds,
+                        "cache_bytes": stats.prompt_cache_bytes,
+                    })  # fmt: skip
+    rows = []
+    for each in spent:
+        row: Row = {key: median(one[key] for one in each) for key in each[0]}
+        gain = [full["seconds"] / one["seconds"] for full, one in zip(spent[0], each, strict=True)]
+        low, middle, high = quantiles(gain, n=4) if len(gain) > 1 else gain * 3
+        rows.append({**row, "rounds": rounds, "speedup": middle, "speedup_low": low, "speedup_high": high})
+    return rows
+
+
+def _now(model: Any) -> float:
+    """Seconds, after the device has finished what it was given."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
