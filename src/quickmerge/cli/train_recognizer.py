@@ -23,6 +23,7 @@ from quickmerge.cli.train_classifier import (
     tell,
     vision_config,
 )
+from quickmerge.cli.train_vlm import ALIGN
 from quickmerge.errors import FetchError, QuickmergeError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def recognizer(
     mask: Annotated[
         str, typer.Option("--mask", help="What labels see: independent, prefix or causal (see the docs).")
     ] = "independent",
+    align: ALIGN = 0,
     prompt: Annotated[
         str, typer.Option("--prompt", help="What stands between the image and a label.")
     ] = "The objects in the image are",
@@ -105,7 +107,7 @@ def recognizer(
         say(f"{len(dataset)} pictures with {kinds} different labels{left}")
         shown = settings.steps * settings.batch * settings.accumulate
         keep_features(network, dataset, features, shown=shown, half=settings.precision == "bf16")
-        result = train_recognizer(network, dataset, settings, out, objective=objective, resume=resume)
+        result = train_recognizer(network, dataset, settings, out, objective=objective, align=align, resume=resume)
         tell(result, out)
         if held_out is not None and result.finished:
             measure(network, scenes_of(held_out, network))

@@ -85,6 +85,7 @@ class Stepper:
             ],
             lr=config.learning_rate,
             betas=config.betas,
+            fused=True,
         )
         self.optimizer = accelerator.prepare(self.adamw)
 
