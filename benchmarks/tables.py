@@ -395,6 +395,31 @@ def vlm_speed() -> str:
     return markdown(headers, body)
 
 
+def selection() -> str:
+    """What choosing visual tokens costs, beside the plain way to the same choice."""
+    body = [
+        [
+            r["method"],
+            f"{r['tokens']:,}",
+            f"{r['keep']}",
+            f"{1e3 * r['seconds']:.1f} ms",
+            f"{1e3 * r['plain_seconds']:.1f} ms",
+            f"{r['speedup']:.2f}x ({r['speedup_low']:.2f} to {r['speedup_high']:.2f})",
+        ]
+        for r in rows_of("selection")
+    ]
+    return markdown(["method", "tokens", "kept", "here", "as in the paper, vectorised", "ratio (quartiles)"], body)
+
+
+def subsets() -> str:
+    """Greedy choices beside the best of all subsets."""
+    body = [
+        [r["objective"], f"{r['keep']} of {r['tokens']}", f"{r['subsets']:,}", f"{r['mean']:.3f}", f"{r['least']:.3f}"]
+        for r in rows_of("selection", "subsets")
+    ]
+    return markdown(["greedy", "tokens", "subsets", "of the best, mean", "worst of 40 draws"], body)
+
+
 def _spread(values: list[float], digits: int = 3) -> str:
     """Mean and standard deviation over seeds."""
     mean = f"{np.mean(values):.{digits}f}"
@@ -513,6 +538,8 @@ TABLES: dict[str, Callable[[], str]] = {
         vlm_quality,
         vlm_mosaics,
         vlm_speed,
+        selection,
+        subsets,
     )
 }
 

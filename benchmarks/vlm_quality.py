@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +49,13 @@ def main() -> int:
     parser.add_argument("--reducer", default=",".join(VISUAL_TOKEN_REDUCERS))
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.11])
     parser.add_argument("--rounds", type=int, default=11, help="how often each method is timed")
+    parser.add_argument("--processes", type=int, default=1, help="that answer side by side, each on one thread")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "vlm_quality.json")
     args = parser.parse_args()
-    if min(args.pictures, args.rounds) < 1:
-        parser.error(f"--pictures and --rounds must be at least 1, got {args.pictures} and {args.rounds}")
+    if min(args.pictures, args.rounds, args.processes) < 1:
+        given = f"{args.pictures}, {args.rounds} and {args.processes}"
+        parser.error(f"--pictures, --rounds and --processes must be at least 1, got {given}")
     quiet()
     try:
         measure(args)
@@ -85,17 +89,32 @@ def measure(args: argparse.Namespace) -> None:
         def advance(label: str) -> None:
             bar.update(task, advance=1, description=label)
 
-        records: list[dict[str, Any]] = []
-        for name, pictures in sets.items():
-            for index, picture in enumerate(pictures):
-                key = f"{name} {index}"
-                if key in done:
-                    bar.update(task, advance=1 + len(arms))
-                else:
-                    done[key] = answer_records(model, processor, picture, arms, advance)
-                    file.write(json.dumps({"key": key, "records": done[key]}) + "\n")
-                    file.flush()
-                records += [{**record, "data": name, "picture": index} for record in done[key]]
+        keyed = {f"{name} {index}": one for name, pictures in sets.items() for index, one in enumerate(pictures)}
+        bar.update(task, advance=(1 + len(arms)) * len(done.keys() & keyed))
+        left = {key: picture for key, picture in keyed.items() if key not in done}
+
+        def note(key: str, records: list[dict[str, Any]]) -> None:
+            done[key] = records
+            file.write(json.dumps({"key": key, "records": records}) + "\n")
+            file.flush()
+
+        if args.processes == 1:
+            for key, picture in left.items():
+                note(key, answer_records(model, processor, picture, arms, advance))
+        else:
+            start = (args.model, args.dtype, args.reducer, args.keep)
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(args.processes, mp_context=spawn, initializer=begin, initargs=start) as pool:
+                asked = {pool.submit(answer, picture): key for key, picture in left.items()}
+                for future in as_completed(asked):
+                    note(asked[future], future.result())
+                    bar.update(task, advance=1 + len(arms), description=asked[future])
+        records = [
+            {**record, "data": name, "picture": index}
+            for name, pictures in sets.items()
+            for index in range(len(pictures))
+            for record in done[f"{name} {index}"]
+        ]
         times = time_answers(model, processor, sets["scenes"], arms, args.rounds, advance)
     rows = []
     for name in sets:
@@ -110,6 +129,24 @@ def measure(args: argparse.Namespace) -> None:
     for name in sets:
         Console().print(name)
         answers_table([row for row in rows if row["data"] == name], Console())
+
+
+HELD: dict[str, Any] = {}
+"""What a process that answers holds: the model, its processor and the arms."""
+
+
+def begin(model: str, dtype: str, reducers: str, keeps: list[float]) -> None:
+    """Make a process ready to answer."""
+    quiet()
+    torch.set_num_threads(1)
+    network, processor = qm.load_vlm(model, dtype=getattr(torch, dtype), progress=False)
+    methods = [make_reducer(name, place="visual") for name in reducers.split(",")]
+    HELD.update(model=network, processor=processor, arms=answer_arms(network, processor, methods, keeps))
+
+
+def answer(picture: Annotated) -> list[dict[str, Any]]:
+    """All that is asked about a picture, in a process that `begin` has made ready."""
+    return answer_records(HELD["model"], HELD["processor"], picture, HELD["arms"])
 
 
 def told(pictures: list[Annotated]) -> str:

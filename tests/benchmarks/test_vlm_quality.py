@@ -105,3 +105,12 @@ def test_what_is_missing_is_told_in_one_sentence(start, tmp_path, capsys) -> Non
     assert start() == 2 and "there is no file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         start("--pictures", 0)
+
+
+def test_several_processes_answer_as_one_does(start, tmp_path) -> None:
+    rows = []
+    for more in ((), ("--processes", 2)):
+        assert start(*more) == 0
+        found = json.loads((tmp_path / "out" / "r.json").read_text())["rows"]
+        rows.append([(row["data"], row["method"], row["exact"], row["visual_kept"]) for row in found])
+    assert rows[0] == rows[1]

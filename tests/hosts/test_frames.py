@@ -8,6 +8,7 @@ import quickmerge as qm
 from quickmerge.hosts.frames import encode_frames
 from quickmerge.reducers.grid import GridMerge
 from quickmerge.tokens.removal import Removal
+from quickmerge.tokens.selection import disperse
 
 
 def videos(rows: int = 2, frames: int = 3) -> torch.Tensor:
@@ -59,6 +60,31 @@ def test_what_stands_still_merges_across_time() -> None:
 
     still, moving = shared(videos(1, 1).expand(-1, 4, -1, -1, -1)), shared(videos(1, 4))
     assert still > 0.5 and still > 1.5 * moving
+
+
+@pytest.mark.parametrize("across", [qm.SCOPE(keep=0.25), qm.TrimTokenator(keep=0.25, aligned=1)])
+def test_what_is_kept_of_a_video_is_the_choice_among_all_its_patches(across: qm.Reducer) -> None:
+    model, x = build("dinov2", dtype=torch.float64), videos()
+    with torch.no_grad():
+        out = encode_frames(model, x, across)
+        features = encode_frames(model, x, GridMerge(keep=1.0)).hidden
+    assert out.hidden.shape == (2, 27, 32) and bool((out.size == 1).all())
+    for row in range(2):
+        torch.testing.assert_close(out.hidden[row], features[row, out.position[row]])
+    if isinstance(across, qm.TrimTokenator):
+        assert torch.equal(out.position, disperse(features, 27).index)
+
+
+@pytest.mark.parametrize("reducer", [qm.SCOPE(keep=0.5), qm.TrimTokenator(keep=0.5, aligned=1)])
+def test_choosing_inside_a_plain_vision_transformer(reducer: qm.Reducer) -> None:
+    model, x = build("dinov2", dtype=torch.float64), videos()[:, 0]
+    with qm.reduce(model, reducer, layer=2) as run, torch.no_grad():
+        model(x)
+    assert run.call.last.slot.shape == (2, 37) and bool((run.call.last.size == 1).all())
+    assert (run.call.last.slot[:, 0] == 0).all() and len(run.call.last.size[0]) < 24
+    if isinstance(reducer, qm.TrimTokenator):
+        with qm.reduce(model, qm.TrimTokenator(keep=0.5), layer=2), pytest.raises(ValueError, match="aligned=1"):
+            model(x)
 
 
 def test_bad_input_is_told() -> None:

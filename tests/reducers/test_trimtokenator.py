@@ -282,4 +282,4 @@ def test_it_has_its_name_and_place() -> None:
     reducer = qm.TrimTokenator(keep=0.2, normalize=True, objective="min")
     assert reducer.label == "trimtokenator:normalize=True:objective=min"
     assert make_reducer(reducer.label, place="visual", keep=0.2) == reducer
-    assert qm.TrimTokenator.once and qm.TrimTokenator.places == ("visual",)
+    assert qm.TrimTokenator.once and qm.TrimTokenator.places == ("vision",)

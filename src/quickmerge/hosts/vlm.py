@@ -37,7 +37,7 @@ def reduce_vlm(
     """Make a vision-language model read fewer visual tokens; see `quickmerge.hosts.reduce` for the arguments."""
     if not isinstance(reducer, Reducer):
         raise ValueError(f"reducer must be a quickmerge reducer such as SCOPE(keep=0.25), got {reducer!r}")
-    if not {"vision", "visual"} & set(reducer.places) or (reducer.probes and not reducer.asks):
+    if "vision" not in reducer.places or (reducer.probes and not reducer.asks):
         raise ValueError(
             f"reducer {reducer.name} ({type(reducer).__name__}) is not for visual tokens; those of "
             "`quickmerge.reducers.VISUAL_TOKEN_REDUCERS` are"

@@ -35,7 +35,7 @@ class Reducer(ABC):
     """True if attention above the merge should add log(size) to the scores of a slot (ToMe, eq. 1)."""
     places: ClassVar[tuple[str, ...]] = ("text", "vision")
     """Where the method may run: ``"text"``, the prompt of a language model; ``"vision"``, a vision transformer, and the
-    visual tokens that a language model is given; or ``"visual"``, only the latter."""
+    visual tokens that a language model is given; or both."""
     once: ClassVar[bool] = False
     """True if the method is made to reduce once and not in every block."""
     before: ClassVar[bool] = False

@@ -30,7 +30,9 @@ class TrimTokenator(Reducer):
        cosines with those kept (`quickmerge.tokens.selection.disperse`), up to the budget.
 
     What is kept stays in its order and what is not is dropped. For the visual tokens that a language model is given,
-    behind the projector, with the model's own embeddings of the question as ``view.text``: both in one space.
+    behind the projector, with the model's own embeddings of the question as ``view.text``: both in one space. Inside a
+    plain vision transformer, or over the frames of a video, there is no question: ``aligned=1`` leaves the first stage
+    out.
 
     Where visual tokens are much longer than those of the text, the first stage sees little but their own length and
     keeps the short ones; ``normalize`` compares directions instead.
@@ -49,7 +51,7 @@ class TrimTokenator(Reducer):
     objective: str = "sum"
     name: ClassVar[str] = "trimtokenator"
     source: ClassVar[str] = "arXiv 2509.00320"
-    places: ClassVar[tuple[str, ...]] = ("visual",)
+    places: ClassVar[tuple[str, ...]] = ("vision",)
     once: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -75,7 +77,10 @@ class TrimTokenator(Reducer):
             ValueError: if the view has no text, or one of another width than the tokens.
         """
         if view.text is None:
-            raise ValueError(f"text must be (B, M, D) embeddings of the question for {self.name}, got none")
+            raise ValueError(
+                f"text must be (B, M, D) embeddings of the question for {self.name}, got none; with aligned=1, none is "
+                "needed"
+            )
         if view.text.shape[-1] != view.hidden.shape[-1]:
             raise ValueError(
                 f"text must have as many features as the tokens, {view.hidden.shape[-1]}, got {view.text.shape[-1]}"

@@ -44,7 +44,7 @@ def select_visual_tokens(
         ValueError: for a method that is not for visual tokens, a budget that looks at the tokens, or where the method
             needs something that was not given.
     """
-    if not isinstance(reducer, Reducer) or not {"vision", "visual"} & set(reducer.places):
+    if not isinstance(reducer, Reducer) or "vision" not in reducer.places:
         raise ValueError(f"reducer must be one for visual tokens, such as SCOPE(keep=0.25), got {reducer!r}")
     if not isinstance(reducer.budget, (Count, Ratio)):
         raise ValueError(f"keep must be a share or a Count, which are known beforehand, got {reducer.keep!r}")
