@@ -1,12 +1,11 @@
-"""Recognition as next-token prediction: decoding, depth, masks, objectives, fewer tokens (results/recognition.json).
+"""Recognition as next-token prediction: decoding, depth, masks, objectives (results/recognition.json).
 
 python benchmarks/scenes.py && python benchmarks/recognition.py [--steps N] [--seeds 0 1 2] [--work runs/recognition]
 
 Small recognisers (the embedded ViT-S/14, frozen, in front of SmolLM2's first blocks) are trained by the shared loop on
 the features of rendered scenes, read once, and measured on test scenes. All of them see the same pictures for the same
 number of steps, so numbers compare variants and are not the best that any of them can do. Image tokens are averaged in
-squares of 4 x 4, 16 to a picture, but for the variant that is measured with fewer tokens, which is trained on all 256
-and with the first seed only. All projectors are aligned by the boxes of the training scenes first.
+squares of 4 x 4, 16 to a picture. All projectors are aligned by the boxes of the training scenes first.
 
 A killed call goes on with the run that it was at; delete a run's folder below --work to train it again.
 """
@@ -21,11 +20,9 @@ from typing import Any
 
 import torch
 from recognition_runs import (
-    BATCH,
     Variant,
     finish,
     finished,
-    measure_reduced,
     measure_times,
     measure_ways,
     pooled,
@@ -41,7 +38,6 @@ from quickmerge.evaluation.bench import environment
 from quickmerge.models import cache_folder, load_vision
 from quickmerge.recognition import Recognizer
 from quickmerge.recognition.sentence import SentenceEncoder
-from quickmerge.reducers import make_reducer
 from quickmerge.training import TrainingConfig
 from quickmerge.training.data.annotated import read_annotated
 from quickmerge.training.recognizer import LabelledScenes, pixel_format, read_features
@@ -50,7 +46,6 @@ HERE = Path(__file__).parent
 DEPTHS = (1, 3, 6)
 LAYERS = (4, 8, 11)
 """Hidden states of the encoder: its first layers know colours and edges, its last one little but what is salient."""
-ARMS = [("full", 1.0), *((name, keep) for keep in (0.5, 0.25) for name in ("tome", "scope", "random"))]
 
 
 def variants(blocks: int) -> list[Variant]:
@@ -63,7 +58,7 @@ def variants(blocks: int) -> list[Variant]:
         Variant(f"reference, {mask} mask", blocks, mask, "reference", ways=ways, timed=mask == "causal")
         for mask in ("independent", "prefix", "causal")
     ]
-    return [named, *depths, *masks, Variant("all tokens", blocks, pool=1)]
+    return [named, *depths, *masks]
 
 
 def main() -> int:
@@ -108,8 +103,6 @@ def main() -> int:
         """The features of all pictures of a part, from the work folder if they were read before."""
         data = train if which == "train" else test
         path = args.work / f"features-{which}-{len(data)}-pool{pool}-{args.precision}.safetensors"
-        if not path.is_file() and pool > 1 and any(variant.pool == 1 for variant in wanted):
-            return pooled(features(which, 1), pool)
         if not path.is_file():
             with progress() as bar:
                 task = bar.add_task(f"reading the {which} scenes", total=len(data))
@@ -122,25 +115,10 @@ def main() -> int:
             path.with_suffix(".part").rename(path)
         return load_file(path)["features"]
 
-    @cache
-    def look(reducer: str, keep: float) -> list[tuple[Tensor, Tensor | None]]:
-        """Test scenes as the encoder sees them with fewer tokens."""
-        less = None if reducer == "full" else make_reducer(reducer, place="vision", keep=keep)
-        torch.manual_seed(0)  # of the reducer that draws
-        seen = []
-        for start in range(0, len(test), BATCH):
-            rows = range(start, min(start + BATCH, len(test)))
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-                tokens, valid = seer.look(torch.stack([test.pixels(index) for index in rows]), less)
-            seen.append((tokens.bfloat16(), valid))
-        return seen
-
     encode = SentenceEncoder.load()
     runs: list[dict[str, Any]] = []
     for seed in args.seeds:
         for variant in wanted:
-            if variant.pool == 1 and seed != args.seeds[0]:
-                continue
             settings = {
                 "steps": args.steps, "batch": args.batch, "learning_rate": args.learning_rate,
                 "precision": args.precision, "align": args.align, "blocks": variant.blocks, "train": len(train),
@@ -164,8 +142,6 @@ def main() -> int:
                         "ways": measure_ways(recognizer, known, test.labels, variant.ways, encode)}  # fmt: skip
                 if variant.timed:
                     done["times"] = measure_times(recognizer, known, args.timed)
-                if variant.pool == 1:
-                    done["reduced"] = measure_reduced(recognizer, look, test.labels, ARMS, encode)
                 finish(out, done)
             runs.append(done)
             exact = done["ways"]["one-shot"]["exact_at_own"]["recall"]

@@ -478,14 +478,12 @@ def recognition_times() -> str:
 
 
 def recognition_tokens() -> str:
-    """A recogniser that was trained on all image tokens, with fewer of them."""
-    runs = _recognition()["all tokens"]
+    """The recogniser of the committed recipe, with all image tokens and with fewer."""
     body = []
-    for index, arm in enumerate(runs[0]["reduced"]):
-        each = [run["reduced"][index] for run in runs]
-        seconds = f"{1e3 * np.mean([r['decode_seconds'] for r in each]):.0f} ms"
-        body.append([arm["reducer"], f"{arm['keep']:g}", f"{arm['tokens']:.0f}", *_labels(each), seconds])
-    return markdown(["method", "keep", "image tokens", *LABELS, "decoding"], body)
+    for r in rows_of("recognizer_tokens"):
+        seconds = f"{1e3 * r['decode_seconds']:.0f} ms"
+        body.append([r["data"], r["reducer"], f"{r['keep']:g}", f"{r['tokens']:.0f}", *_labels([r]), seconds])
+    return markdown(["pictures", "method", "keep", "image tokens", *LABELS, "decoding"], body)
 
 
 def matrix() -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scene_samples
+import torch
+import vlm_samples
 from PIL import Image
 
 README = Path(__file__).parents[1] / "README.md"
@@ -15,7 +18,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def python_of_readme() -> list[str]:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     return blocks
 
 
@@ -36,6 +39,21 @@ def test_the_readme_s_python_runs(smollm2: tuple[Any, Any], capsys: pytest.Captu
         exec(compile(block, str(README), "exec"), names)
     assert "tokens in" in capsys.readouterr().out
     assert "quickmerge+prior" in names["run"].reducer.label  # type: ignore[attr-defined]
+
+
+def test_the_readme_s_visual_tokens_and_recognition_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Any] = {
+        "qm": importlib.import_module("quickmerge"),
+        "folder": vlm_samples.save(tmp_path / "vlm"),
+        "image": Image.new("RGB", (40, 40), "teal"),
+        "prompt": "user : <image> what is it ?",
+        "images": torch.rand(2, 3, 40, 48),
+    }
+    scene_samples.small_recognizer().save_pretrained(tmp_path / "runs" / "recognizer")
+    monkeypatch.chdir(tmp_path)
+    for block in python_of_readme()[3:]:
+        exec(compile(block, str(README), "exec"), names)
+    assert len(names["recognizer"].recognize(names["recognizer"].prepare(names["images"]))) == 2
 
 
 def test_the_readme_names_commands_that_exist() -> None:

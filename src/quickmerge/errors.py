@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "UnknownReducerError",
     "UnsupportedModelError",
     "near_match",
+    "number_at_least",
     "whole_number",
 ]
 
@@ -70,3 +72,10 @@ def whole_number(name: str, value: object, least: int = 1) -> None:
     """Raise ValueError unless ``value`` is a whole number of at least ``least``; ``name`` is what it was given for."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def number_at_least(name: str, value: object, least: float) -> None:
+    """Raise ValueError unless ``value`` is a finite number of at least ``least``."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and value >= least):  # type: ignore[arg-type, operator]
+        raise ValueError(f"{name} must be a number of at least {least:g}, got {value!r}")

@@ -31,3 +31,12 @@ def test_another_model_is_refused_with_both_names(tiny_llama) -> None:
         tiny_llama.lm_head.weight.mul_(2)
     with pytest.raises(QuickmergeError, match=f"prior was trained for tiny .weights {found[:12]}., got a LlamaFor"):
         check_model(tiny_llama, {"hash": found, "model": "tiny"}, "prior")
+
+
+def test_a_fused_optimizer_changes_it_too() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    before = model_hash(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert model_hash(model) != before

@@ -14,7 +14,7 @@ from quickmerge.errors import QuickmergeError
 SAMPLE = 256
 """Values of each parameter that enter the hash, at equal distances."""
 
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[tuple[int, bytes], str]] = WeakKeyDictionary()
 
 
 def model_hash(model: nn.Module) -> str:
@@ -23,7 +23,7 @@ def model_hash(model: nn.Module) -> str:
     The same for float32 and bfloat16 copies of the same weights (a float16 copy has other values). Any training
     step changes it. It is computed once for each state of a model.
     """
-    state = sum(parameter._version for parameter in model.parameters())
+    state = _state(model)
     if model in _KNOWN and _KNOWN[model][0] == state:
         return _KNOWN[model][1]
     digest = hashlib.sha256()
@@ -37,6 +37,16 @@ def model_hash(model: nn.Module) -> str:
     found = digest.hexdigest()
     _KNOWN[model] = (state, found)
     return found
+
+
+def _state(model: nn.Module) -> tuple[int, bytes]:
+    """What tells whether a model may have changed: its parameters' versions, and one value of each.
+
+    Versions alone don't: a fused optimizer changes weights without counting them up.
+    """
+    probes = [p.detach().flatten()[p.numel() // 2].float().cpu() for p in model.parameters() if p.numel()]
+    values = torch.stack(probes).numpy().tobytes() if probes else b""
+    return sum(parameter._version for parameter in model.parameters()), values
 
 
 def check_model(model: Any, trained_for: dict[str, Any], what: str) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from quickmerge.errors import whole_number
+from quickmerge.errors import number_at_least, whole_number
 from quickmerge.reducers.base import Reducer
 from quickmerge.reducers.matching import match_down, mean_key
 from quickmerge.reducers.mlerp import OPERATORS, mlerp
@@ -53,9 +52,7 @@ class QuickMergeVision(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        if not (number and math.isfinite(self.alpha) and self.alpha >= 0):
-            raise ValueError(f"alpha must be a number of at least 0, got {self.alpha!r}")
+        number_at_least("alpha", self.alpha, 0)
         whole_number("votes", self.votes)
         if self.operator not in OPERATORS:
             raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, got {self.operator!r}")

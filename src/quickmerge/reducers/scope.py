@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from quickmerge.errors import number_at_least
 from quickmerge.reducers.base import Reducer
 from quickmerge.reducers.vision import key_bias, voters
 from quickmerge.tokens.budget import fixed_count
@@ -47,9 +47,7 @@ class SCOPE(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        if not (number and math.isfinite(self.alpha) and self.alpha >= 0):
-            raise ValueError(f"alpha must be a number of at least 0, got {self.alpha!r}")
+        number_at_least("alpha", self.alpha, 0)
 
     @property
     def probes(self) -> int:  # noqa: D102

@@ -1,0 +1,94 @@
+"""What a trained recogniser says of pictures, with all image tokens and with fewer (results/recognizer_tokens.json).
+
+python benchmarks/recognizer_tokens.py --model runs/recognizer [--pictures 100]
+
+`benchmarks/recognizer.toml` says how the recogniser is trained. Scenes and mosaics of photographs are told apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from recognition_runs import BATCH, measure_reduced
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from quickmerge.cli.common import quiet, write_json
+from quickmerge.errors import QuickmergeError
+from quickmerge.evaluation.bench import environment
+from quickmerge.evaluation.images import evenly
+from quickmerge.models import cache_folder
+from quickmerge.recognition import Recognizer
+from quickmerge.recognition.sentence import SentenceEncoder
+from quickmerge.reducers import make_reducer
+from quickmerge.training.data.annotated import read_annotated
+from quickmerge.training.recognizer import LabelledScenes, pixel_format
+
+HERE = Path(__file__).parent
+ARMS = [("full", 1.0), *((name, keep) for keep in (0.5, 0.25) for name in ("tome", "scope", "random"))]
+
+
+def main() -> int:
+    """Measure and write; 2 where something that is needed is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a folder that `quickmerge train recognizer` wrote")
+    parser.add_argument("--scenes", type=Path, default=cache_folder() / "scenes" / "test")
+    parser.add_argument("--mosaics", type=Path, default=cache_folder() / "mosaics" / "test")
+    parser.add_argument("--pictures", type=int, default=100, help="of each of the two at most, evenly taken")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "recognizer_tokens.json")
+    args = parser.parse_args()
+    quiet()
+    torch.set_num_threads(1)
+    try:
+        recognizer, encode = Recognizer.from_pretrained(args.model), SentenceEncoder.load()
+        sets = {
+            name: LabelledScenes(evenly(read_annotated(folder), args.pictures), pixel_format(recognizer))
+            for name, folder in (("scenes", args.scenes), ("mosaics", args.mosaics))
+        }
+    except QuickmergeError as error:
+        Console(stderr=True).print(str(error), markup=False)
+        return 2
+    rows = [{"data": name, **row} for name, data in sets.items() for row in measured(recognizer, data, encode)]
+    meta = {
+        "model": args.model.name, "blocks": len(recognizer.language.base_model.layers),
+        **{name: len(data) for name, data in sets.items()},
+    }  # fmt: skip
+    write_json(args.out, {"rows": rows, "meta": meta, "environment": environment()})
+    table = Table("data", "method", "tokens", "recall at own number", "at 10", "F1 by meaning", "floor")
+    for row in rows:
+        own, ten = row["exact_at_own"]["recall"], row["exact_at"]["10"]["recall"]
+        table.add_row(
+            row["data"], f"{row['reducer']} {row['keep']:g}", f"{row['tokens']:.0f}", f"{own:.3f}", f"{ten:.3f}",
+            f"{row['meaning']['f1']:.3f}", f"{row['floor']['f1']:.3f}",
+        )  # fmt: skip
+    Console().print(table)
+    return 0
+
+
+def measured(recognizer: Recognizer, data: LabelledScenes, encode: Any) -> list[dict[str, Any]]:
+    """Scores of each way to have fewer image tokens."""
+
+    @cache
+    def look(reducer: str, keep: float) -> list[tuple[Tensor, Tensor | None]]:
+        less = None if reducer == "full" else make_reducer(reducer, place="vision", keep=keep)
+        torch.manual_seed(0)  # of the reducer that draws
+        seen = []
+        for start in range(0, len(data), BATCH):
+            rows = range(start, min(start + BATCH, len(data)))
+            with torch.inference_mode():
+                tokens, valid = recognizer.look(torch.stack([data.pixels(index) for index in rows]), less)
+            seen.append((tokens.bfloat16(), valid))
+        return seen
+
+    with torch.inference_mode():
+        return measure_reduced(recognizer, look, data.labels, ARMS, encode)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
