@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import recognizer_tokens
 import torch
 from recognition import variants
 from recognition_runs import (
@@ -103,3 +105,18 @@ def test_fewer_tokens_are_measured_arm_by_arm(tmp_path: Path) -> None:
         ("random", 0.25, 4.0),
     ]
     assert all(row["decode_seconds"] > 0 and row["images"] == 9 for row in rows)
+
+
+def test_a_trained_recogniser_is_measured_with_fewer_tokens(tmp_path: Path, monkeypatch) -> None:
+    small_recognizer(layers=[2, 4]).save_pretrained(tmp_path / "made")
+    scenes, out = write_scenes(tmp_path / "scenes"), tmp_path / "r.json"
+    monkeypatch.setattr(recognizer_tokens.SentenceEncoder, "load", lambda: encode)
+    given = ["--model", tmp_path / "made", "--scenes", scenes, "--mosaics", scenes, "--pictures", 4, "--out", out]
+    monkeypatch.setattr(sys, "argv", ["recognizer_tokens.py", *map(str, given)])
+    assert recognizer_tokens.main() == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["data"], row["reducer"], row["keep"]) for row in rows] == [
+        (data, *arm) for data in ("scenes", "mosaics") for arm in recognizer_tokens.ARMS
+    ]
+    tokens = {(row["reducer"], row["keep"]): row["tokens"] for row in rows}
+    assert tokens["full", 1.0] == 16 and tokens["tome", 0.25] < tokens["tome", 0.5] < 16
