@@ -48,7 +48,6 @@ class FeatureWatch:
     def __init__(self, vlm: Vlm, tower: TowerWatch) -> None:
         self.vlm, self.tower = vlm, tower
         self._within = False
-        self._within = False
         self.outputs: dict[str, Any] = {}
         """What was made since `start`, by kind."""
         # Features may be handed over again, and several times where beams are searched.
@@ -92,8 +91,8 @@ class FeatureWatch:
                 output = made(*args, **kwargs)
             finally:
                 self._within = within
-            vectors = getattr(output, "pooler_output", None)
-            if vectors is not None and not within:
+            if getattr(output, "pooler_output", None) is not None and not within:
+                vectors = tensors_of(output)
                 for tensor, pieces in zip(vectors, self._made_from(inputs, vectors), strict=True):
                     self._known[tensor] = pieces
                 self.outputs[kind] = output
@@ -112,7 +111,7 @@ class FeatureWatch:
         found: list[list[Piece]] = []
         for tensor in vectors:
             mine: list[Piece] = []
-            while sum(piece.tokens for piece in mine) < len(tensor):
+            while sum(piece.tokens for piece in mine) < tensor.shape[:-1].numel():
                 mine.append(pieces.pop(0))
             found.append(mine)
         return found
@@ -134,8 +133,14 @@ class FeatureWatch:
             )
         if self.vlm.family.layout == "tiles":
             size = int(self.vlm.base.image_seq_len)
-            return [Piece(size)] * (len(vectors) // size)
+            return [Piece(size)] * (vectors.shape[:-1].numel() // size)
         return [Piece(len(vectors))]
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The features that a model has made, a tensor for each row or picture; some give those of all tiles as one."""
+    vectors = output.pooler_output
+    return [vectors] if isinstance(vectors, Tensor) else list(vectors)
 
 
 def mosaics(vlm: Vlm, image_sizes: Any, seen: list[Seen]) -> list[Piece]:

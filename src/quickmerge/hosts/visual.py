@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.hosts.features import FeatureWatch
+from quickmerge.hosts.features import FeatureWatch, tensors_of
 from quickmerge.hosts.tower_tokens import Grid, Seen
 from quickmerge.hosts.vlm_structure import Vlm
 from quickmerge.tokens.plan import MergePlan
@@ -70,7 +70,7 @@ def read_images(vlm: Vlm, inputs: dict[str, Any], features: FeatureWatch) -> lis
         if ids is None:
             raise QuickmergeError("input_ids must be given with pictures inside a quickmerge run, to find them by")
         rows, columns = (ids == vlm.token(kind)).nonzero(as_tuple=True)
-        pieces = [piece for each in output.pooler_output for piece in features.pieces(each)]
+        pieces = [piece for each in tensors_of(output) for piece in features.pieces(each)]
         sizes = [piece.tokens for piece in pieces]
         if sum(sizes) != len(rows):
             raise QuickmergeError(
