@@ -395,6 +395,25 @@ def vlm_speed() -> str:
     return markdown(headers, body)
 
 
+def vlm_places() -> str:
+    """Where in a vision-language model visual tokens are reduced."""
+    body = [
+        [
+            "all tokens" if r["method"] == "full" else r["method"],
+            f"{100 * r['exact']:.1f} %",
+            "" if r["method"] == "full" else _change(r),
+            *(f"{100 * kind['exact']:.0f}" for kind in r["kinds"].values()),
+        ]
+        for r in rows_of("vlm_places")
+    ]
+    kinds = list(rows_of("vlm_places")[0]["kinds"])
+    return markdown(["where", "right", "change (paired)", *kinds], body)
+
+
+def _change(r: Row) -> str:
+    return f"{100 * r['change']:+.1f} ({100 * r['change_low']:+.1f} to {100 * r['change_high']:+.1f})"
+
+
 def selection() -> str:
     """What choosing visual tokens costs, beside the plain way to the same choice."""
     body = [
@@ -536,6 +555,7 @@ TABLES: dict[str, Callable[[], str]] = {
         vlm_quality,
         vlm_mosaics,
         vlm_speed,
+        vlm_places,
         selection,
         subsets,
     )

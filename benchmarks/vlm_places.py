@@ -1,0 +1,87 @@
+"""Where in a vision-language model visual tokens are reduced, and which positions they keep (results/vlm_places.json).
+
+python benchmarks/vlm_places.py --model runs/vlm [--pictures 24]
+
+SCOPE at one share: behind the projector with positions kept or consecutive, in front of blocks of the language model,
+and both. The same questions about test scenes everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import quickmerge as qm
+from quickmerge.cli.common import progress, quiet, write_json
+from quickmerge.errors import QuickmergeError
+from quickmerge.evaluation.answers_arms import AnswerArm
+from quickmerge.evaluation.answers_bench import answer_records, answer_rows
+from quickmerge.evaluation.bench import environment
+from quickmerge.evaluation.images import evenly
+from quickmerge.models import cache_folder
+from quickmerge.training.data.annotated import read_annotated
+
+HERE = Path(__file__).parent
+
+
+def arms(model: Any, keep: float) -> list[AnswerArm]:
+    """Each place, for prompts that are read one by one: inside the language model the question matters too."""
+    third = len(model.model.language_model.layers) // 3
+    places: dict[str, dict[str, Any]] = {
+        "behind the projector": {"layer": 0},
+        "behind the projector, positions consecutive": {"layer": 0, "positions": "consecutive"},
+        f"in front of block {third}": {"layer": third},
+        f"in front of block {2 * third}": {"layer": 2 * third},
+        f"behind the projector and in front of block {third}": {"layer": [0, third]},
+    }
+    return [AnswerArm(name, keep, partial(_attach, model, keep, place), shared=False) for name, place in places.items()]
+
+
+def _attach(model: Any, keep: float, place: dict[str, Any]) -> Any:
+    # two merges leave the same share as one
+    share = keep**0.5 if isinstance(place["layer"], list) else keep
+    return qm.reduce(model, qm.SCOPE(keep=share), **place)
+
+
+def main() -> int:
+    """Measure and write; 2 where something that is needed is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder that `quickmerge train vlm` wrote, or another LLaVA")
+    parser.add_argument("--scenes", type=Path, default=cache_folder() / "scenes" / "test")
+    parser.add_argument("--pictures", type=int, default=24, help="at most, evenly taken")
+    parser.add_argument("--keep", type=float, default=0.25)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "vlm_places.json")
+    args = parser.parse_args()
+    quiet()
+    try:
+        pictures = evenly([one for one in read_annotated(args.scenes) if one.questions], args.pictures)
+        model, processor = qm.load_vlm(args.model, dtype=getattr(torch, args.dtype))
+    except QuickmergeError as error:
+        Console(stderr=True).print(str(error), markup=False)
+        return 2
+    ways, records = arms(model, args.keep), []
+    with progress() as bar:
+        task = bar.add_task("asking", total=len(pictures) * (1 + len(ways)))
+        for number, picture in enumerate(pictures):
+            found = answer_records(model, processor, picture, ways, lambda _: bar.update(task, advance=1))
+            records += [{"picture": number, **record} for record in found]
+    rows = answer_rows(records)
+    meta = {"model": Path(args.model).name, "keep": args.keep, "dtype": args.dtype, "scenes": len(pictures)}
+    write_json(args.out, {"rows": rows, "meta": meta, "environment": environment()})
+    table = Table("place", "right", "change")
+    for row in rows:
+        table.add_row(row["method"], f"{row['exact']:.3f}", f"{row['change']:+.3f}")
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
