@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import shutil
@@ -14,6 +15,7 @@ from pictures import MANIFEST, SAY, is_whole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.models import cache_folder
 from quickmerge.models.cache import replacing_folder
 
 ANNOTATIONS = "annotations.jsonl"
@@ -30,6 +32,27 @@ class Picture:
     labels: list[str]
     questions: list[tuple[str, str, str]]
     objects: list[tuple[str, list[int]]]
+
+
+def asked_for(description: str, name: str, usual: Mapping[str, int]) -> tuple[Path, dict[str, int]]:
+    """Read the command line: the folder to write, and how many pictures each split shall have.
+
+    Args:
+        description: what the command does.
+        name: of the folder, to which other numbers than the usual are added.
+        usual: the usual number of each split.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, help="where to write them (default: the cache folder)")
+    for split, count in usual.items():
+        parser.add_argument(f"--{split}", type=int, default=count, help=f"pictures (default: {count})")
+    given = parser.parse_args()
+    counts = {split: getattr(given, split) for split in usual}
+    if min(counts.values()) < 1:
+        *most, last = (f"--{split}" for split in counts)
+        parser.error(f"{', '.join(most)} and {last} must be at least 1, got {', '.join(map(str, counts.values()))}")
+    out: Path = (given.out or cache_folder()).expanduser().absolute()
+    return out / (name if counts == usual else "-".join([name, *map(str, counts.values())])), counts
 
 
 def write_all(

@@ -11,7 +11,6 @@ come out every time. A second run finds everything whole and does nothing.
 
 from __future__ import annotations
 
-import argparse
 import io
 import random
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from annotated_pictures import Picture, write_all
+from annotated_pictures import Picture, asked_for, write_all
 from asking import Asked, Asker, a
 from pictures import SAY, is_whole
 from PIL import Image, ImageOps
@@ -159,22 +158,13 @@ def photographs(folder: Path, split: str) -> dict[str, list[Path]]:
 
 def main() -> int:
     """Run the command line; 0 when everything is there."""
-    parser = argparse.ArgumentParser(description="Put photographs of the benchmark together.")
-    parser.add_argument("--out", type=Path, help="where to write them (default: the cache folder)")
-    for split, usual in USUAL.items():
-        parser.add_argument(f"--{split}", type=int, default=usual, help=f"pictures (default: {usual})")
-    given = parser.parse_args()
-    counts = {split: getattr(given, split) for split in USUAL}
-    if min(counts.values()) < 1:
-        parser.error(f"--train and --test must be at least 1, got {' and '.join(map(str, counts.values()))}")
-    out: Path = (given.out or cache_folder()).expanduser().absolute()
-    name = "mosaics" if counts == USUAL else "-".join(["mosaics", *map(str, counts.values())])
+    out, counts = asked_for("Put photographs of the benchmark together.", "mosaics", USUAL)
     groceries = cache_folder() / "labelled" / "groceries"
     try:
         splits = {
             split: (count, pictures(photographs(groceries, split), split, count)) for split, count in counts.items()
         }
-        return write_all(out / name, splits, ".jpg", ABOUT)
+        return write_all(out, splits, ".jpg", ABOUT)
     except QuickmergeError as error:
         SAY.print(str(error), markup=False)
         return 2

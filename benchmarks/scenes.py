@@ -10,14 +10,12 @@ split is in another. A second run finds everything whole and does nothing.
 
 from __future__ import annotations
 
-import argparse
 import io
 import random
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-from annotated_pictures import Picture, write_all
+from annotated_pictures import Picture, asked_for, write_all
 from asking import Asker
 from pictures import SAY
 from scene_drawing import draw_picture
@@ -25,7 +23,6 @@ from scene_questions import candidates
 from scene_things import SPLITS, Scene, draw_scene
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.models import cache_folder
 
 SEED = 0
 USUAL = {"train": 4000, "val": 100, "test": 300}
@@ -60,19 +57,10 @@ def pictures(split: str, count: int) -> Iterator[Picture]:
 
 def main() -> int:
     """Run the command line; 0 when everything is there."""
-    parser = argparse.ArgumentParser(description="Draw the scenes of the benchmark.")
-    parser.add_argument("--out", type=Path, help="where to write them (default: the cache folder)")
-    for split, usual in USUAL.items():
-        parser.add_argument(f"--{split}", type=int, default=usual, help=f"pictures (default: {usual})")
-    given = parser.parse_args()
-    counts = {split: getattr(given, split) for split in USUAL}
-    if min(counts.values()) < 1:
-        parser.error(f"--train, --val and --test must be at least 1, got {', '.join(map(str, counts.values()))}")
-    out: Path = (given.out or cache_folder()).expanduser().absolute()
-    name = "scenes" if counts == USUAL else "-".join(["scenes", *map(str, counts.values())])
+    out, counts = asked_for("Draw the scenes of the benchmark.", "scenes", USUAL)
     try:
         return write_all(
-            out / name, {split: (count, pictures(split, count)) for split, count in counts.items()}, ".png", ABOUT
+            out, {split: (count, pictures(split, count)) for split, count in counts.items()}, ".png", ABOUT
         )
     except QuickmergeError as error:
         SAY.print(str(error), markup=False)

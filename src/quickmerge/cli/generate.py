@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from quickmerge.cli.answers import print_answers
 from quickmerge.cli.common import (
     JSON,
     LAYER,
@@ -15,7 +16,6 @@ from quickmerge.cli.common import (
     add_prior,
     check_output,
     load_model,
-    one_sentence,
     parse_layer,
     parse_reducer,
     read_text,
@@ -71,8 +71,6 @@ def generate(
         return
     if tokens is not None:
         raise QuickmergeError("--tokens is for images: give --image too, or --keep in its place")
-    from rich.console import Console
-
     from quickmerge.evaluation.answer import answer
 
     model, reducer, keep = model or "smollm2-135m", reducer or "quickmerge", 0.4 if keep is None else keep
@@ -84,21 +82,12 @@ def generate(
     if not (document or prompt).strip():
         raise QuickmergeError("--prompt must hold some text, got an empty one")
     lm, tokenizer = load_model(model)
-    errors = Console(stderr=True)
-    results = {}
-    ways = [("reduced", method), ("full", None)] if compare else [("reduced", method)]
-    for name, way in ways:
-        with errors.status(f"generating ({name})"), one_sentence():
-            results[name] = answer(
-                lm, tokenizer, document, prompt, way, depth, max_new_tokens=max_new_tokens, sample=sample, seed=seed
-            )
-    for name, _ in ways:
-        found = results[name]
-        if compare:
-            print(f"== {name} ==")
-        print(found.text)
-        print()
-        print(found.stats, file=errors.file)
+    results = print_answers(
+        method, compare,
+        lambda way: answer(
+            lm, tokenizer, document, prompt, way, depth, max_new_tokens=max_new_tokens, sample=sample, seed=seed
+        ),
+    )  # fmt: skip
     write_json(json, {
         "model": model, "reducer": method.label, "keep": keep, "prompt": prompt,
         **{name: found.as_dict() for name, found in results.items()},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quickmerge.cli.common import check_output, one_sentence, parse_budget, parse_layer, parse_reducer, write_json
+from quickmerge.cli.answers import print_answers
+from quickmerge.cli.common import check_output, parse_budget, parse_layer, parse_reducer, write_json
 from quickmerge.cli.vlm import load_vlm
 from quickmerge.errors import QuickmergeError
 
@@ -28,8 +29,6 @@ def generate_image(
     json: Path | None,
 ) -> None:
     """Print the answer, and on stderr what was read and what it cost."""
-    from rich.console import Console
-
     from quickmerge.evaluation.answer_images import answer_images, clamped
     from quickmerge.training.data.images import open_image
 
@@ -44,23 +43,13 @@ def generate_image(
     depth = parse_layer(layer)
     pictures = [open_image(path) for path in images]
     vlm, processor = load_vlm(model)
-    errors = Console(stderr=True)
-    results = {}
-    ways = [("reduced", method), ("full", None)] if compare else [("reduced", method)]
-    for name, way in ways:
-        with errors.status(f"generating ({name})"), one_sentence():
-            results[name] = answer_images(
-                vlm, processor, pictures, prompt, way, depth, max_new_tokens=max_new_tokens, sample=sample, seed=seed
-            )
-    for name, way in ways:
-        found = results[name]
-        if compare:
-            print(f"== {name} ==")
-        print(found.text)
-        print()
-        print(found.stats, file=errors.file)
-        if way is not None and tokens is not None and (note := clamped(tokens, found.visual)):
-            print(note, file=errors.file)
+    results = print_answers(
+        method, compare,
+        lambda way: answer_images(
+            vlm, processor, pictures, prompt, way, depth, max_new_tokens=max_new_tokens, sample=sample, seed=seed
+        ),
+        lambda found: None if tokens is None else clamped(tokens, found.visual),
+    )  # fmt: skip
     write_json(json, {
         "model": model, "reducer": method.label, "keep": keep, "tokens": tokens, "prompt": prompt,
         "images": [path.name for path in images], **{name: found.as_dict() for name, found in results.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,12 +72,7 @@ def answer(
     start, end = encoded.pop("offset_mapping")[0].T
     inside = (start >= where.start) & (end <= where.stop)
     ids = encoded["input_ids"].to(model.device)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and ids.shape[1] + max_new_tokens > limit:
-        raise QuickmergeError(
-            f"the text and --max-new-tokens must fit the model's {limit} positions, "
-            f"got {ids.shape[1]} and {max_new_tokens} tokens"
-        )
+    check_fits(model, "the text", ids, max_new_tokens)
 
     def protect(_: Tensor) -> Tensor:
         return (~inside).to(ids.device).expand_as(ids) if document else torch.zeros_like(ids, dtype=torch.bool)
@@ -84,20 +80,46 @@ def answer(
     run: Run = observe(model)
     if reducer is not None:
         run = reduce(model, reducer, layer, protect=protect, recent=1 if document else 16)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    text, seconds = respond(model, tokenizer, inputs, run, max_new_tokens=max_new_tokens, sample=sample, seed=seed)
+    return Answer(text, ids, seconds, run.summary(), getattr(run, "main_plan", None))
+
+
+def check_fits(model: Any, what: str, ids: Tensor, max_new_tokens: int) -> None:
+    """Raise QuickmergeError unless a model has positions for ``ids (1, N)``, made of ``what``, and an answer."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and ids.shape[1] + max_new_tokens > limit:
+        raise QuickmergeError(
+            f"{what} and --max-new-tokens must fit the model's {limit} positions, "
+            f"got {ids.shape[1]} and {max_new_tokens} tokens"
+        )
+
+
+def respond(
+    model: Any, tokenizer: Any, inputs: Mapping[str, Any], run: Any, *, max_new_tokens: int, sample: bool, seed: int
+) -> tuple[str, float]:
+    """Generate inside a run: the text of the answer, and seconds to its first token.
+
+    Args:
+        model: the model.
+        tokenizer: of the model.
+        inputs: of ``generate``, ``input_ids (1, N)`` among them.
+        run: what to enter meanwhile.
+        max_new_tokens: of the answer.
+        sample: sample instead of greedy decoding.
+        seed: for that.
+    """
     torch.manual_seed(seed)
     clock = FirstToken()
     with torch.inference_mode(), run:
         out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
+            **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=sample,
             pad_token_id=tokenizer.pad_token_id,
             stopping_criteria=[clock],
         )
-    new = out[0, ids.shape[1] :]
-    text = tokenizer.decode(new, skip_special_tokens=True).strip()
-    return Answer(text, ids, clock.seconds, run.summary(), getattr(run, "main_plan", None))
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(), clock.seconds
 
 
 class FirstToken:

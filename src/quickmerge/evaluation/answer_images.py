@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from PIL import Image
 
-from quickmerge.errors import QuickmergeError
-from quickmerge.evaluation.answer import Answer, FirstToken
+from quickmerge.evaluation.answer import Answer, check_fits, respond
 from quickmerge.hosts import observe, reduce
 from quickmerge.models.vlm import ask_inputs
 from quickmerge.reducers import Reducer
@@ -47,27 +45,13 @@ def answer_images(
     ``reducer=None`` reads everything, through the same code. Seconds to the first token include the vision tower.
     """
     inputs = ask_inputs(processor, list(images), prompt).to(model.device, model.dtype)
-    tokens = inputs["input_ids"].shape[1]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and tokens + max_new_tokens > limit:
-        raise QuickmergeError(
-            f"the images, the prompt and --max-new-tokens must fit the model's {limit} positions, "
-            f"got {tokens} and {max_new_tokens} tokens"
-        )
+    check_fits(model, "the images, the prompt", inputs["input_ids"], max_new_tokens)
     run: Any = observe(model) if reducer is None else reduce(model, reducer, layer)
-    torch.manual_seed(seed)
-    clock = FirstToken()
-    with torch.inference_mode(), run:
-        out = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=sample,
-            pad_token_id=processor.tokenizer.pad_token_id,
-            stopping_criteria=[clock],
-        )
-    text = processor.tokenizer.decode(out[0, tokens:], skip_special_tokens=True).strip()
+    text, seconds = respond(
+        model, processor.tokenizer, inputs, run, max_new_tokens=max_new_tokens, sample=sample, seed=seed
+    )
     visual = () if reducer is None else tuple((image.count, image.left) for image in run.images)
-    return ImageAnswer(text, inputs["input_ids"], clock.seconds, run.summary(), visual=visual)
+    return ImageAnswer(text, inputs["input_ids"], seconds, run.summary(), visual=visual)
 
 
 def clamped(tokens: int, visual: Sequence[tuple[int, int]]) -> str | None:

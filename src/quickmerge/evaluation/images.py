@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.training.data.find import IMAGES
-from quickmerge.training.data.images import open_image, opened
+from quickmerge.training.data.images import evenly, open_image, opened
 
 __all__ = ["LabelledImage", "evenly", "load_batch", "read_labelled"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, order=True)
@@ -52,12 +50,6 @@ def read_labelled(folder: Path) -> list[LabelledImage]:
         with opened(image.path) as file:
             file.verify()
     return found
-
-
-def evenly(items: Sequence[T], most: int) -> list[T]:
-    """At most ``most`` of the items, evenly taken, in their order."""
-    count = min(most, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def load_batch(paths: Sequence[Path], processor: Any) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quickmerge.tokens.saliency import AttentionTrace, bidirectional_attention
+from quickmerge.tokens.saliency import AttentionTrace, bidirectional_attention, times_value_norm
 
 Grid = tuple[int, int, int]
 
@@ -58,9 +58,7 @@ def received(trace: AttentionTrace, kind: str, *, class_token: bool, mask: Tenso
         rows = rows if class_token else torch.where(hidden, -1, rows)
     if kind == "norm":
         share = bidirectional_attention(trace, rows, bias, moment=2)
-        norm = torch.linalg.vector_norm(trace.value.to(share.dtype), dim=-1)
-        added: Tensor = share * norm.repeat_interleave(share.shape[1] // norm.shape[1], dim=1)
-        return added.mean(1)
+        return times_value_norm(share, trace.value).mean(1)
     share = bidirectional_attention(trace, rows, bias)
     out: Tensor = share.sum(1) if class_token else share.mean(1) * (rows >= 0).sum(-1, keepdim=True)
     return out

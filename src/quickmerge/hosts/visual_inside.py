@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quickmerge.hosts.tower_tokens import Seen
 from quickmerge.hosts.visual import Image
-from quickmerge.tokens.saliency import AttentionTrace, attention_from
+from quickmerge.tokens.saliency import AttentionTrace, attention_from, times_value_norm
 from quickmerge.tokens.view import TokenView
 
 
@@ -43,8 +43,7 @@ def told_inside(
             voters = _voters(valid[0], visual[row][0], int(at[-1]))
             share = attention_from(own, voters, valid, position, 2 if kind == "norm" else 1)
             if kind == "norm":
-                norm = torch.linalg.vector_norm(own.value.to(share.dtype), dim=-1)
-                share = share * norm.repeat_interleave(share.shape[1] // norm.shape[1], dim=1)
+                share = times_value_norm(share, own.value)
             saliency = share.mean(1)[0, at]
         return Seen(len(at), image.grid, None, saliency, key if "key" in asks else None)
 

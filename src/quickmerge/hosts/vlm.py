@@ -220,9 +220,9 @@ class VlmRun(PrefixRun):
             size=None if below is None else below.size,  # type: ignore[arg-type]
             length=prompt.length, layer=index, depth=len(self.decoder),
         )  # fmt: skip
-        told = told_inside(self._traces.get(index - 1), view, visual, self.reducer.asks)
-        if index == 0:
-            told = told_by_tower
+        told = (
+            told_by_tower if index == 0 else told_inside(self._traces.get(index - 1), view, visual, self.reducer.asks)
+        )
         reducer = replace(self.reducer, keep=self.stages[index])
         decision = decide(reducer, view, prompt.images, prompt.text, told)
         plan = MergePlan.identity(view) if decision is None else decision.plan

@@ -44,8 +44,9 @@ def _state(model: nn.Module) -> tuple[int, bytes]:
 
     Versions alone don't: a fused optimizer changes weights without counting them up.
     """
-    probes = [p.detach().flatten()[p.numel() // 2].float().cpu() for p in model.parameters() if p.numel()]
-    values = torch.stack(probes).numpy().tobytes() if probes else b""
+    probes = [p.detach().flatten()[p.numel() // 2].float() for p in model.parameters() if p.numel()]
+    # All together, since a GPU would be waited for with each.
+    values = torch.stack([p.to(probes[0].device) for p in probes]).cpu().numpy().tobytes() if probes else b""
     return sum(parameter._version for parameter in model.parameters()), values
 
 

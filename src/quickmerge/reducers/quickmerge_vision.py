@@ -15,7 +15,7 @@ from quickmerge.reducers.mlerp import OPERATORS, mlerp
 from quickmerge.reducers.vision import key_bias, voters
 from quickmerge.tokens.budget import fixed_count
 from quickmerge.tokens.plan import MergePlan
-from quickmerge.tokens.saliency import bidirectional_attention
+from quickmerge.tokens.saliency import bidirectional_attention, times_value_norm
 from quickmerge.tokens.view import TokenView
 
 
@@ -81,8 +81,7 @@ class QuickMergeVision(Reducer):
             raise ValueError(f"attention must hold the trace of the view's block for {self.name}, got none")
         trace = view.attention[-1]
         received = bidirectional_attention(trace, voters(view, self.votes), key_bias(view, True), moment=2)
-        norm = torch.linalg.vector_norm(trace.value.to(received.dtype), dim=-1)
-        added = received * norm.repeat_interleave(received.shape[1] // norm.shape[1], dim=1)
+        added = times_value_norm(received, trace.value)
         return torch.where(view.valid, added.mean(1), 0.0)
 
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102

@@ -95,6 +95,26 @@ def received_attention(
     scored, take it inside finished chunks only.
     """
     rows, real = last_rows(valid, window)
+    return attention_from(trace, torch.where(real, rows, -1), valid, position, moment, nearest)
+
+
+def attention_from(
+    trace: AttentionTrace,
+    rows: Tensor,
+    valid: Tensor,
+    position: Tensor,
+    moment: int = 1,
+    nearest: int | Tensor = 0,
+) -> Tensor:
+    """Attention that each token receives from chosen tokens of its row, in a causal model.
+
+    ``r_hj = (1/w sum_{i in rows} p_hij^m)^(1/m)``, arguments as for `received_attention`; ``rows (B, w)`` long, at
+    least one a row, -1 for nobody.
+
+    Returns:
+        ``(B, H, N)``.
+    """
+    there, rows = rows >= 0, rows.clamp_min(0)
     near = None if isinstance(nearest, int) and nearest <= 0 else torch.as_tensor(nearest).to(rows).view(-1, 1, 1)
     total = torch.zeros(1)
     for start in range(0, rows.shape[1], BLOCK):
@@ -105,29 +125,8 @@ def received_attention(
             probs = probs.masked_fill_((distance < near)[:, None, None], 0)
         if moment != 1:
             probs = probs.pow_(moment)
-        probs = (real[:, None, None, None, part].to(probs.dtype) @ probs).squeeze(-2)
+        probs = (there[:, None, None, None, part].to(probs.dtype) @ probs).squeeze(-2)
         total = probs if start == 0 else total + probs
-    mean = (total / real.sum(-1).clamp_min(1).view(-1, 1, 1, 1)).flatten(1, 2)
-    return mean if moment == 1 else mean.pow(1 / moment)
-
-
-def attention_from(trace: AttentionTrace, rows: Tensor, valid: Tensor, position: Tensor, moment: int = 1) -> Tensor:
-    """Attention that each token receives from chosen tokens of its row, in a causal model.
-
-    ``r_hj = (1/w sum_{i in rows} p_hij^m)^(1/m)``, arguments as for `received_attention`; ``rows (B, w)`` long, at
-    least one a row, -1 for nobody.
-
-    Returns:
-        ``(B, H, N)``.
-    """
-    there = rows >= 0
-    total = torch.zeros(1)
-    for start in range(0, rows.shape[1], BLOCK):
-        part = slice(start, start + BLOCK)
-        probs, _ = _probabilities(trace, rows[:, part].clamp_min(0), valid, position)
-        probs = probs if moment == 1 else probs.pow_(moment)
-        votes = (there[:, None, None, None, part].to(probs.dtype) @ probs).squeeze(-2)
-        total = votes if start == 0 else total + votes
     mean = (total / there.sum(-1).clamp_min(1).view(-1, 1, 1, 1)).flatten(1, 2)
     return mean if moment == 1 else mean.pow(1 / moment)
 
@@ -146,8 +145,12 @@ def attention_norm(
     the vectors that the token adds to those outputs. This is the attention-norm magnitude that QuickMerge++
     (arXiv 2508.13204) keeps tokens by. Arguments as for `received_attention`.
     """
-    received = received_attention(trace, valid, position, window, moment, nearest)
-    norm: Tensor = torch.linalg.vector_norm(trace.value.to(received.dtype), dim=-1)
+    return times_value_norm(received_attention(trace, valid, position, window, moment, nearest), trace.value)
+
+
+def times_value_norm(received: Tensor, value: Tensor) -> Tensor:
+    """``r_hj ||v_hj|| (B, H, N)`` of ``received (B, H, N)`` and values ``(B, G, N, e)``, H / G heads sharing one."""
+    norm: Tensor = torch.linalg.vector_norm(value.to(received.dtype), dim=-1)
     return received * norm.repeat_interleave(received.shape[1] // norm.shape[1], dim=1)
 
 

@@ -17,12 +17,21 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.training.data.images import evenly, upright_size
 from quickmerge.training.questions import AskedPictures
 
 if TYPE_CHECKING:
     from quickmerge.training.data.annotated import Annotated
 
-__all__ = ["align_projector", "patch_texts", "word_embedding"]
+__all__ = [
+    "Words",
+    "align_projector",
+    "fitted_of",
+    "patch_texts",
+    "placed_pictures",
+    "projector_input",
+    "word_embedding",
+]
 
 BATCH, RATE = 1024, 1e-3
 EMPTY = 24
@@ -57,11 +66,7 @@ def align_projector(
     Raises:
         QuickmergeError: if no picture has objects.
     """
-    placed = [index for index, picture in enumerate(dataset.pictures) if picture.objects]
-    if not placed:
-        raise QuickmergeError("pictures must have objects (texts with boxes) to align the projector by, got none")
-    count = min(pictures, len(placed))
-    chosen = [placed[sample * len(placed) // count] for sample in range(count)]
+    chosen = placed_pictures(dataset.pictures, pictures)
     tell = progress or (lambda share: None)
     features, targets, held = _gather(model, dataset, tokenizer, chosen, lambda share: tell(0.6 * share))
     projector = model.model.multi_modal_projector
@@ -98,35 +103,72 @@ def _gather(
     tell: Any,
 ) -> tuple[Tensor, Tensor, int]:
     """What the projector reads ``(P, F)`` and should write ``(P, D)``, and how many of them are fitted."""
-    seen: list[Tensor] = []
-    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
-    table = model.get_input_embeddings().weight
-    words: dict[str | None, Tensor] = {None: table.mean(0)}
+    words = Words(tokenizer, model.get_input_embeddings().weight)
+    patch = int(model.config.vision_config.patch_size)
     features: list[Tensor] = []
     targets: list[Tensor] = []
     held = 0
     draw = torch.Generator().manual_seed(0)
+    for number, index in enumerate(chosen):
+        if number == fitted_of(chosen):
+            held = sum(map(len, features))
+        pixels = dataset.pixels(index)
+        texts = patch_texts(dataset.pictures[index], (pixels.shape[-2] // patch, pixels.shape[-1] // patch))
+        empty = [at for at, text in enumerate(texts) if text is None]
+        some = torch.randperm(len(empty), generator=draw)[:EMPTY].tolist()
+        taken = [at for at, text in enumerate(texts) if text is not None] + [empty[each] for each in some]
+        features.append(projector_input(model, pixels)[taken].bfloat16())
+        targets.append(words.of([texts[at] for at in taken]).bfloat16())
+        tell((number + 1) / len(chosen))
+    return torch.cat(features), torch.cat(targets), held or sum(map(len, features))
+
+
+def placed_pictures(pictures: Sequence[Any], most: int) -> list[int]:
+    """The numbers of at most ``most`` pictures with objects, evenly taken.
+
+    Raises:
+        QuickmergeError: if there are none.
+    """
+    placed = [index for index, picture in enumerate(pictures) if getattr(picture, "objects", ())]
+    if not placed:
+        raise QuickmergeError("pictures must have objects (texts with boxes) to align the projector by, got none")
+    return evenly(placed, most)
+
+
+def fitted_of(chosen: Sequence[int]) -> int:
+    """How many of the chosen pictures are fitted: all but the last tenth, and one at least."""
+    return max(1, len(chosen) * 9 // 10)
+
+
+def projector_input(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """What the projector of a LLaVA reads of a picture ``(3, H, W)``: ``(N, F)``."""
+    seen: list[Tensor] = []
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
     try:
-        for number, index in enumerate(chosen):
-            if number == max(1, len(chosen) * 9 // 10):
-                held = sum(map(len, features))
-            pixels = dataset.pixels(index)
-            seen.clear()
-            model.get_image_features(pixel_values=pixels[None].to(model.device))
-            side = pixels.shape[-1] // int(model.config.vision_config.patch_size)
-            texts = patch_texts(dataset.pictures[index], (pixels.shape[-2] * side // pixels.shape[-1], side))
-            empty = [patch for patch, text in enumerate(texts) if text is None]
-            some = torch.randperm(len(empty), generator=draw)[:EMPTY].tolist()
-            taken = [patch for patch, text in enumerate(texts) if text is not None] + [empty[each] for each in some]
-            for text in {texts[patch] for patch in taken} - set(words):
-                assert text is not None
-                words[text] = word_embedding(tokenizer, table, text)
-            features.append(seen[0][taken].bfloat16())
-            targets.append(torch.stack([words[texts[patch]] for patch in taken]).bfloat16())
-            tell((number + 1) / len(chosen))
+        model.get_image_features(pixel_values=pixels[None].to(model.device))
     finally:
         hook.remove()
-    return torch.cat(features), torch.cat(targets), held or sum(map(len, features))
+    return seen[0]
+
+
+class Words:
+    """What texts are worth as embeddings, each looked up once; no text is the mean of all embeddings.
+
+    Args:
+        tokenizer: of the language model.
+        table: its input embeddings ``(V, D)``.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, table: Tensor) -> None:
+        self._tokenizer, self._table = tokenizer, table
+        self._known: dict[str | None, Tensor] = {None: table.mean(0)}
+
+    def of(self, texts: Sequence[str | None]) -> Tensor:
+        """``(len(texts), D)``."""
+        for text in set(texts) - set(self._known):
+            assert text is not None
+            self._known[text] = word_embedding(self._tokenizer, self._table, text)
+        return torch.stack([self._known[text] for text in texts])
 
 
 def word_embedding(tokenizer: PreTrainedTokenizerBase, table: Tensor, text: str) -> Tensor:
@@ -145,9 +187,7 @@ def patch_texts(picture: Annotated, grid: tuple[int, int]) -> list[str | None]:
         picture: with objects.
         grid: patches down and across.
     """
-    from quickmerge.training.data.images import open_image
-
-    width, height = open_image(picture.path).size
+    width, height = upright_size(picture.path)
     rows, columns = grid
     scale = max(columns / width, rows / height)  # patches a pixel
     left, top = (width * scale - columns) / 2, (height * scale - rows) / 2

@@ -13,11 +13,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
 
 from quickmerge.errors import QuickmergeError, whole_number
 from quickmerge.recognition import Recognizer
-from quickmerge.training.align import patch_texts, word_embedding
+from quickmerge.training.align import Words, fitted_of, patch_texts, placed_pictures
 
 if TYPE_CHECKING:
     from quickmerge.training.data.annotated import Annotated
@@ -48,14 +47,10 @@ def align_words(recognizer: Recognizer, dataset: LabelledScenes, *, pictures: in
         QuickmergeError: if no picture has objects, or the tokens are no square grid.
     """
     whole_number("pictures", pictures)
-    placed = [index for index, picture in enumerate(dataset.pictures) if getattr(picture, "objects", ())]
-    if not placed:
-        raise QuickmergeError("pictures must have objects (texts with boxes) to align the projector by, got none")
-    count = min(pictures, len(placed))
-    chosen = [placed[sample * len(placed) // count] for sample in range(count)]
-    fitted = max(1, count * 9 // 10)
-    table = recognizer.language.get_input_embeddings().weight.float()
-    words: dict[str | None, Tensor] = {None: table.mean(0)}
+    chosen = placed_pictures(dataset.pictures, pictures)
+    fitted = fitted_of(chosen)
+    words = Words(recognizer.labels.tokenizer, recognizer.language.get_input_embeddings().weight.float())
+    mean = words.of([None]).double().cpu()
     weight = recognizer.projector.weight
     square = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
     product = torch.zeros(weight.shape[1], weight.shape[0], dtype=torch.float64)
@@ -68,20 +63,17 @@ def align_words(recognizer: Recognizer, dataset: LabelledScenes, *, pictures: in
         if side * side != len(seen):
             raise QuickmergeError(f"image tokens must be a square grid to be aligned, got {len(seen)} of them")
         texts = patch_texts(cast("Annotated", dataset.pictures[index]), (side, side))
-        for text in {text for text in texts if text is not None} - set(words):
-            words[text] = word_embedding(recognizer.labels.tokenizer, table, text)
-        wanted = torch.stack([words[text] for text in texts]).double()
+        wanted = words.of(texts).double().cpu()
         counts = torch.tensor([EMPTY if text is None else 1.0 for text in texts], dtype=torch.float64)
         seen = seen.to("cpu", torch.float64)
         if number < fitted:
             square += (seen * counts[:, None]).T @ seen
-            product += (seen * counts[:, None]).T @ wanted.cpu()
+            product += (seen * counts[:, None]).T @ wanted
         if number == fitted - 1:
             ridge = RIDGE * float(square.diagonal().mean()) * torch.eye(len(square), dtype=torch.float64)
             solution = torch.linalg.solve(square + ridge, product)
             weight.copy_(solution.T.to(weight))
         elif number >= fitted:
-            mean = words[None].double().cpu()
-            wrong += float(((seen @ solution - wanted.cpu()).square().sum(-1) * counts).sum())
-            spread += float(((wanted.cpu() - mean).square().sum(-1) * counts).sum())
+            wrong += float(((seen @ solution - wanted).square().sum(-1) * counts).sum())
+            spread += float(((wanted - mean).square().sum(-1) * counts).sum())
     return 1 - wrong / spread if spread else float("nan")

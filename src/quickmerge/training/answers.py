@@ -16,10 +16,11 @@ from transformers import LlavaForConditionalGeneration
 from quickmerge.errors import UnsupportedModelError, whole_number
 from quickmerge.prior.identity import model_hash
 from quickmerge.tokens.packing import additive, packed_mask, packed_positions
-from quickmerge.training.align import align_projector
+from quickmerge.training.align import align_projector, projector_input
 from quickmerge.training.chat import answer_ids, prompt_ids
 from quickmerge.training.classify import check_share, save_model, with_data
 from quickmerge.training.config import TrainingConfig
+from quickmerge.training.data.images import evenly
 from quickmerge.training.loop import TrainingResult, train
 from quickmerge.training.objective import Objective
 from quickmerge.training.progress import share_shown
@@ -215,16 +216,8 @@ def scaled_inputs(
 @torch.no_grad()
 def _spread(model: LlavaForConditionalGeneration, dataset: AskedPictures) -> tuple[Tensor, Tensor]:
     """Mean and deviation ``(F,)`` of what the projector reads, over patches of up to 64 pictures."""
-    seen: list[Tensor] = []
-    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
-    count = min(SAMPLES, len(dataset))
-    try:
-        for sample in range(count):
-            pixels = dataset.pixels(sample * len(dataset) // count)
-            model.get_image_features(pixel_values=pixels[None].to(model.device))
-    finally:
-        hook.remove()
-    features = torch.cat(seen).flatten(0, 1)
+    sampled = evenly(range(len(dataset)), SAMPLES)
+    features = torch.cat([projector_input(model, dataset.pixels(index)).double() for index in sampled])
     like = model.model.multi_modal_projector.linear_1.weight
     # a feature that never changes teaches nothing, and must not be blown up
     deviation = features.std(0).clamp_min(1e-6 * features.std().clamp_min(1e-12))

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.training.data import ImageFolder
-from quickmerge.training.data.images import open_image, opened
+from quickmerge.training.data.images import open_image, opened, upright_size
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -202,3 +202,11 @@ def test_wrong_settings(tmp_path: Path) -> None:
         ImageFolder([tmp_path], (8, 0))
     with pytest.raises(QuickmergeError, match="no images"):
         ImageFolder([], 8)
+
+
+def test_the_size_of_an_image_is_that_of_what_is_opened(tmp_path: Path) -> None:
+    for turn in range(1, 9):
+        image, exif = Image.new("RGB", (7, 4)), Image.Exif()
+        exif[0x0112] = turn
+        image.save(tmp_path / f"{turn}.jpg", exif=exif)
+        assert upright_size(tmp_path / f"{turn}.jpg") == open_image(tmp_path / f"{turn}.jpg").size

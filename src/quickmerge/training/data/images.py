@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -23,6 +24,9 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.De
 MOST_PIXELS = 128 * 2**20
 """Larger images are not decoded: a small file may claim any size, and take all memory."""
 SAMPLES = 64
+T = TypeVar("T")
+TURNED = (5, 6, 7, 8)
+"""Orientations in EXIF by which width and height change places."""
 
 
 @contextmanager
@@ -56,6 +60,17 @@ def open_image(path: Path) -> Image.Image:
     """
     with opened(path) as image:
         return upright(image)
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height of `open_image`, without decoding a pixel.
+
+    Raises:
+        QuickmergeError: it can't be read, or is too large; see `opened`.
+    """
+    with opened(path) as image:
+        width, height = image.size
+        return (height, width) if image.getexif().get(ExifTags.Base.Orientation) in TURNED else (width, height)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -104,9 +119,8 @@ class ImageFolder(Dataset[Tensor]):
     def fingerprint(self) -> str:
         """A sha256 over the number of images and the pixels of up to 64 of them, spread evenly, in hexadecimal."""
         digest = hashlib.sha256(f"{len(self)} {self.channels} {self.height} {self.width}".encode())
-        for sample in range(min(SAMPLES, len(self))):
-            image = self[sample * len(self) // min(SAMPLES, len(self))]
-            digest.update((image * 255).round().to(torch.uint8).numpy().tobytes())
+        for index in evenly(range(len(self)), SAMPLES):
+            digest.update((self[index] * 255).round().to(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def _open(self, index: int) -> Image.Image:
@@ -129,6 +143,12 @@ class ImageFolder(Dataset[Tensor]):
         # a column of a dataset holds no paths, and would decode an image to tell
         source = self._files[index] if isinstance(self._files, list | tuple) else None
         return source if isinstance(source, Path) else None
+
+
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most ``most`` of the items, evenly taken, in their order."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def opaque(image: Image.Image) -> Image.Image:
