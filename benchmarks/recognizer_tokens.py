@@ -2,21 +2,24 @@
 
 python benchmarks/recognizer_tokens.py --model runs/recognizer [--pictures 100]
 
-`benchmarks/recognizer.toml` says how the recogniser is trained. Scenes and mosaics of photographs are told apart.
+`benchmarks/recognizer.toml` says how the recogniser is trained. Scenes and mosaics of photographs are told apart, and
+with all tokens the labels that it finds are counted by what they name.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from recognition_runs import BATCH, measure_reduced
+from recognition_runs import BATCH, TOP, WAYS, measure_reduced
 from rich.console import Console
 from rich.table import Table
+from scene_things import SHAPES
 from torch import Tensor
 
 from quickmerge.cli.common import quiet, write_json
@@ -54,12 +57,13 @@ def main() -> int:
     except QuickmergeError as error:
         Console(stderr=True).print(str(error), markup=False)
         return 2
+    kinds = [{"data": name, **row} for name, data in sets.items() for row in by_kind(recognizer, data)]
     rows = [{"data": name, **row} for name, data in sets.items() for row in measured(recognizer, data, encode)]
     meta = {
         "model": args.model.name, "blocks": len(recognizer.language.base_model.layers),
         **{name: len(data) for name, data in sets.items()},
     }  # fmt: skip
-    write_json(args.out, {"rows": rows, "meta": meta, "environment": environment()})
+    write_json(args.out, {"rows": rows, "kinds": kinds, "meta": meta, "environment": environment()})
     table = Table("data", "method", "tokens", "recall at own number", "at 10", "F1 by meaning", "floor")
     for row in rows:
         own, ten = row["exact_at_own"]["recall"], row["exact_at"]["10"]["recall"]
@@ -69,6 +73,30 @@ def main() -> int:
         )  # fmt: skip
     Console().print(table)
     return 0
+
+
+def by_kind(recognizer: Recognizer, data: LabelledScenes) -> list[dict[str, Any]]:
+    """How many labels of each kind are among the ten best, with all image tokens, for two ways to decode."""
+    rows = []
+    for way in ("one-shot", "best-first"):
+        there, found = Counter[str](), Counter[str]()
+        for start in range(0, len(data), BATCH):
+            batch = range(start, min(start + BATCH, len(data)))
+            with torch.inference_mode():
+                features, valid = recognizer.look(torch.stack([data.pixels(index) for index in batch]))
+                guesses = WAYS[way](recognizer, recognizer.prefix(features, valid))
+            for index, row in zip(batch, guesses, strict=True):
+                given = {guess.label for guess in row[:TOP]}
+                there.update(kind(label) for label in data.labels[index])
+                found.update(kind(label) for label in data.labels[index] if label in given)
+        rows += [{"way": way, "kind": name, "labels": count, "found": found[name]} for name, count in there.items()]
+    return sorted(rows, key=lambda row: (row["way"], row["kind"]))
+
+
+def kind(label: str) -> str:
+    """What a label names: a word or a digit, which say so themselves, a coloured shape, or a photographed fruit."""
+    first = label.split()[0]
+    return first if first in ("word", "digit") else "shape" if label.split()[-1] in SHAPES else "photograph"
 
 
 def measured(recognizer: Recognizer, data: LabelledScenes, encode: Any) -> list[dict[str, Any]]:

@@ -505,6 +505,16 @@ def recognition_tokens() -> str:
     return markdown(["pictures", "method", "keep", "image tokens", *LABELS, "decoding"], body)
 
 
+def recognition_kinds() -> str:
+    """What that recogniser finds among its ten best, by what the labels name."""
+    found = {(r["data"], r["kind"], r["way"]): r for r in rows_of("recognizer_tokens", "kinds")}
+    body = []
+    for data, kind in dict.fromkeys((r["data"], r["kind"]) for r in found.values()):
+        ways = [found[data, kind, way] for way in ("one-shot", "best-first")]
+        body.append([data, kind, str(ways[0]["labels"]), *(f"{r['found'] / r['labels']:.3f}" for r in ways)])
+    return markdown(["pictures", "labels of kind", "number", "found by one-shot", "found by best-first"], body)
+
+
 def matrix() -> str:
     """The support matrix that the tests hold: families down, attention and cache across."""
     cells: dict[str, str] = json.loads((HERE.parent / "tests" / "hosts" / "matrix.json").read_text(encoding="utf-8"))
@@ -552,6 +562,7 @@ TABLES: dict[str, Callable[[], str]] = {
         recognition_ablation,
         recognition_times,
         recognition_tokens,
+        recognition_kinds,
         vlm_quality,
         vlm_mosaics,
         vlm_speed,

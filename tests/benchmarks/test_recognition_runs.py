@@ -114,7 +114,11 @@ def test_a_trained_recogniser_is_measured_with_fewer_tokens(tmp_path: Path, monk
     given = ["--model", tmp_path / "made", "--scenes", scenes, "--mosaics", scenes, "--pictures", 4, "--out", out]
     monkeypatch.setattr(sys, "argv", ["recognizer_tokens.py", *map(str, given)])
     assert recognizer_tokens.main() == 0
-    rows = json.loads(out.read_text())["rows"]
+    result = json.loads(out.read_text())
+    rows, kinds = result["rows"], result["kinds"]
+    labels = [label for scene in read_annotated(scenes)[:9] for label in scene.labels]
+    assert {row["way"] for row in kinds} == {"one-shot", "best-first"}
+    assert all(0 <= row["found"] <= row["labels"] <= len(labels) for row in kinds)
     assert [(row["data"], row["reducer"], row["keep"]) for row in rows] == [
         (data, *arm) for data in ("scenes", "mosaics") for arm in recognizer_tokens.ARMS
     ]
