@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from notes import Notes
 from pictures import SAY
 from rich.console import Console
 
@@ -78,11 +78,9 @@ def measure(args: argparse.Namespace) -> None:
         "model": model_hash(model), "dtype": args.dtype, "arms": [arm.label for arm in arms],
         "pictures": {name: told(pictures) for name, pictures in sets.items()},
     }  # fmt: skip
-    notes = args.out.with_suffix(".partial.jsonl")
-    done = read_notes(notes, settings)
-    with progress() as bar, notes.open("a", encoding="utf-8") as file:
-        if not done:
-            file.write(json.dumps(settings) + "\n")
+    notes = Notes(args.out.with_suffix(".partial.jsonl"), settings)
+    done = notes.done
+    with progress() as bar:
         work = (1 + len(arms)) * (sum(map(len, sets.values())) + args.rounds + 1)
         task = bar.add_task("measuring", total=work)
 
@@ -93,21 +91,16 @@ def measure(args: argparse.Namespace) -> None:
         bar.update(task, advance=(1 + len(arms)) * len(done.keys() & keyed))
         left = {key: picture for key, picture in keyed.items() if key not in done}
 
-        def note(key: str, records: list[dict[str, Any]]) -> None:
-            done[key] = records
-            file.write(json.dumps({"key": key, "records": records}) + "\n")
-            file.flush()
-
         if args.processes == 1:
             for key, picture in left.items():
-                note(key, answer_records(model, processor, picture, arms, advance))
+                notes.add(key, answer_records(model, processor, picture, arms, advance))
         else:
             start = (args.model, args.dtype, args.reducer, args.keep)
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(args.processes, mp_context=spawn, initializer=begin, initargs=start) as pool:
                 asked = {pool.submit(answer, picture): key for key, picture in left.items()}
                 for future in as_completed(asked):
-                    note(asked[future], future.result())
+                    notes.add(asked[future], future.result())
                     bar.update(task, advance=1 + len(arms), description=asked[future])
         records = [
             {**record, "data": name, "picture": index}
@@ -125,7 +118,7 @@ def measure(args: argparse.Namespace) -> None:
         **{name: len(pictures) for name, pictures in sets.items()},
     }  # fmt: skip
     write_json(args.out, {"rows": rows, "meta": meta, "environment": environment()})
-    notes.unlink()
+    notes.remove()
     for name in sets:
         Console().print(name)
         answers_table([row for row in rows if row["data"] == name], Console())
@@ -153,29 +146,6 @@ def told(pictures: list[Annotated]) -> str:
     """A sha256 over what is asked, for telling whether notes belong to the same run."""
     texts = [f"{picture.path.name} {picture.questions}" for picture in pictures]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
-
-
-def read_notes(path: Path, settings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """What an earlier run with the same settings noted, by picture; a line that was broken off is cut off the file.
-
-    Notes of other settings are removed.
-    """
-    whole: list[str] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            try:
-                json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith("\n"):
-                break
-            whole.append(line)
-    if not whole or json.loads(whole[0]) != settings:
-        path.unlink(missing_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return {}
-    path.write_text("".join(whole), encoding="utf-8")
-    return {entry["key"]: entry["records"] for entry in map(json.loads, whole[1:])}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quickmerge.attention import Multipole as Multipole
+    from quickmerge.attention import MultipoleCache as MultipoleCache
+    from quickmerge.attention import multipole as multipole
     from quickmerge.data import shipped_prior as shipped_prior
+    from quickmerge.decoding import PromptLookup as PromptLookup
+    from quickmerge.decoding import SpeculativeDecoding as SpeculativeDecoding
+    from quickmerge.decoding.gumiho import Gumiho as Gumiho
     from quickmerge.errors import QuickmergeError as QuickmergeError
     from quickmerge.hosts import Run as Run
     from quickmerge.hosts import VisionRun as VisionRun
@@ -49,7 +55,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "attention": ("Multipole", "MultipoleCache", "multipole"),
     "data": ("shipped_prior",),
+    "decoding": ("PromptLookup", "SpeculativeDecoding"),
+    "decoding.gumiho": ("Gumiho",),
     "errors": ("QuickmergeError",),
     "hosts": ("Run", "VisionRun", "VlmRun", "reduce"),
     "models": ("load", "load_vision", "load_vlm"),

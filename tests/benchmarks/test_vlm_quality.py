@@ -89,17 +89,6 @@ def test_a_run_that_was_broken_off_goes_on(start, tmp_path, monkeypatch) -> None
         assert len({line.count("|") for line in lines}) == 1
 
 
-def test_notes_of_another_run_are_not_used(start, tmp_path) -> None:
-    notes = tmp_path / "r.partial.jsonl"
-    notes.write_text(json.dumps({"model": "other"}) + "\n" + json.dumps({"key": "scenes 0", "records": []}) + "\n")
-    assert script.read_notes(notes, {"model": "mine"}) == {} and not notes.exists()
-    notes.write_text(json.dumps({"model": "mine"}) + "\n" + json.dumps({"key": "scenes 0", "records": [1]}) + "\nbro")
-    assert script.read_notes(notes, {"model": "mine"}) == {"scenes 0": [1]}
-    assert len(notes.read_text().splitlines()) == 2
-    notes.write_text("")
-    assert script.read_notes(notes, {"model": "mine"}) == {}
-
-
 def test_what_is_missing_is_told_in_one_sentence(start, tmp_path, capsys) -> None:
     (tmp_path / "scenes" / "annotations.jsonl").unlink()
     assert start() == 2 and "there is no file" in capsys.readouterr().err

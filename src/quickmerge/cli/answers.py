@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from quickmerge.cli.common import one_sentence
 
-if TYPE_CHECKING:
-    from quickmerge.reducers import Reducer
-
 A = TypeVar("A")
+M = TypeVar("M")
 
 
 def print_answers(
-    method: Reducer, compare: bool, ask: Callable[[Reducer | None], A], note: Callable[[A], str | None] = lambda _: None
+    method: M,
+    compare: bool,
+    ask: Callable[[M | None], A],
+    note: Callable[[A], str | None] = lambda _: None,
+    names: tuple[str, str] = ("reduced", "full"),
 ) -> dict[str, A]:
     """Ask each way, then print the answers, and on stderr what they cost.
 
     Args:
-        method: what tokens are reduced by.
+        method: what tokens are reduced by, or another way to save.
         compare: ask the model as it is, too.
-        ask: gives an answer, with ``text`` and ``stats``; of None, one with all tokens.
-        note: what else to say on stderr of the answer with fewer tokens.
+        ask: gives an answer, with ``text`` and ``stats``; of None, one of the model as it is.
+        note: what else to say on stderr of the answer by ``method``.
+        names: of the two ways.
 
     Returns:
-        Answers by name, ``"reduced"`` and, if compared, ``"full"``.
+        Answers by name: by ``method`` and, if compared, of the model as it is.
     """
     from rich.console import Console
 
     errors = Console(stderr=True)
     results: dict[str, Any] = {}
-    ways = [("reduced", method), ("full", None)] if compare else [("reduced", method)]
+    ways = list(zip(names, (method, None), strict=True))[: 2 if compare else 1]
     for name, way in ways:
         with errors.status(f"generating ({name})"), one_sentence():
             results[name] = ask(way)

@@ -25,11 +25,17 @@ from quickmerge.cli.common import (
 from quickmerge.errors import QuickmergeError
 
 EXAMPLE = (
-    "Example: quickmerge bench --text a.txt b.txt --reducer quickmerge,tome,random --keep 0.2,0.42 --json out.json"
+    "Example: quickmerge bench --text a.txt b.txt --reducer quickmerge,tome,random --keep 0.2,0.42 --json out.json; "
+    "quickmerge bench --drafter runs/gumiho,lookup --temperature 0,1"
 )
 
 
+DRAFTER_OPTIONS = ("drafter", "model", "prompts", "tree", "temperature", "max_new_tokens", "limit", "out", "json")
+"""What can be said with --drafter."""
+
+
 def bench(
+    context_: typer.Context,
     text: Annotated[
         list[Path] | None, typer.Option("--text", help="UTF-8 files of at least 1,000 tokens; give several.")
     ] = None,
@@ -65,10 +71,31 @@ def bench(
     target: Annotated[int, typer.Option("--target", help="Tokens of continuation that are scored.")] = 192,
     out: Annotated[Path | None, typer.Option("--out", help="Write report.html here (a folder).")] = None,
     prior: PRIOR = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Images to read, evenly taken from the folder.")] = 64,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="Images to read, evenly taken from the folder; or prompts.")
+    ] = 64,
     rounds: Annotated[int, typer.Option("--rounds", min=2, help="Images: how often the methods take turns.")] = 5,
     dynamicvit: Annotated[
         Path | None, typer.Option("--dynamicvit", help="Images: measure this folder of train dynamicvit too.")
+    ] = None,
+    drafter: Annotated[
+        str | None,
+        typer.Option("--drafter", help="Measure drafters instead: lookup and folders of train gumiho, with commas."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            help="Drafters: a prompt a line, or .jsonl with prompt and kind. Default: a dozen "
+            "about the shipped document.",
+        ),
+    ] = None,
+    tree: Annotated[str | None, typer.Option("--tree", help="Drafters: nodes a step reads, auto or a number.")] = None,
+    temperature: Annotated[
+        str | None, typer.Option("--temperature", help="Drafters: with commas; 0 is greedy. Default: 0.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=2, help="Drafters: of a text. Default: 128.")
     ] = None,
     json: JSON = None,
 ) -> None:
@@ -76,10 +103,28 @@ def bench(
 
     For texts that is context recovery on the same target tokens; for images fidelity to the features of the model as it
     is, and labels where the folder has one for each class and the model a head for them. For a vision-language model
-    that is answers to the questions of ``annotations.jsonl``, right to the letter, by kind of question.
+    that is answers to the questions of ``annotations.jsonl``, right to the letter, by kind of question. For drafters it
+    is tokens for each pass of the model, and speed beside plain decoding.
     """
+    if drafter is not None:
+        from quickmerge.cli.bench_drafter import bench_drafter
+
+        for name in context_.params:
+            source = context_.get_parameter_source(name)
+            if name not in DRAFTER_OPTIONS and source is not None and source.name == "COMMANDLINE":
+                what = "further files" if name == "more" else f"--{name}"
+                raise QuickmergeError(f"{what} can't be used with --drafter: leave it out")
+        bench_drafter(
+            drafter, model, prompts, tree, temperature or "0", max_new_tokens or 128, limit, out, json
+        )  # fmt: skip
+        return
+    theirs: dict[str, object] = {
+        "--prompts": prompts, "--tree": tree, "--temperature": temperature, "--max-new-tokens": max_new_tokens,
+    }  # fmt: skip
+    if said := [name for name, value in theirs.items() if value is not None]:
+        raise QuickmergeError(f"{said[0]} is for drafters: give --drafter too")
     if (image is None) == (not text):
-        raise QuickmergeError("give either --text or --image, got " + ("both" if image else "neither"))
+        raise QuickmergeError("give either --text or --image, or --drafter, got " + ("both" if image else "neither"))
     if image is not None:
         from quickmerge.cli.bench_vision import bench_images
 

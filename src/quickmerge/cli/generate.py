@@ -25,7 +25,9 @@ from quickmerge.errors import QuickmergeError
 
 EXAMPLE = (
     'Example: quickmerge generate --file report.txt --prompt "Summarise." --keep 0.4 --compare; '
-    'quickmerge generate --image photo.jpg --model runs/vlm --reducer scope --tokens 64 --prompt "What is this?"'
+    'quickmerge generate --image photo.jpg --model runs/vlm --reducer scope --tokens 64 --prompt "What is this?"; '
+    'quickmerge generate --drafter lookup --file report.txt --prompt "Summarise." --compare; '
+    'quickmerge generate --attention multipole --budget 512 --file report.txt --prompt "Summarise." --compare'
 )
 
 
@@ -54,23 +56,76 @@ def generate(
     layer: LAYER = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0, help="Sample at this temperature; 0 is greedy decoding.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="For --sample.")] = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with all tokens too.")] = False,
+    drafter: Annotated[
+        str | None,
+        typer.Option(
+            "--drafter",
+            help="Read everything, and write several tokens a step: lookup, or a folder of "
+            "train gumiho. The text stays the model's own.",
+        ),
+    ] = None,
+    tree: Annotated[
+        str | None, typer.Option("--tree", help="Drafted tokens that a step reads: auto (the default) or a number.")
+    ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            "--attention",
+            help="multipole: new tokens read a long document by its clusters. Settings may follow: "
+            "multipole:ratio=0.125. Tokens are merged too if --reducer or --keep is given.",
+        ),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option("--budget", min=0, help="With --attention: tokens of the clusters that are read exactly. 512."),
+    ] = None,
     prior: PRIOR = None,
     json: JSON = None,
 ) -> None:
     """Answer a prompt about a document or about images, which are read with fewer tokens."""
+    if sample and temperature == 0:
+        raise QuickmergeError("--temperature must be above 0 with --sample, got 0")
+    sample, temperature = sample or bool(temperature), temperature or None
+    if drafter is not None:
+        from quickmerge.cli.generate_drafter import generate_drafter
+
+        _without("--drafter", {
+            "--image": image or None, "--reducer": reducer, "--keep": keep, "--tokens": tokens, "--layer": layer,
+            "--prior": prior, "--attention": attention, "--budget": budget,
+        })  # fmt: skip
+        generate_drafter(
+            drafter, tree, file, prompt, model, max_new_tokens=max_new_tokens, sample=sample, temperature=temperature,
+            seed=seed, compare=compare, json=json,
+        )  # fmt: skip
+        return
+    if tree is not None:
+        raise QuickmergeError("--tree is for drafted tokens: give --drafter too")
     if image:
         from quickmerge.cli.generate_image import generate_image
 
-        _only_text({"--file": file, "--prior": prior})
+        _without("--image", {"--file": file, "--prior": prior, "--attention": attention, "--budget": budget})
         generate_image(
             image, prompt, model, reducer or "scope", keep, tokens, layer, max_new_tokens=max_new_tokens, sample=sample,
-            seed=seed, compare=compare, json=json,
+            temperature=temperature, seed=seed, compare=compare, json=json,
         )  # fmt: skip
         return
     if tokens is not None:
         raise QuickmergeError("--tokens is for images: give --image too, or --keep in its place")
+    if attention is not None:
+        from quickmerge.cli.generate_multipole import generate_multipole
+
+        generate_multipole(
+            attention, budget, file, prompt, model, reducer, keep, layer, prior, max_new_tokens=max_new_tokens,
+            sample=sample, temperature=temperature, seed=seed, compare=compare, json=json,
+        )  # fmt: skip
+        return
+    if budget is not None:
+        raise QuickmergeError("--budget is for multipole attention: give --attention multipole too")
     from quickmerge.evaluation.answer import answer
 
     model, reducer, keep = model or "smollm2-135m", reducer or "quickmerge", 0.4 if keep is None else keep
@@ -85,7 +140,8 @@ def generate(
     results = print_answers(
         method, compare,
         lambda way: answer(
-            lm, tokenizer, document, prompt, way, depth, max_new_tokens=max_new_tokens, sample=sample, seed=seed
+            lm, tokenizer, document, prompt, way, depth, max_new_tokens=max_new_tokens, sample=sample,
+            temperature=temperature, seed=seed,
         ),
     )  # fmt: skip
     write_json(json, {
@@ -94,8 +150,8 @@ def generate(
     })  # fmt: skip
 
 
-def _only_text(given: dict[str, object]) -> None:
-    """Raise if an option was given that has no meaning for images."""
+def _without(option: str, given: dict[str, object]) -> None:
+    """Raise if something was given that has no meaning with an option."""
     for name, value in given.items():
         if value is not None:
-            raise QuickmergeError(f"{name} has no meaning with --image: leave it out")
+            raise QuickmergeError(f"{name} has no meaning with {option}: leave it out")

@@ -24,6 +24,7 @@ def generate_image(
     *,
     max_new_tokens: int,
     sample: bool,
+    temperature: float | None,
     seed: int,
     compare: bool,
     json: Path | None,
@@ -46,7 +47,8 @@ def generate_image(
     results = print_answers(
         method, compare,
         lambda way: answer_images(
-            vlm, processor, pictures, prompt, way, depth, max_new_tokens=max_new_tokens, sample=sample, seed=seed
+            vlm, processor, pictures, prompt, way, depth, max_new_tokens=max_new_tokens, sample=sample,
+            temperature=temperature, seed=seed,
         ),
         lambda found: None if tokens is None else clamped(tokens, found.visual),
     )  # fmt: skip

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quickmerge.attention import Multipole, MultipoleStats, multipole
 from quickmerge.errors import QuickmergeError
 from quickmerge.hosts import Run, observe, reduce
 from quickmerge.hosts.summary import RunStats
@@ -19,17 +21,22 @@ from quickmerge.tokens.plan import MergePlan
 
 @dataclass
 class Answer:
-    """An answer's text, seconds to its first token (tokenizing left out), run statistics and, if reduced, plan."""
+    """An answer's text, seconds to its first token (tokenizing left out), run statistics and, if reduced, plan.
+
+    ``attention`` says what multipole attention read, where it was asked for.
+    """
 
     text: str
     ids: Tensor
     ttft_seconds: float
     stats: RunStats
     plan: MergePlan | None = None
+    attention: MultipoleStats | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Text and numbers, for JSON."""
-        return {"text": self.text, "ttft_seconds": self.ttft_seconds, **self.stats.as_dict()}
+        own = {} if self.attention is None else {"attention": self.attention.as_dict()}
+        return {"text": self.text, "ttft_seconds": self.ttft_seconds, **self.stats.as_dict(), **own}
 
 
 def chat(tokenizer: Any, document: str, prompt: str) -> tuple[str, slice]:
@@ -60,12 +67,15 @@ def answer(
     *,
     max_new_tokens: int = 128,
     sample: bool = False,
+    temperature: float | None = None,
     seed: int = 0,
+    attention: Multipole | None = None,
 ) -> Answer:
     """Generate an answer to ``prompt`` about ``document``, reading the document through ``reducer``.
 
     Only the document is reduced: template and prompt tokens stay alone. With no document the prompt itself is
-    reduced, sinks and the last tokens apart. ``reducer=None`` reads everything, through the same code.
+    reduced, sinks and the last tokens apart. ``reducer=None`` reads everything, through the same code. With
+    ``attention`` the answer's tokens read the rest by its clusters.
     """
     text, where = chat(tokenizer, document, prompt)
     encoded = tokenizer(text, return_tensors="pt", return_offsets_mapping=True, add_special_tokens=False)
@@ -81,8 +91,22 @@ def answer(
     if reducer is not None:
         run = reduce(model, reducer, layer, protect=protect, recent=1 if document else 16)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    text, seconds = respond(model, tokenizer, inputs, run, max_new_tokens=max_new_tokens, sample=sample, seed=seed)
-    return Answer(text, ids, seconds, run.summary(), getattr(run, "main_plan", None))
+    reading = None if attention is None else multipole(model, attention)
+    text, seconds = respond(
+        model, tokenizer, inputs, run if reading is None else _inside(run, reading), max_new_tokens=max_new_tokens,
+        sample=sample, temperature=temperature, seed=seed,
+    )  # fmt: skip
+    plan = getattr(run, "main_plan", None)
+    return Answer(text, ids, seconds, run.summary(), plan, None if reading is None else reading.summary())
+
+
+@contextmanager
+def _inside(*runs: AbstractContextManager[Any]) -> Iterator[None]:
+    """Enter several runs one after the other."""
+    with ExitStack() as stack:
+        for run in runs:
+            stack.enter_context(run)
+        yield
 
 
 def check_fits(model: Any, what: str, ids: Tensor, max_new_tokens: int) -> None:
@@ -96,7 +120,15 @@ def check_fits(model: Any, what: str, ids: Tensor, max_new_tokens: int) -> None:
 
 
 def respond(
-    model: Any, tokenizer: Any, inputs: Mapping[str, Any], run: Any, *, max_new_tokens: int, sample: bool, seed: int
+    model: Any,
+    tokenizer: Any,
+    inputs: Mapping[str, Any],
+    run: Any,
+    *,
+    max_new_tokens: int,
+    sample: bool,
+    temperature: float | None = None,
+    seed: int,
 ) -> tuple[str, float]:
     """Generate inside a run: the text of the answer, and seconds to its first token.
 
@@ -107,6 +139,7 @@ def respond(
         run: what to enter meanwhile.
         max_new_tokens: of the answer.
         sample: sample instead of greedy decoding.
+        temperature: of the sampling; None leaves it to the model's generation config.
         seed: for that.
     """
     torch.manual_seed(seed)
@@ -116,6 +149,7 @@ def respond(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=sample,
+            **({} if temperature is None else {"temperature": temperature}),
             pad_token_id=tokenizer.pad_token_id,
             stopping_criteria=[clock],
         )

@@ -38,6 +38,7 @@ def answer_images(
     *,
     max_new_tokens: int = 128,
     sample: bool = False,
+    temperature: float | None = None,
     seed: int = 0,
 ) -> ImageAnswer:
     """Generate an answer to ``prompt`` about ``images``, all in one message, their tokens read through ``reducer``.
@@ -48,8 +49,9 @@ def answer_images(
     check_fits(model, "the images, the prompt", inputs["input_ids"], max_new_tokens)
     run: Any = observe(model) if reducer is None else reduce(model, reducer, layer)
     text, seconds = respond(
-        model, processor.tokenizer, inputs, run, max_new_tokens=max_new_tokens, sample=sample, seed=seed
-    )
+        model, processor.tokenizer, inputs, run, max_new_tokens=max_new_tokens, sample=sample, temperature=temperature,
+        seed=seed,
+    )  # fmt: skip
     visual = () if reducer is None else tuple((image.count, image.left) for image in run.images)
     return ImageAnswer(text, inputs["input_ids"], seconds, run.summary(), visual=visual)
 

@@ -3,12 +3,16 @@
 For each implementation we can serve, one function is registered under a name of our own ("quickmerge_sdpa"...).
 While a run is attached, the model's configuration names that function; it lets the run look at queries, keys and
 values, and then calls the very function that the model would have called. Nothing that exists is replaced.
+
+Two runs may stand in front of one module: one that decides which tokens there are, and behind it one that computes
+the attention over them (`Watcher.computes`).
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -25,14 +29,19 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class Watcher(Protocol):
-    """What an attached run does with one call of attention."""
+    """What an attached run does with one call of attention.
+
+    ``computes`` says that it takes the place of the model's function, and then reads ``key_size``, which
+    `proportional_attention` hands on; ``shares`` that such a run may stand behind it. Both are False by default.
+    """
 
     def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Return the attention output, usually ``call(module, *args, **kwargs)``."""
         ...
 
 
-_WATCHED: WeakKeyDictionary[nn.Module, tuple[Watcher, int]] = WeakKeyDictionary()
+_WATCHED: WeakKeyDictionary[nn.Module, tuple[tuple[Watcher, int], ...]] = WeakKeyDictionary()
+"""For each module who watches it, and as which layer. The first is asked first."""
 
 
 def base_function(implementation: str, module: nn.Module) -> AttentionFunction:
@@ -46,23 +55,55 @@ def base_function(implementation: str, module: nn.Module) -> AttentionFunction:
     return function  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class Watched:
+    """An attention function with a watcher in front of it."""
+
+    watcher: Watcher
+    layer: int
+    call: AttentionFunction
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What the watcher makes of the call."""
+        return self.watcher.attend(self.layer, self.call, module, args, kwargs)
+
+
 def _front(implementation: str) -> AttentionFunction:
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = base_function(implementation, module)
-        watched = _WATCHED.get(module)
-        if watched is None:
-            return call(module, *args, **kwargs)
-        watcher, layer = watched
-        return watcher.attend(layer, call, module, args, kwargs)
+        for watcher, layer in reversed(_WATCHED.get(module, ())):
+            call = Watched(watcher, layer, call)
+        return call(module, *args, **kwargs)
 
     return attention
+
+
+def computes(watcher: object) -> bool:
+    """Whether a watcher takes the place of the attention function; see `Watcher`."""
+    return bool(getattr(watcher, "computes", False))
+
+
+def _together(one: object, other: object) -> bool:
+    """Whether two watchers, or watchers of two classes, may stand in front of one module."""
+    if computes(one) == computes(other):
+        return False
+    return bool(getattr(other if computes(one) else one, "shares", False))
+
+
+def check_free(model: nn.Module, attentions: Sequence[nn.Module], watcher: Watcher | type[Watcher]) -> None:
+    """Raise UnsupportedModelError if a run that doesn't share the attention with this one is attached to a module."""
+    there = {id(other): other for module in attentions for other, _ in _WATCHED.get(module, ())}
+    if not all(_together(watcher, other) for other in there.values()):
+        both = any(computes(w) for w in (watcher, *there.values()))
+        why = ", and only merging in prefix mode shares the attention with multipole attention" if both else ""
+        raise UnsupportedModelError(f"{type(model).__name__} is already inside a quickmerge run{why}; leave it first")
 
 
 def watch(decoder: Decoder, watcher: Watcher) -> Callable[[], None]:
     """Route the decoder's attention through ``watcher``; the returned function undoes it.
 
     Raises:
-        UnsupportedModelError: if another run is attached already.
+        UnsupportedModelError: if another run is attached already that doesn't share the attention with this one.
     """
     # Inside a model of several parts the decoder alone is told.
     holder: Any = decoder.model if decoder.model.config is decoder.config else decoder.base
@@ -84,11 +125,10 @@ def watch_modules(
         A function that undoes it.
 
     Raises:
-        UnsupportedModelError: if another run is attached already.
+        UnsupportedModelError: if another run is attached already that doesn't share the attention with this one.
     """
-    if any(module in _WATCHED for module in attentions):
-        raise UnsupportedModelError(f"{type(model).__name__} is already inside a quickmerge run; leave it first")
-    implementation = (model.config if config is None else config)._attn_implementation
+    check_free(model, attentions, watcher)
+    implementation = (model.config if config is None else config)._attn_implementation.removeprefix(PREFIX)
     name = PREFIX + implementation
     if name not in ALL_ATTENTION_FUNCTIONS:
         for each in IMPLEMENTATIONS:
@@ -96,12 +136,16 @@ def watch_modules(
             AttentionMaskInterface.register(PREFIX + each, ALL_MASK_ATTENTION_FUNCTIONS[each])
     model.set_attn_implementation(name)
     for layer, module in enumerate(attentions):
-        _WATCHED[module] = (watcher, layer)
+        others, own = _WATCHED.get(module, ()), ((watcher, layer),)
+        _WATCHED[module] = others + own if computes(watcher) else own + others
 
     def undo() -> None:
         for module in attentions:
-            _WATCHED.pop(module, None)
-        model.set_attn_implementation(implementation)
+            left = tuple(pair for pair in _WATCHED.pop(module, ()) if pair[0] is not watcher)
+            if left:
+                _WATCHED[module] = left
+        if not any(module in _WATCHED for module in attentions):
+            model.set_attn_implementation(implementation)
 
     return undo
 
@@ -112,8 +156,11 @@ def proportional_attention(
     """Attention with log(size) added to the score of every key (ToMe, arXiv 2210.09461, eq. 1).
 
     One more channel holds ``1`` in the query and ``log(size) / scaling`` in the key, so any fused kernel does it
-    without a bias matrix. ``args`` start with query, key and value; ``size (B, keys)`` counts original tokens.
+    without a bias matrix. ``args`` start with query, key and value; ``size (B, keys)`` counts original tokens. A run
+    that computes the attention itself gets the sizes as ``key_size`` in their place.
     """
+    if isinstance(call, Watched) and computes(call.watcher):
+        return call(module, *args, **kwargs, key_size=size)
     query, key, value = args[:3]
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

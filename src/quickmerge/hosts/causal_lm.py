@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from quickmerge.errors import whole_number
 from quickmerge.hosts.attachment import Attachment
-from quickmerge.hosts.attention import AttentionFunction, watch
+from quickmerge.hosts.attention import AttentionFunction, check_free, watch
 from quickmerge.hosts.structure import Decoder, find_decoder
 from quickmerge.hosts.summary import RunStats, cache_bytes, cache_bytes_full
 from quickmerge.reducers.base import Reducer
@@ -45,8 +45,9 @@ def reduce_lm(
     if "text" not in reducer.places:
         kind = "vision transformers" if "vision" in reducer.places else "the visual tokens of a vision-language model"
         raise ValueError(f"reducer {reducer.name} is for {kind}, and {type(model).__name__} is a language model alone")
-    decoder = find_decoder(model)
+    decoder = find_decoder(model, shared=mode == "prefix")
     if mode == "prefix":
+        check_free(model, decoder.attentions, PrefixRun)
         schedule = layer if isinstance(layer, Schedule) else Schedule.of(layer, len(decoder))
         whole_number("sinks", sinks, 0)
         whole_number("recent", recent, 1)

@@ -39,6 +39,7 @@ class PrefixRun(Run):
     """See `quickmerge.reduce`. Only the forward that fills an empty cache is merged; what follows is read in full."""
 
     mode = "prefix"
+    shares = True
 
     def __init__(
         self,
@@ -154,7 +155,8 @@ class PrefixRun(Run):
 
     def _check_cache(self, cache: Cache | None) -> None:
         for layer in cache.layers if cache is not None else ():
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            # Other layers of ours may be there that hold every token too, as those of multipole attention.
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and not getattr(layer, "is_whole", False):
                 raise QuickmergeError(
                     f"past_key_values must be a DynamicCache inside a quickmerge run, got layers of type "
                     f"{type(layer).__name__}"

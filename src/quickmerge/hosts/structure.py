@@ -39,8 +39,12 @@ class Decoder:
         return self.base.config
 
 
-def find_decoder(model: PreTrainedModel) -> Decoder:
+def find_decoder(model: PreTrainedModel, shared: bool = False) -> Decoder:
     """Find the decoder blocks of ``model`` by structure.
+
+    Args:
+        model: a causal language model.
+        shared: whether it may be inside a run already, whose attention another one may share.
 
     Raises:
         UnsupportedModelError: naming the class and what was looked for, if the family is not one of `FAMILIES`,
@@ -57,11 +61,11 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
         raise UnsupportedModelError(
             f"{name} (model_type {kind!r}) is not supported: merging is proven for {', '.join(FAMILIES)}"
         )
-    return read_decoder(model, base)
+    return read_decoder(model, base, shared)
 
 
-def read_decoder(model: PreTrainedModel, base: Any) -> Decoder:
-    """The parts of the decoder ``base`` of ``model``.
+def read_decoder(model: PreTrainedModel, base: Any, shared: bool = False) -> Decoder:
+    """The parts of the decoder ``base`` of ``model``; for ``shared`` see `find_decoder`.
 
     Raises:
         UnsupportedModelError: see `find_decoder`.
@@ -77,14 +81,16 @@ def read_decoder(model: PreTrainedModel, base: Any) -> Decoder:
         if len(found) != 1:
             raise UnsupportedModelError(f"{name} has a block with {len(found)} attention modules, one was looked for")
         attentions.append(found[0])
-    check_attention(name, base.config)
+    check_attention(name, base.config, shared)
     windows = tuple(layer_window(base.config, i) for i in range(len(layers)))
     return Decoder(model, base, layers, tuple(attentions), windows)
 
 
-def check_attention(name: str, config: Any) -> None:
+def check_attention(name: str, config: Any, shared: bool = False) -> None:
     """Raise UnsupportedModelError unless the host can stand in front of the attention that ``config`` names."""
     implementation = config._attn_implementation
+    if shared:
+        implementation = str(implementation).removeprefix(PREFIX)
     if str(implementation).startswith(PREFIX):
         raise UnsupportedModelError(f"{name} is already inside a quickmerge run; leave that first")
     if implementation not in IMPLEMENTATIONS:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.hosts.attention import check_free
 from quickmerge.hosts.features import FeatureWatch
 from quickmerge.hosts.prefix import PrefixRun, Prompt, pick_columns
 from quickmerge.hosts.segment import Segment
@@ -42,7 +43,8 @@ def reduce_vlm(
             f"reducer {reducer.name} ({type(reducer).__name__}) is not for visual tokens; those of "
             "`quickmerge.reducers.VISUAL_TOKEN_REDUCERS` are"
         )
-    vlm = find_vlm(model)
+    vlm = find_vlm(model, shared=True)
+    check_free(model, vlm.decoder.attentions, VlmRun)
     depth = len(vlm.decoder)
     layers = (0,) if layer is None else tuple(layer) if isinstance(layer, Sequence) else (layer,)
     lowest = vlm.deepstack or 1

@@ -95,13 +95,46 @@ def holds_vlm(model: Any) -> bool:
     return getattr(model.config, "vision_config", None) is not None
 
 
-def find_vlm(model: PreTrainedModel) -> Vlm:
+def find_vlm(model: PreTrainedModel, shared: bool = False) -> Vlm:
     """Find the parts of a vision-language model.
+
+    Args:
+        model: a vision-language model.
+        shared: whether its language model may be inside a run already, whose attention another one may share.
 
     Raises:
         UnsupportedModelError: naming the class and what would do, if it is not of a family in `VLM_FAMILIES`, holds
             another vision tower or language model than the tests prove, or is already inside a run.
     """
+    base, family, tower, text = _parts(model)
+    name = type(model).__name__
+    decoder = read_decoder(model, text, shared)
+    check_attention(name, tower.config)
+    if family.layout == "patches":
+        return _with_encoder(model, base, decoder, tower)
+    if family.layout == "tiles":
+        blocks, merge = tower.encoder.layers, model.config.scale_factor
+    else:
+        inner = tower.vision_model.encoder.layers if family.raster else tower.blocks
+        blocks, merge = inner, tower.config.spatial_merge_size
+    # Windowed blocks see a corner each; the last block that sees the whole picture is asked.
+    block = max(getattr(tower.config, "fullatt_block_indexes", None) or [len(blocks) - 1])
+    attention = getattr(blocks[block], "attn", None) or blocks[block].self_attn
+    return Vlm(model, base, decoder, tower, attention, block, int(merge), None)
+
+
+def find_vlm_decoder(model: PreTrainedModel) -> Decoder:
+    """The decoder of a vision-language model, which may be inside a run already; see `find_vlm`.
+
+    Raises:
+        UnsupportedModelError: if it is not of a family in `VLM_FAMILIES`.
+    """
+    return read_decoder(model, _parts(model)[3], shared=True)
+
+
+def _parts(model: PreTrainedModel) -> tuple[Any, Family, Any, Any]:
+    """The base model, its family, the tower and the base of the language model."""
+
     name, kind = type(model).__name__, getattr(model.config, "model_type", None)
     family = VLM_FAMILIES.get(str(kind))
     if family is None or model.base_model is model or not hasattr(model.base_model, family.tower):
@@ -116,19 +149,7 @@ def find_vlm(model: PreTrainedModel) -> Vlm:
             f"{name} holds a language model of type {text.config.model_type!r}, which is not supported: merging is "
             f"proven for {', '.join(FAMILIES)}"
         )
-    decoder = read_decoder(model, text)
-    check_attention(name, tower.config)
-    if family.layout == "patches":
-        return _with_encoder(model, base, decoder, tower)
-    if family.layout == "tiles":
-        blocks, merge = tower.encoder.layers, model.config.scale_factor
-    else:
-        inner = tower.vision_model.encoder.layers if family.raster else tower.blocks
-        blocks, merge = inner, tower.config.spatial_merge_size
-    # Windowed blocks see a corner each; the last block that sees the whole picture is asked.
-    block = max(getattr(tower.config, "fullatt_block_indexes", None) or [len(blocks) - 1])
-    attention = getattr(blocks[block], "attn", None) or blocks[block].self_attn
-    return Vlm(model, base, decoder, tower, attention, block, int(merge), None)
+    return base, family, tower, text
 
 
 def _with_encoder(model: PreTrainedModel, base: Any, decoder: Decoder, tower: Any) -> Vlm:

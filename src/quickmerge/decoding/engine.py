@@ -1,0 +1,236 @@
+"""``SpeculativeDecoding``: ``generate`` with several tokens a step, and the same text."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from quickmerge.decoding.arguments import check_arguments, streamer_of_caller
+from quickmerge.decoding.batch import Batch
+from quickmerge.decoding.cost import Cost, best_size, measure, wait
+from quickmerge.decoding.drafter import Drafter
+from quickmerge.decoding.processors import for_row
+from quickmerge.decoding.prompt import read_prompt
+from quickmerge.decoding.room import Room
+from quickmerge.decoding.stats import Stats
+from quickmerge.decoding.target import Target, check_target
+from quickmerge.decoding.tree import Tree, pack
+from quickmerge.decoding.walk import Row, walk
+from quickmerge.errors import QuickmergeError, whole_number
+
+__all__ = ["SpeculativeDecoding"]
+
+
+class SpeculativeDecoding:
+    """Decoding in which a drafter guesses several tokens and the target checks all guesses in one pass.
+
+    Give it to ``model.generate(..., custom_generate=SpeculativeDecoding(drafter))``. Every token is drawn from the
+    target's own distribution, after all of ``generate``'s processors, so the text is what the target alone would
+    write: the same greedy text (but for ties within rounding), and samples of the same distribution.
+
+    It keeps greedy search and sampling with any processors, left-padded batches, ``num_return_sequences``, stopping
+    criteria (asked after every token), ``max_new_tokens``, ``return_dict_in_generate`` with sequences and cache, a
+    cache given, and for one row a streamer. It is seeded by `torch.manual_seed`, though it draws in another order than
+    ``generate`` does. ``stop_strings`` have to be given as ``stopping_criteria=[StopStringCriteria(...)]``, since
+    transformers hands no tokenizer to a ``custom_generate``. Criteria are called with one
+    row at a time, and so are processors: one that keeps something from call to call needs a batch of one row.
+
+    Args:
+        drafter: what guesses.
+        nodes: the most nodes of a tree if ``tree`` is ``"auto"``, the root included.
+        tree: how many nodes are read in a step for each row: ``"auto"``, as many as give the most tokens a second by
+            the drafter's probabilities and by the time that passes of the target take on this machine, which is
+            measured once (see `quickmerge.decoding.cost`); or a number, the root included.
+
+    Attributes:
+        stats: of the last ``generate`` that ended.
+
+    Raises:
+        ValueError: if ``nodes`` or ``tree`` is out of range.
+    """
+
+    def __init__(self, drafter: Drafter, *, nodes: int = 32, tree: str | int = "auto") -> None:
+        if not isinstance(drafter, Drafter):
+            raise ValueError(f"drafter must be a quickmerge.decoding.Drafter, got {type(drafter).__name__}")
+        whole_number("nodes", nodes)
+        if tree != "auto":
+            if isinstance(tree, str):
+                raise ValueError(f"tree must be 'auto' or a whole number of at least 1, got {tree!r}")
+            whole_number("tree", tree)
+        self.drafter = drafter
+        self.nodes = nodes if isinstance(tree, str) else tree
+        self.auto = isinstance(tree, str)
+        self.stats = Stats()
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """What ``generate`` calls, with everything prepared.
+
+        Raises:
+            UnsupportedModelError: for a model that can't read a tree, or that the drafter was not made for.
+            QuickmergeError: for arguments of ``generate`` that can't be kept.
+        """
+        streamer = streamer_of_caller() if streamer is None else streamer
+        check_arguments(input_ids, generation_config, logits_processor, model_kwargs, synced_gpus, streamer)
+        check_target(model)
+        self.drafter.check(model)
+        start = time.perf_counter()
+        cost = measure(model, self.nodes) if self.auto else None
+        measured = time.perf_counter()
+        sample, count = bool(generation_config.do_sample), len(input_ids)
+        rows = [
+            Row(ids, for_row(logits_processor, i, count), stopping_criteria, sample, streamer)
+            for i, ids in enumerate(input_ids)
+        ]
+        run = _Run(self.drafter, self.nodes, cost, Batch(rows, generation_config, stopping_criteria))
+        # A cache that someone will go on with has to hold all rows to the end.
+        cache = model_kwargs.get("past_key_values")
+        kept = bool(generation_config.return_dict_in_generate) or getattr(cache, "_is_user_defined", False)
+        run.begin(model, input_ids, model_kwargs, kept)
+        while run.live:
+            run.step()
+        if streamer is not None:
+            streamer.end()
+        sequences = run.batch.sequences()
+        if kept:
+            run.finish_cache(sequences)
+        self.stats = run.stats
+        self.stats.rows = len(rows)
+        self.stats.tokens = sum((row.stop or row.length) - input_ids.shape[1] for row in rows)
+        self.stats.measure_seconds = measured - start
+        self.stats.seconds = time.perf_counter() - measured
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=run.target.cache)
+        return sequences
+
+
+class _Run:
+    """One ``generate``: the rows that are in the cache, and among them those that are not done."""
+
+    def __init__(self, drafter: Drafter, nodes: int, cost: Cost | None, batch: Batch) -> None:
+        self.drafter = drafter
+        self.nodes = nodes
+        self.cost = cost
+        self.batch = batch
+        self.rows = list(batch.rows)
+        self.stats = Stats()
+        self.drafts = 0
+
+    def begin(self, model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any], kept: bool) -> None:
+        """Read the prompt and take the first token of each row."""
+        start = time.perf_counter()
+        wanted = self.drafter.needs_features
+        prompt = read_prompt(model, ids.to(model.device), model_kwargs, wanted)
+        self.target: Target = prompt.target
+        self.kept = kept
+        self.room = Room(model.config.get_text_config(decoder=True))
+        offset = prompt.target.columns.offset
+        self.offset = (offset if offset.dim() == 1 else offset.amax(0)).tolist()
+        logits = prompt.logits
+        best = _best(logits) if self.rows[0].plain else None
+        for i, row in enumerate(self.rows):
+            walk(Tree.chain([row.last]), row, logits[i : i + 1], None if best is None else [best[i]])
+        self.live = [i for i, row in enumerate(self.rows) if not self.batch.done(row)]
+        self.stats.prompt_seconds = time.perf_counter() - start
+        if self.live:
+            start = time.perf_counter()
+            self.drafter.begin(model, ids.to(model.device), prompt.valid, prompt.features, prompt.positions)
+            self._leave(list(range(len(self.rows))))
+            self.stats.draft_seconds += time.perf_counter() - start
+
+    def step(self) -> None:
+        """Draft, read, walk, and keep what was accepted."""
+        live, device = self.live, self.target.columns.valid.device
+        trees = dict(zip(live, self._draft(), strict=True))
+        start = time.perf_counter()
+        packed = pack([trees.get(i, _NOTHING) for i in range(len(self.rows))], device)
+        logits, features = self.target.read(packed)
+        best = _best(logits) if self.rows[0].plain else None
+        wait(device)
+        self.stats.target_seconds += time.perf_counter() - start
+        paths: list[list[int]] = [[] for _ in self.rows]
+        for i in live:
+            paths[i] = walk(trees[i], self.rows[i], logits[i], None if best is None else best[i])
+            self.stats.count(max(trees[i].depth), len(paths[i]) - 1, len(trees[i]))
+            self.stats.lossless &= not trees[i].extra
+        self.stats.passes += 1
+        self.target.commit(paths)
+        self.live = [i for i in live if not self.batch.done(self.rows[i])]
+        if self.live:
+            start = time.perf_counter()
+            taken = [torch.tensor(paths[i], device=device) for i in live]
+            tokens = [packed.tokens[i, path] for i, path in zip(live, taken, strict=True)]
+            seen = None if features is None else [features[i, path] for i, path in zip(live, taken, strict=True)]
+            self.drafter.accept(tokens, seen)
+            self._leave(live)
+            self.stats.draft_seconds += time.perf_counter() - start
+
+    def finish_cache(self, sequences: Tensor) -> None:
+        """Make the cache what ``generate`` would leave: every token but the last of all, each in its column."""
+        width = sequences.shape[1] - 1
+        lengths = self.target.columns.length.tolist()
+        # Rows that were done early lack their last token and the padding behind it.
+        missing = [sequences[i, length:width].tolist() for i, length in enumerate(lengths)]
+        if any(missing):
+            chains = [Tree.chain(tokens) if tokens else _NOTHING for tokens in missing]
+            self.target.read(pack(chains, sequences.device))
+            self.target.commit([range(len(tokens)) for tokens in missing])
+        self.target.lay_out(width)
+
+    def _draft(self) -> list[Tree]:
+        """A tree for each live row."""
+        rows = [self.rows[i] for i in self.live]
+        roots = [row.length - 1 + self.offset[i] for i, row in zip(self.live, rows, strict=True)]
+        depths = self.room.depths(roots, [self.batch.left(row) for row in rows])
+        last = [row.last for row in rows]
+        if self.nodes == 1 or not any(depths):
+            return [Tree.chain([token]) for token in last]
+        start = time.perf_counter()
+        trees = self.drafter.draft(torch.tensor(last, device=self.target.columns.valid.device), self.nodes)
+        self.stats.draft_seconds += time.perf_counter() - start
+        self.drafts += 1
+        if [tree.tokens[0] for tree in trees] != last:
+            raise QuickmergeError(
+                f"{type(self.drafter).__name__}.draft must return a tree for each row with its last token as the root, "
+                f"got roots {[tree.tokens[0] for tree in trees]} for {last}"
+            )
+        trees = [tree.cut(depth) for tree, depth in zip(trees, depths, strict=True)]
+        nodes = self.nodes
+        if self.cost is not None:
+            nodes = best_size([tree.prob for tree in trees], self.cost, self.stats.draft_seconds / self.drafts)
+        return [tree.best(nodes) for tree in trees]
+
+    def _leave(self, drafted: list[int]) -> None:
+        """Let rows that are done leave the drafter, which holds rows ``drafted``, and the cache if nobody keeps it."""
+        if self.live == drafted:
+            return
+        device = self.target.columns.valid.device
+        self.drafter.rows(torch.tensor([drafted.index(i) for i in self.live], device=device))
+        if not self.kept:
+            self.target.select(torch.tensor(self.live, device=device))
+            self.rows = [self.rows[i] for i in self.live]
+            self.offset = [self.offset[i] for i in self.live]
+            self.live = list(range(len(self.rows)))
+
+
+_NOTHING = Tree.chain([0])
+"""Stands for a row that is done."""
+
+
+def _best(logits: Tensor) -> Any:
+    """The token of the largest logit ``(..., V)`` in the precision in which ``generate`` compares them."""
+    return (logits.float() if logits.dtype == torch.float64 else logits).argmax(-1).tolist()

@@ -1,0 +1,196 @@
+"""Draft trees: several guesses of how a text goes on, flattened so that one pass of the target reads them all."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quickmerge.errors import whole_number
+
+__all__ = ["Packed", "Ranked", "Tree", "best_first", "pack"]
+
+Children = tuple[Sequence[int], Sequence[float]]
+
+Ranked = Callable[[tuple[int, ...]], Children]
+"""The children of a node, most probable first: tokens, and their probabilities given the node.
+
+A node is named by the ranks on the way to it: ``()`` is the root, ``(2, 0)`` the best child of the root's third best.
+"""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The draft of one row, T nodes of which node 0, the root, is the last token of the text.
+
+    Lists of Python numbers rather than tensors, since the walk looks at one node after the other.
+
+    Attributes:
+        tokens: T token ids.
+        parent: T indices of parents, each smaller than its child's; 0 for the root.
+        prob: T path probabilities: how probable the drafter holds it that the walk comes by. 1 for the root, and no
+            node is more probable than its parent.
+        extra: pairs ``(a, b)`` with which node a also sees node b, and the walk may go on from a to b. That is no text
+            that the target would have read, so what comes out is no longer what the target alone would write. Empty
+            in every lossless draft.
+        depth: T steps from the root (derived).
+
+    Raises:
+        ValueError: if lengths differ, a parent does not stand before its child, a node is more probable than its
+            parent, or a pair names a node that is not there.
+    """
+
+    tokens: list[int]
+    parent: list[int]
+    prob: list[float]
+    extra: tuple[tuple[int, int], ...] = ()
+    depth: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        nodes, parent, prob = len(self.tokens), self.parent, self.prob
+        if not nodes == len(parent) == len(prob) or nodes == 0:
+            raise ValueError(
+                f"tokens, parent and prob must be equally many, at least 1, got {nodes}, {len(parent)} and {len(prob)}"
+            )
+        if parent[0] != 0:
+            raise ValueError(f"parent[0] must be 0, the root itself, got {parent[0]}")
+        depth = [0] * nodes
+        for node in range(1, nodes):
+            above = parent[node]
+            if not 0 <= above < node:
+                raise ValueError(f"parent[{node}] must be a node before it, got {above}")
+            if not prob[node] <= prob[above]:
+                raise ValueError(f"prob[{node}] must be at most {prob[above]}, its parent's, got {prob[node]}")
+            depth[node] = depth[above] + 1
+        for pair in self.extra:
+            if not all(0 <= node < nodes for node in pair):
+                raise ValueError(f"extra must name nodes below {nodes}, got {pair}")
+        object.__setattr__(self, "depth", depth)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int], prob: Sequence[float] | None = None) -> Tree:
+        """One guess: ``tokens`` from the root on, each the only child of the one before."""
+        nodes = len(tokens)
+        return cls(list(tokens), [max(0, i - 1) for i in range(nodes)], list(prob) if prob else [1.0] * nodes)
+
+    def children(self) -> list[dict[int, int]]:
+        """For each node, where the walk goes on with which token; of two equal siblings to the earlier one."""
+        out: list[dict[int, int]] = [{} for _ in self.tokens]
+        for node in range(1, len(self.tokens)):
+            out[self.parent[node]].setdefault(self.tokens[node], node)
+        for a, b in self.extra:
+            out[a].setdefault(self.tokens[b], b)
+        return out
+
+    def best(self, nodes: int) -> Tree:
+        """The ``nodes`` most probable nodes, ties to the earlier one, in the order in which they stand; connected."""
+        if nodes >= len(self):
+            return self
+        order = sorted(range(len(self)), key=lambda node: (-self.prob[node], node))
+        return self._only(sorted(order[: max(1, nodes)]))
+
+    def cut(self, depth: int) -> Tree:
+        """The nodes at most ``depth`` steps from the root."""
+        if max(self.depth) <= depth:
+            return self
+        return self._only([node for node in range(len(self)) if self.depth[node] <= depth])
+
+    def _only(self, keep: list[int]) -> Tree:
+        new = {node: i for i, node in enumerate(keep)}
+        return Tree(
+            [self.tokens[node] for node in keep],
+            [new[self.parent[node]] for node in keep],
+            [self.prob[node] for node in keep],
+            tuple((new[a], new[b]) for a, b in self.extra if a in new and b in new),
+        )
+
+
+def best_first(root: int, ranked: Ranked, nodes: int) -> Tree:
+    """The connected tree of at most ``nodes`` nodes with the largest sum of path probabilities, exactly.
+
+    That sum, without the root's 1, is how many drafted tokens are accepted on average if the probabilities are true.
+    A child is never more probable than its parent, so taking the best node in sight again and again is optimal; in
+    sight are the next sibling and the first child of what was taken, so with N nodes there are at most N + 1 of them.
+    Nodes come out in falling order: the first M of them are the best tree of M nodes.
+
+    It is the same for heads that draft one after the other, whose probabilities depend on the whole path, and for
+    parallel heads, whose i-th gives all nodes of depth i the same (arXiv 2503.10135 prunes level by level instead).
+
+    Args:
+        root: the last token of the text.
+        ranked: the children of a node, in falling order; empty where the drafter has nothing to say.
+        nodes: how many there may be, the root included.
+
+    Raises:
+        ValueError: if ``nodes`` is not a whole number of at least 1, or children are not in falling order.
+    """
+    whole_number("nodes", nodes)
+    tokens, parent, prob = [root], [0], [1.0]
+    queue: list[tuple[float, int, int, tuple[int, ...], Children, int]] = []
+    count = itertools.count()
+
+    def push(above: int, path: tuple[int, ...], children: Children, rank: int) -> None:
+        ids, chances = children
+        if rank >= len(ids) or not chances[rank] > 0:
+            return
+        if rank and chances[rank] > chances[rank - 1]:
+            raise ValueError(f"ranked must give children in falling order, got {chances[rank - 1]}, {chances[rank]}")
+        # The count lets ties go to what was pushed first, and keeps the heap from comparing what follows it.
+        heapq.heappush(queue, (-prob[above] * min(1.0, chances[rank]), next(count), above, path, children, rank))
+
+    if nodes > 1:
+        push(0, (), ranked(()), 0)
+    while queue:
+        minus, _, above, path, children, rank = heapq.heappop(queue)
+        tokens.append(int(children[0][rank]))
+        parent.append(above)
+        prob.append(-minus)
+        if len(tokens) == nodes:
+            break
+        push(above, path, children, rank + 1)
+        here = (*path, rank)
+        push(len(tokens) - 1, here, ranked(here), 0)
+    return Tree(tokens, parent, prob)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The trees of a batch, padded to the widest of T nodes.
+
+    ``tokens``, ``parent`` and ``depth (B, T)`` long, ``valid (B, T)`` bool; ``see (B, T, T)`` bool, which nodes each
+    node sees: itself and those on the way from the root to it. Padding nodes see themselves.
+    """
+
+    tokens: Tensor
+    parent: Tensor
+    depth: Tensor
+    valid: Tensor
+    see: Tensor
+
+
+def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Packed:
+    """Lay the trees of a batch side by side. Padding nodes hold token 0 behind the root."""
+    rows, wide = len(trees), max(len(tree) for tree in trees)
+    grid = np.zeros((3, rows, wide), dtype=np.int64)
+    valid = np.zeros((rows, wide), dtype=bool)
+    see = np.zeros((rows, wide, wide), dtype=bool)
+    see[:, range(wide), range(wide)] = True
+    for row, tree in enumerate(trees):
+        size = len(tree)
+        grid[:, row, :size] = tree.tokens, tree.parent, tree.depth
+        valid[row, :size] = True
+        mine = see[row]
+        for node in range(1, size):
+            mine[node, :node] = mine[tree.parent[node], :node]
+        for a, b in tree.extra:
+            mine[a, b] = True
+    tokens, parent, depth = torch.from_numpy(grid).to(device)
+    return Packed(tokens, parent, depth, torch.from_numpy(valid).to(device), torch.from_numpy(see).to(device))
