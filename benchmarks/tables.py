@@ -11,11 +11,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gumiho_tables import GUMIHO
+from multipole_tables import MULTIPOLE
 
 from quickmerge.evaluation.recovery import bootstrap
 
@@ -535,6 +538,13 @@ def matrix() -> str:
     return markdown(headers, [[f, *(cell(f, *column) for column in columns)] for f in families])
 
 
+def made_of(result: str, make: Callable[[Sequence[Row]], tuple[list[str], list[list[str]]]], key: str = "rows") -> str:
+    """A table that ``make`` makes of the rows of a result file, or of another of its lists."""
+    if not (HERE / "results" / f"{result}.json").is_file():
+        return "*Not measured yet.*\n"
+    return markdown(*make(rows_of(result, key)))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -571,6 +581,7 @@ TABLES: dict[str, Callable[[], str]] = {
         subsets,
     )
 }
+TABLES |= {name: partial(made_of, *of) for name, of in (MULTIPOLE | GUMIHO).items()}
 
 
 def main() -> int:
