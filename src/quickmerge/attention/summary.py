@@ -71,7 +71,7 @@ class MultipoleStats:
             f"{self.clustering_seconds:.3f} s{updated}\n"
             f"  read:     {self.rows_read:.0f} of {self.rows_dense:.0f} rows for each new token and key-value head "
             f"({100 * self.read_share:.0f} %), {self.kept:.0f} clustered tokens exactly\n"
-            f"  decode:   {self.decode_steps} steps, {1e3 * step:.1f} ms each beside the clustering, of which attention "
+            f"  decode:   {self.decode_steps} steps, {1e3 * step:.1f} ms each without clustering, of which attention "
             f"{1e3 * attention:.1f} ms\n"
             f"  cache:    {self.cache_bytes / 2**20:.2f} MiB, and {self.cluster_bytes / 2**20:.2f} MiB of clusters"
         )
