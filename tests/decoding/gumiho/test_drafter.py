@@ -39,8 +39,8 @@ def test_any_heads_any_prompts(shape: str, seed: int, nodes: int, lengths: list[
     assert torch.equal(text, greedy(model, inputs, 12))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_heads_of_another_type_than_the_target(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, "bfloat16"])
+def test_heads_of_another_type_than_the_target(dtype: torch.dtype | str) -> None:
     model, inputs = tiny(), prompts([4, 6])
     made = heads(model)
     before = made.network.fusion.weight.clone()
@@ -94,7 +94,8 @@ def test_another_model_is_refused() -> None:
             {"fta": "dupliacte"},
             "fta must be one of off, duplicate, reference, got 'dupliacte' .did you mean 'duplicate'",
         ),
-        ({"dtype": torch.int8}, "dtype must be a floating-point type of torch, or None, got torch.int8"),
+        ({"dtype": torch.int8}, "dtype must be a floating-point type of torch or its name, or None, got torch.int8"),
+        ({"dtype": "bfloat"}, "dtype must be a floating-point type of torch or its name, or None, got 'bfloat'"),
     ],
 )
 def test_limits(wrong: dict[str, object], message: str) -> None:

@@ -39,8 +39,8 @@ class Gumiho(Drafter):
 
     Args:
         network: trained heads.
-        dtype: what the heads compute in; None is the target's type. The text does not depend on it.
-            A processor that multiplies bfloat16 drafts faster in it for a target in float32.
+        dtype: what the heads compute in, such as ``"bfloat16"``; None is the target's type. The text does not depend
+            on it. A processor that multiplies bfloat16 drafts faster in it for a target in float32.
         beam: nodes of one depth that the heads are asked about.
         fta: Full Tree Attention, which lets short paths go on with the tokens of others. ``"off"``: none.
             ``"duplicate"``: by nodes of their own, which changes the draft and not the text. ``"reference"``: as
@@ -53,14 +53,15 @@ class Gumiho(Drafter):
     needs_features: ClassVar[bool] = True
 
     def __init__(
-        self, network: GumihoNetwork, *, dtype: torch.dtype | None = None, beam: int = 8, fta: str = "off"
+        self, network: GumihoNetwork, *, dtype: torch.dtype | str | None = None, beam: int = 8, fta: str = "off"
     ) -> None:
         whole_number("beam", beam)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be a floating-point type of torch, or None, got {dtype!r}")
+        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+            raise ValueError(f"dtype must be a floating-point type of torch or its name, or None, got {dtype!r}")
         if fta not in FTA:
             raise ValueError(f"fta must be one of {', '.join(FTA)}, got {fta!r}{near_match(str(fta), FTA)}")
-        self.network, self.dtype, self.beam, self.fta = network.eval(), dtype, beam, fta
+        self.network, self.dtype, self.beam, self.fta = network.eval(), found, beam, fta
         self._work: tuple[Any, GumihoNetwork, Ends] | None = None
         self._begin(0)
 
