@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from calm_tables import CALM
 from gumiho_tables import GUMIHO
 from multipole_tables import MULTIPOLE
 
@@ -581,7 +582,7 @@ TABLES: dict[str, Callable[[], str]] = {
         subsets,
     )
 }
-TABLES |= {name: partial(made_of, *of) for name, of in (MULTIPOLE | GUMIHO).items()}
+TABLES |= {name: partial(made_of, *of) for name, of in (MULTIPOLE | GUMIHO | CALM).items()}
 
 
 def main() -> int:

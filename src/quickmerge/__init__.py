@@ -8,10 +8,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from quickmerge.auto import watch
+
 if TYPE_CHECKING:
     from quickmerge.attention import Multipole as Multipole
     from quickmerge.attention import MultipoleCache as MultipoleCache
     from quickmerge.attention import multipole as multipole
+    from quickmerge.continuous import CalmForCausalLM as CalmForCausalLM
     from quickmerge.data import shipped_prior as shipped_prior
     from quickmerge.decoding import PromptLookup as PromptLookup
     from quickmerge.decoding import SpeculativeDecoding as SpeculativeDecoding
@@ -56,6 +59,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "attention": ("Multipole", "MultipoleCache", "multipole"),
+    "continuous": ("CalmForCausalLM",),
     "data": ("shipped_prior",),
     "decoding": ("PromptLookup", "SpeculativeDecoding"),
     "decoding.gumiho": ("Gumiho",),
@@ -85,6 +89,8 @@ _HOME = {
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = ["__version__", *_WHERE]
+
+watch()
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "gaussian": {},
     "mixture": {"components": 3},
     "energy": {"noise": 5, "hidden": 6, "samples": 3},
+    "flow": {"hidden": 6, "samples": 3, "steps": 3},
+    "diffusion": {"hidden": 6, "samples": 3, "steps": 4},
 }
 
 

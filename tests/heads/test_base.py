@@ -195,6 +195,11 @@ WRONG: list[tuple[str, str, list[Any]]] = [
     ("energy", "hidden", [0, 2, 4.5]),
     ("energy", "samples", [1, 0, 2.0]),
     ("energy", "alpha", [0, 2, -1, 3.0, float("nan"), True, "1"]),
+    ("flow", "steps", [0, 10_001, 2.0, True]),
+    ("flow", "blocks", [0, None]),
+    ("diffusion", "steps", [0, 10_001, "9"]),
+    ("diffusion", "hidden", [0, 2, 4.5]),
+    ("diffusion", "samples", [0, 2.0]),
 ]
 
 
@@ -209,11 +214,12 @@ def test_make_head_makes_each_with_its_settings() -> None:
         head = make_head(name, 4, 3)
         assert type(head) is cls and (head.context, head.width, cls.name) == (4, 3, name)
     assert make_head("mixture", 4, 3, components=5, floor=0.2).components == 5
-    assert {name: cls.is_density for name, cls in HEADS.items()} == {"gaussian": True, "mixture": True, "energy": False}
+    densities = {"gaussian": True, "mixture": True, "energy": False, "flow": False, "diffusion": False}
+    assert {name: cls.is_density for name, cls in HEADS.items()} == densities
 
 
 def test_make_head_says_what_there_is() -> None:
-    with pytest.raises(QuickmergeError, match=r"one of gaussian, mixture, energy, got 'gausian' \(did you mean 'gau"):
+    with pytest.raises(QuickmergeError, match=r"energy, flow, diffusion, got 'gausian' \(did you mean 'gau"):
         make_head("gausian", 4, 3)
     with pytest.raises(QuickmergeError, match=r"got 'zebra'$"):
         make_head("zebra", 4, 3)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from quickmerge.cli.bench_calm import has_calm
 from quickmerge.cli.common import (
     JSON,
     LAYER,
@@ -26,12 +27,19 @@ from quickmerge.errors import QuickmergeError
 
 EXAMPLE = (
     "Example: quickmerge bench --text a.txt b.txt --reducer quickmerge,tome,random --keep 0.2,0.42 --json out.json; "
-    "quickmerge bench --drafter runs/gumiho,lookup --temperature 0,1"
+    "quickmerge bench --drafter runs/gumiho,lookup --temperature 0,1; "
+    "quickmerge bench --model runs/calm,runs/discrete --text held_out/*.txt"
 )
 
 
 DRAFTER_OPTIONS = ("drafter", "model", "prompts", "tree", "temperature", "max_new_tokens", "limit", "out", "json")
 """What can be said with --drafter."""
+
+CALM_OPTIONS = (
+    "text", "more", "model", "context", "limit", "rounds", "samples", "batch", "temperature", "max_new_tokens", "out",
+    "json",
+)  # fmt: skip
+"""What can be said with a CALM."""
 
 
 def bench(
@@ -50,7 +58,11 @@ def bench(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="A folder, a Hugging Face id, or the default: smollm2-135m, vit-small-14 to see."),
+        typer.Option(
+            "--model",
+            help="A folder, a Hugging Face id, or the default: smollm2-135m, vit-small-14 to see. With a folder of "
+            "train calm, several with commas, and ordinary language models of its tokenizer.",
+        ),
     ] = None,
     reducer: Annotated[
         str,
@@ -67,14 +79,23 @@ def bench(
         ),
     ] = None,
     layer: LAYER = None,
-    context: Annotated[int, typer.Option("--context", help="Tokens of context per document.")] = 1024,
+    context: Annotated[
+        int, typer.Option("--context", help="Tokens of context per document; CALMs: of a window, 256 unless given.")
+    ] = 1024,
     target: Annotated[int, typer.Option("--target", help="Tokens of continuation that are scored.")] = 192,
     out: Annotated[Path | None, typer.Option("--out", help="Write report.html here (a folder).")] = None,
     prior: PRIOR = None,
     limit: Annotated[
-        int, typer.Option("--limit", min=1, help="Images to read, evenly taken from the folder; or prompts.")
+        int,
+        typer.Option(
+            "--limit",
+            min=1,
+            help="Images to read, evenly taken from the folder; or prompts; or places of texts, 2,000 unless given.",
+        ),
     ] = 64,
-    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Images: how often the methods take turns.")] = 5,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=2, help="Images and CALMs: how often the methods take turns.")
+    ] = 5,
     dynamicvit: Annotated[
         Path | None, typer.Option("--dynamicvit", help="Images: measure this folder of train dynamicvit too.")
     ] = None,
@@ -92,10 +113,20 @@ def bench(
     ] = None,
     tree: Annotated[str | None, typer.Option("--tree", help="Drafters: nodes a step reads, auto or a number.")] = None,
     temperature: Annotated[
-        str | None, typer.Option("--temperature", help="Drafters: with commas; 0 is greedy. Default: 0.")
+        str | None,
+        typer.Option(
+            "--temperature",
+            help="With commas. Drafters: 0 is greedy, the default. CALMs: measure sampling at these, in (0, 1].",
+        ),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=2, help="Drafters: of a text. Default: 128.")
+        int | None, typer.Option("--max-new-tokens", min=2, help="Drafters and CALMs: of a text. Default: 128.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=2, help="CALMs: draws at each place. Default: 16.")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", help="CALMs: texts written at a time, with commas. Default: 1,8,32.")
     ] = None,
     json: JSON = None,
 ) -> None:
@@ -104,20 +135,31 @@ def bench(
     For texts that is context recovery on the same target tokens; for images fidelity to the features of the model as it
     is, and labels where the folder has one for each class and the model a head for them. For a vision-language model
     that is answers to the questions of ``annotations.jsonl``, right to the letter, by kind of question. For drafters it
-    is tokens for each pass of the model, and speed beside plain decoding.
+    is tokens for each pass of the model, and speed beside plain decoding. For CALMs (train calm) it is BrierLM, which
+    draws alone tell, operations for a token, and tokens a second, beside ordinary language models.
     """
     if drafter is not None:
         from quickmerge.cli.bench_drafter import bench_drafter
 
-        for name in context_.params:
-            source = context_.get_parameter_source(name)
-            if name not in DRAFTER_OPTIONS and source is not None and source.name == "COMMANDLINE":
-                what = "further files" if name == "more" else f"--{name}"
-                raise QuickmergeError(f"{what} can't be used with --drafter: leave it out")
+        _only(context_, DRAFTER_OPTIONS, "--drafter")
         bench_drafter(
             drafter, model, prompts, tree, temperature or "0", max_new_tokens or 128, limit, out, json
         )  # fmt: skip
         return
+    if has_calm(model):
+        from quickmerge.cli.bench_calm import bench_calm
+
+        assert model is not None
+        _only(context_, CALM_OPTIONS, "a CALM")
+        bench_calm(
+            model, [*(text or []), *(more or [])], length=context if _said(context_, "context") else 256,
+            limit=limit if _said(context_, "limit") else 2000, samples=samples or 16,
+            batches="1,8,32" if batch is None else batch, new=max_new_tokens or 128, rounds=rounds,
+            temperature=temperature, out=out, json=json,
+        )  # fmt: skip
+        return
+    if samples is not None or batch is not None:
+        raise QuickmergeError(f"{'--samples' if batch is None else '--batch'} is for CALMs: give the folder of one")
     theirs: dict[str, object] = {
         "--prompts": prompts, "--tree": tree, "--temperature": temperature, "--max-new-tokens": max_new_tokens,
     }  # fmt: skip
@@ -174,3 +216,17 @@ def bench(
     if out is not None:
         write_page(out / "report.html", bench_report(rows, meta))
         print(f"wrote {out / 'report.html'}")
+
+
+def _said(context: typer.Context, name: str) -> bool:
+    """Whether an option was given, and has not its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _only(context: typer.Context, allowed: tuple[str, ...], what: str) -> None:
+    """Refuse options that would be passed over."""
+    for name in context.params:
+        if name not in allowed and _said(context, name):
+            option = "further files" if name == "more" else "--" + name.replace("_", "-")
+            raise QuickmergeError(f"{option} can't be used with {what}: leave it out")

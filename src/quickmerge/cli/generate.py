@@ -27,7 +27,8 @@ EXAMPLE = (
     'Example: quickmerge generate --file report.txt --prompt "Summarise." --keep 0.4 --compare; '
     'quickmerge generate --image photo.jpg --model runs/vlm --reducer scope --tokens 64 --prompt "What is this?"; '
     'quickmerge generate --drafter lookup --file report.txt --prompt "Summarise." --compare; '
-    'quickmerge generate --attention multipole --budget 512 --file report.txt --prompt "Summarise." --compare'
+    'quickmerge generate --attention multipole --budget 512 --file report.txt --prompt "Summarise." --compare; '
+    'quickmerge generate --model runs/calm --prompt "The sea" --temperature 0.5'
 )
 
 
@@ -59,6 +60,14 @@ def generate(
     temperature: Annotated[
         float | None, typer.Option("--temperature", min=0, help="Sample at this temperature; 0 is greedy decoding.")
     ] = None,
+    temperature_method: Annotated[
+        str | None,
+        typer.Option(
+            "--temperature-method",
+            help="A CALM has no probabilities to sharpen: exact (the default) draws until draws agree, batch:200 "
+            "chooses among so many.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="For --sample.")] = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with all tokens too.")] = False,
     drafter: Annotated[
@@ -88,6 +97,21 @@ def generate(
     json: JSON = None,
 ) -> None:
     """Answer a prompt about a document or about images, which are read with fewer tokens."""
+    from quickmerge.cli.generate_calm import generate_calm, is_calm
+
+    if is_calm(model):
+        _without("a CALM", {
+            "--image": image or None, "--reducer": reducer, "--keep": keep, "--tokens": tokens, "--layer": layer,
+            "--prior": prior, "--attention": attention, "--budget": budget, "--drafter": drafter, "--tree": tree,
+            "--compare": compare or None,
+        })  # fmt: skip
+        generate_calm(
+            str(model), file, prompt, max_new_tokens=max_new_tokens, temperature=temperature, method=temperature_method,
+            seed=seed, json=json,
+        )  # fmt: skip
+        return
+    if temperature_method is not None:
+        raise QuickmergeError("--temperature-method is for a CALM: give the folder of one as --model")
     if sample and temperature == 0:
         raise QuickmergeError("--temperature must be above 0 with --sample, got 0")
     sample, temperature = sample or bool(temperature), temperature or None

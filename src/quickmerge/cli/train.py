@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from quickmerge.cli import train_classifier, train_dynamicvit, train_gumiho, train_prior, train_recognizer, train_vlm
+from quickmerge.cli import (
+    train_calm,
+    train_classifier,
+    train_dynamicvit,
+    train_gumiho,
+    train_prior,
+    train_recognizer,
+    train_vlm,
+)
 
 app = typer.Typer(
     name="train", help="Train what a method needs. Can be killed at any moment and resumed.", no_args_is_help=True
@@ -15,3 +23,4 @@ app.command("dynamicvit", epilog=train_dynamicvit.EXAMPLE)(train_dynamicvit.dyna
 app.command("gumiho", epilog=train_gumiho.EXAMPLE)(train_gumiho.gumiho)
 app.command("recognizer", epilog=train_recognizer.EXAMPLE)(train_recognizer.recognizer)
 app.command("vlm", epilog=train_vlm.EXAMPLE)(train_vlm.vlm)
+app.command("calm", epilog=train_calm.EXAMPLE)(train_calm.calm)

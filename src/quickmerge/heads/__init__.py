@@ -5,11 +5,16 @@ from typing import Any
 
 from quickmerge.errors import QuickmergeError, near_match
 from quickmerge.heads.base import VectorHead
+from quickmerge.heads.diffusion import DiffusionHead
 from quickmerge.heads.energy import EnergyHead, energy_score
+from quickmerge.heads.flow import FlowHead
 from quickmerge.heads.gaussian import GaussianHead
 from quickmerge.heads.mixture import MixtureHead
+from quickmerge.heads.sampled import SamplingHead
 
-HEADS: dict[str, type[VectorHead]] = {cls.name: cls for cls in (GaussianHead, MixtureHead, EnergyHead)}
+HEADS: dict[str, type[VectorHead]] = {
+    cls.name: cls for cls in (GaussianHead, MixtureHead, EnergyHead, FlowHead, DiffusionHead)
+}
 """Every head by the name that `make_head` knows it by."""
 
 
@@ -35,9 +40,12 @@ def make_head(name: str, context: int, width: int, **settings: Any) -> VectorHea
 
 __all__ = [
     "HEADS",
+    "DiffusionHead",
     "EnergyHead",
+    "FlowHead",
     "GaussianHead",
     "MixtureHead",
+    "SamplingHead",
     "VectorHead",
     "energy_score",
     "make_head",

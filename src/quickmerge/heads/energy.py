@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quickmerge.errors import whole_number
-from quickmerge.heads.base import VectorHead, result_dtype, uniform
+from quickmerge.heads.base import result_dtype, uniform
+from quickmerge.heads.sampled import USUAL, SamplingHead
 
 EPS = 1e-12  # added to squared distances: below every distance that matters, above where gradients overflow
 BLOCK = 8  # targets measured at once: on a GPU the gradient of a block holds samples x BLOCK x D numbers per position
 LEAST = 3  # a norm over two features leaves only their order of the noise, and over one feature nothing
-USUAL = 16  # fewest features inside unless asked for: a narrow context must not make for narrow noise
 
 
 def check_alpha(alpha: float) -> None:
@@ -105,7 +105,7 @@ class GatedBlock(nn.Module):
         return out
 
 
-class EnergyHead(VectorHead):
+class EnergyHead(SamplingHead):
     """Likelihood-free head of CALM (arXiv 2510.27688): noise in, a sample out, in one pass.
 
     Uniform noise in [-0.5, 0.5) and the context each go through a linear map and a norm; gated residual blocks on
@@ -125,7 +125,6 @@ class EnergyHead(VectorHead):
 
     name: ClassVar[str] = "energy"
     source: ClassVar[str] = "arXiv 2510.27688"
-    is_density: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -186,27 +185,5 @@ class EnergyHead(VectorHead):
         Returns:
             ``(...)``; not a likelihood, so its exponential is no perplexity.
         """
-        self.check_context(context)
-        shape = (*context.shape[:-1], self.width)
-        if not many_targets:
-            self.check_target(target, shape)
-            target = target[None]
-        elif target.ndim == 0 or target.shape[0] == 0:
-            wanted = ", ".join(["M", *map(str, shape)])
-            raise ValueError(f"target must have shape ({wanted}) with M of at least 1, got {tuple(target.shape)}")
-        else:
-            self.check_target(target, (target.shape[0], *shape))
+        target = self.many(context, target, many_targets)
         return energy_score(self.draws(context, self.samples), target, self.alpha)
-
-    def mean(self, context: Tensor) -> Tensor:
-        """Mean of ``samples`` fresh draws, ``(..., D)``: an estimate, as there is no formula; as `VectorHead.mean`."""
-        return self.draws(context, self.samples).mean(0)
-
-    def sample(self, context: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """One draw, ``(..., D)``; as `VectorHead.sample`, but a temperature other than 1 is a ValueError."""
-        if isinstance(temperature, bool) or temperature != 1:
-            raise ValueError(
-                "temperature must be 1 for the energy head, which has no density that could be sharpened, "
-                f"got {temperature!r}"
-            )
-        return self.draws(context, 1, generator)[0]

@@ -1,0 +1,128 @@
+"""What a continuous autoregressive language model (CALM) is made of; stored as config.json beside its weights."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PretrainedConfig
+
+from quickmerge.continuous.autoencoder_config import CalmAutoencoderConfig
+from quickmerge.errors import near_match, whole_number
+from quickmerge.heads import HEADS, SamplingHead
+from quickmerge.heads.energy import check_alpha
+
+__all__ = ["CALM_HEADS", "CalmConfig"]
+
+CALM_HEADS = tuple(name for name, head in HEADS.items() if issubclass(head, SamplingHead))
+"""Heads that can say what comes next: those that draw, and learn from draws."""
+
+
+class CalmConfig(PretrainedConfig):  # type: ignore[misc]
+    """Settings of a `CalmForCausalLM` (arXiv 2510.27688).
+
+    Args:
+        backbone: config of the causal language model of transformers that reads the chunks, or its dict with
+            ``model_type``; a ``vocab_size`` that is left out is the autoencoder's. Its output matrix is not used.
+        autoencoder: config of the autoencoder, or its dict: it says how many tokens a chunk has and how long its
+            latent vector is.
+        head: what draws the next latent vector: ``"energy"``, ``"flow"`` or ``"diffusion"``.
+        head_settings: further arguments of that head. ``blocks`` is a quarter of the backbone's layers unless given.
+        samples: N, draws of the energy head for each position in the loss, or noisy targets of the other heads.
+        targets: M, draws of the autoencoder's posterior that they are compared with.
+        alpha: exponent of the energy score, in (0, 2); the other heads have none.
+
+    Raises:
+        ValueError: naming the setting that is not allowed.
+    """
+
+    model_type = "quickmerge-calm"
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone": AutoConfig, "autoencoder": CalmAutoencoderConfig}
+
+    backbone: Any = None
+    autoencoder: Any = None
+    head: str = "energy"
+    head_settings: dict[str, Any] | None = None
+    samples: int = 8
+    targets: int = 100
+    alpha: float = 1.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        import_module("quickmerge.continuous.model")  # so that the Auto classes know the model of what they have read
+        if isinstance(self.autoencoder, dict):
+            self.autoencoder = CalmAutoencoderConfig(**self.autoencoder)
+        if self.autoencoder is None:
+            self.autoencoder = CalmAutoencoderConfig()  # transformers makes a config of nothing to compare with
+        if self.backbone is None:
+            self.backbone = {"model_type": "llama"}
+        if isinstance(self.backbone, dict):
+            self.backbone = _backbone(self.backbone, self.autoencoder.vocab_size)
+        if self.backbone.vocab_size != self.autoencoder.vocab_size:
+            raise ValueError(
+                f"vocab_size of backbone must be that of the autoencoder, {self.autoencoder.vocab_size}, "
+                f"got {self.backbone.vocab_size}"
+            )
+        if self.head not in CALM_HEADS:
+            near = near_match(str(self.head), CALM_HEADS)
+            raise ValueError(f"head must be one of {', '.join(CALM_HEADS)}, got {self.head!r}{near}")
+        whole_number("samples", self.samples, 2 if self.head == "energy" else 1)
+        whole_number("targets", self.targets)
+        check_alpha(self.alpha)
+        if clash := {"samples", "alpha"} & set(self.head_settings or {}):
+            raise ValueError(f"head_settings must leave out {min(clash)}, which is a setting of its own")
+        usual = {"blocks": max(1, self.backbone.num_hidden_layers // 4)}
+        self.head_settings = {**usual, **(self.head_settings or {})}
+        super().__post_init__(**kwargs)
+
+    @property
+    def patch(self) -> int:
+        """K, tokens of a chunk."""
+        return int(self.autoencoder.patch)
+
+    @property
+    def latent(self) -> int:
+        """Features of the vector that a chunk is drawn as."""
+        return int(self.autoencoder.latent)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the autoencoder and the backbone know, padding among them."""
+        return int(self.autoencoder.vocab_size)
+
+    @property
+    def hidden_size(self) -> int:
+        """Features inside the backbone."""
+        return int(self.backbone.hidden_size)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills up chunks, and stands in no text."""
+        return int(self.autoencoder.pad_token_id)
+
+    @property
+    def eos_token_id(self) -> int:
+        """What ends a text."""
+        return int(self.autoencoder.eos_token_id)
+
+    def all_head_settings(self) -> dict[str, Any]:
+        """Arguments of `quickmerge.heads.make_head` besides the sizes."""
+        own = {"samples": self.samples, **({"alpha": self.alpha} if self.head == "energy" else {})}
+        return {**(self.head_settings or {}), **own}
+
+
+def _backbone(given: dict[str, Any], vocabulary: int) -> PretrainedConfig:
+    settings = {"vocab_size": vocabulary, **given}
+    kind = settings.pop("model_type", None)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(
+            "model_type of backbone must be one that transformers has a causal language model of, such as 'llama', "
+            f"got {kind!r}{near_match(str(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}"
+        )
+    config: PretrainedConfig = AutoConfig.for_model(kind, **settings)
+    return config
+
+
+AutoConfig.register(CalmConfig.model_type, CalmConfig)
+AutoConfig.register(CalmAutoencoderConfig.model_type, CalmAutoencoderConfig)

@@ -1,0 +1,151 @@
+"""Training CALM's language model on a frozen autoencoder: the second of its two stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quickmerge.continuous.autoencoder import CalmAutoencoder
+from quickmerge.continuous.config import CalmConfig
+from quickmerge.continuous.model import CalmForCausalLM
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.prior.identity import model_hash
+from quickmerge.training.calm_texts import CalmTexts
+from quickmerge.training.classify import save_model
+from quickmerge.training.config import TrainingConfig
+from quickmerge.training.loop import TrainingResult, train
+from quickmerge.training.objective import Objective
+
+__all__ = ["CalmText", "check_causal", "llama_shape", "new_calm", "train_calm"]
+
+
+class CalmText(Objective):
+    """The loss of a CALM on windows ``(B, T K)`` of token ids; whole pad chunks and a row's first are no targets.
+
+    Args:
+        model: what is trained, all but its autoencoder.
+    """
+
+    def __init__(self, model: CalmForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Tensor, progress: float) -> dict[str, Tensor]:
+        """The loss, and ``chunks``: how many of an item's chunks it is of."""
+        told = self.model(batch, labels=batch)
+        return {"loss": told.loss, "chunks": told.chunks / len(batch)}
+
+
+def llama_shape(width: int, layers: int, heads: int, *, positions: int = 2048) -> dict[str, Any]:
+    """A Llama's config: feed-forward networks of 8/3 of the width, rounded up to a multiple of 32.
+
+    Args:
+        width: features.
+        layers: blocks.
+        heads: attention heads, of an even number of features each.
+        positions: chunks that a text may have.
+
+    Raises:
+        ValueError: the width is no multiple of twice the heads.
+    """
+    if width % (2 * heads):
+        raise ValueError(f"width must be a multiple of twice heads ({2 * heads}), got {width}")
+    return {
+        "model_type": "llama", "hidden_size": width, "intermediate_size": -(-8 * width // 96) * 32,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,
+        "max_position_embeddings": positions, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+
+
+def new_calm(
+    autoencoder: CalmAutoencoder, *, backbone: dict[str, Any] | None = None, seed: int = 0, **settings: Any
+) -> CalmForCausalLM:
+    """An untrained CALM on a trained autoencoder, of which it holds a copy.
+
+    Args:
+        autoencoder: what turns chunks into vectors and back.
+        backbone: config of the language model, as `CalmConfig` takes it; default a Llama of 4 layers, 256 wide, with 4
+            heads.
+        seed: of the weights.
+        **settings: further fields of `CalmConfig`: ``head``, ``head_settings``, ``samples``, ``targets``, ``alpha``.
+
+    Raises:
+        ValueError: naming a setting that is out of range.
+        UnsupportedModelError: the backbone looks ahead.
+    """
+    torch.manual_seed(seed)
+    config = CalmConfig(
+        backbone=backbone or llama_shape(256, 4, 4), autoencoder=autoencoder.config.to_dict(), **settings
+    )
+    model = CalmForCausalLM(config)
+    model.autoencoder.load_state_dict(autoencoder.state_dict())
+    check_causal(model)
+    return model
+
+
+@torch.no_grad()
+def check_causal(model: CalmForCausalLM) -> None:
+    """See that the backbone does not look ahead: transformers opens encoders as language models too.
+
+    Raises:
+        UnsupportedModelError: what it says of a chunk changes with the chunk after it.
+    """
+    training = model.training
+    model.eval()
+    patch, last = model.config.patch, model.config.pad_token_id
+    ids = torch.arange(3 * patch, device=model.device).remainder(last)[None].repeat(2, 1)
+    ids[1, 2 * patch :] = (ids[1, 2 * patch :] + 1) % last
+    changed = model.hidden(ids, torch.ones_like(ids))[0].float().diff(dim=0)[0].abs().amax(-1)
+    model.train(training)
+    # What is new may not be seen before it: rounding is allowed, a weak attention of fresh weights is not.
+    if float(changed[:2].max()) > 1e-5 * float(changed[2]):
+        raise UnsupportedModelError(
+            f"backbone must be a causal language model, got {type(model.backbone).__name__}, which looks ahead"
+        )
+
+
+def train_calm(
+    model: CalmForCausalLM,
+    texts: CalmTexts,
+    config: TrainingConfig,
+    out: Path | str,
+    *,
+    tokenizer: Any = None,
+    resume: bool = False,
+) -> TrainingResult:
+    """Train a CALM and save it in ``out``, its autoencoder and all.
+
+    Args:
+        model: trained in place, all but the autoencoder; `new_calm` makes one.
+        texts: windows of at least two chunks, cut as for the autoencoder.
+        config: settings of the loop.
+        out: folder for config.json, model.safetensors, checkpoints and metrics.
+        tokenizer: is saved beside the model, so that ``quickmerge generate`` can use it.
+        resume: go on from the newest checkpoint.
+
+    Raises:
+        QuickmergeError, ValueError: for anything that does not fit; see `quickmerge.training.train`.
+    """
+    wanted = {"vocab_size": texts.vocabulary, "patch": texts.patch, "pad_token_id": texts.pad,
+              "eos_token_id": texts.eos}  # fmt: skip
+    for name, value in wanted.items():
+        if (given := getattr(model.config, name)) != value:
+            raise QuickmergeError(f"{name} of the model must be that of the texts, {value}, got {given}")
+    if texts.chunks < 2:
+        raise QuickmergeError(
+            f"texts must have windows of at least 2 chunks, or nothing is predicted, got {texts.chunks}"
+        )
+    settings = json.loads(json.dumps(model.config.to_dict(), default=str))
+    for part in (settings, settings["backbone"], settings["autoencoder"]):
+        for name in ("transformers_version", "_name_or_path", "dtype", "architectures"):
+            part.pop(name, None)  # where it was made does not change what is learnt
+    # The hash is of the weights before training, the autoencoder's too: those of another one make another run.
+    fingerprint = {"calm": settings, "weights": model_hash(model), "data": texts.fingerprint()}
+    return train(
+        CalmText(model), texts, config, out, resume=resume, fingerprint=fingerprint,
+        finish=lambda folder: save_model(folder, model.eval(), tokenizer),
+    )  # fmt: skip
