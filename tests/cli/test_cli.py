@@ -13,7 +13,7 @@ import torch
 
 from quickmerge.cli import app
 
-COMMANDS = ["demo", "generate", "bench", "show", "recognize", "plan", "ls"]
+COMMANDS = ["demo", "generate", "bench", "show", "recognize", "transplant", "plan", "ls"]
 
 
 @pytest.fixture

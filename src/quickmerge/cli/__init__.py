@@ -19,9 +19,9 @@ app = typer.Typer(
 
 
 def _register() -> None:
-    from quickmerge.cli import bench, demo, generate, ls, plan, recognize, show, train
+    from quickmerge.cli import bench, demo, generate, ls, plan, recognize, show, train, transplant
 
-    for module in (demo, generate, bench, show, recognize, plan, ls):
+    for module in (demo, generate, bench, show, recognize, transplant, plan, ls):
         name = module.__name__.rsplit(".", 1)[1]
         app.command(name, epilog=module.EXAMPLE)(getattr(module, name))
     app.add_typer(train.app)

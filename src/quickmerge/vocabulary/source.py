@@ -1,0 +1,47 @@
+"""Where the files of a model lie: in a folder, in the cache of embedded models, or, once fetched, in the hub's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from quickmerge.errors import UnknownModelError
+from quickmerge.models.cache import cache_folder
+from quickmerge.models.embedded import MODELS, SENTENCE_MODELS, prepare_embedded
+from quickmerge.models.load import find_model
+from quickmerge.models.read import first_sentence
+
+__all__ = ["model_folder"]
+
+FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "LICENSE*", "NOTICE*")
+"""What is fetched of a model on the hub: weights as safetensors, its settings, its tokenizer."""
+
+
+def model_folder(name: str | os.PathLike[str], *, progress: bool = True) -> Path:
+    """The folder that holds a model's files.
+
+    Args:
+        name: an embedded name, a model folder, or a hub id.
+        progress: whether to show on stderr that something is fetched.
+
+    Raises:
+        UnknownModelError: there is no such model, or the hub can't be reached.
+        DamagedWeightsError: the folder holds truncated or garbled weights.
+        CacheFolderError: the cache folder can't be written.
+        FetchError: an embedded model can't be downloaded.
+    """
+    text = os.fspath(name)
+    if text in MODELS or text in SENTENCE_MODELS:
+        return prepare_embedded(text, cache_folder(None), progress=progress)
+    found = find_model(text)
+    if Path(found).is_dir():
+        return Path(found)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(found, allow_patterns=list(FILES)))
+    except (OSError, ValueError) as error:  # what the hub's client raises derives from these
+        raise UnknownModelError(
+            f"the hub has no model {found!r} that can be reached from here ({first_sentence(error)}): "
+            "check the id and the connection, or give a local model folder"
+        ) from error
