@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from quickmerge.attention import MultipoleCache as MultipoleCache
     from quickmerge.attention import multipole as multipole
     from quickmerge.continuous import CalmForCausalLM as CalmForCausalLM
+    from quickmerge.data import shipped_gumiho as shipped_gumiho
     from quickmerge.data import shipped_prior as shipped_prior
     from quickmerge.decoding import PromptLookup as PromptLookup
     from quickmerge.decoding import SpeculativeDecoding as SpeculativeDecoding
@@ -60,7 +61,7 @@ __version__ = "0.1.0"
 _HOME = {
     "attention": ("Multipole", "MultipoleCache", "multipole"),
     "continuous": ("CalmForCausalLM",),
-    "data": ("shipped_prior",),
+    "data": ("shipped_gumiho", "shipped_prior"),
     "decoding": ("PromptLookup", "SpeculativeDecoding"),
     "decoding.gumiho": ("Gumiho",),
     "errors": ("QuickmergeError",),

@@ -85,27 +85,33 @@ def parse_tree(text: str | None) -> int | str:
 def drafter_name(given: str) -> str:
     """What tables call a drafter: ``lookup`` or the name of its folder, and the settings that were given with it."""
     source, *settings = _SETTING.split(given)
-    return ":".join([source if source == LOOKUP else Path(source).absolute().name, *settings])
+    from quickmerge.data import GUMIHOS
+
+    named = source == LOOKUP or source in GUMIHOS
+    return ":".join([source if named else Path(source).absolute().name, *settings])
 
 
 def load_drafter(given: str) -> Drafter:
-    """A drafter by what ``--drafter`` says: ``lookup``, or a folder that ``train gumiho`` wrote.
+    """A drafter by what ``--drafter`` says: ``lookup``, shipped heads by their model, or a folder of ``train gumiho``.
 
     Settings may follow: ``lookup:ngram=2``, ``runs/gumiho:beam=4:fta=duplicate``.
 
     Raises:
         QuickmergeError: there is no such folder, it holds something else, or a setting is unknown or out of range.
     """
+    from quickmerge.data import GUMIHOS, shipped_gumiho
     from quickmerge.decoding import PromptLookup
 
     source, *parts = _SETTING.split(given)
     if source == LOOKUP:
         with one_sentence():
             return PromptLookup(**_settings(source, PromptLookup, parts))
-    folder = Path(source).expanduser()
+    folder = shipped_gumiho(source) or Path(source).expanduser()
     if not folder.is_dir():
+        known = [LOOKUP, *GUMIHOS]
         raise QuickmergeError(
-            f"--drafter must be {LOOKUP} or a folder of train gumiho, got {source!r}{near_match(source, [LOOKUP])}"
+            f"--drafter must be {LOOKUP}, {', '.join(GUMIHOS)} (the heads that ship) or a folder of train gumiho, got "
+            f"{source!r}{near_match(source, known)}"
         )
     from quickmerge.decoding.gumiho import Gumiho
 

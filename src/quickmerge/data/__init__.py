@@ -1,4 +1,4 @@
-"""What ships with the library: a document, a question that its middle answers, and trained priors."""
+"""What ships with the library: a document, a question that its middle answers, trained priors and draft heads."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TypedDict, cast
 
-__all__ = ["PRIORS", "DemoQuestion", "demo_document", "demo_question", "shipped_prior"]
+__all__ = ["GUMIHOS", "PRIORS", "DemoQuestion", "demo_document", "demo_question", "shipped_gumiho", "shipped_prior"]
 
 PRIORS = ("smollm2-135m",)
 """Models that a trained prior is shipped for."""
+
+GUMIHOS = ("smollm2-135m",)
+"""Models that trained draft heads are shipped for."""
 
 
 class DemoQuestion(TypedDict):
@@ -37,3 +40,8 @@ def demo_question() -> DemoQuestion:
 def shipped_prior(name: str) -> Path | None:
     """The folder of the trained prior that is shipped under this name, None if there is none."""
     return Path(str(files(__name__) / f"prior-{name}")) if name in PRIORS else None
+
+
+def shipped_gumiho(name: str) -> Path | None:
+    """The folder of the draft heads that are shipped for the model of this name, None if there are none."""
+    return Path(str(files(__name__) / f"gumiho-{name}")) if name in GUMIHOS else None
