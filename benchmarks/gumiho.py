@@ -4,8 +4,9 @@
     python benchmarks/gumiho.py --drafters gumiho=runs/gumiho,serial=runs/serial,parallel=runs/parallel
 
 Plain generate, prompt lookup (ours and that of transformers) and every folder of draft heads write on from each prompt
-in turn, in another order for each, greedily and sampling. On some of the prompts the first heads then run with trees of
-fixed sizes, and with Full Tree Attention. At the end passes of the target are timed by the number of nodes.
+in turn, in another order for each, greedily and sampling, all drafters with trees of as many nodes (--tree). On some of
+the prompts the first heads then run with trees of other sizes, with those that are chosen by cost, and with Full Tree
+Attention; prompt lookup with chosen ones too. At the end passes of the target are timed by the number of nodes.
 
 What was measured is noted prompt by prompt in the cache folder: a run that was broken off goes on where it was when it
 is started again with the same settings. Timings of such a run come from several sittings, but every prompt from one.
@@ -52,6 +53,7 @@ def main() -> int:
     parser.add_argument("--documents", type=Path, help="folder that documents.py filled (default: in the cache folder)")
     parser.add_argument("--prompts", type=int, default=COUNT, help="the first so many")
     parser.add_argument("--tree-prompts", type=int, default=24, help="of them for the trees of fixed sizes; 0 for none")
+    parser.add_argument("--tree", type=int, default=8, help="nodes of a step, for all drafters alike")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, help="of torch; default: as many as it takes")
@@ -60,6 +62,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.prompts < 1 or args.tree_prompts < 0 or args.max_new_tokens < 2 or min(args.temperature) < 0:
         parser.error("--prompts must be at least 1, --tree-prompts 0, --max-new-tokens 2 and --temperature 0")
+    if args.tree < 2:
+        parser.error("--tree must be at least 2")
     quiet()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -78,12 +82,13 @@ def measure(args: argparse.Namespace) -> None:
     heads = {name: Gumiho.from_pretrained(folder) for name, folder in folders.items()}
     prompts = held_out_prompts(args.documents, args.prompts)
     model, tokenizer = qm.load(args.model)
-    arms = [TRANSFORMERS_LOOKUP, DraftArm("lookup", qm.PromptLookup())]
-    arms += [DraftArm(name, drafter) for name, drafter in heads.items()]
+    arms = [TRANSFORMERS_LOOKUP, DraftArm("lookup", qm.PromptLookup(), args.tree)]
+    arms += [DraftArm(name, drafter, args.tree) for name, drafter in heads.items()]
     trees = tree_arms(*next(iter(folders.items()))) if folders else tree_arms("lookup", None)
     settings = {
         "model": model_hash(model), "prompts": _told(prompts), "arms": [arm.name for arm in arms],
-        "trees": [arm.name for arm in trees], "heads": {name: _weights(folder) for name, folder in folders.items()},
+        "trees": [arm.name for arm in trees], "tree": args.tree,
+        "heads": {name: _weights(folder) for name, folder in folders.items()},
         "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "threads": torch.get_num_threads(),
     }  # fmt: skip
     notes = Notes(args.notes or cache_folder() / "gumiho.partial.jsonl", settings)
@@ -107,7 +112,8 @@ def measure(args: argparse.Namespace) -> None:
     others = [arm.name for arm in arms if arm.name != first]
     meta = {
         "model": args.model, "dtype": str(model.dtype).removeprefix("torch."), "prompts": len(prompts),
-        "tree_prompts": args.tree_prompts, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
+        "tree": args.tree, "tree_prompts": args.tree_prompts, "temperature": args.temperature,
+        "max_new_tokens": args.max_new_tokens,
         "heads": {name: _shape(drafter) for name, drafter in heads.items()},
     }  # fmt: skip
     write_json(args.out, {
@@ -176,6 +182,8 @@ def tree_arms(name: str, folder: Path | None) -> list[DraftArm]:
     """Fixed trees and ``auto`` for one drafter, and Full Tree Attention where it has parallel heads."""
     drafter = qm.PromptLookup() if folder is None else Gumiho.from_pretrained(folder)
     arms = [DraftArm(f"{name}, {tree} nodes", drafter, tree) for tree in TREES] + [DraftArm(f"{name}, auto", drafter)]
+    if folder is not None:
+        arms.append(DraftArm("lookup, auto", qm.PromptLookup()))
     if folder is not None and drafter.config.heads:
         arms += [
             DraftArm(f"{name}, {FTA_TREE} nodes, fta={fta}", Gumiho.from_pretrained(folder, fta=fta), FTA_TREE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from quickmerge.decoding.arguments import check_arguments, streamer_of_caller
 from quickmerge.decoding.batch import Batch
 from quickmerge.decoding.cost import Cost, best_size, measure, wait
 from quickmerge.decoding.drafter import Drafter
+from quickmerge.decoding.pace import Pace
 from quickmerge.decoding.processors import for_row
 from quickmerge.decoding.prompt import read_prompt
 from quickmerge.decoding.room import Room
@@ -125,10 +127,11 @@ class _Run:
         self.drafter = drafter
         self.nodes = nodes
         self.cost = cost
+        self.pace = Pace(cost) if cost is not None else None
         self.batch = batch
         self.rows = list(batch.rows)
         self.stats = Stats()
-        self.drafts = 0
+        self.drafted: list[float] = []  # seconds of each draft
 
     def begin(self, model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any], kept: bool) -> None:
         """Read the prompt and take the first token of each row."""
@@ -155,6 +158,7 @@ class _Run:
     def step(self) -> None:
         """Draft, read, walk, and keep what was accepted."""
         live, device = self.live, self.target.columns.valid.device
+        drafts = len(self.drafted)
         trees = dict(zip(live, self._draft(), strict=True))
         start = time.perf_counter()
         packed = pack([trees.get(i, _NOTHING) for i in range(len(self.rows))], device)
@@ -168,6 +172,12 @@ class _Run:
             self.stats.count(max(trees[i].depth), len(paths[i]) - 1, len(trees[i]))
             self.stats.lossless &= not trees[i].extra
         self.stats.passes += 1
+        if self.pace is not None and len(self.drafted) > max(1, drafts):  # the first one has read the prompt too
+            read = [trees[i] for i in live]
+            self.pace.saw(
+                len(live), max(map(len, read)), sum(sum(tree.prob[1:]) for tree in read),
+                sum(len(paths[i]) - 1 for i in live), self._draft_seconds(),
+            )  # fmt: skip
         self.target.commit(paths)
         self.live = [i for i in live if not self.batch.done(self.rows[i])]
         if self.live:
@@ -197,12 +207,12 @@ class _Run:
         roots = [row.length - 1 + self.offset[i] for i, row in zip(self.live, rows, strict=True)]
         depths = self.room.depths(roots, [self.batch.left(row) for row in rows])
         last = [row.last for row in rows]
-        if self.nodes == 1 or not any(depths):
+        if self.nodes == 1 or not any(depths) or (self.pace is not None and not self.pace.drafts()):
             return [Tree.chain([token]) for token in last]
         start = time.perf_counter()
         trees = self.drafter.draft(torch.tensor(last, device=self.target.columns.valid.device), self.nodes)
-        self.stats.draft_seconds += time.perf_counter() - start
-        self.drafts += 1
+        self.drafted.append(time.perf_counter() - start)
+        self.stats.draft_seconds += self.drafted[-1]
         if [tree.tokens[0] for tree in trees] != last:
             raise QuickmergeError(
                 f"{type(self.drafter).__name__}.draft must return a tree for each row with its last token as the root, "
@@ -211,8 +221,12 @@ class _Run:
         trees = [tree.cut(depth) for tree, depth in zip(trees, depths, strict=True)]
         nodes = self.nodes
         if self.cost is not None:
-            nodes = best_size([tree.prob for tree in trees], self.cost, self.stats.draft_seconds / self.drafts)
+            nodes = best_size([tree.prob for tree in trees], self.cost, self._draft_seconds())
         return [tree.best(nodes) for tree in trees]
+
+    def _draft_seconds(self) -> float:
+        """What a draft takes, the first one left out where there are others."""
+        return median(self.drafted[1:] or self.drafted)
 
     def _leave(self, drafted: list[int]) -> None:
         """Let rows that are done leave the drafter, which holds rows ``drafted``, and the cache if nobody keeps it."""
