@@ -1,4 +1,4 @@
-"""Tables of CALMs: each takes the rows of a list in results/calm.json and gives headers and cells."""
+"""Tables of CALMs and autoencoders: each takes the rows of a list in a result file and gives headers and cells."""
 
 from __future__ import annotations
 
@@ -47,10 +47,58 @@ def speed(rows: Sequence[Row]) -> Table:
     return ["model", *(f"tokens/s at batch {batch} (quartiles)" for batch in batches)], body
 
 
+def autoencoders(rows: Sequence[Row]) -> Table:
+    """What each autoencoder is, and how much of its vectors is in use."""
+    headers = ["autoencoder", "vocabulary", "K, l, width", "price, free", "hidden, dropped", "parameters",
+               "tokens seen", "in use", "above the free part", "nats/chunk", "its own noise",
+               "tokens under it"]  # fmt: skip
+    body = [
+        [
+            str(r["method"]),
+            f"{r['vocabulary']:,}",
+            f"{r['patch']}, {r['latent']}, {r['width']}",
+            f"{r['kl_weight']:g}, {r['kl_floor']:g}",
+            f"{r['token_dropout']:g}, {r['latent_dropout']:g}",
+            f"{r['parameters'] / 1e6:.2f} M",
+            f"{r['train_tokens'] / 1e6:.2f} M",
+            f"{r['active']} of {r['latent']}",
+            str(r["above_floor"]),
+            f"{r['kl']:.0f}",
+            f"{r['std']:.2f}",
+            percent(r["posterior_accuracy"]),
+        ]
+        for r in rows
+    ]
+    return headers, body
+
+
+def autoencoder_noise(rows: Sequence[Row]) -> Table:
+    """Tokens and whole chunks that are found again, by the noise on the vector."""
+    sigmas = [key.removeprefix("chunk_accuracy_") for key in rows[0] if key.startswith("chunk_accuracy_")]
+    headers = ["autoencoder", "tokens, no noise (95 %)", "chunks"]
+    headers += [text for sigma in sigmas[1:] for text in (f"tokens, noise {sigma}", "chunks")]
+    body = []
+    for r in rows:
+        low, high = (percent(r[f"accuracy_{sigmas[0]}_{end}"]) for end in ("low", "high"))
+        cells = [str(r["method"]), f"{percent(r[f'accuracy_{sigmas[0]}'])} ({low} to {high})"]
+        cells.append(percent(r[f"chunk_accuracy_{sigmas[0]}"]))
+        for sigma in sigmas[1:]:
+            cells += [percent(r[f"accuracy_{sigma}"]), percent(r[f"chunk_accuracy_{sigma}"])]
+        body.append(cells)
+    return headers, body
+
+
+def percent(share: float) -> str:
+    """Down to the hundredth, and never rounded up to all."""
+    return f"{int(1e4 * share + 1e-9) / 100:.2f} %"
+
+
 CALM: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {
     "calm": ("calm", quality, "rows"),
     "calm_terms": ("calm", term_cells, "rows"),
     "calm_speed": ("calm", speed, "speeds"),
     "calm_temperature": ("calm", draw_cells, "temperatures"),
+    "calm_autoencoder": ("calm_autoencoder", autoencoders, "rows"),
+    "calm_autoencoder_noise": ("calm_autoencoder", autoencoder_noise, "rows"),
 }
 """By the name in the docs: the result file, what makes the table of it, and the list that it is made of."""

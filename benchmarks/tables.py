@@ -20,6 +20,7 @@ import numpy as np
 from calm_tables import CALM
 from gumiho_tables import GUMIHO
 from multipole_tables import MULTIPOLE
+from transplant_tables import TRANSPLANT
 
 from quickmerge.evaluation.recovery import bootstrap
 
@@ -582,7 +583,7 @@ TABLES: dict[str, Callable[[], str]] = {
         subsets,
     )
 }
-TABLES |= {name: partial(made_of, *of) for name, of in (MULTIPOLE | GUMIHO | CALM).items()}
+TABLES |= {name: partial(made_of, *of) for name, of in (MULTIPOLE | GUMIHO | CALM | TRANSPLANT).items()}
 
 
 def main() -> int:

@@ -125,7 +125,9 @@ def test_a_run_that_was_broken_off_goes_on(start, folders, tmp_path: Path, monke
     assert rows["k4"]["train_flops"] == own + frozen and rows["k4"]["train_seconds"] == 6
     assert rows["k4@50"]["train_flops"] == own / 2 + frozen, "its autoencoder is that of the whole run"
     assert rows["tokens"]["train_flops"] == 40 * 48 * training_cost(tiny_discrete(), 48).total
-    for name, (_, make, key) in calm_tables.CALM.items():
+    for name, (result, make, key) in calm_tables.CALM.items():
+        if result != "calm":
+            continue
         headers, body = make(whole[key])
         assert body and {len(row) for row in body} == {len(headers)}, name
     first = (tmp_path / "calm.png").read_bytes()

@@ -41,7 +41,7 @@ def prior(
     max_minutes: Annotated[float | None, typer.Option("--max-minutes", help="Stop cleanly after so long.")] = None,
     width: Annotated[int, typer.Option("--width", help="Features per slot inside the prior.")] = 256,
     layers: Annotated[int, typer.Option("--layers", help="Transformer blocks of the prior.")] = 2,
-    head: Annotated[str, typer.Option("--head", help="gaussian, mixture or energy.")] = "gaussian",
+    head: Annotated[str, typer.Option("--head", help="gaussian, mixture, energy, flow or diffusion.")] = "gaussian",
     directions: Annotated[str, typer.Option("--directions", help="forward or both.")] = "both",
     depths: Annotated[
         str | None, typer.Option("--depths", help="Blocks where slots are corrected (8,16), or none. Default: several.")

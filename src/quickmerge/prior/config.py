@@ -25,7 +25,8 @@ class PriorConfig:
         heads: attention heads; ``width`` is a multiple of twice their number.
         pool: heads of the learned merge, each with its own merge weights; divides ``width``. 0 for a prior that can
             generate: of a slot it reads only what is known once the slot is generated, see `generates`.
-        head: what predicts the next slot: ``gaussian``, ``mixture`` or ``energy``.
+        head: what predicts the next slot: ``gaussian`` or ``mixture``, which have a density, or ``energy``, ``flow`` or
+            ``diffusion``, which are known by their draws alone: temperature 1 only, and a score with noise in it.
         head_settings: further arguments of that head.
         directions: ``forward``, or ``both``, in which the loss also predicts each slot from those after it.
         depths: blocks of the language model in front of which slots are corrected; none: no alignment.
