@@ -82,7 +82,7 @@ def test_a_run_that_was_broken_off_goes_on(start, tmp_path: Path, monkeypatch) -
     notes.write_text(notes.read_text()[:-20])  # killed while it wrote the fourth
     answered.clear()
     assert start() == 0
-    assert answered == [(7, 0), (7, 1)] and not notes.exists()
+    assert answered == [(8, 0), (8, 1)] and not notes.exists()
     broken = json.loads((tmp_path / "r.json").read_text())
     monkeypatch.setattr(script, "draft_records", real)
     assert start() == 0
