@@ -93,10 +93,10 @@ def test_a_run_that_was_broken_off_goes_on(start, tmp_path: Path, monkeypatch) -
     assert [(r["temperature"], r["method"]) for r in whole["rows"]] == [(t, n) for t in (0, 1) for n in names]
     assert [r["same"] for r in whole["rows"]] == [3] * 5 + [None] * 5, "every greedy text is that of plain decoding"
     assert [r["method"] for r in whole["trees"]] == [
-        "plain", *(f"gumiho, {n} nodes" for n in (4, 8, 16, 32)), "gumiho, auto",
+        "plain", *(f"gumiho, {n} nodes" for n in (4, 8, 16, 32)), "gumiho, auto", "lookup, auto",
         "gumiho, 16 nodes, fta=duplicate", "gumiho, 16 nodes, fta=reference",
     ]  # fmt: skip
-    assert [r.get("lossless") for r in whole["trees"]][:-1] == [None] + [True] * 6
+    assert [r.get("lossless") for r in whole["trees"]][:-1] == [None] + [True] * 7
     assert len(whole["paired"]) == 2 * 3 and whole["costs"][0]["ratio"] == 1 and len(whole["prompts"]) == 3 * 10
     assert whole["environment"]["torch"] and whole["meta"]["heads"]["serial"]["heads"] == 0
     for make, key in ((make, key) for _, make, key in gumiho_tables.GUMIHO.values()):
