@@ -4,8 +4,9 @@
     python benchmarks/transplant.py
 
 Each method makes the new rows of each vocabulary, and the model with these rows in the place of its own scores the same
-passages. Then shares of the shared tokens of the first vocabulary are hidden, as if the base had never had them, and
-their rows made like those of new tokens. One folder is written by `transplant`, to see that it scores the same.
+passages. `auto` chooses on others, five of each kind of text that the vocabulary is scored on. Then shares of the
+shared tokens of the first vocabulary are hidden, as if the base had never had them, and their rows made like those of
+new tokens. One folder is written by `transplant`, to see that it scores the same.
 
 What was measured is noted rule by rule in the cache folder: a run that was broken off goes on where it was when it is
 started again with the same settings.
@@ -44,17 +45,22 @@ from quickmerge.prior.identity import model_hash
 from quickmerge.vocabulary import embeddings_from_text, load_tokenizer, match, read_vocabulary, transplant
 from quickmerge.vocabulary.digits import digit_report
 from quickmerge.vocabulary.donor import read_donor
+from quickmerge.vocabulary.judging import rebuild_by_text
 from quickmerge.vocabulary.methods import METHODS, NEEDS_VECTORS
 from quickmerge.vocabulary.plan import Plan, make_plan, new_size
 from quickmerge.vocabulary.quality import compare_logits, score_texts
-from quickmerge.vocabulary.rebuild import Made, rebuild
+from quickmerge.vocabulary.rebuild import Made, Maker, rebuild
 from quickmerge.vocabulary.rows import assemble
 from quickmerge.vocabulary.segments import Segmenter
 
 HERE = Path(__file__).parent
 FIGURE = HERE.parent / "docs" / "images" / "transplant_hidden.png"
-CURVE = ("zero", "mean", "subword-mean", "nearest", "omp")
+HELD_OUT = "auto, held-out only"
+COMPARED = (*METHODS, HELD_OUT)
+CURVE = ("zero", "mean", "subword-mean", "subword-pulled", "nearest", "omp")
 """The methods that are compared while tokens are hidden."""
+CHOSEN_ON = 5
+"""Passages of each kind of text that auto chooses on."""
 RESAMPLES = 2000
 WEIGHTS = ("weight_sum", "weight_sum_spread")
 
@@ -110,8 +116,10 @@ class Remembering(Segmenter):
 class Bench:
     """One vocabulary at the base: makes rows, puts them into the model, scores."""
 
-    def __init__(self, case: Case, model: Any, tokenizer: Any, base: Tensor, texts: Mapping[str, list[str]]) -> None:
-        self.case, self.model, self.base, self.texts = case, model, base, texts
+    def __init__(
+        self, case: Case, model: Any, tokenizer: Any, base: Tensor, texts: Mapping[str, list[str]], others: list[str]
+    ) -> None:
+        self.case, self.model, self.base, self.texts, self.others = case, model, base, texts, others
         self.tokenizer = load_tokenizer(case.tokenizer)
         self.theirs, self.ours = read_vocabulary(self.tokenizer), read_vocabulary(tokenizer)
         self.matching = match(self.theirs, self.ours, base_tokenizer=tokenizer)
@@ -149,12 +157,17 @@ class Bench:
         return fewer, Remembering(known, self.base_tokenizer)
 
     def make(self, plan: Plan, segmenter: Segmenter, method: str) -> Made:
-        """The new rows by a method."""
-        vectors = self.vectors if method in (*NEEDS_VECTORS, "auto") else None
-        return rebuild(
-            plan, self.theirs, self.ours, self.base, vectors, segmenter, "input", method=method,
-            kinds=self.matching.kinds,
-        )  # fmt: skip
+        """The new rows by a method; auto chooses on other passages than those that are scored."""
+        vectors = self.vectors if method in (*NEEDS_VECTORS, "auto", HELD_OUT) else None
+        kinds = self.matching.kinds
+        own = "auto" if method == HELD_OUT else method
+        made = rebuild(plan, self.theirs, self.base, vectors, segmenter, "input", method=own, kinds=kinds)
+        if method != "auto":
+            return made
+        maker = Maker(plan, self.theirs, self.base, vectors, segmenter)
+        return rebuild_by_text(
+            self.model, self.tokenizer, self.others, plan, {"input": maker}, {"input": made}, kinds=kinds
+        )["input"]
 
     def score(self, plan: Plan, made: Made, kinds: Sequence[str]) -> list[Row]:
         """What the model with these rows makes of every passage, and on the first kind how its new rows compete."""
@@ -207,29 +220,32 @@ def measure(args: argparse.Namespace) -> None:
     # all of them, so that notes stay good when another choice of vocabularies is made
     kinds = dict.fromkeys(kind for case in CASES for kind in case.kinds)
     texts = {kind: passages(kind, args.documents, args.passages) for kind in kinds}
+    others = {kind: passages(kind, args.documents, CHOSEN_ON, scored=args.passages) for kind in kinds}
     model, tokenizer = qm.load(args.model)
     base = model.get_input_embeddings().weight.detach().clone()
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         raise QuickmergeError(f"--model must have one matrix for input and output, got {args.model}, which has two")
     settings = {
         "model": model_hash(model), "cases": [[case.name, case.tokenizer, case.donor] for case in CASES],
-        "texts": hashlib.sha256("\0".join(t for own in texts.values() for t in own).encode()).hexdigest(),
+        "texts": hashlib.sha256(
+            "\0".join(t for part in (texts, others) for own in part.values() for t in own).encode()
+        ).hexdigest(),
         "threads": torch.get_num_threads(),
     }  # fmt: skip
     notes = Notes(args.notes or cache_folder() / "transplant.partial.jsonl", settings)
     with progress() as bar:
-        task = bar.add_task("measuring", total=len(cases) * (1 + len(METHODS)) + len(args.hidden) * len(CURVE) + 1)
+        task = bar.add_task("measuring", total=len(cases) * (1 + len(COMPARED)) + len(args.hidden) * len(CURVE) + 1)
 
         def advance(label: str) -> None:
             bar.update(task, advance=1, description=label)
 
         for case in cases:
-            bench = Bench(case, model, tokenizer, base, texts)
+            bench = Bench(case, model, tokenizer, base, texts, [t for kind in case.kinds for t in others[kind]])
             _case(notes, bench, args.training, advance)
             if case is cases[0]:
                 _hidden(notes, bench, args, advance)
                 advance("the folder that is written")
-                _written(notes, args.model, case, texts[case.kinds[0]])
+                _written(notes, args.model, bench)
     results = summarise(notes.done, cases, args.hidden)
     write_json(args.out, {
         **results,
@@ -261,13 +277,13 @@ def _case(notes: Notes, bench: Bench, training: Path | None, advance: Say) -> No
         ]  # fmt: skip
         notes.add(f"{case.name} before", found)
     advance(f"{case.name}: before")
-    left = [method for method in METHODS if f"{case.name} {method}" not in notes.done]
+    left = [method for method in COMPARED if f"{case.name} {method}" not in notes.done]
     if left or f"{case.name} about" not in notes.done:
         bench.prepare(training)
     if f"{case.name} about" not in notes.done:
         notes.add(f"{case.name} about", [about(bench)])
     plan, segmenter = bench.plan()
-    for method in METHODS:
+    for method in COMPARED:
         key = f"{case.name} {method}"
         if key not in notes.done:
             made = bench.make(plan, segmenter, method)
@@ -299,12 +315,13 @@ def _hidden(notes: Notes, bench: Bench, args: argparse.Namespace, advance: Say) 
             advance(f"{share:.0%} hidden: {method}")
 
 
-def _written(notes: Notes, model: str, case: Case, texts: list[str]) -> None:
+def _written(notes: Notes, model: str, bench: Bench) -> None:
     """The folder that `transplant` writes: does it score as the rows that were put into the model?"""
     if "written" in notes.done:
         return
+    case, texts = bench.case, bench.texts[bench.case.kinds[0]]
     with tempfile.TemporaryDirectory() as work:
-        report = transplant(model, case.donor, case.tokenizer, Path(work, "out"))
+        report = transplant(model, case.donor, case.tokenizer, Path(work, "out"), choose_on=bench.others)
         there, tokenizer = qm.load(str(Path(work, "out")), progress=False)
         found = [score_texts(there, tokenizer, [text], new=report.rows_that_are("rebuilt")).as_dict() for text in texts]
     rule = report.matrices["input"]["rule"]
@@ -332,25 +349,29 @@ def about(bench: Bench) -> Row:
 
 def summarise(done: Mapping[str, list[Row]], cases: Sequence[Case], shares: Sequence[float]) -> dict[str, list[Row]]:
     """Rows of all tables from the notes."""
-    rows, before, held, against = list[Row](), list[Row](), list[Row](), list[Row]()
+    rows, before, held, against, decisions = list[Row](), list[Row](), list[Row](), list[Row](), list[Row]()
     for case in cases:
-        chosen = {method: done[f"{case.name} {method}"][0] for method in METHODS}
+        chosen = {method: done[f"{case.name} {method}"][0] for method in COMPARED}
         scored = {method: done[f"{case.name} rule {made['rule']}"] for method, made in chosen.items()}
-        tables = {m: next(r for r in made["table"] if r["rule"] == made["rule"]) for m, made in chosen.items()}
+        tables = {
+            m: next((r for r in made["table"] if r["rule"] == made["rule"]), {"rule": made["rule"]})
+            for m, made in chosen.items()
+        }
+        decisions.append({"vocabulary": case.name, **chosen["auto"]["decision"]})
         for place, kind in enumerate(case.kinds):
-            own = {method: scored[method][place]["passages"] for method in METHODS}
+            own = {method: scored[method][place]["passages"] for method in COMPARED}
             before.append({"vocabulary": case.name, **told(kind, done[f"{case.name} before"][place]["passages"])})
             before[-1]["after_tokens_per_byte"] = told(kind, own["auto"])["tokens_per_byte"]
-            for method in METHODS:
+            for method in COMPARED:
                 row: Row = {"vocabulary": case.name, "method": method, "rule": chosen[method]["rule"]}
                 row |= told(kind, own[method]) | {"logits": scored[method][place].get("logits")}
-                row |= {key: tables[method][key] for key in ("cosine", "centred_cosine", *WEIGHTS)}
+                row |= {key: tables[method].get(key) for key in ("cosine", "centred_cosine", *WEIGHTS)}
                 row["over_auto"], row["over_auto_low"], row["over_auto_high"] = gap(own[method], own["auto"])
                 rows.append(row)
             against.append(rival(case.name, kind, chosen, own))
         for method, made in chosen.items():
             score = {"vocabulary": case.name, "method": method, "held_out": made["held_out"], **tables[method]}
-            held.append(score | ({"all_rules": made["table"]} if method == "auto" else {}))
+            held.append(score | ({"all_rules": made["table"]} if method == HELD_OUT else {}))
     hidden = [
         {
             "share": share, "method": method, **{key: noted[key] for key in ("rule", "shared", "rebuilt")},
@@ -358,7 +379,10 @@ def summarise(done: Mapping[str, list[Row]], cases: Sequence[Case], shares: Sequ
         }
         for share in shares for method in CURVE for noted in done[f"hidden {share:g} {method}"]
     ]  # fmt: skip
-    return {"rows": rows, "before": before, "held_out": held, "against_auto": against, "hidden": hidden}
+    return {
+        "rows": rows, "before": before, "held_out": held, "against_auto": against, "decisions": decisions,
+        "hidden": hidden,
+    }  # fmt: skip
 
 
 def told(kind: str, own: Sequence[Row]) -> Row:
@@ -385,11 +409,13 @@ def gap(own: Sequence[Row], other: Sequence[Row]) -> tuple[float, float, float]:
 
 def rival(name: str, kind: str, chosen: Mapping[str, Row], own: Mapping[str, list[Row]]) -> Row:
     """The best method on a kind of text beside what auto took."""
-    best = min(own, key=lambda method: (per_byte(own[method]), method != "auto"))
+    single = [method for method in own if method != HELD_OUT]
+    best = min(single, key=lambda method: (per_byte(own[method]), method != "auto"))
     more, low, high = gap(own["auto"], own[best])
     return {
         "vocabulary": name, "kind": kind, "auto": chosen["auto"]["rule"], "auto_bits_per_byte": per_byte(own["auto"]),
         "best": best, "best_rule": chosen[best]["rule"], "best_bits_per_byte": per_byte(own[best]),
+        "held_out_only": chosen[HELD_OUT]["rule"], "held_out_only_bits_per_byte": per_byte(own[HELD_OUT]),
         "behind": more, "behind_low": low, "behind_high": high, "within_noise": low <= 0,
     }  # fmt: skip
 

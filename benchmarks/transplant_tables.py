@@ -17,7 +17,8 @@ def quality(rows: Sequence[Row]) -> Table:
     for (vocabulary, _), own in _by_method(rows).items():
         r = own[0]
         weights = "" if not r["weight_sum_spread"] else f"{r['weight_sum']:.2f} ± {r['weight_sum_spread']:.2f}"
-        cells = [vocabulary, _name(r), r["rule"], f"{r['centred_cosine']:.3f}", f"{r['cosine']:.3f}", weights]
+        cosines = ["" if r[key] is None else f"{r[key]:.3f}" for key in ("centred_cosine", "cosine")]
+        cells = [vocabulary, _name(r), _rule(r["rule"]), *cosines, weights]
         body.append(cells + _wide([_bits(one) for one in own]))
     headers = ["vocabulary", "method", "rule that it took", "centred cosine", "cosine", "sum of weights"]
     return headers + [f"bits per byte, {place} (95 %)" for place in PLACES], body
@@ -50,14 +51,24 @@ def before(rows: Sequence[Row]) -> Table:
 def against_auto(rows: Sequence[Row]) -> Table:
     """What auto took beside what turned out best."""
     body = [
-        [r["vocabulary"], r["kind"], f"{r['auto']}, {r['auto_bits_per_byte']:.3f}",
-         f"{r['best']} ({r['best_rule']}), {r['best_bits_per_byte']:.3f}" if r["best"] != "auto" else "the same",
+        [r["vocabulary"], r["kind"], f"{r['auto_bits_per_byte']:.3f}",
+         f"{r['held_out_only_bits_per_byte']:.3f} ({r['held_out_only']})",
+         f"{r['best']} ({r['best_rule']}), {r['best_bits_per_byte']:.3f}" if r["best"] != "auto" else "auto",
          "" if r["best"] == "auto" else _gap(r, "behind"), "yes" if r["within_noise"] else "no"]
         for r in rows
     ]  # fmt: skip
-    headers = ["vocabulary", "text", "auto's rule, bits per byte", "best method", "auto is behind by (paired)",
-               "best or within noise"]  # fmt: skip
+    headers = ["vocabulary", "text", "auto, bits per byte", "chosen by held-out tokens only", "best method",
+               "auto is behind by (paired)", "best or within noise"]  # fmt: skip
     return headers, body
+
+
+def decisions(rows: Sequence[Row]) -> Table:
+    """Which rule auto took for which kind of token, and how many new ones were in what it chose on."""
+    body = [
+        [r["vocabulary"], kind or "others", f"{r['new_tokens'].get(kind, 0)}", rule]
+        for r in rows for kind, rule in r["rules"].items()
+    ]  # fmt: skip
+    return ["vocabulary", "kind of token", "new ones in the text", "rule"], body
 
 
 def hidden(rows: Sequence[Row]) -> Table:
@@ -89,6 +100,7 @@ TRANSPLANT: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {
     "transplant_apart": ("transplant", apart, "rows"),
     "transplant_before": ("transplant", before, "before"),
     "transplant_auto": ("transplant", against_auto, "against_auto"),
+    "transplant_decisions": ("transplant", decisions, "decisions"),
     "transplant_hidden": ("transplant", hidden, "hidden"),
     "omp_speed": ("omp_speed", speed, "rows"),
 }
@@ -105,6 +117,10 @@ def _by_method(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 def _wide(cells: list[str]) -> list[str]:
     return cells + [""] * (len(PLACES) - len(cells))
+
+
+def _rule(rule: str) -> str:
+    return "by kind of token" if " for " in rule else rule
 
 
 def _name(r: Row) -> str:

@@ -30,22 +30,26 @@ PARAGRAPH = 40
 """Fewest bytes of a paragraph that is read."""
 
 
-def passages(kind: str, documents: Path | None, count: int) -> list[str]:
+def passages(kind: str, documents: Path | None, count: int, *, scored: int = 0) -> list[str]:
     """``count`` passages of a kind of text, none overlapping another.
 
     Args:
         kind: a kind of the benchmark documents, "prose, lower case", or one of `LANGUAGES`.
         documents: folder that documents.py filled; None means the one in the cache folder.
         count: how many.
+        scored: 0 for passages to score; else passages to choose on, other ones than so many to score: of the documents
+            to develop on, or of what is left of a language.
 
     Raises:
         QuickmergeError: the texts can't be had, or are too few.
     """
     if kind in LANGUAGES:
-        found = _cut(_paragraphs(*LANGUAGES[kind]), count)
+        whole = _cut(_paragraphs(*LANGUAGES[kind]))
+        taken = _evenly(whole, scored) if scored else []
+        found = _evenly([one for one in whole if one not in taken], count)
     else:
         folder = documents or cache_folder() / "documents"
-        texts = _listed(folder, "test", "benchmarks/documents.py", kind.partition(",")[0])[:count]
+        texts = _listed(folder, "dev" if scored else "test", "benchmarks/documents.py", kind.partition(",")[0])[:count]
         found = [_middle(text) for text in texts]
         if kind.endswith("lower case"):
             found = [plain(text) for text in found]
@@ -117,14 +121,19 @@ def _paragraphs(package: str, script: str) -> list[str]:
     return [paragraph for text in texts for paragraph in running(text, script)]
 
 
-def _cut(paragraphs: list[str], count: int) -> list[str]:
-    """Passages of neighbouring paragraphs, spread over all of them."""
+def _cut(paragraphs: list[str]) -> list[str]:
+    """Passages of neighbouring paragraphs."""
     whole, held = list[str](), list[str]()
     for paragraph in paragraphs:
         held.append(paragraph)
         if len("\n".join(held).encode()) >= PASSAGE:
             whole.append(_least("\n".join(held)))
             held = []
+    return whole
+
+
+def _evenly(whole: list[str], count: int) -> list[str]:
+    """So many of them, spread over all."""
     return [whole[place * len(whole) // count] for place in range(count)] if len(whole) >= count else whole
 
 

@@ -66,6 +66,30 @@ def test_a_transplant_is_written_measured_and_told(
     assert {"omp k=4 unit", "omp k=4 inner"} == {row["rule"] for row in rows}
 
 
+def test_auto_chooses_on_one_half_of_the_text_and_is_measured_on_the_other(
+    run: Any, base: Path, wanted: Path, tmp_path: Path
+) -> None:
+    lines = [f"{number} {SENTENCES[number % len(SENTENCES)]}" for number in range(150)]
+    (tmp_path / "long.txt").write_text("\n".join(lines), encoding="utf-8")
+    start = ["transplant", "--base", base, "--tokenizer", wanted, "--text", tmp_path / "long.txt"]
+    code, printed, err = run(*start, "--out", tmp_path / "out", "--json", tmp_path / "r.json")
+    assert code == 0, err
+    words = " ".join(printed.split())
+    for part in ("rows by one rule", "kind of token", "subword mean 0.75", "what is measured below are others"):
+        assert part in words, part
+    data = json.loads((tmp_path / "r.json").read_text())
+    whole = len("\n".join(lines).encode())
+    chosen, measured = data["matrices"]["input"]["decision"]["bytes"], data["quality"]["after"]["bytes"]
+    assert 0.35 * whole < measured < 0.65 * whole and 0 < chosen < whole - measured + 1000
+    code, printed, err = run(
+        *start, "--out", tmp_path / "again", "--choose-by", "held-out", "--json", tmp_path / "h.json"
+    )
+    assert code == 0, err
+    data = json.loads((tmp_path / "h.json").read_text())
+    assert data["matrices"]["input"]["decision"] is None and data["quality"]["after"]["bytes"] > 0.95 * whole
+    assert "rows by one rule" not in printed
+
+
 def test_a_dry_run_prints_the_same_and_writes_nothing(
     run: Any, base: Path, wanted: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -109,6 +133,10 @@ def wrong(base: Path, wanted: Path, tmp_path: Path) -> dict[str, tuple[list[obje
     full = [*start, "--tokenizer", wanted]
     return {
         "method": ([*full, "--method", "opm"], r"method is 'opm' \(did you mean 'omp'\?\)"),
+        "choice": (
+            [*full, "--choose-by", "texts"],
+            r"choose_by must be one of text, held-out, got 'texts' \(did you mean",
+        ),
         "no tokenizer": (start, "give tokenizer, or a donor that has one"),
         "no alphabet": ([*start, "--tokenizer", tmp_path / "words"], "tokenizer must be byte-level, SentencePiece"),
         "nothing shared": ([*start, "--tokenizer", tmp_path / "apart"], "tokenizer"),
@@ -127,8 +155,8 @@ def wrong(base: Path, wanted: Path, tmp_path: Path) -> dict[str, tuple[list[obje
     }
 
 
-CASES = """method,no tokenizer,no alphabet,nothing shared,too many anchors,small matrix,no vectors,out is base,both,
-special,unknown special,rows,model""".replace("\n", "").split(",")
+CASES = """method,choice,no tokenizer,no alphabet,nothing shared,too many anchors,small matrix,no vectors,out is base,
+both,special,unknown special,rows,model""".replace("\n", "").split(",")
 
 
 def test_the_list_of_cases_is_whole(base: Path, wanted: Path, tmp_path: Path) -> None:

@@ -37,6 +37,18 @@ def test_weighted_means(seed: int, pieces: list[list[int]], weights: str, chunk:
         torch.testing.assert_close(row, want if own else matrix.mean(0))
 
 
+@prop(20)
+@given(seed=seeds, weights=st.sampled_from(Subword.WEIGHTS), share=st.floats(0.01, 1.0))
+def test_rows_are_pulled_towards_the_mean(seed: int, weights: str, share: float) -> None:
+    matrix = torch.randn(9, 5, generator=generator(seed), dtype=torch.float64)
+    pieces = [[0, 3], [8], [2, 2, 5], []]
+    whole, pulled = (Subword(weights, one).rebuild(pieces, matrix) for one in (1.0, share))
+    torch.testing.assert_close(pulled - matrix.mean(0), share * (whole - matrix.mean(0)))
+    for wrong in (0, 1.5, True, "half"):
+        with pytest.raises(QuickmergeError, match="share must be a number above 0 and at most 1, got"):
+            Subword(weights, wrong)  # type: ignore[arg-type]
+
+
 def test_one_piece_is_copied_bit_for_bit() -> None:
     matrix = torch.randn(5, 7, generator=generator(0)).bfloat16()
     for weights in Subword.WEIGHTS:

@@ -17,9 +17,11 @@ from transplant_samples import FAMILIES, config_of, model_folder, same_bits, ten
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.models import load
+from quickmerge.vocabulary.deciding import spread
 from quickmerge.vocabulary.matching import match
 from quickmerge.vocabulary.omp import omp
 from quickmerge.vocabulary.plan import KINDS
+from quickmerge.vocabulary.quality import score_texts
 from quickmerge.vocabulary.tokens import read_vocabulary
 from quickmerge.vocabulary.transplant import transplant
 
@@ -144,16 +146,43 @@ def test_auto_finds_what_carries_over(tmp_path: Path, llama2: Path) -> None:
     truth[matching.shared[:, 0]] = rows[matching.shared[:, 1]]
     rotation = torch.linalg.qr(torch.randn(32, 32))[0]
     save_file({"vectors": truth @ rotation}, tmp_path / "vectors.safetensors")
-    report = transplant(base, tmp_path / "vectors.safetensors", llama2, tmp_path / "out")
+    report = transplant(base, tmp_path / "vectors.safetensors", llama2, tmp_path / "out", choose_by="held-out")
+    assert report.matrices["input"]["decision"] is None
     table = {row["rule"]: row for row in report.matrices["input"]["table"]}
     assert table[report.matrices["input"]["rule"]]["best"] and sum(row["best"] for row in table.values()) == 1
     assert table[report.matrices["input"]["rule"]]["centred_cosine"] > 0.9 > table["subword mean"]["centred_cosine"]
     made = np.flatnonzero([KINDS[kind] == "rebuilt" for kind in report.kinds])
     new = tensors(tmp_path / "out")["model.embed_tokens.weight"]
     assert torch.cosine_similarity(new[made], truth[made], dim=-1).mean() > 0.9
-    again = transplant(base, tmp_path / "vectors.safetensors", llama2, tmp_path / "again")
+    again = transplant(base, tmp_path / "vectors.safetensors", llama2, tmp_path / "again", choose_by="held-out")
     assert again.as_dict() == {**report.as_dict(), "out": str(tmp_path / "again")}
     assert same_bits(tensors(tmp_path / "again")["model.embed_tokens.weight"], new)
+
+
+@pytest.mark.parametrize("family", ["llama tied", "llama", "phi"])
+def test_a_text_decides_kind_by_kind(family: str, tmp_path: Path, llama2: Path) -> None:
+    base = model_folder(tmp_path / "base", family)
+    old = tensors(base)
+    texts = [" ".join(SENTENCES)] * 4
+    report = transplant(base, None, llama2, tmp_path / "out", choose_on=texts)
+    for made in report.matrices.values():
+        decision = made["decision"]
+        alone = [one["bits_per_byte"] for one in decision["tried"] if one["kind"] is None]
+        assert len(alone) == 5 and decision["bytes"] > 1000  # no vectors: pieces in four ways, and the mean
+        assert set(decision["rules"].values()) <= set(decision["candidates"].values())
+        assert sum(decision["new_tokens"].values()) > 20
+        assert decision["bits_per_byte"] == pytest.approx(
+            min(o["bits_per_byte"] for o in decision["tried"] if o["kept"])
+        )
+    # what was written costs what the decision says: each passage read alone
+    model, tokenizer = load(tmp_path / "out", progress=False)
+    found = [score_texts(model, tokenizer, [part]) for part in spread(texts)]
+    per_byte = sum(one.bits for one in found) / sum(one.bytes for one in found)
+    assert per_byte == pytest.approx(decision["bits_per_byte"], rel=1e-4)
+    assert json.loads((tmp_path / "out" / "transplant.json").read_text())["matrices"]["input"]["decision"] == decision
+    again = transplant(base, None, llama2, tmp_path / "again", choose_on=texts)
+    assert again.as_dict() == {**report.as_dict(), "out": str(tmp_path / "again")}
+    assert all(same_bits(value, old[name]) for name, value in tensors(base).items())
 
 
 def test_vectors_can_be_made_from_text(tmp_path: Path, llama2: Path) -> None:
@@ -268,6 +297,13 @@ def test_what_can_not_be_done_is_told(tmp_path: Path, llama2: Path) -> None:
             {},
             r"a vector for each token of the tokenizer, got 300 vectors .* tokens beyond them",
         ),
+        (
+            (base, None, llama2, out),
+            {"choose_by": "held-in"},
+            r"choose_by must be one of text, held-out, got 'held-in' \(did",
+        ),
+        ((base, None, llama2, out), {"choose_on": []}, "choose_on must hold a text, got none"),
+        ((base, None, llama2, out), {"method": "mean", "choose_on": ["a"]}, "choose_on belongs to method auto with"),
         ((base, fit, llama2, out), {"method": "omp", "k": 400}, r"k must be at most \d+, the shared tokens .* got 400"),
         ((base, None, llama2, out), {"method": "omp"}, "method omp needs vectors of the new tokens"),
         ((base, None, llama2, out), {"method": "ompp"}, r"method is 'ompp' \(did you mean 'omp'\?\)"),

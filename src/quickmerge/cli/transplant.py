@@ -36,12 +36,20 @@ def transplant(
         typer.Option(
             "--method",
             help="auto, omp, omp-raw, nearest, least-squares, procrustes, subword-first, subword-last, subword-mean, "
-            "subword-decay, mean or zero.",
+            "subword-decay, subword-pulled, mean or zero.",
         ),
     ] = "auto",
     k: Annotated[
         int | None, typer.Option("--k", help="Shared tokens that make a row. Default: held-out ones say.")
     ] = None,
+    choose_by: Annotated[
+        str,
+        typer.Option(
+            "--choose-by",
+            help="What auto trusts: text, what the text costs with the new rows, for each kind of token; or held-out, "
+            "how well hidden shared tokens are rebuilt (the base need not fit into memory).",
+        ),
+    ] = "text",
     special: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,7 +68,11 @@ def transplant(
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option("--text", help="UTF-8 files to measure on; several. Default: the shipped document."),
+        typer.Option(
+            "--text",
+            help="UTF-8 files of the kind that the model is for; several. auto chooses on every other passage and is "
+            "measured on the rest. Default: the shipped document, in English.",
+        ),
     ] = None,
     more: Annotated[list[Path] | None, typer.Argument(help="Further files after --text.", show_default=False)] = None,
     quality: Annotated[bool, typer.Option("--quality/--no-quality", help="Measure bits per byte.")] = True,
@@ -73,13 +85,14 @@ def transplant(
 ) -> None:
     """Give a model another tokenizer, without training, and say what it costs.
 
-    Rows of tokens that both vocabularies have are copied; the others are made from them, in the way that rebuilds
-    hidden shared tokens best. Given the former tokenizer, a model that this command wrote goes back to it.
+    Rows of tokens that both vocabularies have are copied; the others are made from them, in the way that a text costs
+    the fewest bits with. Given the former tokenizer, a model that this command wrote goes back to it.
     """
     from rich.console import Console
 
     from quickmerge.data import demo_document
     from quickmerge.report.transplant import print_quality, print_transplant
+    from quickmerge.vocabulary.deciding import deal
     from quickmerge.vocabulary.quality import measure
     from quickmerge.vocabulary.transplant import transplant as run
 
@@ -88,7 +101,9 @@ def transplant(
         raise QuickmergeError(f"give either --donor or --donor-text, got {donor} and {donor_text[0]}")
     asked = parse_special(special or [])
     paths = [*(text or []), *(more or [])]
-    texts = [read_text(path) for path in paths]
+    texts = [read_text(path) for path in paths] or [demo_document()]
+    chooses = method == "auto" and choose_by == "text"
+    to_choose, to_measure = (deal(texts) if quality and not dry_run else (texts, [])) if chooses else ([], texts)
     corpus = [read_text(path) for path in donor_text or []]
     quiet()
     with progress() as bar, one_sentence():
@@ -101,10 +116,10 @@ def transplant(
 
         report = run(
             base, donor, tokenizer, out, method=method, k=k, special=asked, pad_to_multiple_of=pad_to_multiple_of,
-            vocab_size=vocab_size, clip=clip, text=corpus, keep_dropped=keep_dropped, dry_run=dry_run, seed=seed,
-            progress=told,
+            vocab_size=vocab_size, clip=clip, text=corpus, choose_by=choose_by, choose_on=to_choose or None,
+            keep_dropped=keep_dropped, dry_run=dry_run, seed=seed, progress=told,
         )  # fmt: skip
-        measured = measure(base, report, texts or [demo_document()], progress=told) if quality and not dry_run else None
+        measured = measure(base, report, to_measure, progress=told) if quality and not dry_run else None
     console = Console()
     print_transplant(report, console)
     if measured is not None:

@@ -116,6 +116,8 @@ def _print_rules(side: str, made: Any, *, tied: bool, console: Console) -> None:
             kinds = ", ".join(f"{kind} {value:.2f}" for kind, value in best["by_kind"].items())
             console.print(escape(f"Centred cosine of the chosen rule by kind of token: {kinds}."))
         console.print("Shared tokens are more frequent and more English than new ones: expect less of those.")
+    if made["decision"] is not None:
+        _print_decision(made["decision"], console)
     line = f"{name}: new rows by {made['rule']}, from {made['anchors']:,} shared tokens"
     for key, words in (
         ("without_vector", "without a vector of the donor, made of their pieces"),
@@ -130,6 +132,28 @@ def _print_rules(side: str, made: Any, *, tied: bool, console: Console) -> None:
             f"{norms['long']:,} are longer than 99 % of shared rows"
         )
     console.print(escape(line + "."))
+
+
+def _print_decision(decision: Any, console: Console) -> None:
+    """What rows by each rule made of the text, for all new tokens, and which were taken for which kind of token."""
+
+    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0), title="on the text, rows by one rule")
+    table.add_column("rule")
+    table.add_column("bits per byte", justify="right")
+    rules = decision["candidates"]
+    alone = [one for one in decision["tried"] if one["kind"] is None]
+    for one in sorted(alone, key=lambda one: one["bits_per_byte"]):
+        table.add_row(rules[one["candidate"]], f"{one['bits_per_byte']:.3f}")
+    table.add_row("by kind of token, as follows", f"{decision['bits_per_byte']:.3f}")
+    console.print(table)
+    kinds = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    kinds.add_column("kind of token")
+    kinds.add_column("new in the text", justify="right")
+    kinds.add_column("rule")
+    for kind, rule in decision["rules"].items():
+        kinds.add_row(kind or "others", f"{decision['new_tokens'].get(kind, 0)}", rule)
+    console.print(kinds)
+    console.print(f"Chosen on {decision['bytes']:,} bytes of the text; what is measured below are others.")
 
 
 def _cell(value: object) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "NEEDS_VECTORS", "check_method", "rules_of"]
 
 METHODS = {
-    "auto": "whatever rebuilds held-out shared tokens best, for each matrix on its own",
+    "auto": "for each kind of token what a text costs the fewest bits with, of the best of all rules",
     "omp": "orthogonal matching pursuit, centred; k chosen on held-out tokens unless it is given",
     "omp-raw": "orthogonal matching pursuit as published, k 64: not centred, no correction of the mean",
     "nearest": "the nearest shared tokens of the donor; how many and how weighted is chosen on held-out tokens",
@@ -24,12 +24,14 @@ METHODS = {
     "subword-last": "the base's row of the last piece",
     "subword-mean": "the mean of the pieces' rows",
     "subword-decay": "the pieces' rows with weights that halve from piece to piece",
+    "subword-pulled": "three quarters of the way from the mean of all rows to the mean of the pieces' rows",
     "mean": "the mean of the shared rows",
     "zero": "zeros",
 }
 """Their names, and what each does."""
 NEEDS_VECTORS = ("omp", "omp-raw", "nearest", "least-squares", "procrustes")
 RAW_K = 64
+PULLED = 0.75
 
 
 def check_method(method: str, k: int | None, *, vectors: bool) -> None:
@@ -75,6 +77,8 @@ def rules_of(method: str, *, k: int | None, anchors: int, vectors: bool) -> list
 
     if k is not None and vectors and k > anchors:
         raise QuickmergeError(f"k must be at most {anchors}, the shared tokens that rows can be made of, got {k}")
+    if method == "subword-pulled":
+        return [Subword("mean", PULLED)]
     if method.startswith("subword-"):
         return [Subword(method.removeprefix("subword-"))]
     if method == "omp-raw":

@@ -27,18 +27,26 @@ class Subword:
     begun the same text in pieces, the first piece's logit is what it gave, so "first", or "decay" with weights in
     the ratio 1, 1/2, 1/4, ... from the first piece on. "mean" is for either.
 
+    A new row that is like its pieces' has nearly their logits, and so takes probability away from them wherever the
+    base would go on in pieces. Pulled towards the mean of all rows, ``m + share (row - m)``, it takes less.
+
     Args:
         weights: "first", "last", "mean" or "decay".
+        share: how much is left of the difference from the mean of the matrix, above 0 and at most 1.
 
     Raises:
-        QuickmergeError: for another word.
+        QuickmergeError: for another word, or another share.
     """
 
     WEIGHTS: ClassVar[tuple[str, ...]] = ("first", "last", "mean", "decay")
 
     weights: str = "mean"
+    share: float = 1.0
 
     def __post_init__(self) -> None:
+        number = isinstance(self.share, (int, float)) and not isinstance(self.share, bool)
+        if not number or not 0 < self.share <= 1:
+            raise QuickmergeError(f"share must be a number above 0 and at most 1, got {self.share!r}")
         if self.weights not in self.WEIGHTS:
             hint = near_match(str(self.weights), self.WEIGHTS)
             raise QuickmergeError(f"weights must be one of {', '.join(self.WEIGHTS)}, got {self.weights!r}{hint}")
@@ -46,7 +54,7 @@ class Subword:
     @property
     def name(self) -> str:
         """What tables call it."""
-        return f"subword {self.weights}"
+        return f"subword {self.weights}" + (f" {self.share:g}" if self.share < 1 else "")
 
     def rebuild(self, pieces: Sequence[Sequence[int]], matrix: Tensor) -> Tensor:
         """Rows of T tokens.
@@ -75,8 +83,9 @@ class Subword:
         out = matrix.new_zeros(len(length), matrix.shape[1])
         for which, index, share in zip(*(torch.split(x, CHUNK) for x in (token, flat, weight)), strict=True):
             out.index_add_(0, which, matrix[index] * (share / whole[which])[:, None])
-        out[length == 0] = matrix.mean(0)
-        return out
+        middle = matrix.mean(0)
+        out[length == 0] = middle
+        return out if self.share == 1 else middle + self.share * (out - middle)
 
     def _weigh(self, place: Tensor, length: Tensor) -> Tensor:
         if self.weights == "first":

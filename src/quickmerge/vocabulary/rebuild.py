@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.vocabulary.methods import rules_of
@@ -20,7 +21,10 @@ from quickmerge.vocabulary.tokens import Vocabulary
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Made", "check_clip", "rebuild"]
+    from quickmerge.vocabulary.pieces import Subword
+    from quickmerge.vocabulary.rules import Rule
+
+__all__ = ["Made", "Maker", "check_clip", "rebuild"]
 
 HELD_OUT = 512
 """Shared tokens that rules are compared on; a quarter of them where there are few."""
@@ -49,13 +53,17 @@ class Made:
     clipped: int = 0
     norms: dict[str, Any] | None = None
     """Norms of new rows beside those of shared rows."""
+    ranking: tuple[Rule | Subword, ...] = ()
+    """The rules that were compared, best first."""
+    decision: dict[str, Any] | None = None
+    """Which rule a text chose for which kind of token, and what it tried; None where no text was asked."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: everything but the rows."""
+        """For JSON: everything but the rows and the rules themselves."""
         return {
             "rule": self.rule, "anchors": self.anchors, "held_out": self.held_out, "table": self.table,
             "without_vector": self.without_vector, "mean_row": self.mean_row, "clipped": self.clipped,
-            "norms": self.norms,
+            "norms": self.norms, "decision": self.decision,
         }  # fmt: skip
 
 
@@ -66,10 +74,103 @@ def check_clip(clip: float | None) -> None:
         raise QuickmergeError(f"clip must be a quantile of at least 0.5 and below 1, got {clip!r}")
 
 
+class Maker:
+    """Makes rows of ``plan.rebuilt`` by any rule, for one matrix.
+
+    A rule from the donor's vectors leaves out tokens that it has no vector for (or one of zeros, which was never
+    trained); those are made of their pieces, as the mean. What has no pieces either gets the mean row.
+
+    Args:
+        plan: which rows.
+        theirs: the vocabulary that is wanted.
+        base: ``(V, d)``, the base's matrix.
+        vectors: ``(V', d')``, the donor's, a row for each new id; None where there are none.
+        segmenter: cuts tokens into the base's.
+
+    Attributes:
+        pairs: ``(N, 2)``, the shared tokens that have rows (and vectors): new id, base id.
+        shared: ``(N, d)``, their rows.
+        anchors: ``(N, d')``, their vectors.
+
+    Raises:
+        QuickmergeError: no shared token has a vector.
+    """
+
+    def __init__(
+        self, plan: Plan, theirs: Vocabulary, base: Tensor, vectors: Tensor | None, segmenter: Segmenter
+    ) -> None:
+        import torch
+
+        self.matrix = base if base.dtype == torch.float64 else base.float()
+        self.plan, self.theirs, self.vectors, self.segmenter = plan, theirs, vectors, segmenter
+        pairs = plan.copied
+        shared = self.matrix[torch.from_numpy(pairs[:, 1])]
+        good = (torch.isfinite(shared).all(-1) & (shared.norm(dim=-1) > 0)).numpy()
+        if vectors is not None:
+            good &= _has_vector(vectors, pairs[:, 0])
+        self.pairs, self.shared = pairs[good], shared[torch.from_numpy(good)]
+        if not len(self.pairs):
+            raise QuickmergeError("donor must have vectors for tokens that are shared with the base, got none")
+        # rules that look at no vectors are compared all the same
+        ids = torch.from_numpy(self.pairs[:, 0])
+        self.anchors = torch.ones(len(ids), 1) if vectors is None else vectors[ids]
+
+    @cached_property
+    def pieces(self) -> list[tuple[int, ...]]:
+        """What each new token is cut into."""
+        return self.segmenter.cut_all(self.theirs.by_id[int(one)].data or b"" for one in self.plan.rebuilt)
+
+    def rows(self, rule: Rule | Subword, places: NDArray[np.int64] | None = None) -> tuple[Tensor, int, int]:
+        """Rows by a rule.
+
+        Args:
+            rule: any.
+            places: of the tokens in ``plan.rebuilt``; None for all.
+
+        Returns:
+            ``(T, d)`` rows in float32 at least; how many of them are made of pieces for want of a vector, and how many
+            are the mean row since nothing is known.
+        """
+        import torch
+
+        from quickmerge.vocabulary.pieces import Subword
+        from quickmerge.vocabulary.rules import Mean, Zero
+
+        places = np.arange(len(self.plan.rebuilt)) if places is None else places
+        ids, pieces = self.plan.rebuilt[places], [self.pieces[place] for place in places]
+        whole, given = np.asarray([bool(one) for one in pieces], bool), np.ones(len(places), bool)
+        if not isinstance(rule, (Subword, Mean, Zero)) and self.vectors is not None:
+            given = _has_vector(self.vectors, ids)
+        by_pieces = whole if isinstance(rule, Subword) else whole & ~given
+        by_vector = given & (not isinstance(rule, Subword))
+        rows = self.shared.mean(0).repeat(len(places), 1)
+        if by_pieces.any():
+            of_pieces = rule if isinstance(rule, Subword) else Subword("mean")
+            chosen = [one for one, taken in zip(pieces, by_pieces, strict=True) if taken]
+            rows[torch.from_numpy(by_pieces)] = of_pieces.rebuild(chosen, self.matrix)
+        if by_vector.any():
+            assert not isinstance(rule, Subword)
+            wanted = torch.from_numpy(ids[by_vector])
+            vectors = self.vectors
+            targets = torch.ones(len(wanted), 1) if vectors is None else vectors[wanted.clamp_max(len(vectors) - 1)]
+            rows[torch.from_numpy(by_vector)] = rule.rebuild(targets, self.anchors, self.shared).to(rows.dtype)
+        return rows, int((whole & ~given).sum()), int((~by_vector & ~by_pieces).sum())
+
+    def clipped(self, rows: Tensor, clip: float | None) -> Tensor:
+        """The rows, scaled down to that quantile of the lengths of shared rows; None leaves them."""
+        from quickmerge.vocabulary.outliers import clip_norms
+
+        return rows if clip is None else clip_norms(rows, self.shared, quantile=clip)
+
+    def finished(self, rows: Tensor, clip: float | None) -> tuple[Tensor, int, dict[str, Any]]:
+        """The rows clipped, how many that changed, and their lengths beside those of shared rows."""
+        after = self.clipped(rows, clip)
+        return after, int((after != rows).any(-1).sum()), _norms(after, self.shared, self.plan, self.theirs)
+
+
 def rebuild(
     plan: Plan,
     theirs: Vocabulary,
-    ours: Vocabulary,
     base: Tensor,
     vectors: Tensor | None,
     segmenter: Segmenter,
@@ -82,16 +183,14 @@ def rebuild(
     kinds: Mapping[int, str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Made:
-    """Approximate the rows of ``plan.rebuilt``.
+    """Approximate the rows of ``plan.rebuilt``, as `Maker` does.
 
-    Where several rules compete, they rebuild shared tokens that they are not shown, and the best one is taken. A rule
-    from the donor's vectors leaves out tokens that it has no vector for (or one of zeros, which was never trained);
-    those are made of their pieces, as the mean. What has no pieces either gets the mean row.
+    Where several rules compete, they rebuild shared tokens that they are not shown, and the best one is taken. What is
+    best on a text is another question: see `quickmerge.vocabulary.deciding`.
 
     Args:
         plan: which rows.
         theirs: the vocabulary that is wanted.
-        ours: the base's.
         base: ``(V, d)``, the base's matrix.
         vectors: ``(V', d')``, the donor's, a row for each new id; None where there are none.
         segmenter: cuts tokens into the base's.
@@ -106,38 +205,26 @@ def rebuild(
     Raises:
         QuickmergeError: there are fewer shared tokens than ``k``, or none with a vector.
     """
-    import torch
-
-    matrix = base if base.dtype == torch.float64 else base.float()
     if not len(plan.rebuilt):
-        return Made(matrix[:0], "none needed")
-    from quickmerge.vocabulary.outliers import clip_norms
-    from quickmerge.vocabulary.pieces import Subword
-    from quickmerge.vocabulary.rules import Mean, Zero
+        return Made(base[:0].float(), "none needed")
+    from quickmerge.vocabulary.rules import Mean
     from quickmerge.vocabulary.select import choose
 
-    pairs = plan.copied
-    shared = matrix[torch.from_numpy(pairs[:, 1])]
-    good = (torch.isfinite(shared).all(-1) & (shared.norm(dim=-1) > 0)).numpy()
-    if vectors is not None:
-        good &= _has_vector(vectors, pairs[:, 0])
-    pairs, shared = pairs[good], shared[torch.from_numpy(good)]
-    if not len(pairs):
-        raise QuickmergeError("donor must have vectors for tokens that are shared with the base, got none")
+    maker = Maker(plan, theirs, base, vectors, segmenter)
+    pairs = maker.pairs
     held = min(HELD_OUT, len(pairs) // 4)
     rules = rules_of(method, k=k, anchors=len(pairs) - held, vectors=vectors is not None)
-    # rules that look at no vectors are compared all the same
-    anchors = torch.ones(len(pairs), 1) if vectors is None else vectors[torch.from_numpy(pairs[:, 0])]
-    best, table = rules[0], list[dict[str, Any]]()
+    best, table, ranking = rules[0], list[dict[str, Any]](), tuple(rules)
     if held >= LEAST:
         spelled = [segmenter.without_tokenizer(theirs.by_id[int(one)].data or b"", whole=False) for one in pairs[:, 0]]
         told = None if progress is None else partial(progress, f"comparing rules, {side} matrix")
         choice = choose(
-            rules if len(rules) > 1 or isinstance(best, Mean) else [*rules, Mean()], anchors, shared, pieces=spelled,
-            matrix=matrix, held_out=held, seed=seed,
+            rules if len(rules) > 1 or isinstance(best, Mean) else [*rules, Mean()], maker.anchors, maker.shared,
+            pieces=spelled, matrix=maker.matrix, held_out=held, seed=seed,
             kinds=None if kinds is None else [kinds.get(int(one), "") for one in pairs[:, 0]], progress=told,
         )  # fmt: skip
         best = choice.best if len(rules) > 1 else best
+        ranking = choice.ranking
         table = sorted(choice.rows(), key=lambda row: -row["centred_cosine"])
         for row in table:
             row["best"] = row["rule"] == best.name
@@ -146,35 +233,13 @@ def rebuild(
             f"method {method} compares rules on shared tokens and needs {4 * LEAST} of them, got {len(pairs)}: "
             "name a method with one rule, such as subword-mean"
         )
-    pieces = segmenter.cut_all(theirs.by_id[int(one)].data or b"" for one in plan.rebuilt)
-    whole = np.asarray([bool(one) for one in pieces])
-    given = np.ones(len(pieces), bool)
-    if not isinstance(best, (Subword, Mean, Zero)) and vectors is not None:
-        given = _has_vector(vectors, plan.rebuilt)
-    by_pieces = whole if isinstance(best, Subword) else whole & ~given
-    by_vector = given & (not isinstance(best, Subword))
     if progress is not None:
         progress(f"making rows, {side} matrix", 0, 1)
-    rows = shared.mean(0).repeat(len(pieces), 1)
-    if by_pieces.any():
-        rule = best if isinstance(best, Subword) else Subword("mean")
-        chosen = [one for one, taken in zip(pieces, by_pieces, strict=True) if taken]
-        rows[torch.from_numpy(by_pieces)] = rule.rebuild(chosen, matrix)
-    if by_vector.any():
-        assert not isinstance(best, Subword)
-        ids = torch.from_numpy(plan.rebuilt[by_vector])
-        targets = torch.ones(len(ids), 1) if vectors is None else vectors[ids.clamp_max(len(vectors) - 1)]
-        rows[torch.from_numpy(by_vector)] = best.rebuild(targets, anchors, shared).to(rows.dtype)
-    clipped = 0
-    if clip is not None:
-        before, rows = rows, clip_norms(rows, shared, quantile=clip)
-        clipped = int((rows != before).any(-1).sum())
+    rows, without_vector, mean_row = maker.rows(best)
+    rows, clipped, norms = maker.finished(rows, clip)
     if progress is not None:
         progress(f"making rows, {side} matrix", 1, 1)
-    return Made(
-        rows, best.name, table, len(pairs), held, int((whole & ~given).sum()), int((~by_vector & ~by_pieces).sum()),
-        clipped, _norms(rows, shared, plan, theirs),
-    )  # fmt: skip
+    return Made(rows, best.name, table, len(pairs), held, without_vector, mean_row, clipped, norms, ranking)
 
 
 def _norms(rows: Tensor, shared: Tensor, plan: Plan, theirs: Vocabulary) -> dict[str, Any]:

@@ -49,6 +49,12 @@ class Choice:
     held_out: int
     kinds: Mapping[str, int]
 
+    @property
+    def ranking(self) -> tuple[Rule | Subword, ...]:
+        """The rules from the highest score down, without those that miss the common mean."""
+        sound = [score for score in self.scores if abs(score.offset) <= STRAY]
+        return tuple(score.rule for score in sorted(sound, key=lambda score: -score.centred_cosine))
+
     def rows(self) -> list[dict[str, Any]]:
         """A table, one row a rule: what a report prints and JSON holds."""
         out = []

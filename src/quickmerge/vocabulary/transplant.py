@@ -7,17 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.data import demo_document
+from quickmerge.errors import QuickmergeError, near_match
+from quickmerge.models.read import first_sentence
 from quickmerge.vocabulary.checkpoint import open_checkpoint
 from quickmerge.vocabulary.digits import digit_report
 from quickmerge.vocabulary.donor import Donor, read_donor
+from quickmerge.vocabulary.judging import rebuild_by_text
 from quickmerge.vocabulary.load_tokenizer import load_tokenizer
 from quickmerge.vocabulary.manifest import Former, read_former, vocabulary_sha256
 from quickmerge.vocabulary.matching import Matching, match
 from quickmerge.vocabulary.matrices import find_matrices
 from quickmerge.vocabulary.methods import check_method
 from quickmerge.vocabulary.plan import Plan, make_plan, new_size, return_plan, same_vocabulary
-from quickmerge.vocabulary.rebuild import Made, check_clip, rebuild
+from quickmerge.vocabulary.rebuild import Made, Maker, check_clip, rebuild
 from quickmerge.vocabulary.report import Report
 from quickmerge.vocabulary.segments import Segmenter
 from quickmerge.vocabulary.settings import Template, choose_template
@@ -27,9 +30,13 @@ from quickmerge.vocabulary.write import Transplant, write_transplant
 from quickmerge.vocabulary.writer import check_out
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quickmerge.vocabulary.rows import Side
 
 __all__ = ["Progress", "transplant"]
+
+CHOOSING = ("text", "held-out")
 
 Progress = Callable[[str, int, int], None]
 """Told what goes on, how much of it is done, and how much there is."""
@@ -48,6 +55,8 @@ def transplant(
     vocab_size: int | None = None,
     clip: float | None = None,
     text: Sequence[str] | None = None,
+    choose_by: str = "text",
+    choose_on: Sequence[str] | None = None,
     keep_dropped: bool = True,
     dry_run: bool = False,
     seed: int = 0,
@@ -64,13 +73,16 @@ def transplant(
             None where there are none.
         tokenizer: the tokenizer that is wanted: a folder, a file, a name; None for the donor's own.
         out: the folder that is written: a new one, or one that a transplant wrote.
-        method: one of ``METHODS``; ``auto`` lets them compete on held-out shared tokens.
+        method: one of ``METHODS``; ``auto`` lets them compete.
         k: how many shared tokens a row is made of, in the methods that ask; None lets held-out tokens decide.
         special: token of the new vocabulary -> text of the base that has its job.
         pad_to_multiple_of: round the number of rows up.
         vocab_size: exactly so many rows.
         clip: scale new rows down to this quantile of the norms of shared rows; None leaves them as they are.
         text: texts to make vectors from where there is no donor.
+        choose_by: what ``auto`` trusts. ``"text"``: what a text costs with the new rows, for each kind of token; the
+            base is loaded for it. ``"held-out"``: how well hidden shared tokens are rebuilt, and no more.
+        choose_on: texts to choose on, of the kind that the model is for; default the shipped document, in English.
         keep_dropped: put the rows that nobody takes over aside, for the way back.
         dry_run: do everything but write.
         seed: draws the held-out tokens.
@@ -91,6 +103,7 @@ def transplant(
     target = Path(out).expanduser()
     given = donor is not None or bool(text)
     check_method(method, k, vectors=given)
+    _check_choosing(method, choose_by, choose_on)
     check_clip(clip)
     if tokenizer is None and donor is None:
         raise QuickmergeError("give tokenizer, or a donor that has one, got neither")
@@ -127,10 +140,20 @@ def transplant(
     segmenter = Segmenter(ours, old_tokenizer)
     made: dict[Side, Made] = {}
     for side, entry in sides.items():
-        rows = None if vectors is None else (vectors.input if side == "input" else vectors.output)
+        rows = _vectors(vectors, side)
         made[side] = rebuild(
-            plan, theirs, ours, checkpoint.read(entry.name), rows, segmenter, side, method=method, k=k, clip=clip,
+            plan, theirs, checkpoint.read(entry.name), rows, segmenter, side, method=method, k=k, clip=clip,
             seed=seed, kinds=matching.kinds, progress=progress,
+        )  # fmt: skip
+    if method == "auto" and choose_by == "text" and len(plan.rebuilt):
+        makers = {
+            side: Maker(plan, theirs, checkpoint.read(entry.name), _vectors(vectors, side), segmenter)
+            for side, entry in sides.items()
+        }
+        made = rebuild_by_text(
+            _loaded(base), new_tokenizer, choose_on or [demo_document()], plan, makers, made,
+            bias=None if matrices.bias is None else checkpoint.read(matrices.bias.name), clip=clip,
+            kinds=matching.kinds, progress=progress,
         )  # fmt: skip
     template = choose_template(old_tokenizer, new_tokenizer)
     if way_back:
@@ -176,6 +199,40 @@ def _plan(
     usual = 0 if vectors is None else vectors.rows
     size = new_size(theirs.size, vocab_size=vocab_size, pad_to_multiple_of=pad, usual=usual)
     return make_plan(matching, theirs, ours, size=size, base_rows=base_rows), False
+
+
+def _check_choosing(method: str, choose_by: str, choose_on: Sequence[str] | None) -> None:
+    if choose_by not in CHOOSING:
+        near = near_match(str(choose_by), CHOOSING)
+        raise QuickmergeError(f"choose_by must be one of {', '.join(CHOOSING)}, got {choose_by!r}{near}")
+    if choose_on is not None:
+        if method != "auto" or choose_by != "text":
+            raise QuickmergeError(
+                f"choose_on belongs to method auto with choose_by text, got method {method} with choose_by {choose_by}"
+            )
+        if not any(one.strip() for one in choose_on):
+            raise QuickmergeError("choose_on must hold a text, got none")
+
+
+def _vectors(donor: Donor | None, side: Side) -> Tensor | None:
+    if donor is None:
+        return None
+    return donor.input if side == "input" else donor.output
+
+
+def _loaded(base: str | os.PathLike[str]) -> Any:
+    """The base, to be asked what texts cost."""
+    from quickmerge.models import load
+
+    try:
+        return load(base, progress=False)[0]
+    except QuickmergeError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        raise QuickmergeError(
+            f"base can't be loaded, which choosing by text needs ({first_sentence(error)}): choose by held-out tokens "
+            "instead (choose_by='held-out')"
+        ) from error
 
 
 def _check_donor(donor: Donor, vocabulary: Vocabulary, plan: Plan) -> None:
