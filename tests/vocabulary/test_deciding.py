@@ -71,7 +71,8 @@ def test_the_best_rule_that_looks_at_vectors_competes() -> None:
     assert candidate_rules(ranking)["vectors"] == Omp(4) and "vectors" not in candidate_rules([Mean(), Subword()])
     names = [rule.name for rule in candidate_rules(ranking).values()]
     assert names == [
-        "omp k=4 unit", "subword mean 0.75", "subword mean", "subword mean 0.5", "subword decay 0.75", "mean"
+        "omp k=4 unit", "subword mean 0.75", "subword mean 0.9", "subword mean 0.5", "subword mean",
+        "subword decay 0.75", "mean",
     ]  # fmt: skip
 
 

@@ -114,7 +114,7 @@ def _print_rules(side: str, made: Any, *, tied: bool, console: Console) -> None:
         best = next(row for row in made["table"] if row["best"])
         if best["by_kind"]:
             kinds = ", ".join(f"{kind} {value:.2f}" for kind, value in best["by_kind"].items())
-            console.print(escape(f"Centred cosine of the chosen rule by kind of token: {kinds}."))
+            console.print(escape(f"Centred cosine of the best rule by kind of token: {kinds}."))
         console.print("Shared tokens are more frequent and more English than new ones: expect less of those.")
     if made["decision"] is not None:
         _print_decision(made["decision"], console)

@@ -83,8 +83,9 @@ def candidate_rules(ranking: Sequence[Rule | Subword]) -> dict[str, Rule | Subwo
     if best is not None:
         found["vectors"] = best
     return {
-        **found, FALLBACK: Subword("mean", 0.75), "pieces": Subword("mean"), "pieces, pulled far": Subword("mean", 0.5),
-        "pieces, decay": Subword("decay", 0.75), "mean": Mean(),
+        **found, FALLBACK: Subword("mean", 0.75), "pieces, pulled a little": Subword("mean", 0.9),
+        "pieces, pulled far": Subword("mean", 0.5), "pieces": Subword("mean"), "pieces, decay": Subword("decay", 0.75),
+        "mean": Mean(),
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from quickmerge.vocabulary.deciding import FALLBACK, TRUSTED, Choice, candidate_
 from quickmerge.vocabulary.plan import Plan
 from quickmerge.vocabulary.quality import Texts, score_texts
 from quickmerge.vocabulary.rebuild import Made, Maker
-from quickmerge.vocabulary.rows import Side, assemble
+from quickmerge.vocabulary.rows import Side, assemble, usual_bias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,8 +114,6 @@ def rebuild_by_text(
     Raises:
         QuickmergeError: the texts are too short to be scored.
     """
-    import torch
-
     rules = {side: candidate_rules(one.ranking) for side, one in made.items()}
     names = [name for name in next(iter(rules.values())) if all(name in own for own in rules.values())]
     kind = np.asarray([kinds.get(int(one), "") for one in plan.rebuilt])
@@ -130,8 +128,7 @@ def rebuild_by_text(
             for side, maker in makers.items():
                 put[side] = assemble(plan, maker.matrix, maker.clipped(rows_of(side, choice), clip), side)
             if bias is not None:
-                known = bias[torch.from_numpy(np.unique(plan.copied[:, 1]))].double().mean()
-                put["bias"] = assemble(plan, bias, known.expand(len(plan.rebuilt)), "bias")
+                put["bias"] = assemble(plan, bias, usual_bias(plan, bias), "bias")
             exchanged.put(put)
             return [score_texts(model, tokenizer, [passage], new=new) for passage in passages]
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from quickmerge.vocabulary.plan import Plan
 
-__all__ = ["Side", "assemble"]
+__all__ = ["Side", "assemble", "usual_bias"]
 
 Side = Literal["input", "output", "bias"]
 PART = 8192
@@ -56,6 +56,14 @@ def assemble(plan: Plan, base: Tensor, made: Tensor, side: Side, *, put_aside: T
     if len(empty):
         new[torch.from_numpy(empty)] = _mean(new, torch.from_numpy(used)).to(matrix.dtype)
     return new[:, 0] if flat else new
+
+
+def usual_bias(plan: Plan, base: Tensor) -> Tensor:
+    """``(T,)``, what ``plan.rebuilt`` gets of a bias ``(V,)``: the mean of shared tokens, since nothing predicts it."""
+    import torch
+
+    known = base[torch.from_numpy(np.unique(plan.copied[:, 1]))].double().mean()
+    return known.expand(len(plan.rebuilt))
 
 
 def _mean(rows: Tensor, used: Tensor) -> Tensor:

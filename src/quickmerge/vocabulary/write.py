@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from quickmerge.errors import QuickmergeError
 from quickmerge.files import write_json
 from quickmerge.vocabulary.checkpoint import Checkpoint
@@ -25,7 +23,7 @@ from quickmerge.vocabulary.manifest import (
 from quickmerge.vocabulary.matrices import Matrices
 from quickmerge.vocabulary.plan import KINDS, Plan
 from quickmerge.vocabulary.rebuild import Made
-from quickmerge.vocabulary.rows import Side, assemble
+from quickmerge.vocabulary.rows import Side, assemble, usual_bias
 from quickmerge.vocabulary.settings import (
     Template,
     copy_companions,
@@ -187,13 +185,7 @@ def _matrices(work: Transplant) -> tuple[dict[str, Piece], dict[str, tuple[Piece
 
 
 def _made(work: Transplant, side: Side, base: Tensor) -> Tensor:
-    import torch
-
-    if side in work.made:
-        return work.made[side].rows
-    # a bias has nothing to be predicted from
-    known = base[torch.from_numpy(np.unique(work.plan.copied[:, 1]))].double().mean()
-    return known.expand(len(work.plan.rebuilt))
+    return work.made[side].rows if side in work.made else usual_bias(work.plan, base)
 
 
 def _manifest(
