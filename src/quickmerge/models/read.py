@@ -65,6 +65,11 @@ def read_config(source: str) -> PretrainedConfig:
 def _check_causal(source: str, config: PretrainedConfig) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if config.model_type == "quickmerge-calm":
+        raise UnsupportedModelError(
+            f"{source} is a CALM, which has no probabilities of tokens and is no use here: open it with "
+            "quickmerge.continuous.load_calm"
+        )
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     saved = list(config.architectures or [])
     # An encoder such as BERT can be opened as a causal model too, but it was not trained as one.
