@@ -14,8 +14,9 @@ from quickmerge.continuous.autoencoder import CalmAutoencoder
 from quickmerge.continuous.model import CalmForCausalLM
 from quickmerge.continuous.store import load_calm
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.heads.energy import energy_score
 from quickmerge.training import TrainingConfig
-from quickmerge.training.calm import CalmText, check_causal, llama_shape, new_calm, train_calm
+from quickmerge.training.calm import CalmText, check_causal, energy_range, llama_shape, new_calm, train_calm
 from quickmerge.training.calm_autoencoder import new_autoencoder
 from quickmerge.training.calm_texts import CalmTexts
 
@@ -74,6 +75,26 @@ def test_it_learns_what_comes_next(taught: CalmAutoencoder, tmp_path: Path) -> N
         at = cycle.index(int(ids[0, -1]))
         right += sum(int(token) == cycle[(at + 1 + step) % 6] for step, token in enumerate(out[ids.shape[1] :]))
     assert right >= 14  # of 18, of twenty words
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_the_score_has_its_range(taught: CalmAutoencoder, alpha: float) -> None:
+    """Heads that know nothing and all are made by hand, and scored by the loss itself."""
+    texts = texts_of()
+    model = tiny(texts, taught, alpha=alpha)
+    before = torch.get_rng_state()
+    nothing, everything = energy_range(model, texts)
+    assert torch.equal(before, torch.get_rng_state()) and 0 < everything < 0.7 * nothing
+    assert energy_range(model, texts) == (nothing, everything)
+    ids = torch.cat([texts[at].view(-1, texts.patch) for at in range(len(texts))])
+    ids = ids[(ids != texts.pad).any(-1)]
+    draws = 400
+    truth = model.draw_targets(ids, draws)
+    known = energy_score(model.draw_targets(ids, draws), truth, alpha).mean()
+    any_chunk = ids[torch.randint(len(ids), (draws, len(ids)))]
+    blind = model.autoencoder.draw(*model.autoencoder.encode(any_chunk), 1)[0]
+    assert float(known) == pytest.approx(everything, rel=0.1)
+    assert float(energy_score(blind, truth, alpha).mean()) == pytest.approx(nothing, rel=0.1)
 
 
 @pytest.mark.parametrize("head", ["energy", "flow", "diffusion"])

@@ -238,11 +238,14 @@ def train_model(
     whole: bool,
 ) -> None:
     """Train a CALM on the autoencoder."""
-    from quickmerge.training.calm import new_calm, train_calm
+    from quickmerge.training.calm import energy_range, new_calm, train_calm
 
     autoencoder, tokenizer = found.model()
     dataset = windows(texts, tokenizer, autoencoder.config.patch, chunks)
     model = new_calm(autoencoder, backbone=_backbone(reading, 1), seed=config.seed, **_head(drawing))
+    if model.config.head == "energy":
+        nothing, everything = energy_range(model, dataset)
+        print(f"energy score: {nothing:.3f} where nothing is known of what comes next, {everything:.3f} where all is")
     resume = _goes_on(out, resume, whole)
     tell(train_calm(model, dataset, config, out, tokenizer=tokenizer, resume=resume), out)
 

@@ -20,7 +20,7 @@ from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
 from quickmerge.training.objective import Objective
 
-__all__ = ["CalmText", "check_causal", "llama_shape", "new_calm", "train_calm"]
+__all__ = ["CalmText", "check_causal", "energy_range", "llama_shape", "new_calm", "train_calm"]
 
 
 class CalmText(Objective):
@@ -106,6 +106,34 @@ def check_causal(model: CalmForCausalLM) -> None:
         raise UnsupportedModelError(
             f"backbone must be a causal language model, got {type(model.backbone).__name__}, which looks ahead"
         )
+
+
+@torch.no_grad()
+def energy_range(model: CalmForCausalLM, texts: CalmTexts, *, chunks: int = 2048) -> tuple[float, float]:
+    """Between what two numbers the energy score of a CALM moves.
+
+    With y and y' drawn of the autoencoder's distribution for two chunks of the texts, a head that draws as often as the
+    texts whatever was read scores ``E |y - y'|^alpha``, and one that knows the next chunk the same with y and y' of one
+    chunk. Where chunks are about as far from one another, the score falls between the two by as large a share as the
+    Brier score of a chunk is: where hardly any chunk is likely, there is hardly anything to learn from.
+
+    Args:
+        model: with an energy head.
+        texts: windows, of which some are read, spread evenly.
+        chunks: about how many of them.
+
+    Returns:
+        The score of knowing nothing of what was read, and that of knowing all. The global generator stays as it was.
+    """
+    step = max(1, len(texts) * texts.chunks // chunks)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ids = torch.cat([texts[at].view(-1, texts.patch) for at in range(0, len(texts), step)])
+        ids = ids[(ids != texts.pad).any(-1)].to(model.device)
+        y, other = model.draw_targets(ids, 2).float()
+    apart = torch.cdist(y, other).pow(model.config.alpha)
+    same = apart.diagonal()
+    return float((apart.sum() - same.sum()) / (len(ids) * (len(ids) - 1))), float(same.mean())
 
 
 def train_calm(
