@@ -114,8 +114,9 @@ def energy_range(model: CalmForCausalLM, texts: CalmTexts, *, chunks: int = 2048
 
     With y and y' drawn of the autoencoder's distribution for two chunks of the texts, a head that draws as often as the
     texts whatever was read scores ``E |y - y'|^alpha``, and one that knows the next chunk the same with y and y' of one
-    chunk. Where chunks are about as far from one another, the score falls between the two by as large a share as the
-    Brier score of a chunk is: where hardly any chunk is likely, there is hardly anything to learn from.
+    chunk. If all chunks were equally far from one another, the score would fall by as large a share of the way as the
+    Brier score of a chunk is: where hardly any chunk is likely, there is hardly anything to learn from. Chunks that
+    have tokens in common are nearer, so it falls further.
 
     Args:
         model: with an energy head.
