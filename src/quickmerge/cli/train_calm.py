@@ -10,7 +10,7 @@ import typer
 from quickmerge.cli.common import one_sentence, quiet
 from quickmerge.errors import QuickmergeError, near_match
 
-EXAMPLE = "Example: quickmerge train calm --data texts/ --vocabulary 2048 --latent 64 --ae-width 128 --out runs/calm"
+EXAMPLE = "Example: quickmerge train calm --data texts/ --vocabulary 512 --latent 64 --ae-width 128 --out runs/calm"
 STAGES = ("both", "autoencoder", "model", "discrete")
 ENCODES = ("both", "autoencoder")  # stages in which an autoencoder is trained
 SPEAKS = ("both", "model")  # stages in which a CALM is
