@@ -29,10 +29,11 @@ LINES = [f"{SENTENCES[n % len(SENTENCES)]} It was {n} days ago." for n in range(
 RUSSIAN = [f"Кошка сидит на окне {n} дня." for n in range(30)]
 
 
-def gathered(folder: Path, split: str, texts: list[str]) -> Path:
-    """A folder such as documents.py and training_text.py fill."""
+def gathered(folder: Path, split: str, texts: list[str], **more: list[str]) -> Path:
+    """A folder such as documents.py and training_text.py fill, of one split and of more."""
     entries = []
-    for number, text in enumerate(texts):
+    whole = [(name, number, text) for name, own in {split: texts, **more}.items() for number, text in enumerate(own)]
+    for split, number, text in whole:
         file = f"{split}/prose/{number}.txt"
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text)
@@ -56,7 +57,9 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
     monkeypatch.setattr(transplant_texts, "_paragraphs", lambda *_: RUSSIAN)
     for module in (script, sys.modules["quickmerge.vocabulary.transplant"]):
         monkeypatch.setattr(module, "digit_report", partial(module.digit_report, numbers=[7, 12, 345, 2024]))
-    documents = gathered(tmp_path / "documents", "test", ["\n".join(LINES[n : n + 20]) for n in range(4)])
+    documents = gathered(tmp_path / "documents", "test", ["\n".join(LINES[n : n + 20]) for n in range(4)],
+                         dev=["\n".join(LINES[n : n + 20]) for n in range(30, 32)])  # fmt: skip
+    monkeypatch.setattr(script, "CHOSEN_ON", 2)
     training = gathered(tmp_path / "training", "train", ["\n".join(LINES[n:]) for n in range(8)])
 
     def start(*more: object) -> int:
@@ -70,7 +73,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
 
 def test_a_run_that_was_broken_off_goes_on(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    allowed = [14]
+    allowed = [16]
     real = script.rebuild
 
     def counted(*args: Any, method: str, **more: Any) -> Any:
@@ -83,11 +86,11 @@ def test_a_run_that_was_broken_off_goes_on(start: Any, tmp_path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         start()
     # with nothing hidden all is known already
-    assert not (tmp_path / "r.json").exists() and made == [*script.METHODS, *script.CURVE[:2]]
+    assert not (tmp_path / "r.json").exists() and made == [*script.METHODS, "auto", *script.CURVE[:2]]
     made.clear()
     allowed[0] = 99
     assert start() == 0
-    assert made == [*script.CURVE[2:], *script.METHODS] and not (tmp_path / "notes.jsonl").exists()
+    assert made == [*script.CURVE[2:], *script.METHODS, "auto"] and not (tmp_path / "notes.jsonl").exists()
     broken = json.loads((tmp_path / "r.json").read_text())
     monkeypatch.setattr(script, "rebuild", real)
     assert start() == 0
@@ -96,7 +99,7 @@ def test_a_run_that_was_broken_off_goes_on(start: Any, tmp_path: Path, monkeypat
 
     kinds = [("one", "prose"), ("one", "Russian"), ("two", "prose, lower case")]
     assert [(r["vocabulary"], r["kind"], r["method"]) for r in whole["rows"]] == [
-        (*kind, method) for kind in kinds for method in script.METHODS
+        (*kind, method) for kind in kinds for method in script.COMPARED
     ]
     assert [(r["vocabulary"], r["kind"]) for r in whole["against_auto"]] == kinds
     for r in whole["rows"]:
@@ -111,6 +114,7 @@ def test_a_run_that_was_broken_off_goes_on(start: Any, tmp_path: Path, monkeypat
         ))  # fmt: skip
     for r in whole["against_auto"]:
         own = [o for o in whole["rows"] if (o["vocabulary"], o["kind"]) == (r["vocabulary"], r["kind"])]
+        own = [o for o in own if o["method"] != script.HELD_OUT]
         assert r["best_bits_per_byte"] == pytest.approx(min(o["bits_per_byte"] for o in own)) and r["behind"] >= 0
     written = whole["meta"]["written_folder"]
     assert written["largest_difference_bits"] < 1e-3
@@ -130,7 +134,7 @@ def test_a_run_that_was_broken_off_goes_on(start: Any, tmp_path: Path, monkeypat
 def test_what_is_hidden_is_in_no_piece(start: Any) -> None:
     tokenizer = byte_level(420)
     case = script.CASES[0]
-    bench = script.Bench(case, None, tokenizer, torch.randn(420, 8), {})
+    bench = script.Bench(case, None, tokenizer, torch.randn(420, 8), {}, [])
     bench.prepare(None)
     plain, _ = bench.plan()
     gone: set[int] = set()
@@ -186,6 +190,8 @@ def test_passages_hold_so_many_bytes_and_do_not_overlap(monkeypatch: pytest.Monk
     with pytest.raises(QuickmergeError, match="at most 16"):
         transplant_texts.passages("Russian", None, 99)
     folder = gathered(tmp_path, "test", ["Short line.\n" * 200, "One sentence. " * 200])
+    others = transplant_texts.passages("Russian", None, 5, scored=7)
+    assert len(set(others)) == 5 and not set(others) & set(found), "what is chosen on is not what is scored"
     prose = transplant_texts.passages("prose", folder, 2)
     assert [len(text) for text in prose] == [500, 500] and prose[0].startswith("Short") and prose[1].startswith("One")
 
