@@ -16,12 +16,10 @@ from typing import Any
 
 from matplotlib.ticker import LogLocator, NullLocator
 
-from quickmerge.report.drawing import bare_axes, new_figure, note, plain_settings, save
+from quickmerge.report.drawing import bare_axes, new_figure, note, note_ends, plain_settings, save
 from quickmerge.report.palette import LIGHT, OTHERS
 
 HERE = Path(__file__).parent
-LEAST_APART = 13
-"""Points between names."""
 
 
 def main() -> int:
@@ -51,7 +49,7 @@ def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
             top: dict[str, Any] = {"xycoords": "axes fraction"}
             note(axes, title, (0, 1), (0, 24), color=LIGHT.ink, fontsize=13, fontweight="bold", **top)
             note(axes, "BrierLM, 95 % intervals", (0, 1), (0, 7), color=LIGHT.muted, fontsize=10, **top)
-            ends: list[tuple[float, float, str, Any]] = []
+            ends: list[tuple[str, tuple[float, float], str]] = []
             for order, (name, line) in enumerate(lines.items()):
                 ordinary = line[0]["kind"] == "tokens"
                 colour = LIGHT.faint if ordinary else (LIGHT.accent, *(pair[0] for pair in OTHERS))[order % 6]
@@ -60,7 +58,7 @@ def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
                 at, value = [r[key] for r in shown], [r["brier_lm"] for r in shown]
                 spread = [[abs(r[f"brier_lm_{end}"] - r["brier_lm"]) for r in shown] for end in ("low", "high")]
                 axes.errorbar(at, value, spread, color=colour, linewidth=2.2, marker="o", markersize=6, capsize=3)
-                ends.append((value[-1], at[-1], name, colour))
+                ends.append((name, (at[-1], value[-1]), colour))
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(lambda value, _: _short(value))
@@ -68,13 +66,8 @@ def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
             axes.set_xlabel(words)
             axes.margins(x=0.18)
             axes.set_ylim(0, axes.get_ylim()[1])  # settled, so that places can be told
-            last = float("-inf")
-            for height, end, name, colour in sorted(ends, key=lambda one: one[0]):
-                own = float(axes.transData.transform((end, height))[1]) * 72 / figure.dpi
-                # at one place to the right in the left half: names that would lie on one another move up
-                place = max(own + 6, last + LEAST_APART) if key == "train_flops" else own + 6
-                last = place
-                note(axes, name, (end, height), (8, place - own), color=colour, fontsize=10.5)
+            for column in [ends] if key == "train_flops" else [[end] for end in ends]:
+                note_ends(axes, column, (8, 6))
         save(figure, out)
 
 

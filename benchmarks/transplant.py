@@ -45,7 +45,7 @@ from quickmerge.prior.identity import model_hash
 from quickmerge.vocabulary import embeddings_from_text, load_tokenizer, match, read_vocabulary, transplant
 from quickmerge.vocabulary.digits import digit_report
 from quickmerge.vocabulary.donor import read_donor
-from quickmerge.vocabulary.judging import rebuild_by_text
+from quickmerge.vocabulary.judging import Exchanged, rebuild_by_text
 from quickmerge.vocabulary.methods import METHODS, NEEDS_VECTORS
 from quickmerge.vocabulary.plan import Plan, make_plan, new_size
 from quickmerge.vocabulary.quality import compare_logits, score_texts
@@ -161,13 +161,12 @@ class Bench:
         vectors = self.vectors if method in (*NEEDS_VECTORS, "auto", HELD_OUT) else None
         kinds = self.matching.kinds
         own = "auto" if method == HELD_OUT else method
-        made = rebuild(plan, self.theirs, self.base, vectors, segmenter, "input", method=own, kinds=kinds)
+        maker = Maker(plan, self.theirs, self.base, vectors, segmenter)
+        made = rebuild(maker, "input", method=own, kinds=kinds)
         if method != "auto":
             return made
-        maker = Maker(plan, self.theirs, self.base, vectors, segmenter)
-        return rebuild_by_text(
-            self.model, self.tokenizer, self.others, plan, {"input": maker}, {"input": made}, kinds=kinds
-        )["input"]
+        makers, before = {"input": maker}, {"input": made}
+        return rebuild_by_text(self.model, self.tokenizer, self.others, makers, before, kinds=kinds)["input"]
 
     def score(self, plan: Plan, made: Made, kinds: Sequence[str]) -> list[Row]:
         """What the model with these rows makes of every passage, and on the first kind how its new rows compete."""
@@ -428,9 +427,7 @@ def per_byte(own: Iterable[Row]) -> float:
 
 def put(model: Any, matrix: Tensor) -> None:
     """Give the model another matrix for input and output; the body stays."""
-    weight = torch.nn.Parameter(matrix, requires_grad=False)
-    model.get_input_embeddings().weight = weight
-    model.get_output_embeddings().weight = weight
+    Exchanged(model).put({"input": matrix})
 
 
 def mask(size: int, ids: Any) -> Any:

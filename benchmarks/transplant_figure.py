@@ -14,12 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quickmerge.report.drawing import bare_axes, new_figure, note, plain_settings, save
+from quickmerge.report.drawing import bare_axes, new_figure, note, note_ends, plain_settings, save
 from quickmerge.report.palette import LIGHT, OTHERS
 
 HERE = Path(__file__).parent
-LEAST_APART = 13
-"""Points between two names at the right edge."""
 
 
 def main() -> int:
@@ -54,15 +52,8 @@ def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
             axes.errorbar(at, value, spread, color=shades[name], linewidth=2.2, marker="o", markersize=6, capsize=3)
         axes.set_xlabel("% of the shared tokens that are hidden, and made like new ones")
         axes.set_ylim(axes.get_ylim())  # settled, so that places can be told
-        per_point = 72 / figure.dpi
-        last = float("-inf")
-        for name, line in sorted(lines.items(), key=lambda one: float(one[1][-1]["bits_per_byte"])):
-            end = line[-1]
-            height = float(axes.transData.transform((0.0, end["bits_per_byte"]))[1]) * per_point
-            place = max(height, last + LEAST_APART)  # names that would lie on one another move up
-            last = place
-            note(axes, name, (100 * end["share"], end["bits_per_byte"]), (9, place - height - 4), color=shades[name],
-                 fontsize=10.5)  # fmt: skip
+        ends = [(name, line[-1]) for name, line in lines.items()]
+        note_ends(axes, [(n, (100 * end["share"], end["bits_per_byte"]), shades[n]) for n, end in ends], (9, -4))
         save(figure, out)
 
 

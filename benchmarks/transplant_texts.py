@@ -17,6 +17,7 @@ from document_sources import MissingSourceError, unpacked
 from documents import MANIFEST, is_whole
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.evaluation.images import evenly
 from quickmerge.models import cache_folder
 
 PASSAGE = 500
@@ -45,8 +46,8 @@ def passages(kind: str, documents: Path | None, count: int, *, scored: int = 0) 
     """
     if kind in LANGUAGES:
         whole = _cut(_paragraphs(*LANGUAGES[kind]))
-        taken = _evenly(whole, scored) if scored else []
-        found = _evenly([one for one in whole if one not in taken], count)
+        taken = evenly(whole, scored)
+        found = evenly([one for one in whole if one not in taken], count)
     else:
         folder = documents or cache_folder() / "documents"
         texts = _listed(folder, "dev" if scored else "test", "benchmarks/documents.py", kind.partition(",")[0])[:count]
@@ -130,11 +131,6 @@ def _cut(paragraphs: list[str]) -> list[str]:
             whole.append(_least("\n".join(held)))
             held = []
     return whole
-
-
-def _evenly(whole: list[str], count: int) -> list[str]:
-    """So many of them, spread over all."""
-    return [whole[place * len(whole) // count] for place in range(count)] if len(whole) >= count else whole
 
 
 def _middle(text: str) -> str:

@@ -103,7 +103,8 @@ def transplant(
     paths = [*(text or []), *(more or [])]
     texts = [read_text(path) for path in paths] or [demo_document()]
     chooses = method == "auto" and choose_by == "text"
-    to_choose, to_measure = (deal(texts) if quality and not dry_run else (texts, [])) if chooses else ([], texts)
+    measures = quality and not dry_run
+    to_choose, to_measure = deal(texts) if chooses and measures else (texts, texts)
     corpus = [read_text(path) for path in donor_text or []]
     quiet()
     with progress() as bar, one_sentence():
@@ -116,10 +117,11 @@ def transplant(
 
         report = run(
             base, donor, tokenizer, out, method=method, k=k, special=asked, pad_to_multiple_of=pad_to_multiple_of,
-            vocab_size=vocab_size, clip=clip, text=corpus, choose_by=choose_by, choose_on=to_choose or None,
-            keep_dropped=keep_dropped, dry_run=dry_run, seed=seed, progress=told,
+            vocab_size=vocab_size, clip=clip, text=corpus, choose_by=choose_by,
+            choose_on=to_choose if chooses else None, keep_dropped=keep_dropped, dry_run=dry_run, seed=seed,
+            progress=told,
         )  # fmt: skip
-        measured = measure(base, report, to_measure, progress=told) if quality and not dry_run else None
+        measured = measure(base, report, to_measure, progress=told) if measures else None
     console = Console()
     print_transplant(report, console)
     if measured is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SUFFIXES = ("png", "svg")
+APART = 13
+"""Points between names, one above the other."""
 
 
 @contextmanager
@@ -64,6 +66,25 @@ def bare_axes(axes: Axes, theme: Theme, *, grid: str = "y") -> None:
 def note(axes: Axes, words: str, at: tuple[float, float], by: tuple[float, float], **style: Any) -> None:
     """Write ``words`` into ``axes``, ``by`` so many points away from ``at``."""
     axes.annotate(words, at, xytext=by, textcoords="offset points", annotation_clip=False, **style)
+
+
+def note_ends(axes: Axes, ends: Sequence[tuple[str, tuple[float, float], str]], by: tuple[float, float]) -> None:
+    """Write names ``by`` so many points away from where lines end, one above the other where they would touch.
+
+    The limits of ``axes`` must be settled.
+
+    Args:
+        axes: where the lines are.
+        ends: of each line its name, its end and its colour; all ends in one column.
+        by: points to the right, and up.
+    """
+    figure = axes.get_figure()
+    assert figure is not None
+    last = float("-inf")
+    for name, end, colour in sorted(ends, key=lambda one: one[1][1]):
+        height = float(axes.transData.transform(end)[1]) * 72 / figure.dpi
+        last = max(height + by[1], last + APART)
+        note(axes, name, end, (by[0], last - height), color=colour, fontsize=10.5)
 
 
 def suffix_of(path: str | os.PathLike[str]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quickmerge.continuous.autoencoder import CalmAutoencoder
+from quickmerge.continuous.chunks import real_chunks
 from quickmerge.continuous.config import CalmConfig
 from quickmerge.continuous.model import CalmForCausalLM
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
@@ -130,7 +131,7 @@ def energy_range(model: CalmForCausalLM, texts: CalmTexts, *, chunks: int = 2048
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ids = torch.cat([texts[at].view(-1, texts.patch) for at in range(0, len(texts), step)])
-        ids = ids[(ids != texts.pad).any(-1)].to(model.device)
+        ids = ids[real_chunks(ids, texts.pad)].to(model.device)
         y, other = model.draw_targets(ids, 2).float()
     apart = torch.cdist(y, other).pow(model.config.alpha)
     same = apart.diagonal()

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quickmerge.vocabulary.kinds import KINDS
+from quickmerge.vocabulary.methods import PULLED
 
 if TYPE_CHECKING:
     from quickmerge.vocabulary.pieces import Subword
@@ -83,7 +84,7 @@ def candidate_rules(ranking: Sequence[Rule | Subword]) -> dict[str, Rule | Subwo
     if best is not None:
         found["vectors"] = best
     return {
-        **found, FALLBACK: Subword("mean", 0.75), "pieces, pulled a little": Subword("mean", 0.9),
+        **found, FALLBACK: Subword("mean", PULLED), "pieces, pulled a little": Subword("mean", 0.9),
         "pieces, pulled far": Subword("mean", 0.5), "pieces": Subword("mean"), "pieces, decay": Subword("decay", 0.75),
         "mean": Mean(),
     }  # fmt: skip
@@ -117,7 +118,6 @@ def decide(
     seen = sorted((k for k in kinds if new_tokens.get(k, 0) >= ENOUGH), key=lambda kind: -new_tokens[kind])
     most = len(candidates) + 1 + len(seen) * (len(candidates) - 1)
     tried: list[dict[str, Any]] = []
-
     size = 0
 
     def attempt(choice: Choice, kind: str | None, name: str) -> NDArray[np.float64]:
@@ -176,9 +176,10 @@ def deal(texts: Sequence[str], size: int = DEALT) -> tuple[list[str], list[str]]
 
 def spread(texts: Sequence[str], most: int = MOST, size: int = PASSAGE) -> list[str]:
     """Passages of about ``size`` bytes, at most ``most`` bytes of them, spread evenly over all texts."""
+    from quickmerge.training.data.images import evenly
+
     passages = [part for text in texts for part in _cut(text, size, of_bytes=True) if part.strip()]
-    count = min(len(passages), max(1, most // size))
-    return [passages[place * len(passages) // count] for place in range(count)]
+    return evenly(passages, max(1, most // size))
 
 
 def _cut(text: str, size: int, *, of_bytes: bool = False) -> list[str]:

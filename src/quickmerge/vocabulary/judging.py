@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.vocabulary.deciding import FALLBACK, TRUSTED, Choice, candidate_rules, decide, spread
-from quickmerge.vocabulary.plan import Plan
 from quickmerge.vocabulary.quality import Texts, score_texts
 from quickmerge.vocabulary.rebuild import Made, Maker
 from quickmerge.vocabulary.rows import Side, assemble, usual_bias
@@ -85,7 +84,6 @@ def rebuild_by_text(
     model: Any,
     tokenizer: Any,
     texts: Sequence[str],
-    plan: Plan,
     makers: Mapping[Side, Maker],
     made: Mapping[Side, Made],
     *,
@@ -100,8 +98,7 @@ def rebuild_by_text(
         model: the base; it is as before when this returns.
         tokenizer: the new one.
         texts: some passages of them are read.
-        plan: which rows.
-        makers: for each matrix.
+        makers: for each matrix, all of one plan.
         made: what held-out tokens chose for each, with the ranking of its rules.
         bias: ``(V,)``, the base's, if it has one.
         clip: as for `transplant`.
@@ -116,21 +113,23 @@ def rebuild_by_text(
     """
     rules = {side: candidate_rules(one.ranking) for side, one in made.items()}
     names = [name for name in next(iter(rules.values())) if all(name in own for own in rules.values())]
+    plan = next(iter(makers.values())).plan
     kind = np.asarray([kinds.get(int(one), "") for one in plan.rebuilt])
     passages = spread(texts)
     rows_of = _Rows(makers, rules, kind)
-    new = np.zeros(plan.size, bool)
-    new[plan.rebuilt] = True
+    for side, one in made.items():
+        if clip is None and "vectors" in names and one.rule == rules[side]["vectors"].name:
+            rows_of.keep(side, "vectors", one.rows)  # these are made already
+    same = {} if bias is None else {"bias": assemble(plan, bias, usual_bias(plan, bias), "bias")}
     with Exchanged(model) as exchanged:
 
         def score(choice: Choice) -> list[Texts]:
-            put: dict[str, Tensor] = {}
-            for side, maker in makers.items():
-                put[side] = assemble(plan, maker.matrix, maker.clipped(rows_of(side, choice), clip), side)
-            if bias is not None:
-                put["bias"] = assemble(plan, bias, usual_bias(plan, bias), "bias")
-            exchanged.put(put)
-            return [score_texts(model, tokenizer, [passage], new=new) for passage in passages]
+            put: dict[str, Tensor] = {
+                side: assemble(plan, maker.matrix, maker.clipped(rows_of(side, choice), clip), side)
+                for side, maker in makers.items()
+            }
+            exchanged.put({**put, **same})
+            return [score_texts(model, tokenizer, [passage]) for passage in passages]
 
         told = None if progress is None else partial(progress, "deciding on the text")
         counts = _counts(tokenizer, passages, dict(zip(plan.rebuilt.tolist(), kind.tolist(), strict=True)))
@@ -173,6 +172,11 @@ class _Rows:
         assert out is not None
         return out
 
+    def keep(self, side: Side, name: str, rows: Tensor) -> None:
+        """Keep all rows of a candidate."""
+        self.kept[side, name] = rows
+        self.left -= rows.nbytes
+
     def _some(self, side: Side, name: str, places: NDArray[np.int64]) -> Tensor:
         import torch
 
@@ -182,8 +186,7 @@ class _Rows:
             # a rule that looks at vectors takes longest, and is asked for first
             if size > self.left and name != "vectors":
                 return maker.rows(rule, places)[0]
-            self.kept[side, name] = maker.rows(rule)[0]
-            self.left -= size
+            self.keep(side, name, maker.rows(rule)[0])
         return self.kept[side, name][torch.from_numpy(places)]
 
 

@@ -169,11 +169,7 @@ class Maker:
 
 
 def rebuild(
-    plan: Plan,
-    theirs: Vocabulary,
-    base: Tensor,
-    vectors: Tensor | None,
-    segmenter: Segmenter,
+    maker: Maker,
     side: Side,
     *,
     method: str,
@@ -183,18 +179,14 @@ def rebuild(
     kinds: Mapping[int, str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Made:
-    """Approximate the rows of ``plan.rebuilt``, as `Maker` does.
+    """Approximate the rows of ``plan.rebuilt`` by one rule.
 
     Where several rules compete, they rebuild shared tokens that they are not shown, and the best one is taken. What is
     best on a text is another question: see `quickmerge.vocabulary.deciding`.
 
     Args:
-        plan: which rows.
-        theirs: the vocabulary that is wanted.
-        base: ``(V, d)``, the base's matrix.
-        vectors: ``(V', d')``, the donor's, a row for each new id; None where there are none.
-        segmenter: cuts tokens into the base's.
-        side: ``"input"`` or ``"output"``.
+        maker: of one matrix.
+        side: ``"input"`` or ``"output"``, for what is told.
         method: one of ``METHODS``.
         k: as for `transplant`.
         clip: as for `transplant`.
@@ -203,20 +195,18 @@ def rebuild(
         progress: told what goes on.
 
     Raises:
-        QuickmergeError: there are fewer shared tokens than ``k``, or none with a vector.
+        QuickmergeError: there are fewer shared tokens than ``k``.
     """
-    if not len(plan.rebuilt):
-        return Made(base[:0].float(), "none needed")
     from quickmerge.vocabulary.rules import Mean
     from quickmerge.vocabulary.select import choose
 
-    maker = Maker(plan, theirs, base, vectors, segmenter)
     pairs = maker.pairs
     held = min(HELD_OUT, len(pairs) // 4)
-    rules = rules_of(method, k=k, anchors=len(pairs) - held, vectors=vectors is not None)
+    rules = rules_of(method, k=k, anchors=len(pairs) - held, vectors=maker.vectors is not None)
     best, table, ranking = rules[0], list[dict[str, Any]](), tuple(rules)
     if held >= LEAST:
-        spelled = [segmenter.without_tokenizer(theirs.by_id[int(one)].data or b"", whole=False) for one in pairs[:, 0]]
+        by_id, cut = maker.theirs.by_id, maker.segmenter.without_tokenizer
+        spelled = [cut(by_id[int(one)].data or b"", whole=False) for one in pairs[:, 0]]
         told = None if progress is None else partial(progress, f"comparing rules, {side} matrix")
         choice = choose(
             rules if len(rules) > 1 or isinstance(best, Mean) else [*rules, Mean()], maker.anchors, maker.shared,

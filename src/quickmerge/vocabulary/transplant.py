@@ -30,8 +30,6 @@ from quickmerge.vocabulary.write import Transplant, write_transplant
 from quickmerge.vocabulary.writer import check_out
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from quickmerge.vocabulary.rows import Side
 
 __all__ = ["Progress", "transplant"]
@@ -139,19 +137,22 @@ def transplant(
         sides["output"] = matrices.output
     segmenter = Segmenter(ours, old_tokenizer)
     made: dict[Side, Made] = {}
+    makers: dict[Side, Maker] = {}
     for side, entry in sides.items():
-        rows = _vectors(vectors, side)
+        matrix = checkpoint.read(entry.name)
+        if not len(plan.rebuilt):
+            made[side] = Made(matrix[:0].float(), "none needed")
+            continue
+        rows = None if vectors is None else (vectors.input if side == "input" else vectors.output)
+        maker = Maker(plan, theirs, matrix, rows, segmenter)
         made[side] = rebuild(
-            plan, theirs, checkpoint.read(entry.name), rows, segmenter, side, method=method, k=k, clip=clip,
-            seed=seed, kinds=matching.kinds, progress=progress,
-        )  # fmt: skip
-    if method == "auto" and choose_by == "text" and len(plan.rebuilt):
-        makers = {
-            side: Maker(plan, theirs, checkpoint.read(entry.name), _vectors(vectors, side), segmenter)
-            for side, entry in sides.items()
-        }
+            maker, side, method=method, k=k, clip=clip, seed=seed, kinds=matching.kinds, progress=progress
+        )
+        if method == "auto" and choose_by == "text":
+            makers[side] = maker
+    if makers:
         made = rebuild_by_text(
-            _loaded(base), new_tokenizer, choose_on or [demo_document()], plan, makers, made,
+            _loaded(base), new_tokenizer, choose_on or [demo_document()], makers, made,
             bias=None if matrices.bias is None else checkpoint.read(matrices.bias.name), clip=clip,
             kinds=matching.kinds, progress=progress,
         )  # fmt: skip
@@ -214,20 +215,12 @@ def _check_choosing(method: str, choose_by: str, choose_on: Sequence[str] | None
             raise QuickmergeError("choose_on must hold a text, got none")
 
 
-def _vectors(donor: Donor | None, side: Side) -> Tensor | None:
-    if donor is None:
-        return None
-    return donor.input if side == "input" else donor.output
-
-
 def _loaded(base: str | os.PathLike[str]) -> Any:
     """The base, to be asked what texts cost."""
     from quickmerge.models import load
 
     try:
         return load(base, progress=False)[0]
-    except QuickmergeError:
-        raise
     except (MemoryError, RuntimeError) as error:
         raise QuickmergeError(
             f"base can't be loaded, which choosing by text needs ({first_sentence(error)}): choose by held-out tokens "
