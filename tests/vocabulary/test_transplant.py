@@ -185,6 +185,25 @@ def test_a_text_decides_kind_by_kind(family: str, tmp_path: Path, llama2: Path) 
     assert all(same_bits(value, old[name]) for name, value in tensors(base).items())
 
 
+def test_what_lacks_a_vector_is_counted_of_the_rules_that_were_taken(tmp_path: Path, llama2: Path) -> None:
+    """Hidden tokens choose vectors for all, and the text for some kinds at most."""
+    base = model_folder(tmp_path / "base", "llama tied", rows=420)
+    matching = match(read_vocabulary(sentencepiece_bpe(520)), read_vocabulary(byte_level(420)))
+    vectors = torch.zeros(520, 32)
+    vectors[matching.shared[:, 0]] = tensors(base)["model.embed_tokens.weight"][matching.shared[:, 1]]
+    save_file({"v": vectors}, tmp_path / "v.safetensors")  # no new token has one
+    reports = [
+        transplant(base, tmp_path / "v.safetensors", llama2, tmp_path / choose_by, choose_by=choose_by)
+        for choose_by in ("held-out", "text")
+    ]
+    hidden, text = (report.matrices["input"] for report in reports)
+    assert hidden["without_vector"] == reports[0].counts["rebuilt"] > 50
+    fresh = np.flatnonzero([KINDS[kind] == "rebuilt" for kind in reports[1].kinds])
+    by_vectors = {kind for kind, name in text["decision"]["chosen"].items() if name == "vectors"}
+    assert text["without_vector"] == sum(matching.kinds[int(one)] in by_vectors for one in fresh)
+    assert text["without_vector"] < hidden["without_vector"] and text["mean_row"] == 0
+
+
 def test_vectors_can_be_made_from_text(tmp_path: Path, llama2: Path) -> None:
     base = model_folder(tmp_path / "base")
     report = transplant(base, None, llama2, tmp_path / "out", method="nearest", k=8, text=[" ".join(SENTENCES)] * 3)

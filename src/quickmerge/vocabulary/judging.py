@@ -140,9 +140,11 @@ def rebuild_by_text(
     out: dict[Side, Made] = {}
     for side, maker in makers.items():
         rows, clipped, norms = maker.finished(rows_of(side, decision.chosen), clip)
+        lacking = [maker.lacking(rules[side][name], places) for name, places in rows_of.places(decision.chosen)]
         by_kind = {own: rules[side][name].name for own, name in decision.chosen.items()}
         out[side] = replace(
             made[side], rows=rows, clipped=clipped, norms=norms, rule=_in_words(by_kind),
+            without_vector=sum(instead for instead, _ in lacking), mean_row=sum(nothing for _, nothing in lacking),
             decision={**decision.as_dict(), "rules": by_kind,
                       "candidates": {name: rules[side][name].name for name in names}},
         )  # fmt: skip
@@ -164,13 +166,17 @@ class _Rows:
         import torch
 
         out: Tensor | None = None
-        for name in dict.fromkeys(choice.values()):
-            places = np.flatnonzero(np.isin(self.kind, [own for own, taken in choice.items() if taken == name]))
+        for name, places in self.places(choice):
             some = self._some(side, name, places)
             out = some.new_empty(len(self.kind), some.shape[1]) if out is None else out
             out[torch.from_numpy(places)] = some
         assert out is not None
         return out
+
+    def places(self, choice: Choice) -> list[tuple[str, NDArray[np.int64]]]:
+        """Candidates of a choice, and which tokens each makes."""
+        taken = np.asarray([choice[kind] for kind in self.kind])
+        return [(name, np.flatnonzero(taken == name)) for name in dict.fromkeys(choice.values())]
 
     def keep(self, side: Side, name: str, rows: Tensor) -> None:
         """Keep all rows of a candidate."""
@@ -185,8 +191,8 @@ class _Rows:
             size = len(self.kind) * maker.matrix.shape[1] * maker.matrix.element_size()
             # a rule that looks at vectors takes longest, and is asked for first
             if size > self.left and name != "vectors":
-                return maker.rows(rule, places)[0]
-            self.keep(side, name, maker.rows(rule)[0])
+                return maker.rows(rule, places)
+            self.keep(side, name, maker.rows(rule, maker.every))
         return self.kept[side, name][torch.from_numpy(places)]
 
 

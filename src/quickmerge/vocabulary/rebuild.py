@@ -120,33 +120,31 @@ class Maker:
         """What each new token is cut into."""
         return self.segmenter.cut_all(self.theirs.by_id[int(one)].data or b"" for one in self.plan.rebuilt)
 
-    def rows(self, rule: Rule | Subword, places: NDArray[np.int64] | None = None) -> tuple[Tensor, int, int]:
+    @property
+    def every(self) -> NDArray[np.int64]:
+        """The places of all tokens in ``plan.rebuilt``."""
+        return np.arange(len(self.plan.rebuilt))
+
+    def rows(self, rule: Rule | Subword, places: NDArray[np.int64]) -> Tensor:
         """Rows by a rule.
 
         Args:
             rule: any.
-            places: of the tokens in ``plan.rebuilt``; None for all.
+            places: of the tokens in ``plan.rebuilt``.
 
         Returns:
-            ``(T, d)`` rows in float32 at least; how many of them are made of pieces for want of a vector, and how many
-            are the mean row since nothing is known.
+            ``(T, d)`` in float32 at least.
         """
         import torch
 
         from quickmerge.vocabulary.pieces import Subword
-        from quickmerge.vocabulary.rules import Mean, Zero
 
-        places = np.arange(len(self.plan.rebuilt)) if places is None else places
-        ids, pieces = self.plan.rebuilt[places], [self.pieces[place] for place in places]
-        whole, given = np.asarray([bool(one) for one in pieces], bool), np.ones(len(places), bool)
-        if not isinstance(rule, (Subword, Mean, Zero)) and self.vectors is not None:
-            given = _has_vector(self.vectors, ids)
-        by_pieces = whole if isinstance(rule, Subword) else whole & ~given
-        by_vector = given & (not isinstance(rule, Subword))
+        by_vector, by_pieces = self._sources(rule, places)
+        ids = self.plan.rebuilt[places]
         rows = self.shared.mean(0).repeat(len(places), 1)
         if by_pieces.any():
             of_pieces = rule if isinstance(rule, Subword) else Subword("mean")
-            chosen = [one for one, taken in zip(pieces, by_pieces, strict=True) if taken]
+            chosen = [self.pieces[place] for place in places[by_pieces]]
             rows[torch.from_numpy(by_pieces)] = of_pieces.rebuild(chosen, self.matrix)
         if by_vector.any():
             assert not isinstance(rule, Subword)
@@ -154,7 +152,28 @@ class Maker:
             vectors = self.vectors
             targets = torch.ones(len(wanted), 1) if vectors is None else vectors[wanted.clamp_max(len(vectors) - 1)]
             rows[torch.from_numpy(by_vector)] = rule.rebuild(targets, self.anchors, self.shared).to(rows.dtype)
-        return rows, int((whole & ~given).sum()), int((~by_vector & ~by_pieces).sum())
+        return rows
+
+    def lacking(self, rule: Rule | Subword, places: NDArray[np.int64]) -> tuple[int, int]:
+        """How many of such rows are made of pieces for want of a vector, and how many are the mean row."""
+        from quickmerge.vocabulary.pieces import Subword
+
+        by_vector, by_pieces = self._sources(rule, places)
+        instead = 0 if isinstance(rule, Subword) else int(by_pieces.sum())
+        return instead, int((~by_vector & ~by_pieces).sum())
+
+    def _sources(self, rule: Rule | Subword, places: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which rows a rule makes as it does, and which are made of pieces; the others are the mean row."""
+        from quickmerge.vocabulary.pieces import Subword
+        from quickmerge.vocabulary.rules import Mean, Zero
+
+        whole = np.asarray([bool(self.pieces[place]) for place in places], bool)
+        if isinstance(rule, Subword):
+            return np.zeros(len(places), bool), whole
+        if isinstance(rule, (Mean, Zero)) or self.vectors is None:
+            return np.ones(len(places), bool), np.zeros(len(places), bool)
+        given = _has_vector(self.vectors, self.plan.rebuilt[places])
+        return given, whole & ~given
 
     def clipped(self, rows: Tensor, clip: float | None) -> Tensor:
         """The rows, scaled down to that quantile of the lengths of shared rows; None leaves them."""
@@ -225,11 +244,10 @@ def rebuild(
         )
     if progress is not None:
         progress(f"making rows, {side} matrix", 0, 1)
-    rows, without_vector, mean_row = maker.rows(best)
-    rows, clipped, norms = maker.finished(rows, clip)
+    rows, clipped, norms = maker.finished(maker.rows(best, maker.every), clip)
     if progress is not None:
         progress(f"making rows, {side} matrix", 1, 1)
-    return Made(rows, best.name, table, len(pairs), held, without_vector, mean_row, clipped, norms, ranking)
+    return Made(rows, best.name, table, len(pairs), held, *maker.lacking(best, maker.every), clipped, norms, ranking)
 
 
 def _norms(rows: Tensor, shared: Tensor, plan: Plan, theirs: Vocabulary) -> dict[str, Any]:
