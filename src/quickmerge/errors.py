@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from quickmerge.printable import clean_name
 
 __all__ = [
     "CacheFolderError",
@@ -15,6 +18,8 @@ __all__ = [
     "UnknownModelError",
     "UnknownReducerError",
     "UnsupportedModelError",
+    "door",
+    "first_sentence",
     "near_match",
     "number_at_least",
     "whole_number",
@@ -51,6 +56,48 @@ class UnknownReducerError(QuickmergeError):
 
 class PromptTooShortError(QuickmergeError):
     """The prompt leaves too few tokens to merge."""
+
+
+@contextmanager
+def door(what: str, kind: type[QuickmergeError] = QuickmergeError, remedy: str = "") -> Iterator[None]:
+    """Tell in one sentence whatever another library raises over what a stranger's file holds.
+
+    Put nothing into the block but the reading of that file: an error of our own would be taken for one of the file.
+    Our own errors pass as they are, and so does what is nobody's fault: a broken pipe, an interruption.
+
+    Args:
+        what: the file, the field if it is known, and what can't be done with it, as ``"a/config.json can't be read"``.
+        kind: the error to raise.
+        remedy: what would help, as ``"copy it again"``.
+
+    Raises:
+        QuickmergeError: of that ``kind``, as ``"a/config.json can't be read (unexpected end of file): copy it again"``.
+    """
+    try:
+        yield
+    except (QuickmergeError, BrokenPipeError):
+        raise
+    except BaseException as error:
+        # The tokenizers library panics with what is no Exception; everything else of that kind is meant to end us.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{what} ({first_sentence(error)}){': ' + remedy if remedy else ''}") from error
+
+
+def first_sentence(error: BaseException) -> str:
+    """What an error of another library says first, on one line and without control characters.
+
+    The name of its type leads where its words alone say little, as the ``KeyError`` of a missing entry does.
+    """
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    text = clean_name(" ".join(str(error).split())).split(". ")[0].rstrip(".")[:200].rstrip()
+    if not text:
+        return type(error).__name__
+    bare = isinstance(error, (LookupError, AttributeError, TypeError, ArithmeticError, AssertionError))
+    return f"{type(error).__name__}: {text}" if bare else text
 
 
 def near_match(given: str, allowed: Iterable[str]) -> str:

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-import sys
+from typing import Annotated
 
 import typer
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.cli.ending import Ending, end
 
 app = typer.Typer(
     name="quickmerge",
-    help="Make transformers predict with fewer tokens, and see what it cost.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from quickmerge.cli.versions import versions
+
+        print(versions())
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the versions and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error was raised, too; or set QUICKMERGE_DEBUG=1.")
+    ] = False,
+) -> None:
+    """Make transformers predict with fewer tokens, and see what it cost."""
+    Ending.debug = debug
 
 
 def _register() -> None:
@@ -32,8 +52,4 @@ _register()
 
 def main() -> None:
     """Run the command line; anything wrong with what was given is one sentence on stderr and exit code 2."""
-    try:
-        app()
-    except QuickmergeError as error:
-        print(f"quickmerge: {error}", file=sys.stderr)
-        sys.exit(2)
+    end(lambda: app(standalone_mode=False))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, UnsupportedModelError, first_sentence
 from quickmerge.files import read_text as read_text
 from quickmerge.files import write_json as write_file
 
@@ -41,14 +41,43 @@ JSON = Annotated[Path | None, typer.Option("--json", help="Write the results to 
 
 
 @contextmanager
-def one_sentence() -> Iterator[None]:
-    """Turn a ValueError about the user's settings into an error the command line tells in one sentence."""
+def one_sentence(name: str | None = None, alone: Callable[[], object] | None = None) -> Iterator[None]:
+    """Turn an error about the user's settings, or about a stranger's model, into one that is told in one sentence.
+
+    A ValueError is about settings. Whatever else is raised while a model runs is the model's fault if it can't be run
+    without anything of ours either, and ours if it can.
+
+    Args:
+        name: of the model that the block runs.
+        alone: runs the model as it is, the way the block does; called only after an error.
+    """
     try:
         yield
-    except QuickmergeError:
+    except (QuickmergeError, OSError, MemoryError):
         raise
-    except ValueError as error:
-        raise QuickmergeError(str(error)) from error
+    except Exception as error:
+        if alone is not None:
+            try:
+                alone()
+            except Exception as own:
+                raise UnsupportedModelError(f"the model {name} can't be run ({first_sentence(own)})") from own
+        if isinstance(error, ValueError):
+            raise QuickmergeError(str(error)) from error
+        raise
+
+
+def runs(model: Any, **settings: Any) -> Callable[[], object]:
+    """What a language model does by itself, for `one_sentence`: read eight tokens, and write with its own settings."""
+
+    def alone() -> None:
+        import torch
+
+        ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+        with torch.inference_mode():
+            model(input_ids=ids)
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **settings)
+
+    return alone
 
 
 def parse_layer(text: str | None) -> int | list[int] | None:

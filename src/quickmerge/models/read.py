@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickmerge.errors import DamagedWeightsError, QuickmergeError, UnknownModelError, UnsupportedModelError
+from quickmerge.errors import (
+    DamagedWeightsError,
+    QuickmergeError,
+    UnknownModelError,
+    UnsupportedModelError,
+    first_sentence,
+)
 from quickmerge.models.console import transformers_silenced
 
 if TYPE_CHECKING:
@@ -46,7 +52,7 @@ def read_config(source: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
     except OSError as error:
         if Path(source).is_dir():
             raise DamagedWeightsError(
@@ -56,10 +62,30 @@ def read_config(source: str) -> PretrainedConfig:
             f"the hub has no model {source!r} that can be reached from here ({first_sentence(error)}): "
             "check the id and the connection, or give a local model folder"
         ) from error
-    except (ValueError, KeyError) as error:
+    except KeyError as error:
         raise UnsupportedModelError(
             f"{source} is of a model type that the installed transformers does not know ({first_sentence(error)})"
         ) from error
+    except ValueError as error:
+        if "model type" in str(error) or "model_type" in str(error):
+            raise UnsupportedModelError(
+                f"{source} is of a model type that the installed transformers does not know ({first_sentence(error)})"
+            ) from error
+        raise _bad_config(source, error) from error
+    except Exception as error:  # configs check themselves, each with errors of its own
+        raise _bad_config(source, error) from error
+
+    saved = config.architectures
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise UnsupportedModelError(
+            f"{Path(source) / 'config.json'} must hold a list of names as architectures, got {saved!r}"
+        )
+    config.return_dict = True  # all of ours reads outputs by name
+    return config
+
+
+def _bad_config(source: str, error: Exception) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{Path(source) / 'config.json'} can't be used ({first_sentence(error)})")
 
 
 def _check_causal(source: str, config: PretrainedConfig) -> None:
@@ -137,6 +163,8 @@ def read_weights(
         raise UnknownModelError(f"the weights of {source!r} cannot be reached ({first_sentence(error)})") from error
     except (ImportError, ValueError, NotImplementedError) as error:
         raise QuickmergeError(f"{source} cannot be loaded as asked ({first_sentence(error)})") from error
+    except Exception as error:  # building by a config raises whatever its values lead to
+        raise UnsupportedModelError(f"{source} cannot be built by its config.json ({first_sentence(error)})") from error
     lacking = sorted(info["missing_keys"]) + sorted(str(entry) for entry in info.get("mismatched_keys") or [])
     return model, lacking
 
@@ -146,9 +174,3 @@ def damaged(source: str, reason: str) -> DamagedWeightsError:
     return DamagedWeightsError(
         f"the weights in {source} are damaged or incomplete ({reason}): delete them and copy or download them again"
     )
-
-
-def first_sentence(error: BaseException) -> str:
-    """What an error of another library says first, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.split(". ")[0].rstrip(".")[:200]

@@ -94,7 +94,10 @@ def _without_pooler(
 
     try:
         return read_weights(AutoModel, source, config, {**options, "add_pooling_layer": False})
-    except TypeError as error:  # this model has no such choice
+    except QuickmergeError as error:
+        if not isinstance(error.__cause__, TypeError):
+            raise
+        # this model has no such choice
         raise QuickmergeError(f"{source} was saved without its pooler, which its model needs") from error
 
 

@@ -1,32 +1,16 @@
 """Make any text safe to write: valid UTF-8, no control characters, no markup.
 
 A prompt is untrusted input, and a tokenizer may hand over half a character (a lone surrogate) or raw bytes
-such as NUL. Every text that reaches a report goes through this module.
+such as NUL. Every text that reaches a report goes through this module; names go through `clean_name` first.
 """
 
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Sequence
 
-_C0 = {code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)}
-_C1 = dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-_OTHER = {0x7F: 0x2421, 0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}
-# C0 controls become their visible pictures (U+2400..), so a reader sees that something was there.
-_TABLE = _C0 | _C1 | _OTHER
-_BREAKS = re.compile(r"\r\n")
-
-
-def clean(value: object) -> str:
-    """Return ``value`` as text that any UTF-8 file, HTML page or SVG picture can hold.
-
-    Tabs and newlines stay, other control characters become visible pictures such as U+2400, surrogate pairs
-    are joined and lone surrogates become U+FFFD.
-    """
-    text = value if isinstance(value, str) else str(value)
-    joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return _BREAKS.sub("\n", joined).translate(_TABLE)
+from quickmerge.printable import clean as clean
+from quickmerge.printable import clean_name as clean_name
 
 
 def escape(value: object) -> str:

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from quickmerge.errors import QuickmergeError, whole_number
+from quickmerge.errors import QuickmergeError, first_sentence, whole_number
 from quickmerge.files import read_text
-from quickmerge.models.read import first_sentence
 
 __all__ = ["END", "read_tokenizer", "train_tokenizer"]
 

@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quickmerge.errors import QuickmergeError, UnknownModelError, UnsupportedModelError, near_match
+from quickmerge.errors import QuickmergeError, UnknownModelError, UnsupportedModelError, first_sentence, near_match
 from quickmerge.models.cache import cache_folder
 from quickmerge.models.console import transformers_silenced
 from quickmerge.models.embedded import MODELS, SENTENCE_MODELS, prepare_embedded
-from quickmerge.models.read import first_sentence
 from quickmerge.models.sentencepiece_file import sentencepiece_tokenizer
 from quickmerge.models.tiktoken_file import tiktoken_tokenizer
 from quickmerge.models.tokenizers import TOKENIZERS, prepare_tokenizer

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quickmerge.errors import QuickmergeError, UnsupportedModelError
-from quickmerge.models.read import first_sentence
+from quickmerge.errors import QuickmergeError, UnsupportedModelError, first_sentence
 from quickmerge.vocabulary.checkpoint import Checkpoint, Entry
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, first_sentence
 from quickmerge.files import write_json
-from quickmerge.models.read import first_sentence
 
 __all__ = [
     "Template",

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from quickmerge.errors import UnknownModelError
+from quickmerge.errors import UnknownModelError, first_sentence
 from quickmerge.models.cache import cache_folder
 from quickmerge.models.embedded import MODELS, SENTENCE_MODELS, prepare_embedded
 from quickmerge.models.load import find_model
-from quickmerge.models.read import first_sentence
 
 __all__ = ["model_folder"]
 

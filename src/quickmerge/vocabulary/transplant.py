@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quickmerge.data import demo_document
-from quickmerge.errors import QuickmergeError, near_match
-from quickmerge.models.read import first_sentence
+from quickmerge.errors import QuickmergeError, first_sentence, near_match
 from quickmerge.vocabulary.checkpoint import open_checkpoint
 from quickmerge.vocabulary.digits import digit_report
 from quickmerge.vocabulary.donor import Donor, read_donor
