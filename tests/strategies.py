@@ -96,6 +96,7 @@ def views(
     merged: bool | None = None,
     protect: tuple[str, ...] = ("none", "ends", "some", "all"),
     garbage: bool = True,
+    exempt: bool = False,
 ) -> TokenView:
     """A batch of tokens, fresh or left over from an earlier merge, with nonsense in every padded place.
 
@@ -106,6 +107,7 @@ def views(
         dtypes, kinds, paddings, protect: what to choose from, the earlier ones more often.
         merged: whether tokens already stand for several; None chooses.
         garbage: whether padded places hold huge numbers and random flags.
+        exempt: whether some of the protected tokens are exempt from budgets, more often than not.
     """
     batch, tokens = draw(up_to(max_batch)), draw(up_to(max_tokens))
     rng = Random(draw(seeds))
@@ -137,6 +139,9 @@ def views(
         size=size,
         length=length,
         attention=tuple(attention_trace(batch, tokens, kind, dtype, rng) for _ in range(attention)),
+        exempt=guarded & valid & (torch.rand(valid.shape, generator=draws) < rng.choice((0.0, 0.5, 0.8, 1.0)))
+        if exempt
+        else None,
     )
     return litter(view, draws) if garbage else view
 
@@ -163,6 +168,7 @@ def litter(view: TokenView, rng: torch.Generator) -> TokenView:
         view,
         hidden=junk(view.hidden, pad[..., None]),
         protected=torch.where(pad, torch.rand(shape, generator=rng) < 0.5, view.protected),
+        exempt=None if view.exempt is None else torch.where(pad, torch.rand(shape, generator=rng) < 0.5, view.exempt),
         position=torch.where(pad, torch.randint(0, 200, shape, generator=rng), view.position),
         size=torch.where(pad, torch.randint(0, 9, shape, generator=rng), view.size),
         attention=tuple(
@@ -181,6 +187,8 @@ def take(view: TokenView, rows: slice, tokens: slice) -> TokenView:
         position=view.position[rows, tokens],
         size=view.size[rows, tokens],
         length=view.length[rows],
+        exempt=None if view.exempt is None else view.exempt[rows, tokens],
+        latest=view.latest,
         attention=tuple(
             replace(t, query=t.query[rows, :, tokens], key=t.key[rows, :, tokens], value=t.value[rows, :, tokens])
             for t in view.attention
@@ -192,6 +200,23 @@ def alone(view: TokenView, row: int) -> TokenView:
     """One row without its padding."""
     where = view.valid[row].nonzero().flatten()
     return take(view, slice(row, row + 1), slice(int(where[0]), int(where[-1]) + 1))
+
+
+def without_exempt(view: TokenView, row: int) -> TokenView:
+    """One row as it would be if the tokens that are exempt had never been there."""
+    where = view.counted[row].nonzero().flatten()
+    return TokenView(
+        hidden=view.hidden[row, where][None],
+        protected=view.protected[row, where][None],
+        position=view.position[row, where][None],
+        size=view.size[row, where][None],
+        length=view.counted_length[row : row + 1],
+        attention=tuple(
+            replace(t, query=t.query[row, :, where][None], key=t.key[row, :, where][None],
+                    value=t.value[row, :, where][None])
+            for t in view.attention
+        ),
+    )  # fmt: skip
 
 
 def padded(view: TokenView, left: int, right: int, seed: int) -> TokenView:
@@ -206,6 +231,8 @@ def padded(view: TokenView, left: int, right: int, seed: int) -> TokenView:
         hidden=wide(view.hidden, 1),
         valid=wide(view.valid, 1),
         protected=wide(view.protected, 1),
+        exempt=None if view.exempt is None else wide(view.exempt, 1),
+        latest=view.latest,
         position=wide(view.position, 1),
         size=wide(view.size, 1),
         length=view.length,
@@ -244,6 +271,7 @@ def after(view: TokenView, plan: MergePlan) -> TokenView:
         hidden=plan.merge(view.hidden),
         valid=plan.valid,
         protected=plan.carry(view.protected),
+        exempt=None if view.exempt is None else plan.carry(view.exempt),
         position=plan.position,
         size=plan.size,
         length=view.length,

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
+    after,
     alone,
     assert_same_plan,
     assert_same_row,
@@ -25,6 +26,7 @@ from strategies import (
     shares,
     told,
     views,
+    without_exempt,
 )
 from torch import Tensor
 
@@ -38,6 +40,7 @@ from quickmerge.tokens import (
     Mass,
     MergePlan,
     Ratio,
+    Remaining,
     TokenView,
     attention_norm,
     received_attention,
@@ -66,26 +69,27 @@ def saliency(reducer: Reducer, view: TokenView) -> Tensor | None:
 
 def promised(reducer: Reducer, view: TokenView) -> list[int]:
     """How many slots each row must get."""
-    low = (view.protected & view.valid).sum(-1).clamp_min(1)
-    high = view.valid.sum(-1)
+    exempt = (view.valid & ~view.counted).sum(-1)
+    low = (view.protected & view.counted).sum(-1).clamp_min(1)
+    high = view.valid.sum(-1) - exempt
     if isinstance(reducer.budget, Ratio):
-        exact = [Fraction(reducer.budget.keep) * length + Fraction(1, 10**9) for length in view.length.tolist()]
+        exact = [Fraction(reducer.budget.keep) * length + Fraction(1, 10**9) for length in view.counted_length.tolist()]
         wanted = torch.tensor([floor(x + Fraction(1, 2)) for x in exact])
     elif isinstance(reducer.budget, Count):
         wanted = torch.full_like(view.length, reducer.budget.tokens)
     else:
-        wanted = reducer.budget.count(view, saliency(reducer, view))
+        wanted = reducer.budget.count(view, saliency(reducer, view)) - exempt
     if reducer.name == "tome":
         # ToMe merges and never drops: what is not protected needs at least one slot.
-        low = (view.protected & view.valid).sum(-1) + view.free.any(-1)
-    return torch.minimum(torch.maximum(wanted, low), high).tolist()
+        low = (view.protected & view.counted).sum(-1) + view.free.any(-1)
+    return (torch.minimum(torch.maximum(wanted, low), high) + exempt).tolist()
 
 
 @LAWFUL
 @prop(60)
 @given(data=st.data())
 def test_every_plan_is_lawful_and_meets_its_budget(name: str, data: st.DataObject) -> None:
-    view = data.draw(views(attention=2))
+    view = data.draw(views(attention=2, exempt=data.draw(st.booleans())))
     reducer = make_reducer(name, keep=data.draw(budgets(name)), **probing(name))
     plan = reducer.plan(view)
     plan.check(view)
@@ -107,7 +111,7 @@ def test_every_plan_is_lawful_and_meets_its_budget(name: str, data: st.DataObjec
 @prop(40)
 @given(data=st.data())
 def test_a_batch_equals_its_rows(name: str, data: st.DataObject) -> None:
-    view = data.draw(views(attention=2))
+    view = data.draw(views(attention=2, exempt=data.draw(st.booleans())))
     reducer = make_reducer(name, keep=data.draw(budgets(name)), **probing(name))
     plan = reducer.plan(view)
     for row in range(len(view.valid)):
@@ -117,9 +121,54 @@ def test_a_batch_equals_its_rows(name: str, data: st.DataObject) -> None:
 
 @LAWFUL
 @prop(40)
+@given(data=st.data())
+def test_exempt_tokens_take_nothing_from_the_others(name: str, data: st.DataObject) -> None:
+    """As many of the others are kept as if the exempt tokens had never been there; and all exempt ones."""
+    view = data.draw(views(attention=2, exempt=True))
+    reducer = make_reducer(name, keep=data.draw(plain_budgets), **probing(name))
+    kept = reducer.plan(view).valid.sum(-1)
+    for row in range(len(view.valid)):
+        exempt = int((view.exempt & view.valid)[row].sum())
+        others = int(view.counted[row].sum())
+        alone_ = int(reducer.plan(without_exempt(view, row)).valid.sum()) if others else 0
+        assert int(kept[row]) == exempt + alone_
+
+
+@LAWFUL
+@prop(30)
+@given(data=st.data(), keeps=st.lists(shares, min_size=2, max_size=3))
+def test_nor_do_they_over_several_merges(name: str, data: st.DataObject, keeps: list[float]) -> None:
+    view = data.draw(views(attention=2, exempt=True, merged=False))
+    now, told = (
+        view,
+        [without_exempt(view, row) if bool(view.counted[row].any()) else None for row in range(len(view.valid))],
+    )
+    # The last of them goes by what is left, as the later merges of a budget that is no plain share do.
+    stages = [*(Ratio(keep) for keep in sorted(keeps, reverse=True)[:-1]), Remaining(min(keeps))]
+    for keep in stages:
+        reducer = make_reducer(name, keep=keep, **probing(name))
+        if reducer.probes:  # traces of the tokens as they are by now
+            now = replace(now, attention=traces(now))
+            told = [each and replace(each, attention=traces(each)) for each in told]
+        plan = reducer.plan(now)
+        rows = [each and reducer.plan(each) for each in told]
+        now, told = after(now, plan), [each and after(each, row) for each, row in zip(told, rows, strict=True)]
+        for row, each in enumerate(told):
+            exempt = int((now.exempt & now.valid)[row].sum())
+            assert exempt == int((view.exempt & view.valid)[row].sum())
+            assert int(now.counted[row].sum()) == (int(each.valid.sum()) if each else 0)
+
+
+def traces(view: TokenView) -> tuple[AttentionTrace, ...]:
+    x = view.hidden.float()[:, None]
+    return (AttentionTrace(x, x, x, 1.0),)
+
+
+@LAWFUL
+@prop(40)
 @given(data=st.data(), left=st.integers(0, 5), right=st.integers(0, 5), seed=seeds)
 def test_padding_changes_nothing(name: str, data: st.DataObject, left: int, right: int, seed: int) -> None:
-    view = data.draw(views(attention=2))
+    view = data.draw(views(attention=2, exempt=data.draw(st.booleans())))
     reducer = make_reducer(name, keep=data.draw(budgets(name)), **probing(name))
     plan, wider = reducer.plan(view), padded(view, left, right, seed)
     wide = reducer.plan(wider)

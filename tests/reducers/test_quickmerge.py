@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import prop, views
+from strategies import assert_same_plan, plain_budgets, prop, saliency_budgets, views
 
 from quickmerge.reducers import QuickMerge
-from quickmerge.tokens import AttentionTrace, Count, Entropy, TokenView
+from quickmerge.tokens import AttentionTrace, Count, Entropy, MergePlan, TokenView
 
 
 def slow_saliency(view: TokenView, row: int, window: int, nearest: int, pool: int) -> dict[int, float]:
@@ -84,7 +84,7 @@ def test_the_formula(
         count = min(max(tokens, len(guarded), 1), len(slow))
         recent = sorted(slow)[len(slow) - int(Fraction(recency) * count) :]
         ranked = sorted(
-            slow, key=lambda j, s=slow, g=guarded, r=recent: (j not in g, j not in r, -s[j] * (j not in r), j)
+            slow, key=lambda j, s=slow, g=guarded, r=recent: (j not in g, j not in r, -j if j in r else -s[j], j)
         )
         kept = sorted(ranked[:count])
         leader: dict[int, int | None] = {}
@@ -101,6 +101,37 @@ def test_the_formula(
             assert int(plan.slot[row, j]) - first == kept.index(leader[j])
             total = math.fsum(share[i] for i in slow if leader[i] == leader[j])
             assert float(plan.weight[row, j]) == pytest.approx(share[j] / total, rel=1e-6)
+
+
+def kept(plan: MergePlan, view: TokenView, row: int) -> set[int]:
+    """The tokens of a row that lead a slot."""
+    places = set(plan.position[row][plan.valid[row]].tolist())
+    return {j for j in view.valid[row].nonzero().flatten().tolist() if int(view.position[row, j]) in places}
+
+
+@prop(120)
+@given(
+    views(attention=1, exempt=True), plain_budgets | saliency_budgets, st.sampled_from((0.0, 0.3, 0.5, 0.85, 0.99, 1.0))
+)
+def test_of_tokens_kept_for_being_recent_the_newest_win(view: TokenView, keep: Any, recency: float) -> None:
+    """However many tokens are protected, and wherever: a recent token goes only where all older free ones do."""
+    plan = QuickMerge(keep=keep, layers=1, recency=recency).plan(view)
+    for row in range(len(view.valid)):
+        counted = view.counted[row].nonzero().flatten().tolist()
+        free = set(view.free[row].nonzero().flatten().tolist())
+        stay = kept(plan, view, row)
+        share = Fraction(recency) * (len(stay) - int((view.valid & ~view.counted)[row].sum()))
+        recent = counted[len(counted) - int(share) :]
+        lost = [j for j in recent if j not in stay]
+        assert not lost or not [j for j in stay & free if j < max(lost)]
+
+
+@prop(40)
+@given(views(attention=1, exempt=True), plain_budgets)
+def test_nothing_is_kept_for_being_recent_where_text_follows(view: TokenView, keep: Any) -> None:
+    inside = replace(view, latest=False)
+    want = QuickMerge(keep=keep, layers=1, recency=0.0).plan(view)
+    assert_same_plan(QuickMerge(keep=keep, layers=1, recency=0.9).plan(inside), want)
 
 
 @prop(40)

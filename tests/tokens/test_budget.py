@@ -9,7 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from prefix_views import PREFIXES, as_masks, prefix_views
-from strategies import FLOATS, alone, counts, generator, plain_budgets, prop, saliency_budgets, seeds, shares, views
+from strategies import (
+    FLOATS,
+    alone,
+    counts,
+    generator,
+    plain_budgets,
+    prop,
+    saliency_budgets,
+    seeds,
+    shares,
+    views,
+    without_exempt,
+)
 from torch import Tensor
 
 from quickmerge.tokens import Budget, Count, Entropy, Mass, Ratio, Remaining, TokenView, as_budget
@@ -315,3 +327,41 @@ def test_the_lowest_go_and_of_equal_ones_the_later(patches: int, prefix: int, se
         view = TokenView(torch.zeros(2, n, 1), prefix=prefix)
         kept = select(score, torch.full((2,), n - remove), view)
         assert torch.equal(kept, torch.ones(2, n, dtype=torch.bool).scatter(1, got, False))
+
+
+all_budgets = plain_budgets | shares.map(Remaining) | saliency_budgets
+
+
+@prop(120)
+@given(views(exempt=True), all_budgets, score_kinds, seeds)
+def test_exempt_tokens_come_on_top_of_any_budget(view: TokenView, keep: Any, kind: str, seed: int) -> None:
+    """The others are given what they would be given alone, however many tokens are exempt, and whatever they score."""
+    budget, score = as_budget(keep), scores(view, kind, seed)
+    noisy = torch.where(view.counted, score, torch.rand(score.shape, generator=generator(seed)) * 1e6)
+    for row, count in enumerate(budget.count(view, noisy).tolist()):
+        others = view.counted[row]
+        want = int(budget.count(without_exempt(view, row), score[row, others][None])) if bool(others.any()) else 0
+        assert count == want + int((view.valid & ~view.counted)[row].sum())
+
+
+def test_a_budget_of_known_exempt_tokens() -> None:
+    """300 protected tokens in front of 100: the 100 are cut to 40, of which 4 and 16 are there in any case."""
+    protected = torch.zeros(1, 400, dtype=torch.bool)
+    protected[:, :304], protected[:, -16:] = True, True
+    exempt = torch.arange(400)[None] < 300
+    view = TokenView(torch.zeros(1, 400, 1), protected=protected, exempt=exempt)
+    assert Ratio(0.4).count(view, None).tolist() == [340]
+    assert Count(50).count(view, None).tolist() == [350]
+    assert Count(1).count(view, None).tolist() == [320]
+    assert Remaining(0.5).count(view, None).tolist() == [350]
+    assert Entropy().count(view, torch.ones(1, 400)).tolist() == [400]
+    assert Mass(0.3).count(view, torch.ones(1, 400)).tolist() == [330]
+
+
+@pytest.mark.parametrize("large", [3e38, float(torch.finfo(torch.float64).max)])
+def test_no_saliency_is_too_large_or_too_small_to_share(large: float) -> None:
+    view = TokenView(torch.zeros(1, 4, 1))
+    for scale in (large, 1e-300):
+        saliency = torch.tensor([[1.0, 1.0, 1.0, 1.0]], dtype=torch.float64) * scale
+        assert Entropy().count(view, saliency).tolist() == [4]
+        assert Mass(0.5).count(view, saliency).tolist() == [2]

@@ -118,3 +118,23 @@ def test_a_prefix_replaces_masks_and_is_a_whole_number() -> None:
     for bad in (-1, 1.0, True):
         with pytest.raises(ValueError, match="prefix must be a whole number of at least 0"):
             TokenView(hidden, prefix=bad)
+
+
+@prop(40)
+@given(views(exempt=True))
+def test_what_budgets_count_is_all_but_the_exempt_tokens(view: TokenView) -> None:
+    for row in range(len(view.valid)):
+        there = view.valid[row].nonzero().flatten().tolist()
+        exempt = [j for j in there if bool(view.exempt[row, j])]
+        assert view.counted[row].nonzero().flatten().tolist() == [j for j in there if j not in exempt]
+        assert int(view.counted_length[row]) == int(view.length[row]) - sum(int(view.size[row, j]) for j in exempt)
+
+
+def test_exempt_tokens_must_be_protected() -> None:
+    mask = torch.tensor([[True, False]])
+    with pytest.raises(ValueError, match="exempt must be protected tokens alone, got others among them"):
+        TokenView(torch.zeros(1, 2, 1), exempt=mask)
+    with pytest.raises(ValueError, match=r"exempt must have shape \(1, 2\), got \(1, 1\)"):
+        TokenView(torch.zeros(1, 2, 1), exempt=mask[:, :1])
+    with pytest.raises(ValueError, match="exempt must be left out where there is a prefix, got both"):
+        TokenView(torch.zeros(1, 2, 1), prefix=1, exempt=mask)

@@ -79,9 +79,11 @@ def reduce(
         mode: ``"prefix"`` or ``"block_causal"``; language models only, as are the settings from here to ``window``.
         sinks: tokens at the start of every sequence that stay alone.
         recent: in ``prefix`` mode, tokens at the end of every prompt that stay alone; at least 1, since the last
-            one predicts the next token.
+            one predicts the next token. The last four BOS and EOS tokens of a prompt stay alone too: where a chat
+            template marks turns with them, those are the marks of the last turn.
         protect: further tokens that stay alone: a function from ``input_ids (B, N)`` to a bool mask ``(B, N)``.
-            ``prefix`` mode only.
+            ``prefix`` mode only. They come on top of ``keep``, which counts the other tokens alone: a long system
+            prompt that is protected takes nothing from the rest.
         chunk: ``block_causal`` mode, tokens per chunk.
         window: ``block_causal`` mode, recent tokens that are never merged.
         unmerge: vision transformers only: give back ``last_hidden_state`` at full length, every patch with the features

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from quickmerge.errors import PromptTooShortError, QuickmergeError
 from quickmerge.hosts.attention import AttentionFunction, proportional_attention
 from quickmerge.hosts.causal_lm import Run
+from quickmerge.hosts.protection import Protection, protection, special_tokens
 from quickmerge.hosts.segment import Segment
 from quickmerge.hosts.structure import Decoder
 from quickmerge.reducers.base import Reducer
@@ -31,6 +32,7 @@ class Prompt:
     valid: Tensor
     protected: Tensor
     length: Tensor
+    exempt: Tensor | None = None
     segments: dict[int, Segment] = field(default_factory=dict)
     plan: MergePlan | None = None
 
@@ -120,32 +122,21 @@ class PrefixRun(Run):
         valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
         if valid.shape != ids.shape[:2]:
             raise QuickmergeError(f"attention_mask must be {tuple(ids.shape[:2])}, got {tuple(valid.shape)}")
-        self._prompt = Prompt(valid, self._protect(valid, inputs.get("input_ids")), valid.sum(-1))
-        self.protected = self._prompt.protected
+        kept = self._protect(valid, inputs.get("input_ids"))
+        self._prompt = Prompt(valid, kept.protected, valid.sum(-1), kept.exempt)
+        self.protected = kept.protected
         self.stats.rows, self.stats.tokens_in = len(valid), float(self._prompt.length.float().mean())
         return {}
 
-    def _protect(self, valid: Tensor, ids: Tensor | None) -> Tensor:
-        """Sinks, the recent tokens, BOS and EOS, and what the user asked for."""
-        rank = valid.long().cumsum(-1)
-        count = rank[:, -1:]
+    def _protect(self, valid: Tensor, ids: Tensor | None) -> Protection:
+        """Sinks, the recent tokens, marks of the last turn, and what the user asked for; see `protection`."""
+        count = valid.sum(-1, keepdim=True)
         runs = (valid[:, 1:] != valid[:, :-1]).sum(-1)
         if bool(((runs > 1) | ((runs == 1) & valid[:, 0] & valid[:, -1])).any()) or bool((count == 0).any()):
             raise QuickmergeError("attention_mask must pad on one side and leave tokens in every row, got holes")
-        keep = (rank <= self.sinks) | (rank > count - self.recent)
-        if ids is not None:
-            special = [self.decoder.config.bos_token_id, self.decoder.config.eos_token_id]
-            flat = [i for s in special if s is not None for i in (s if isinstance(s, list) else [s])]
-            keep = keep | torch.isin(ids, torch.tensor(flat, dtype=ids.dtype, device=ids.device))
-            if self.protect is not None:
-                extra = self.protect(ids)
-                if extra.shape != ids.shape or extra.dtype != torch.bool:
-                    raise QuickmergeError(f"protect must return a bool mask of shape {tuple(ids.shape)}")
-                keep = keep | extra
-        elif self.protect is not None:
-            raise QuickmergeError("protect needs input_ids, and the model was called with inputs_embeds")
-        keep = keep & valid
-        if bool((keep.sum(-1) >= count[:, 0]).any()):
+        special = special_tokens(self.decoder.config)
+        keep = protection(valid, ids, special, sinks=self.sinks, recent=self.recent, protect=self.protect)
+        if bool((keep.protected.sum(-1) >= count[:, 0]).any()):
             least = int(count.min())
             raise PromptTooShortError(
                 f"prompt must be longer than its protected tokens, got a row of {least} tokens that are all protected "
@@ -250,6 +241,7 @@ class PrefixRun(Run):
             protected=prompt.protected if self.plan is None else self.plan.carry(prompt.protected),
             position=position_ids if below is None else below.position,
             size=None if below is None else below.size,  # type: ignore[arg-type]
+            exempt=prompt.exempt if self.plan is None or prompt.exempt is None else self.plan.carry(prompt.exempt),
             length=prompt.length,
             attention=traces,
             layer=index,

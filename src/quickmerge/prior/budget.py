@@ -91,11 +91,12 @@ class Surprise:
         return (raw.double() - self.usual["mean"]) / self.usual["deviation"], memory
 
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
-        wanted = self.keep * view.length.double()
+        length = view.counted_length.double()
+        wanted = self.keep * length
         if view.surprise is not None:
             factor = (self.gamma * view.surprise.double() - self.gamma**2 / 2).exp()
             wanted = wanted * factor.clamp(self.low, self.high)
-        return clamp_count(round_half_up(torch.minimum(wanted, view.length.double())), view)
+        return clamp_count(round_half_up(torch.minimum(wanted, length)), view)
 
 
 def calibrate_surprise(

@@ -28,9 +28,9 @@ class QuickMerge(Reducer):
     Saliency is the attention norm, the root mean square length of what each token adds to the outputs of the last
     ``window`` tokens, averaged over probed layers and heads and over a neighbourhood of ``pool`` tokens:
     ``s_j = mean_{|j'-j| <= pool/2} mean_{l,h} sqrt(mean_i [i - j' >= nearest] ||p_lhij' v_lhj'||^2)``. Of the tokens
-    that the budget allows, the share ``recency`` goes to the most recent ones and the rest to the most salient.
-    These stay as anchors; each other token merges into the next anchor on its right with share ``merge`` against
-    the anchor's 1.
+    that the budget allows, the share ``recency`` goes to the most recent ones (where protected tokens leave fewer
+    places, to the newest of these) and the rest to the most salient. These stay as anchors; each other token merges
+    into the next anchor on its right with share ``merge`` against the anchor's 1.
 
     Args:
         keep: share of the tokens kept, or a budget such as `Entropy`.
@@ -79,9 +79,18 @@ class QuickMerge(Reducer):
         return pool(mean_attention(view, measure), view.valid, self.pool)
 
     def recent(self, view: TokenView, count: Tensor) -> Tensor:
-        """``(B, N)`` bool: the share ``recency`` of the ``count (B,)`` kept tokens, as the most recent tokens."""
-        left = view.valid.flip(-1).long().cumsum(-1).flip(-1)  # 1 for the last valid token of a row, rising leftwards
-        return left <= (count.double() * self.recency + 1e-9).floor()[:, None]
+        """``(B, N)`` bool: the most recent tokens, the share ``recency`` of the ``count (B,)`` kept ones.
+
+        Exempt tokens are neither among them nor counted. Never more than there are places for: of unprotected tokens
+        the newest that fit beside the protected ones.
+        """
+        if not view.latest:
+            return torch.zeros_like(view.valid)
+        share = count - (view.valid & ~view.counted).sum(-1)
+        most = (share.double() * self.recency + 1e-9).floor()[:, None]
+        places = (count - (view.protected & view.valid).sum(-1))[:, None]
+        recent = view.counted & (_from_the_end(view.counted) <= most)
+        return recent & (view.protected | (_from_the_end(view.free) <= places))
 
     def merge_into(self, view: TokenView, anchor: Tensor) -> MergePlan:
         """The plan that keeps the tokens ``anchor (B, N)`` and merges each other one into the next of them."""
@@ -95,3 +104,8 @@ class QuickMerge(Reducer):
         count = self.budget.count(view, saliency)
         score = torch.where(self.recent(view, count), torch.inf, saliency)
         return self.merge_into(view, select(score, count, view))
+
+
+def _from_the_end(mask: Tensor) -> Tensor:
+    """``(B, N)`` long: 1 for the last marked token of each row, 2 for the one before it, and so on."""
+    return mask.flip(-1).long().cumsum(-1).flip(-1)

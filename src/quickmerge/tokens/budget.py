@@ -1,6 +1,8 @@
 """How many tokens to keep: a ratio, a count, an entropy or a share of the saliency mass.
 
-Every budget answers for each row on its own and counts protected tokens as kept.
+Every budget answers for each row on its own. Protected tokens are kept. The budget pays for those that are part of
+every prompt (its first and last tokens); those that are ``exempt``, since a user asked for them, come on top, so that
+the other tokens are given what they would be given without them: ``count = exempt + budget of the others``.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ class Budget(Protocol):
     """Anything that says how many slots each row gets."""
 
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:
-        """``(B,)`` long, at least the protected tokens and at most the valid ones."""
+        """``(B,)`` long, at least the protected tokens and at most the valid ones; see `clamp_count`."""
         ...
 
 
@@ -45,9 +47,14 @@ class ReadingBudget(Budget, Protocol):
 
 
 def clamp_count(count: Tensor, view: TokenView) -> Tensor:
-    """Counts ``(B,)`` held between the protected tokens (at least 1) and the valid ones of each row."""
-    low = (view.protected & view.valid).sum(-1).clamp_min(1)
-    return torch.minimum(torch.maximum(count.long(), low), view.valid.sum(-1))
+    """From what a budget gives to the tokens that it counts to how many of each row are kept in all: both ``(B,)``.
+
+    What it gives is held between the protected tokens among these (at least 1) and all of them; the exempt ones come on
+    top.
+    """
+    counted = view.counted
+    low, high = (view.protected & counted).sum(-1).clamp_min(1), counted.sum(-1)
+    return torch.minimum(torch.maximum(count.long(), low), high) + (view.valid.sum(-1) - high)
 
 
 def _share(name: str, value: float) -> None:
@@ -65,7 +72,7 @@ def round_half_up(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Keep ``round(keep * original length)`` tokens of each row."""
+    """Keep ``round(keep * original length)`` tokens of each row, exempt ones neither counted nor among them."""
 
     keep: float
 
@@ -73,7 +80,7 @@ class Ratio:
         _share("keep", self.keep)
 
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
-        return clamp_count(round_half_up(view.length.double() * self.keep), view)
+        return clamp_count(round_half_up(view.counted_length.double() * self.keep), view)
 
 
 @dataclass(frozen=True)
@@ -86,12 +93,12 @@ class Remaining:
         _share("share", self.share)
 
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
-        return clamp_count(round_half_up(view.valid.sum(-1).double() * self.share), view)
+        return clamp_count(round_half_up(view.counted.sum(-1).double() * self.share), view)
 
 
 @dataclass(frozen=True)
 class Count:
-    """Keep exactly ``tokens`` tokens of each row (all of them where the row is shorter)."""
+    """Keep exactly ``tokens`` tokens of each row (all of them where the row is shorter), beside the exempt ones."""
 
     tokens: int
 
@@ -105,9 +112,12 @@ class Count:
 def _distribution(view: TokenView, saliency: Tensor | None, who: str) -> Tensor:
     if saliency is None:
         raise ValueError(f"budget {who} needs a saliency, and this reducer has none; use a ratio or a count")
-    mass = torch.where(view.valid, saliency.double().clamp_min(0), 0.0)
+    mass = torch.where(view.counted, saliency.double().clamp(0, torch.finfo(torch.float64).max), 0.0)
+    # Relative to the largest first, so that no sum overflows and nothing vanishes beside the least number.
+    largest = mass.amax(-1, keepdim=True)
+    mass = mass / torch.where(largest > 0, largest, 1.0)
     total = mass.sum(-1, keepdim=True)
-    flat = view.valid.double() / view.valid.sum(-1, keepdim=True)
+    flat = view.counted.double() / view.counted.sum(-1, keepdim=True).clamp_min(1)
     return torch.where(total > 0, mass / total.clamp_min(torch.finfo(torch.float64).tiny), flat)
 
 
@@ -117,8 +127,8 @@ class Entropy:
 
     With ``p = saliency / sum(saliency)`` over the row and ``exp H(p)`` in [1, N] the number of tokens that it
     effectively spreads over, ``K = round(scale * exp H(p))``, held between ``low`` and ``high`` as shares of the
-    original length. The paper (arXiv 2508.13204) names an entropy-based budget without a public formula; this
-    is ours.
+    original length; exempt tokens are in none of these. The paper (arXiv 2508.13204) names an entropy-based budget
+    without a public formula; this is ours.
 
     Args:
         scale: tokens kept per effective token.
@@ -141,14 +151,14 @@ class Entropy:
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
         p = _distribution(view, saliency, "Entropy")
         effective = torch.special.entr(p).sum(-1).exp()
-        length = view.length.double()
+        length = view.counted_length.double()
         wanted = torch.minimum(torch.maximum(self.scale * effective, self.low * length), self.high * length)
         return clamp_count(round_half_up(wanted), view)
 
 
 @dataclass(frozen=True)
 class Mass:
-    """Keep the fewest tokens that together hold a share ``mass`` of the row's saliency."""
+    """Keep the fewest tokens that together hold a share ``mass`` of the row's saliency, exempt tokens apart."""
 
     mass: float
 
@@ -157,7 +167,7 @@ class Mass:
 
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
         p = _distribution(view, saliency, "Mass")
-        fixed = view.protected & view.valid
+        fixed = view.protected & view.counted
         given = torch.where(fixed, p, 0.0).sum(-1, keepdim=True)
         ranked = torch.where(fixed, 0.0, p).sort(-1, descending=True).values
         # The nudge keeps rounding in the running sum from asking for one token more than mass=1 holds.

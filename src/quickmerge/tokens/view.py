@@ -20,6 +20,10 @@ class TokenView:
         hidden: ``(B, N, D)`` features of the tokens (the residual stream in a language model).
         valid: ``(B, N)`` bool, False for padding. The valid tokens of a row are contiguous. Default: all.
         protected: ``(B, N)`` bool, tokens that must stay alone in a slot of their own. Default: none.
+        exempt: ``(B, N)`` bool, those of the protected tokens that budgets do not count: the other tokens are given
+            what they would be given if these were not there, and these come on top. Not with a ``prefix``. None: none.
+        latest: False where text follows that does not compete for the budget, as the window behind a chunk does:
+            then no token that does compete is kept for being recent.
         position: ``(B, N)`` int, the place of each token in the original sequence, rising over the valid
             tokens. Default: ``0..N-1`` counted over the valid tokens of the row.
         size: ``(B, N)`` int, how many original tokens each token already stands for. Default: one each.
@@ -63,6 +67,8 @@ class TokenView:
     layer: int | None = None
     depth: int | None = None
     prefix: int | None = None
+    exempt: Tensor | None = None
+    latest: bool = True
 
     def __post_init__(self) -> None:
         if self.hidden.ndim != 3:
@@ -82,6 +88,8 @@ class TokenView:
         for name in ("valid", "protected", "position", "size"):
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(getattr(self, name).shape)}")
+        if self.exempt is not None:
+            self._check_exempt(shape)
         default("length", (self.size * self.valid).sum(-1))
         if self.length.shape != shape[:1]:
             raise ValueError(f"length must have shape {tuple(shape[:1])}, got {tuple(self.length.shape)}")
@@ -89,6 +97,15 @@ class TokenView:
             raise ValueError("valid must mark at least one token in every row, got a row that is all padding")
         self._check_text()
         self._check_saliency()
+
+    def _check_exempt(self, shape: torch.Size) -> None:
+        assert self.exempt is not None
+        if self.prefix is not None:
+            raise ValueError("exempt must be left out where there is a prefix, got both")
+        if self.exempt.shape != shape:
+            raise ValueError(f"exempt must have shape {tuple(shape)}, got {tuple(self.exempt.shape)}")
+        if bool((self.exempt & self.valid & ~self.protected).any()):
+            raise ValueError("exempt must be protected tokens alone, got others among them")
 
     def _check_text(self) -> None:
         if self.text is None:
@@ -132,6 +149,18 @@ class TokenView:
         object.__setattr__(self, "protected", index < self.prefix)
         if self.position is None:
             object.__setattr__(self, "position", index)
+
+    @property
+    def counted(self) -> Tensor:
+        """``(B, N)`` bool: the valid tokens that budgets count, all but those that are exempt."""
+        return self.valid if self.exempt is None else self.valid & ~self.exempt
+
+    @property
+    def counted_length(self) -> Tensor:
+        """``(B,)``: how many original tokens a ratio is a ratio of, ``length`` without those that are exempt."""
+        if self.exempt is None:
+            return self.length
+        return self.length - (self.size * (self.exempt & self.valid)).sum(-1)
 
     @property
     def free(self) -> Tensor:
