@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from quickmerge.errors import whole_number
-from quickmerge.hosts.attachment import Attachment
+from quickmerge.hosts.attachment import Attachment, PerThread
 from quickmerge.hosts.attention import AttentionFunction, check_free, watch
 from quickmerge.hosts.structure import Decoder, find_decoder
 from quickmerge.hosts.summary import RunStats, cache_bytes, cache_bytes_full
@@ -73,24 +73,31 @@ def reduce_lm(
 class Run(Attachment):
     """One attachment of a reducer to a language model.
 
-    A run sees every forward of the model while it is attached. It is not for two threads at once.
+    A run sees every forward of the model while it is attached. Several threads may use it at once, each with caches of
+    its own.
     """
 
     mode: str
     watches_attention = True
+    _fresh = PerThread(bool)
+    _began = PerThread(float)
+    _cache: PerThread[Cache | None] = PerThread(lambda: None)
+    _counts: PerThread[RunStats | None] = PerThread(lambda: None)
 
     def __init__(self, decoder: Decoder, reducer: Reducer) -> None:
         super().__init__(decoder.model)
         self.decoder = decoder
         self.reducer = reducer
-        self.stats = self._stats()
-        self._fresh = False
-        self._began = 0.0
-        self._cache: Cache | None = None
+        self._last = self._stats()
         self._signature = inspect.signature(decoder.base.forward)
 
     def _stats(self) -> RunStats:
         return RunStats(mode=self.mode, reducer=repr(self.reducer), reducer_bytes=self.reducer.weights_bytes)
+
+    @property
+    def stats(self) -> Any:
+        """What is counted of this thread's last prompt; of the last one of all, if this thread has read none."""
+        return self._last if self._counts is None else self._counts
 
     def _attach(self) -> None:
         if self.watches_attention:
@@ -105,7 +112,6 @@ class Run(Attachment):
 
     def _detach(self) -> None:
         super()._detach()
-        self._cache = None
         self.forget()
 
     # What a mode implements -------------------------------------------------------------------------------------
@@ -142,7 +148,8 @@ class Run(Attachment):
         cache = inputs.get("past_key_values")
         self._fresh = cache is None or cache.get_seq_length() == 0
         if self._fresh:
-            self.stats = self._stats()
+            self._counts = self._stats()
+        self._last = self.stats
         self._began = self.clock()
         inputs.update(self.begin(self._fresh, inputs))
         return (), inputs
@@ -173,4 +180,4 @@ class Run(Attachment):
 
     def summary(self) -> RunStats:
         """Tokens in and kept per layer, seconds and cache bytes of the last prompt; prints as a few lines."""
-        return self.stats
+        return self._last
