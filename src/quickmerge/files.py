@@ -1,37 +1,60 @@
-"""Reading text; and files and folders that appear whole or not at all, also when the disk fills up."""
+"""Reading text; and files and folders that appear whole or not at all, also when the disk fills up.
+
+Everything that the package writes for its user goes through here. What is there already and is no regular file - a
+device, a pipe, a named pipe - is written through and never replaced. Links are followed. Modes are what the umask asks
+for; a file that is replaced keeps its own.
+"""
 
 from __future__ import annotations
 
-import glob
+import contextlib
+import errno
 import json
 import os
-import shutil
-import tempfile
+import re
+import stat
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.staging import Stage, new_part, new_stage, stages, sweep, sync, sync_all
 
-__all__ = ["read_text", "settle", "write_bytes", "write_folder", "write_json"]
+__all__ = ["check_output", "follow", "read_text", "settle", "told", "write_bytes", "write_folder", "write_json"]
+
+PATIENCE = 5.0
+"""Seconds that a reader of a named pipe is waited for."""
+LINKS = 40
+"""More links than that are a circle."""
 
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
+    A pipe is read where it was handed over open, as ``/dev/stdin`` or ``<(command)``. Other pipes and devices may have
+    no end, or no beginning, and are refused.
+
     Raises:
         QuickmergeError: the file can't be read, is empty or is not UTF-8 text.
     """
     try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and _descriptor(path) is None:
+            raise QuickmergeError(f"{path} must be a regular file, got {_kind(mode)}")
         data = path.read_bytes()
     except IsADirectoryError:
         raise QuickmergeError(f"{path} must be a text file, got a folder") from None
     except OSError as error:
         raise QuickmergeError(f"{path} can't be read: {error.strerror}") from None
+    except ValueError as error:
+        if isinstance(error, QuickmergeError):
+            raise
+        raise QuickmergeError(f"{str(path)!r} can't be read: it is no name of a file ({error})") from None
     if not data.strip():
         raise QuickmergeError(f"{path} must hold some text, got an empty file")
     try:
@@ -43,72 +66,108 @@ def read_text(path: Path) -> str:
     return text
 
 
+def check_output(*paths: Path | None) -> None:
+    """Before long work: make sure that every file that will be written can be; None is passed over.
+
+    Raises:
+        QuickmergeError: naming the first path that can't.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        with told(path, kept=False):
+            descriptor = _descriptor(path)
+            if descriptor is not None:
+                os.fstat(descriptor)
+                continue
+            target = follow(path)
+            if _writable(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part, handle = new_part(target.parent)
+                os.close(handle)
+                part.unlink()
+
+
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Write a folder that appears as `target` whole or not at all, in the place of one that may be there already.
 
     Only one process may write a target at a time. A kill at any moment leaves the old folder or the new one; the
-    next `write_folder` or `settle` removes what else is left.
+    next `write_folder` or `settle` removes what else is left. Where `target` is a link, the folder that it leads to is
+    written.
 
     Args:
         target: where the folder shall be; parents are made.
         fill: writes the files into the empty folder that it is given.
 
     Raises:
-        QuickmergeError: the disk is full or not writable. What was at `target` before is still there.
+        QuickmergeError: the disk is full or not writable, or `target` is no folder. What was there before still is.
     """
-    with _told(target):
+    with told(target):
+        target = follow(target)
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         target.parent.mkdir(parents=True, exist_ok=True)
-        settle(target.parent, glob.escape(target.name))
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        try:
-            fill(work)
-            work.chmod(0o755)  # mkdtemp makes it private
-            for path in [*work.rglob("*"), work]:
-                _to_disk(path)
-            _swap_in(work, target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        _to_disk(target.parent)
+        settle(target.parent, target.name)
+        stage = new_stage(target.parent, target.name)
+        with stage.held():
+            try:
+                fill(stage.new)
+                sync_all(stage)
+                _swap_in(stage, target)
+            finally:
+                stage.remove()
+        sync(target.parent)
 
 
-def settle(parent: Path, name: str = "*") -> None:
-    """Tidy up after a killed `write_folder`: bring back an old folder that was moved away, remove unfinished ones.
+def settle(parent: Path, name: str | None = None) -> None:
+    """Tidy up after killed writes: bring back an old folder that was moved away, remove what is unfinished.
+
+    Only what a write of this package has made and marked is touched, and nothing that a running one holds.
 
     Args:
         parent: the folder of the targets; it need not exist.
-        name: the target's name, or a pattern of names.
+        name: the target's name; None means all.
     """
-    for left_over in sorted(parent.glob(f".{name}.*.*")):
-        if left_over.suffix not in (".old", ".tmp"):
-            continue
-        target = parent / left_over.name[1:].rsplit(".", 2)[0]
-        if not fnmatchcase(target.name, name):  # `name` is "a", this is of "a.b"
-            continue
-        if left_over.suffix == ".old" and not target.exists():
-            os.rename(left_over, target)
-        else:
-            shutil.rmtree(left_over, ignore_errors=True)
+    for stage in stages(parent, name):
+        with stage.held() as ours:
+            if not ours:
+                continue
+            target = parent / stage.name
+            if stage.old.exists() and not target.exists():
+                os.rename(stage.old, target)
+            stage.remove()
+    if name is None:
+        sweep(parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all; what is no regular file is written through.
 
     Raises:
         QuickmergeError: the disk is full or not writable. What was at `path` before is still there.
     """
-    with _told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    with told(path):
+        descriptor = _descriptor(path)
+        if descriptor is not None:
+            _write_open(descriptor, data)
+            return
+        target = follow(path)
+        if not _writable(target):
+            _write_through(target, data)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target.parent)
+        part, handle = new_part(target.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
+                _take_over(target, file.fileno())
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+                os.replace(part, target)  # the lock is held until it has its name
         finally:
-            Path(name).unlink(missing_ok=True)
-        _to_disk(path.parent)
+            part.unlink(missing_ok=True)
+        sync(target.parent)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -117,39 +176,137 @@ def write_json(path: Path, data: Any) -> None:
     Raises:
         QuickmergeError: as `write_bytes`.
     """
-    write_bytes(path, (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    # half of a surrogate pair is no UTF-8; as a backslash and its number JSON has it all the same
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def follow(path: Path) -> Path:
+    """Where a path leads once every link in it is followed; nothing need be there.
+
+    Raises:
+        OSError: the links go round in a circle, or a file is where there must be a folder.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(path)
+    return Path(os.path.realpath(path))
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    # safetensors writes with its own code, and tells of a full disk with its own error.
+def told(path: Path, *, kept: bool = True) -> Iterator[None]:
+    """Turn what goes wrong while `path` is written into one sentence.
+
+    Args:
+        path: what is named.
+        kept: whether to add that what was there before is kept.
+    """
+    with contextlib.suppress(OSError):
+        try:
+            os.stat(path)
+        except ValueError as error:  # a zero byte, or half of a surrogate pair
+            raise QuickmergeError(f"{str(path)!r} can't be written: it is no name of a file ({error})") from None
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk with its own error
         reason = getattr(error, "strerror", None) or error
+        if not kept:
+            raise QuickmergeError(f"{path} can't be written: {reason}") from error
         raise QuickmergeError(f"{path} can't be written ({reason}); what was there before is kept") from error
 
 
-def _swap_in(work: Path, target: Path) -> None:
+def _swap_in(stage: Stage, target: Path) -> None:
     if not target.exists():
-        os.rename(work, target)
+        os.rename(stage.new, target)
         return
     # A folder can't be renamed over a full one. Between these two renames `settle` knows the way back.
-    away = work.with_suffix(".old")
-    os.rename(target, away)
+    os.rename(target, stage.old)
     try:
-        os.rename(work, target)
+        os.rename(stage.new, target)
     except BaseException:
-        os.rename(away, target)
+        os.rename(stage.old, target)
         raise
-    shutil.rmtree(away, ignore_errors=True)
 
 
-def _to_disk(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders, and keeps their entries itself
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+def _writable(target: Path) -> bool:
+    """Whether ``target`` is a regular file, or nothing yet; False for what must be written through.
+
+    Raises:
+        OSError: it is a folder, or may not be written.
+    """
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return True
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return stat.S_ISREG(mode)
+
+
+def _take_over(target: Path, handle: int) -> None:
+    """Give an open file the mode and the owner of the regular file that it is about to replace."""
+    try:
+        old = target.stat()
+    except FileNotFoundError:
+        return
+    if os.name != "nt":
+        new = os.fstat(handle)
+        if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+            with contextlib.suppress(OSError):  # only root gives files away
+                os.fchown(handle, old.st_uid, old.st_gid)
+        os.fchmod(handle, stat.S_IMODE(old.st_mode))
+
+
+def _write_through(target: Path, data: bytes) -> None:
+    if not stat.S_ISFIFO(target.stat().st_mode):
+        handle = os.open(target, os.O_WRONLY)
+    else:
+        handle = _open_pipe(target)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+
+
+def _open_pipe(target: Path) -> int:
+    # Opened in the ordinary way, a named pipe that nobody reads would be waited for without end.
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            handle = os.open(target, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > end:
+                raise OSError(errno.ENXIO, "it is a named pipe that nobody reads") from None
+            time.sleep(0.02)
+        else:
+            os.set_blocking(handle, True)
+            return handle
+
+
+def _write_open(descriptor: int, data: bytes) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()  # what was printed comes first
+    # Opened anew by its path, a file that stdout was led into would be written from its beginning.
+    with os.fdopen(os.dup(descriptor), "wb") as file:
+        file.write(data)
+
+
+def _descriptor(path: Path) -> int | None:
+    """The number of our own open file that a path such as /dev/stdout or /dev/fd/63 stands for, None for others."""
+    try:
+        for _ in range(LINKS):
+            text = os.path.abspath(path)
+            match = re.fullmatch(r"/(?:dev/fd|proc/(self|thread-self|\d+)/fd)/(\d{1,9})", text)
+            if match is not None and (match[1] or "self") in ("self", "thread-self", str(os.getpid())):
+                return int(match[2])
+            path = Path(text).parent / os.readlink(text)
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _kind(mode: int) -> str:
+    kinds = {"a named pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a folder": stat.S_ISDIR}
+    return next((name for name, test in kinds.items() if test(mode)), "a device")

@@ -6,6 +6,7 @@ import pytest
 from quickmerge.errors import CacheFolderError
 from quickmerge.models import cache_folder, load
 from quickmerge.models.cache import replacing_folder
+from quickmerge.staging import new_stage
 
 
 def test_the_environment_names_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -39,11 +40,19 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in target.iterdir()] == ["whole"]
 
 
-def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
-    left_over = tmp_path / ".target.abc.tmp"
-    left_over.mkdir()
+def test_what_a_killed_run_left_is_removed_and_nothing_of_the_users(tmp_path: Path) -> None:
+    left_over = new_stage(tmp_path, "target")
+    (left_over.new / "half").write_text("")
+    own = tmp_path / ".target.abc.tmp"
+    own.mkdir()
     with replacing_folder(tmp_path / "target"):
-        assert not left_over.exists()
+        assert not left_over.folder.exists() and own.exists()
+
+
+def test_a_home_that_is_not_there_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUICKMERGE_CACHE", "~no-such-user/cache")
+    with pytest.raises(CacheFolderError, match="no-such-user"):
+        cache_folder()
 
 
 def test_two_at_once_make_one(tmp_path: Path) -> None:
@@ -62,4 +71,4 @@ def test_two_at_once_make_one(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert made == [(target / "word").read_text()]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".target.*.quickmerge"))

@@ -73,15 +73,15 @@ def test_write_page_creates_folders_replaces_whole_and_leaves_nothing_behind(tmp
 
 def test_write_page_says_why_it_cannot(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(QuickmergeError, match="Cannot write"):
+    with pytest.raises(QuickmergeError, match="can't be written"):
         write_page(tmp_path / "file" / "report.html", "x")
     (tmp_path / "taken").mkdir()
-    with pytest.raises(QuickmergeError, match="Cannot write"):
+    with pytest.raises(QuickmergeError, match="can't be written"):
         write_page(tmp_path / "taken", "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
     with pytest.raises(QuickmergeError, match="names a folder"):
         write_page("/", "x")
-    with pytest.raises(QuickmergeError, match="Cannot write"):
+    with pytest.raises(QuickmergeError, match="can't be written"):
         write_page(tmp_path / "nul\x00.html", "x")
 
 

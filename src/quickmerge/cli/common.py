@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, first_sentence
+from quickmerge.files import check_output as check_output
 from quickmerge.files import read_text as read_text
 from quickmerge.files import write_json as write_file
 
@@ -150,29 +150,10 @@ def add_prior(method: Reducer, prior: str) -> Reducer:
         return QuickMergePrior.from_prior(trained, **{"keep": method.keep, **given})
 
 
-def check_output(*paths: Path | None) -> None:
-    """Before long work: make sure that every file a command will write can be written.
-
-    Raises:
-        QuickmergeError: naming the first path that can't.
-    """
-    for path in paths:
-        if path is None:
-            continue
-        try:
-            path.absolute().parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.absolute().parent):
-                pass
-        except OSError as error:
-            raise QuickmergeError(f"{path} can't be written: {error.strerror}") from None
-        if path.is_dir():
-            raise QuickmergeError(f"{path} can't be written: it is a folder")
-
-
 def write_json(path: Path | None, data: Any) -> None:
     """Write results whole or not at all; None writes nothing."""
     if path is not None:
-        write_file(path.absolute(), data)
+        write_file(path, data)
 
 
 def load_model(name: str) -> tuple[Any, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from quickmerge.errors import CacheFolderError
+from quickmerge.staging import new_stage, stages, sync_all
 
 __all__ = ["cache_folder", "replacing_folder", "writable"]
 
@@ -24,14 +24,24 @@ def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
 
     Returns:
         `given`, else `$QUICKMERGE_CACHE`, else `$XDG_CACHE_HOME/quickmerge`, else `~/.cache/quickmerge`.
+
+    Raises:
+        CacheFolderError: it lies in the home of a user that this machine doesn't know.
     """
     if given is not None:
-        return Path(given).expanduser().absolute()
+        return _absolute(given)
     if own := os.environ.get("QUICKMERGE_CACHE"):
-        return Path(own).expanduser().absolute()
+        return _absolute(own)
     if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser().absolute() / "quickmerge"
-    return Path("~/.cache/quickmerge").expanduser().absolute()
+        return _absolute(shared) / "quickmerge"
+    return _absolute("~/.cache/quickmerge")
+
+
+def _absolute(folder: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(folder).expanduser().absolute()
+    except RuntimeError as error:  # no such user, or one without a home
+        raise CacheFolderError(f"there is no cache folder {os.fspath(folder)!r} ({error}): {ADVICE}") from None
 
 
 def writable(folder: Path) -> Path:
@@ -67,15 +77,16 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     parent = writable(target.parent)
     # The lock is the kernel's: it ends with the process that holds it, so a killed run blocks nobody.
     with FileLock(parent / f".{target.name}.lock"):
-        for left_over in parent.glob(f".{target.name}.*.tmp"):
-            shutil.rmtree(left_over, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=parent))
+        for left_over in stages(parent, target.name):
+            left_over.remove()
         try:
-            yield work
-            if not target.exists():
-                work.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
-                os.rename(work, target)
+            stage = new_stage(parent, target.name)
+            try:
+                yield stage.new
+                if not target.exists():
+                    sync_all(stage)  # with the modes of the umask, since a cache may be shared
+                    os.rename(stage.new, target)
+            finally:
+                stage.remove()
         except OSError as error:
             raise CacheFolderError(f"cannot write into {parent} ({error.strerror or error}): {ADVICE}") from error
-        finally:
-            shutil.rmtree(work, ignore_errors=True)

@@ -81,7 +81,6 @@ def write_manifest(work: Path, facts: dict[str, Any], packages: Sequence[str]) -
     """
     files = {}
     for path in sorted(work.iterdir()):
-        path.chmod(0o644)  # safetensors writes for the owner alone; a cache may be shared
         stat = path.stat()
         files[path.name] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256_of(path)}
     versions = {name: importlib.metadata.version(name) for name in packages}

@@ -190,7 +190,7 @@ def save_model(folder: Path, model: PreTrainedModel, processor: Any) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        settle(folder, "model")
+        settle(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".model.", suffix=".tmp") as work:
             model.save_pretrained(work)
             if processor is not None:
