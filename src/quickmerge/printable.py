@@ -18,7 +18,8 @@ _TABLE = _C0 | _C1 | _OTHER
 _BREAKS = re.compile(r"\r\n")
 # In a name: line breaks, what turns the direction of reading, what can't be seen, and half characters.
 _HIDDEN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff\ud800-\udfff]"
+    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff"
+    "\ud800-\udfff]"
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from quickmerge.cli.common import one_sentence
+from quickmerge.printable import clean
 
 A = TypeVar("A")
 M = TypeVar("M")
@@ -17,6 +18,8 @@ def print_answers(
     ask: Callable[[M | None], A],
     note: Callable[[A], str | None] = lambda _: None,
     names: tuple[str, str] = ("reduced", "full"),
+    *,
+    raw: bool = False,
 ) -> dict[str, A]:
     """Ask each way, then print the answers, and on stderr what they cost.
 
@@ -26,13 +29,14 @@ def print_answers(
         ask: gives an answer, with ``text`` and ``stats``; of None, one of the model as it is.
         note: what else to say on stderr of the answer by ``method``.
         names: of the two ways.
+        raw: print the answers as they are, for those who want the very bytes.
 
     Returns:
         Answers by name: by ``method`` and, if compared, of the model as it is.
     """
-    from rich.console import Console
+    from quickmerge.terminal import Terminal
 
-    errors = Console(stderr=True)
+    errors = Terminal(stderr=True)
     results: dict[str, Any] = {}
     ways = list(zip(names, (method, None), strict=True))[: 2 if compare else 1]
     for name, way in ways:
@@ -42,7 +46,7 @@ def print_answers(
         found = results[name]
         if compare:
             print(f"== {name} ==")
-        print(found.text)
+        print(found.text if raw else clean(found.text))
         print()
         print(found.stats, file=errors.file)
         if way is not None and (told := note(found)):

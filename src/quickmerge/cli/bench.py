@@ -24,6 +24,7 @@ from quickmerge.cli.common import (
     write_json,
 )
 from quickmerge.errors import QuickmergeError
+from quickmerge.printable import clean_name
 
 EXAMPLE = (
     "Example: quickmerge bench --text a.txt b.txt --reducer quickmerge,tome,random --keep 0.2,0.42 --json out.json; "
@@ -175,12 +176,11 @@ def bench(
                 raise QuickmergeError(f"{name} can't be used with --image: leave it out")
         bench_images(image, model or "vit-small-14", reducer, keep, limit, rounds, dynamicvit, out, json)
         return
-    from rich.console import Console
-
     from quickmerge.evaluation.bench import bench as measure
     from quickmerge.evaluation.bench import environment
     from quickmerge.evaluation.documents import split_document
     from quickmerge.report import bench_report, bench_table, write_page
+    from quickmerge.terminal import Terminal
 
     check_output(json, out / "report.html" if out is not None else None)
     model, keeps = model or "smollm2-135m", parse_keeps(keep or "0.2,0.42,0.6")
@@ -212,10 +212,10 @@ def bench(
         "reducers": {m.label: repr(m) for m in methods},
     }  # fmt: skip
     write_json(json, {"rows": rows, "documents": records, "meta": meta})
-    bench_table(rows, Console())
+    bench_table(rows, Terminal())
     if out is not None:
         write_page(out / "report.html", bench_report(rows, meta))
-        print(f"wrote {out / 'report.html'}")
+        print(f"wrote {clean_name(out / 'report.html')}")
 
 
 def _said(context: typer.Context, name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from quickmerge.cli.common import check_output, load_model, one_sentence, progress, quiet, read_text, write_json
 from quickmerge.cli.generate_calm import is_calm
 from quickmerge.errors import QuickmergeError
+from quickmerge.printable import clean_name
 
 
 def parse_models(text: str) -> dict[str, str]:
@@ -49,7 +50,7 @@ def bench_calm(
     json: Path | None,
 ) -> None:
     """Measure every model at the same places of the texts, and let all write on in turn."""
-    from rich.console import Console
+    from quickmerge.terminal import Terminal
 
     report = out / "report.html" if out is not None else None
     check_output(json, report)
@@ -87,10 +88,10 @@ def bench_calm(
         "environment": environment(),
     }  # fmt: skip
     write_json(json, {"rows": rows, "speeds": speeds, "temperatures": draws, "meta": meta})
-    calm_table(rows, speeds, draws, Console())
+    calm_table(rows, speeds, draws, Terminal())
     if report is not None:
         write_calm_report(report, rows, speeds, draws, meta)
-        print(f"wrote {report}")
+        print(f"wrote {clean_name(report)}")
 
 
 def open_models(folders: dict[str, str]) -> tuple[dict[str, Any], Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from quickmerge.cli.common import check_output, load_model, one_sentence, progress, write_json
 from quickmerge.cli.generate_drafter import drafter_name, load_drafter, parse_tree
 from quickmerge.errors import QuickmergeError
+from quickmerge.printable import clean_name
 
 if TYPE_CHECKING:
     from quickmerge.evaluation.prompts import Prompt
@@ -25,12 +26,11 @@ def bench_drafter(
     json: Path | None,
 ) -> None:
     """Let every drafter, and the model alone, write on from every prompt in turn."""
-    from rich.console import Console
-
     from quickmerge.evaluation.bench import environment
     from quickmerge.evaluation.drafters import PLAIN, DraftArm
     from quickmerge.evaluation.drafters_bench import bench_drafters
     from quickmerge.report.bench_drafters import drafters_table, write_drafters_report
+    from quickmerge.terminal import Terminal
 
     report = out / "report.html" if out is not None else None
     check_output(json, report)
@@ -59,10 +59,10 @@ def bench_drafter(
         "environment": environment(),
     }  # fmt: skip
     write_json(json, {"rows": rows, "prompts": records, "meta": meta})
-    drafters_table(rows, Console())
+    drafters_table(rows, Terminal())
     if report is not None:
         write_drafters_report(report, rows, meta)
-        print(f"wrote {report}")
+        print(f"wrote {clean_name(report)}")
 
 
 def parse_temperatures(text: str) -> list[float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from quickmerge.cli.common import check_output, one_sentence, parse_keeps, progress, quiet, write_json
 from quickmerge.errors import QuickmergeError
+from quickmerge.printable import clean_name
 
 BATCH = 8
 
@@ -23,8 +24,6 @@ def bench_images(
     json: Path | None,
 ) -> None:
     """Fidelity, labels where there are any, and time of every method at every share of the operations."""
-    from rich.console import Console
-
     from quickmerge.cli.vlm import check_needs_no_question, is_vlm
     from quickmerge.evaluation.bench import environment
     from quickmerge.evaluation.images import load_batch
@@ -32,6 +31,7 @@ def bench_images(
     from quickmerge.evaluation.vision_bench import bench_images as measure
     from quickmerge.reducers import make_reducer
     from quickmerge.report.bench_vision import vision_table, write_vision_report
+    from quickmerge.terminal import Terminal
 
     if is_vlm(model):
         from quickmerge.cli.bench_vlm import bench_vlm
@@ -70,10 +70,10 @@ def bench_images(
         row |= {k: v for k, v in spent.items() if k not in ("method", "asked")}
     meta = {"model": model, "images": len(paths), "folder": folder.name, "environment": environment()}
     write_json(json, {"rows": rows, "images": records, "meta": meta})
-    vision_table(rows, Console())
+    vision_table(rows, Terminal())
     if report is not None:
         write_vision_report(report, rows, meta)
-        print(f"wrote {report}")
+        print(f"wrote {clean_name(report)}")
 
 
 def _images(folder: Path, limit: int) -> tuple[list[Path], list[str] | None]:

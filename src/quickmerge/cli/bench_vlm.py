@@ -7,6 +7,7 @@ from pathlib import Path
 from quickmerge.cli.common import check_output, one_sentence, parse_keeps, progress, write_json
 from quickmerge.cli.vlm import load_vlm
 from quickmerge.errors import QuickmergeError
+from quickmerge.printable import clean_name
 
 KEEPS = "0.5,0.25,0.11"
 """The shares of the visual tokens where nobody says."""
@@ -17,14 +18,13 @@ def bench_vlm(
     json: Path | None,
 ) -> None:  # fmt: skip
     """Right answers by kind of question, and time, of every method at every share of the visual tokens."""
-    from rich.console import Console
-
     from quickmerge.evaluation.answers_arms import answer_arms
     from quickmerge.evaluation.answers_bench import bench_answers
     from quickmerge.evaluation.bench import environment
     from quickmerge.evaluation.images import evenly
     from quickmerge.reducers import make_reducer
     from quickmerge.report.bench_answers import answers_table, write_answers_report
+    from quickmerge.terminal import Terminal
     from quickmerge.training.data.annotated import read_annotated
 
     report = out / "report.html" if out is not None else None
@@ -47,7 +47,7 @@ def bench_vlm(
         rows, records = bench_answers(vlm, processor, pictures, arms, rounds=rounds, advance=advance)
     meta = {"model": model, "images": len(pictures), "folder": folder.name, "environment": environment()}
     write_json(json, {"rows": rows, "images": records, "meta": meta})
-    answers_table(rows, Console())
+    answers_table(rows, Terminal())
     if report is not None:
         write_answers_report(report, rows, meta)
-        print(f"wrote {report}")
+        print(f"wrote {clean_name(report)}")

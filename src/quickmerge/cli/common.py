@@ -37,6 +37,9 @@ PRIOR = Annotated[
     str | None,
     typer.Option("--prior", help="A trained prior for quickmerge: its folder, or smollm2-135m for the shipped one."),
 ]
+RAW = Annotated[
+    bool, typer.Option("--raw", help="Print the model's text as it is, also what a terminal takes for commands.")
+]
 JSON = Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")]
 
 
@@ -174,14 +177,15 @@ def quiet() -> None:
 
 def progress() -> Progress:
     """A progress bar on stderr, so that stdout stays what the command prints."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    from quickmerge.terminal import PlainColumn, Terminal
 
     return Progress(
-        TextColumn("[progress.description]{task.description}"),
+        PlainColumn(),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=Terminal(stderr=True),
         transient=True,
     )

@@ -21,6 +21,7 @@ from quickmerge.cli.common import (
     progress,
     write_json,
 )
+from quickmerge.printable import clean_name
 
 EXAMPLE = "Example: quickmerge demo --keep 0.3 --out runs/demo.html"
 ROUNDS = 3
@@ -35,15 +36,14 @@ def demo(
     json: JSON = None,
 ) -> None:
     """Answer a question about the shipped document with all tokens and with fewer, and write a report."""
-    from rich.console import Console
-
     from quickmerge.data import demo_document, demo_question
     from quickmerge.evaluation.answer import answer
     from quickmerge.report import demo_report, write_page
+    from quickmerge.terminal import Terminal
 
     check_output(json, out)
     method, depth = parse_reducer(reducer, keep), parse_layer(layer)
-    console = Console()
+    console = Terminal()
     lm, tokenizer = load_model(model)
     document, question = demo_document(), demo_question()
     with progress() as bar, one_sentence():
@@ -61,7 +61,7 @@ def demo(
     data = _gather(model, document, question["question"], method, found, quality, lm, tokenizer)
     _print(console, data, question["answer"])
     write_page(out, demo_report(data))
-    console.print(f"\nThe report, with every token of the document: [bold]{out.absolute()}[/]", soft_wrap=True)
+    console.print(f"\nThe report, with every token of the document: {clean_name(out.absolute())}", soft_wrap=True)
     write_json(json, {k: v for k, v in data.items() if k != "cells"})
 
 
@@ -141,7 +141,8 @@ def _print(console: Any, data: dict[str, Any], expected: str) -> None:
     from quickmerge.hosts.summary import layer_runs
 
     full, reduced = data["full"], data["reduced"]
-    console.print(f"\n[bold]{data['document_name']}[/], {data['tokens_in']:.0f} tokens, read by {data['model']}.")
+    read = f"{data['tokens_in']:.0f} tokens, read by {clean_name(data['model'])}."
+    console.print(f"\n{data['document_name']}, {read}")
     console.print(f"Question: {data['question']}  (in the document: {expected})\n")
     table = Table("", "all tokens", f"{data['reducer']}, keep {data['keep']:g}", "ratio")
     table.add_row("answer", full["answer"], reduced["answer"], "")

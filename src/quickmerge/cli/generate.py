@@ -12,6 +12,7 @@ from quickmerge.cli.common import (
     JSON,
     LAYER,
     PRIOR,
+    RAW,
     TOKENS,
     add_prior,
     check_output,
@@ -94,6 +95,7 @@ def generate(
         typer.Option("--budget", min=0, help="With --attention: tokens of the clusters that are read exactly. 512."),
     ] = None,
     prior: PRIOR = None,
+    raw: RAW = False,
     json: JSON = None,
 ) -> None:
     """Answer a prompt about a document or about images, which are read with fewer tokens."""
@@ -107,7 +109,7 @@ def generate(
         })  # fmt: skip
         generate_calm(
             str(model), file, prompt, max_new_tokens=max_new_tokens, temperature=temperature, method=temperature_method,
-            seed=seed, json=json,
+            seed=seed, raw=raw, json=json,
         )  # fmt: skip
         return
     if temperature_method is not None:
@@ -124,7 +126,7 @@ def generate(
         })  # fmt: skip
         generate_drafter(
             drafter, tree, file, prompt, model, max_new_tokens=max_new_tokens, sample=sample, temperature=temperature,
-            seed=seed, compare=compare, json=json,
+            seed=seed, compare=compare, raw=raw, json=json,
         )  # fmt: skip
         return
     if tree is not None:
@@ -135,7 +137,7 @@ def generate(
         _without("--image", {"--file": file, "--prior": prior, "--attention": attention, "--budget": budget})
         generate_image(
             image, prompt, model, reducer or "scope", keep, tokens, layer, max_new_tokens=max_new_tokens, sample=sample,
-            temperature=temperature, seed=seed, compare=compare, json=json,
+            temperature=temperature, seed=seed, compare=compare, raw=raw, json=json,
         )  # fmt: skip
         return
     if tokens is not None:
@@ -145,7 +147,7 @@ def generate(
 
         generate_multipole(
             attention, budget, file, prompt, model, reducer, keep, layer, prior, max_new_tokens=max_new_tokens,
-            sample=sample, temperature=temperature, seed=seed, compare=compare, json=json,
+            sample=sample, temperature=temperature, seed=seed, compare=compare, raw=raw, json=json,
         )  # fmt: skip
         return
     if budget is not None:
@@ -166,7 +168,7 @@ def generate(
         lambda way: answer(
             lm, tokenizer, document, prompt, way, depth, max_new_tokens=max_new_tokens, sample=sample,
             temperature=temperature, seed=seed,
-        ),
+        ), raw=raw,
     )  # fmt: skip
     write_json(json, {
         "model": model, "reducer": method.label, "keep": keep, "prompt": prompt,

@@ -10,6 +10,7 @@ from typing import Any
 
 from quickmerge.cli.common import check_output, one_sentence, quiet, read_text, write_json
 from quickmerge.errors import QuickmergeError, near_match
+from quickmerge.printable import clean
 
 KIND = "quickmerge-calm"
 METHODS = ("exact", "batch")  # as in quickmerge.continuous.generation, which would load torch
@@ -53,11 +54,10 @@ def generate_calm(
     temperature: float | None,
     method: str | None,
     seed: int,
+    raw: bool,
     json: Path | None,
 ) -> None:
     """Print what follows the document and the prompt while it is written, and on stderr what it cost."""
-    from transformers import TextStreamer
-
     settings = parse_method(method)
     if temperature is None and settings:
         raise QuickmergeError("--temperature-method is for a temperature below 1: give --temperature too")
@@ -71,12 +71,12 @@ def generate_calm(
 
     lm, tokenizer = load_calm(model)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
-    print(text, end="", flush=True)
+    print(text if raw else clean(text), end="", flush=True)
     began = time.perf_counter()
     with one_sentence():
         out = lm.generate(
             ids, max_new_tokens=max_new_tokens, temperature=1.0 if temperature is None else temperature, seed=seed,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), **settings,
+            streamer=_streamer(raw)(tokenizer, skip_prompt=True, skip_special_tokens=True), **settings,
         )  # fmt: skip
     seconds = time.perf_counter() - began
     new = out[0, ids.shape[1] :]
@@ -91,3 +91,14 @@ def generate_calm(
         "text": tokenizer.decode(new, skip_special_tokens=True), "prompt_tokens": ids.shape[1], "tokens": len(new),
         "steps": steps, "patch": patch, "seconds": seconds,
     })  # fmt: skip
+
+
+def _streamer(raw: bool) -> Any:
+    """Transformers' streamer, which prints a text while it is written; cleaned, unless it is wanted ``raw``."""
+    from transformers import TextStreamer
+
+    class Cleaned(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(clean(text), stream_end)
+
+    return TextStreamer if raw else Cleaned

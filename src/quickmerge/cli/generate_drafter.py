@@ -30,12 +30,12 @@ def generate_drafter(
     temperature: float | None,
     seed: int,
     compare: bool,
+    raw: bool,
     json: Path | None,
 ) -> None:
     """Print the answer, and on stderr how many tokens a pass of the model gave."""
-    from rich.console import Console
-
     from quickmerge.evaluation.drafters import PLAIN, DraftArm, prepare, prompt_ids, write
+    from quickmerge.terminal import Terminal
 
     check_output(json)
     nodes = parse_tree(tree)
@@ -46,7 +46,7 @@ def generate_drafter(
     arm = DraftArm(drafter_name(drafter), load_drafter(drafter), nodes)
     lm, tokenizer = load_model(name)
     ids = prompt_ids(lm, tokenizer, document, prompt, max_new_tokens)
-    errors = Console(stderr=True)
+    errors = Terminal(stderr=True)
     with errors.status("measuring what a pass costs (once)"), one_sentence():
         prepare(lm, arm)
         write(lm, tokenizer, ids[:, -8:], max_new_tokens=1)  # what is run first pays for allocation
@@ -57,7 +57,7 @@ def generate_drafter(
             seed=seed,
         )  # fmt: skip
 
-    results = print_answers(arm, compare, ask, names=("drafted", "plain"))
+    results = print_answers(arm, compare, ask, names=("drafted", "plain"), raw=raw)
     if compare:
         print(_compared(results["drafted"], results["plain"]), file=errors.file)
     write_json(json, {

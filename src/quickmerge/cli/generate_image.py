@@ -27,6 +27,7 @@ def generate_image(
     temperature: float | None,
     seed: int,
     compare: bool,
+    raw: bool,
     json: Path | None,
 ) -> None:
     """Print the answer, and on stderr what was read and what it cost."""
@@ -50,7 +51,7 @@ def generate_image(
             vlm, processor, pictures, prompt, way, depth, max_new_tokens=max_new_tokens, sample=sample,
             temperature=temperature, seed=seed,
         ),
-        lambda found: None if tokens is None else clamped(tokens, found.visual),
+        lambda found: None if tokens is None else clamped(tokens, found.visual), raw=raw,
     )  # fmt: skip
     write_json(json, {
         "model": model, "reducer": method.label, "keep": keep, "tokens": tokens, "prompt": prompt,

@@ -45,6 +45,7 @@ def generate_multipole(
     temperature: float | None,
     seed: int,
     compare: bool,
+    raw: bool,
     json: Path | None,
 ) -> None:
     """Print the answer, and on stderr what was read and what it cost. Tokens are merged too if anything says how."""
@@ -69,7 +70,7 @@ def generate_multipole(
             max_new_tokens=max_new_tokens, sample=sample, temperature=temperature, seed=seed,
         )  # fmt: skip
 
-    results = print_answers(settings, compare, ask, lambda found: str(found.attention), (NAME, "full"))
+    results = print_answers(settings, compare, ask, lambda found: str(found.attention), (NAME, "full"), raw=raw)
     write_json(json, {
         "model": name, "attention": settings.label, "reducer": None if method is None else method.label,
         "keep": None if method is None else method.keep, "prompt": prompt,

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from quickmerge.cli.common import JSON, check_output, write_json
+
+if TYPE_CHECKING:
+    from quickmerge.terminal import Terminal
 
 EXAMPLE = "Example: quickmerge ls --json inventory.json"
 
 
 def ls(json: JSON = None) -> None:
-    """List the reducers, the models that work and the priors that ship."""
-    from rich.console import Console
+    """List the reducers, the models that work, and the priors and draft heads that ship."""
     from rich.table import Table
 
-    from quickmerge.data import PRIORS
+    from quickmerge.data import GUMIHOS, PRIORS
     from quickmerge.hosts import FAMILIES, VISION_FAMILIES, VLM_FAMILIES
     from quickmerge.models import MODELS, VISION_MODELS
     from quickmerge.models.embedded import SENTENCE_MODELS
     from quickmerge.reducers import PLACES, DynamicViT
+    from quickmerge.terminal import Terminal, plain
 
     found = [(place, name, cls) for place, table in PLACES.items() for name, cls in table.items()]
     reducers = [
@@ -32,7 +36,7 @@ def ls(json: JSON = None) -> None:
         for place, name, cls in found
     ]
     check_output(json)
-    console = Console()
+    console = Terminal()
     for place, title in (
         ("text", "Reducers for language models"),
         ("vision", "Reducers for vision transformers"),
@@ -43,18 +47,26 @@ def ls(json: JSON = None) -> None:
             further = place == "visual" and r["name"] in PLACES["vision"]
             if r["place"] == place and not further:
                 settings = ", ".join(f"{k}={v}" for k, v in r["settings"].items())  # type: ignore[attr-defined]
-                table.add_row(f"[bold]{r['name']}[/]", " ".join(str(r["about"]).split()), settings, str(r["source"]))
+                table.add_row(plain(r["name"], "bold"), " ".join(str(r["about"]).split()), settings, str(r["source"]))
         console.print(table)
     console.print(f"  and {DynamicViT.name} ({DynamicViT.source}), which quickmerge train dynamicvit trains")
     for models, families in ((MODELS, FAMILIES), (VISION_MODELS, VISION_FAMILIES)):
-        console.print("[bold]Models[/]: " + ", ".join(models) + ", or any folder or Hugging Face id of these families:")
+        _tell(console, "Models", ", ".join(models) + ", or any folder or Hugging Face id of these families:")
         console.print("  " + ", ".join(families))
-    console.print("[bold]Vision-language models[/]: any folder or Hugging Face id of these families:")
+    _tell(console, "Vision-language models", "any folder or Hugging Face id of these families:")
     console.print("  " + ", ".join(VLM_FAMILIES))
-    console.print("[bold]Recognizers[/]: any folder that train recognizer wrote; compared by meaning with "
-                  + ", ".join(SENTENCE_MODELS))  # fmt: skip
-    console.print("[bold]Trained priors[/] (--prior): " + ", ".join(PRIORS) + ", or any folder that train prior wrote")
+    _tell(console, "Recognizers", "any folder that train recognizer wrote; compared by meaning with "
+          + ", ".join(SENTENCE_MODELS))  # fmt: skip
+    _tell(console, "Trained priors", "(--prior) " + ", ".join(PRIORS) + ", or any folder that train prior wrote")
+    _tell(console, "Drafters", "(--drafter) lookup, " + ", ".join(GUMIHOS) + ", or any folder that train gumiho wrote")
     write_json(json, {
         "reducers": reducers, "models": [*MODELS, *VISION_MODELS, *SENTENCE_MODELS],
         "families": [*FAMILIES, *VISION_FAMILIES, *VLM_FAMILIES], "priors": list(PRIORS),
+        "drafters": ["lookup", *GUMIHOS],
     })  # fmt: skip
+
+
+def _tell(console: Terminal, what: str, text: str) -> None:
+    from rich.text import Text
+
+    console.print(Text.assemble((what, "bold"), ": ", text))

@@ -20,6 +20,7 @@ from quickmerge.cli.common import (
     write_json,
 )
 from quickmerge.errors import QuickmergeError
+from quickmerge.printable import clean_name
 
 EXAMPLE = "Example: quickmerge plan --model smollm2-135m --tokens 4096 --keep 0.4 --layer 8"
 
@@ -33,12 +34,12 @@ def plan(
     json: JSON = None,
 ) -> None:
     """Tokens per layer, FLOPs, cache bytes, expected speed-up and break-even length, from the shapes alone."""
-    from rich.console import Console
     from rich.table import Table
 
     from quickmerge.evaluation.cost import break_even, model_shape, plan_cost
     from quickmerge.hosts.summary import layer_runs
     from quickmerge.models import load_shape_only
+    from quickmerge.terminal import Terminal
     from quickmerge.tokens.schedule import Schedule
 
     check_output(json)
@@ -52,7 +53,7 @@ def plan(
         cost = plan_cost(shape, method, schedule, tokens)
         even = break_even(shape, method, schedule)
     lossy = cost.tokens_per_layer[-1] < tokens
-    table = Table(title=f"{model}: {tokens} tokens, {reducer} keep {keep:g}", show_header=False)
+    table = Table(title=f"{clean_name(model)}: {tokens} tokens, {reducer} keep {keep:g}", show_header=False)
     for first, last, count in layer_runs(cost.tokens_per_layer):
         table.add_row(f"layers {first} to {last}", f"{count:g} tokens")
     table.add_row("prefill FLOPs", f"{cost.flops:.3g} of {cost.flops_full:.3g} ({100 * cost.flops_ratio:.1f} %)")
@@ -62,10 +63,10 @@ def plan(
     table.add_row("expected prefill speed-up", f"{cost.speedup:.2f}x if time goes as FLOPs")
     table.add_row("break-even prompt length", "never" if even is None else f"{even} tokens (FLOPs saved exceed spent)")
     table.add_row("quality", "lossy: the prompt is reduced" if lossy else "lossless: nothing is reduced")
-    console = Console()
+    console = Terminal()
     console.print(table)
     if even is None or tokens < even:
-        console.print("[yellow]This setting can't pay off at this length: the reducer spends what it saves.[/]")
+        console.print("This setting can't pay off at this length: the reducer spends what it saves.", style="yellow")
     write_json(json, {
         "model": model, "reducer": reducer, "keep": keep, "layers": list(schedule.layers), "tokens": tokens,
         "tokens_per_layer": list(cost.tokens_per_layer), "flops": cost.flops, "flops_full": cost.flops_full,

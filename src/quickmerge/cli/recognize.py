@@ -10,6 +10,7 @@ import typer
 
 from quickmerge.cli.common import (
     JSON,
+    RAW,
     check_output,
     one_sentence,
     parse_reducer,
@@ -19,6 +20,7 @@ from quickmerge.cli.common import (
     write_json,
 )
 from quickmerge.errors import QuickmergeError, near_match, whole_number
+from quickmerge.printable import clean_name
 
 if TYPE_CHECKING:
     from quickmerge.recognition import Guess
@@ -45,6 +47,7 @@ def recognize(
     keep: Annotated[
         float | None, typer.Option("--keep", help=f"Share of the image tokens that is kept. Default: {KEEP:g}.")
     ] = None,
+    raw: RAW = False,
     json: JSON = None,
 ) -> None:
     """Name the objects in pictures, most probable first.
@@ -93,7 +96,7 @@ def recognize(
             bar.update(task, advance=1)
     rows = [as_rows(guesses, top, minimum, closed=given is not None) for guesses in found]
     for path, row in zip(images, rows, strict=True):
-        show(path, row)
+        show(path, row, raw=raw)
     write_json(json, {
         "model": model.name, "method": "closed set" if given else method, "labels": given, "reducer": reducer,
         "keep": None if less is None else KEEP if keep is None else keep, "minimum": minimum,
@@ -114,25 +117,30 @@ def as_rows(guesses: Sequence[Guess], top: int, minimum: float, *, closed: bool)
     return rows
 
 
-def show(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Print a picture's labels as a table."""
-    from rich.console import Console
-    from rich.markup import escape
+def show(path: Path, rows: Sequence[dict[str, Any]], *, raw: bool = False) -> None:
+    """Print a picture's labels as a table; ``raw``, as lines of label, tab and probability, the labels as they are."""
+    if raw:
+        print(path)
+        for row in rows:
+            print(f"{row['label']}\t{row['probability']:.4g}")
+        return
     from rich.table import Table
 
-    table = Table("label", title=escape(path.name), title_justify="left")
+    from quickmerge.terminal import Terminal
+
+    table = Table("label", title=clean_name(path.name), title_justify="left")
     table.add_column("probability", justify="right")
     closed = any("share" in row for row in rows)
     if closed:
         table.add_column("share", justify="right")
     for row in rows:
-        cells = [escape(row["label"]), f"{row['probability']:.2e}" if row["probability"] < 1e-3 else
+        cells = [clean_name(row["label"]), f"{row['probability']:.2e}" if row["probability"] < 1e-3 else
                  f"{row['probability']:.4f}"]  # fmt: skip
         table.add_row(*cells, *([f"{row['share']:.4f}"] if closed else []))
     if rows:
-        Console().print(table)
+        Terminal().print(table)
     else:
-        print(f"{path.name}: nothing is as probable as asked for (--minimum)")
+        print(f"{clean_name(path.name)}: nothing is as probable as asked for (--minimum)")
 
 
 def read_labels(path: Path) -> list[str]:

@@ -20,6 +20,7 @@ from quickmerge.cli.common import (
     write_json,
 )
 from quickmerge.errors import QuickmergeError
+from quickmerge.printable import clean_name
 
 EXAMPLE = (
     "Example: quickmerge show --file report.txt --keep 0.3 --html map.html --picture map.png; "
@@ -88,12 +89,11 @@ def show(
             show_video(video, model or SEEING, reducer or "grid", share, frames, stride, picture, animation, json)
         return
     model, reducer, keep = model or "smollm2-135m", reducer or "quickmerge", 0.4 if keep is None else keep
-    from rich.console import Console
-
     from quickmerge.hosts.summary import layer_runs
     from quickmerge.report import token_map_figure, token_map_html, token_map_text, write_page
     from quickmerge.report.collect import token_cells
     from quickmerge.report.page import page
+    from quickmerge.terminal import Terminal
 
     check_output(json, html, picture)
     if picture is not None and picture.suffix not in (".png", ".svg"):
@@ -102,21 +102,22 @@ def show(
     depth = parse_layer(layer)
     content = read_text(file) if file is not None else str(text)
     lm, tokenizer = load_model(model)
-    with Console(stderr=True).status("reading"), one_sentence():
+    with Terminal(stderr=True).status("reading"), one_sentence():
         cells, stats = token_cells(lm, tokenizer, content, method, depth, limit=limit)
-    name = file.name if file is not None else "text"
+    name = clean_name(file.name) if file is not None else "text"
     kept = sum(c.anchor for c in cells)
     title = f"{name}: {kept} of {len(cells)} tokens kept by {reducer}"
     runs = layer_runs(stats.tokens_per_layer)
-    caption = f"{model}, keep {keep:g}. Tokens read: " + ", ".join(f"{n:g} in blocks {a}-{b}" for a, b, n in runs) + "."
-    token_map_text(cells, Console())
-    print(stats, file=Console(stderr=True).file)
+    read = ", ".join(f"{n:g} in blocks {a}-{b}" for a, b, n in runs)
+    caption = f"{clean_name(model)}, keep {keep:g}. Tokens read: {read}."
+    token_map_text(cells, Terminal())
+    print(stats, file=Terminal(stderr=True).file)
     if html is not None:
         write_page(html, page(title, [token_map_html(cells, title=title, caption=caption)]))
-        print(f"wrote {html}")
+        print(f"wrote {clean_name(html)}")
     if picture is not None:
         token_map_figure(cells, picture, title=name)
-        print(f"wrote {picture}")
+        print(f"wrote {clean_name(picture)}")
     write_json(json, {
         "model": model, "reducer": reducer, "keep": keep, "kept": kept, "tokens": [c.__dict__ for c in cells],
         **stats.as_dict(),

@@ -18,6 +18,7 @@ from quickmerge.cli.common import (
     write_json,
 )
 from quickmerge.errors import QuickmergeError
+from quickmerge.printable import clean_name
 
 MODEL = "vit-small-14"
 KEEP = 0.4
@@ -31,13 +32,12 @@ def show_image(
     prompt: str | None, picture: Path | None, json: Path | None,
 ) -> None:  # fmt: skip
     """Paint the patches of an image by the token that they became, in the order of the choice where there is one."""
-    from rich.console import Console
-
     from quickmerge.cli.vlm import check_needs_no_question, is_vlm
     from quickmerge.hosts import find_encoder
     from quickmerge.models import load_vision
     from quickmerge.report import merged_picture, write_picture
     from quickmerge.report.collect_vision import as_picture, patch_stages
+    from quickmerge.terminal import Terminal
     from quickmerge.training.data.images import open_image
     from quickmerge.training.data.labelled import PixelFormat
 
@@ -61,7 +61,7 @@ def show_image(
     encoder, processor = load_vision(model)
     form = PixelFormat.of(processor)
     pixels = processor([photo], return_tensors="pt")["pixel_values"]
-    with Console(stderr=True).status("looking"), one_sentence():
+    with Terminal(stderr=True).status("looking"), one_sentence():
         blocks = find_encoder(encoder)
         if tokens is not None:
             share = _share(tokens, math.prod(blocks.grid(pixels)))
@@ -74,9 +74,9 @@ def show_image(
             f"nothing was merged: --keep must be below 1 or --remove above 0, got {share:g}, {remove}"
         )
     seen = as_picture(pixels[0], form)
-    write_picture(merged_picture(seen, stages, title=f"{file.name}, {reducer}"), picture)
+    write_picture(merged_picture(seen, stages, title=f"{clean_name(file.name)}, {reducer}"), picture)
     print(stats)
-    print(f"wrote {picture}")
+    print(f"wrote {clean_name(picture)}")
     _write(json, file, model, reducer, share, remove, stages, stats.as_dict())
 
 
@@ -92,12 +92,11 @@ def show_video(
     animation: Path | None, json: Path | None,
 ) -> None:  # fmt: skip
     """Paint the patches of a video's frames by the token that they became, across time."""
-    from rich.console import Console
-
     from quickmerge.models import load_vision
     from quickmerge.reducers.grid import GridMerge
     from quickmerge.report import video_animation, video_strip, write_picture
     from quickmerge.report.collect_vision import as_picture, frame_stage
+    from quickmerge.terminal import Terminal
     from quickmerge.training.data import VideoClips
     from quickmerge.training.data.labelled import PixelFormat
 
@@ -113,17 +112,17 @@ def show_video(
     quiet()
     encoder, processor = load_vision(model)
     form = PixelFormat.of(processor)
-    with Console(stderr=True).status("looking"), one_sentence():
+    with Terminal(stderr=True).status("looking"), one_sentence():
         pixels = form.standardised(VideoClips([file], (form.height, form.width), frames, stride)[0])[None]
         stage = frame_stage(encoder, pixels, across)
     seen = [as_picture(frame, form) for frame in pixels[0]]
     total = stage.groups.size
     print(f"{across!r}: {stage.tokens} of {total} tokens left of {frames} frames")
-    write_picture(video_strip(seen, stage, title=f"{file.name}, {reducer}"), picture)
-    print(f"wrote {picture}")
+    write_picture(video_strip(seen, stage, title=f"{clean_name(file.name)}, {reducer}"), picture)
+    print(f"wrote {clean_name(picture)}")
     if animation is not None:
         video_animation(seen, stage, animation)
-        print(f"wrote {animation}")
+        print(f"wrote {clean_name(animation)}")
     _write(json, file, model, reducer, keep, None, [stage], {"tokens_in": total, "tokens_out": stage.tokens})
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from quickmerge.cli.common import one_sentence, parse_reducer, write_json
 from quickmerge.cli.vlm import load_vlm
 from quickmerge.errors import QuickmergeError
+from quickmerge.printable import clean_name
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,16 +31,15 @@ def show_tokens(
     json: Path | None,
 ) -> None:
     """Paint an image by what became of its tokens in front of a language model, or inside it with ``layer``."""
-    from rich.console import Console
-
     from quickmerge.cli.show_vision import stage_data
     from quickmerge.report import merged_picture, write_picture
     from quickmerge.report.collect_visual import visual_stage
+    from quickmerge.terminal import Terminal
 
     method = parse_reducer(reducer, budget, "visual")
     vlm, processor = load_vlm(model)
     question = PROMPT if prompt is None else prompt
-    with Console(stderr=True).status("looking"), one_sentence():
+    with Terminal(stderr=True).status("looking"), one_sentence():
         seen, stage, stats = visual_stage(vlm, processor, photo, question, method, layer)
     if stage is None:
         raise QuickmergeError(
@@ -47,9 +47,9 @@ def show_tokens(
             f"got {budget!r}"
         )
     asked = f": {question}" if "text" in method.asks else ""
-    write_picture(merged_picture(seen, stage, title=f"{name}, {reducer}{asked}"), picture)
+    write_picture(merged_picture(seen, stage, title=f"{clean_name(name)}, {reducer}{asked}"), picture)
     print(stats)
-    print(f"wrote {picture}")
+    print(f"wrote {clean_name(picture)}")
     write_json(json, {
         "file": name, "model": model, "reducer": reducer, "prompt": question, "stages": [stage_data(stage)],
         **stats.as_dict(),

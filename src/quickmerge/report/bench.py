@@ -109,7 +109,8 @@ def _more(meta: Mapping[str, Any]) -> list[str]:
 def bench_table(rows: Sequence[Row], console: Console) -> None:
     """Print the results to ``console``, best recovery first within each keep value, ours bold."""
     from rich.table import Table
-    from rich.text import Text
+
+    from quickmerge.terminal import plain
 
     shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     picked = [order for order, header in enumerate(HEADERS) if console.width >= _WIDE or header not in SPARE]
@@ -122,9 +123,8 @@ def bench_table(rows: Sequence[Row], console: Console) -> None:
             shown.add_row()
         previous = keep
         style = "bold cyan" if is_ours(name_of(row)) else "dim" if is_full(row) else ""
-        # Text, not str: a reducer named "[red]" is a name, not markup.
         line = cells(row)
-        shown.add_row(*(Text(line[order], style=style) for order in picked))
+        shown.add_row(*(plain(line[order], style) for order in picked))
     console.print(shown)
 
 

@@ -58,6 +58,8 @@ def kind_cells(row: Mapping[str, Any], kinds: Sequence[str]) -> list[str]:
 
 def answers_table(rows: Rows, console: Console) -> None:
     """Print the rows, by share and the most right first; as two tables where one is too wide."""
+    from quickmerge.terminal import plain
+
     kinds, body = kinds_of(rows), ordered(rows)
     first = [[row["method"], f"{row['visual_kept']:.0f}"] for row in body]
     asked = [kind_cells(row, kinds) for row in body]
@@ -69,7 +71,7 @@ def answers_table(rows: Rows, console: Console) -> None:
         return
     cost = _table(cost_headers(rows, reducer=False), first, [cost_cells(row, reducer=False) for row in body])
     by_kind = _table(kinds, first, asked)
-    cost.caption, by_kind.caption = _CAPTION, _questions(rows)
+    cost.caption, by_kind.caption = _CAPTION, plain(_questions(rows))
     console.print(cost)
     console.print(by_kind)
 
@@ -101,12 +103,15 @@ def ordered(rows: Rows) -> list[Mapping[str, Any]]:
 def _table(headers: Sequence[str], first: Sequence[list[str]], rest: Sequence[list[str]]) -> Table:
     from rich.table import Table
 
+    from quickmerge.terminal import plain
+
     printed = Table()
     for name in (*_FIRST, *headers):
         # Names take a line for each word, so that most tables fit, and cells one line.
-        printed.add_column("\n".join(name.split()), justify="left" if name == _FIRST[0] else "right", no_wrap=True)
+        lines = plain("\n".join(name.split()))
+        printed.add_column(lines, justify="left" if name == _FIRST[0] else "right", no_wrap=True)
     for start, end in zip(first, rest, strict=True):
-        printed.add_row(*start, *end)
+        printed.add_row(*map(plain, [*start, *end]))
     return printed
 
 

@@ -116,9 +116,11 @@ def _table(headers: list[str], body: list[list[str]]) -> str:
 def _print(console: Console, headers: list[str], body: list[list[str]]) -> None:
     from rich.table import Table
 
+    from quickmerge.terminal import plain
+
     printed = Table()
     for at, name in enumerate(headers):
-        printed.add_column(name, justify="left" if at == 0 else "right", overflow="fold")
+        printed.add_column(plain(name), justify="left" if at == 0 else "right", overflow="fold")
     for cells in body:
-        printed.add_row(*cells)
+        printed.add_row(*map(plain, cells))
     console.print(printed)

@@ -31,6 +31,8 @@ def drafters_table(rows: Rows, console: Console) -> None:
     """Print the rows, a table for each temperature, the fastest last."""
     from rich.table import Table
 
+    from quickmerge.terminal import plain
+
     for temperature in sorted({row["temperature"] for row in rows}):
         printed = Table(title="greedy" if temperature == 0 else f"temperature {temperature:g}", title_justify="left")
         for name in _HEADERS[1:]:
@@ -41,7 +43,7 @@ def drafters_table(rows: Rows, console: Console) -> None:
                 overflow="fold" if method else "ellipsis",
             )  # fmt: skip
         for row in ordered(row for row in rows if row["temperature"] == temperature):
-            printed.add_row(*_cells(row, quartiles=False))
+            printed.add_row(*map(plain, _cells(row, quartiles=False)))
         console.print(printed)
     console.print(
         "tokens a pass: the model's own token counted, ± half of the 95 % interval over prompts; speed: median"

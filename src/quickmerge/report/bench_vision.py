@@ -47,10 +47,12 @@ def vision_table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print the rows."""
     from rich.table import Table
 
+    from quickmerge.terminal import plain
+
     names = headers(rows)
     printed = Table(*names, caption="± is half of the 95 % interval over images")
     for row in _ordered(rows):
-        printed.add_row(*cells(row, "correct" in names, short=True))
+        printed.add_row(*map(plain, cells(row, "correct" in names, short=True)))
     console.print(printed)
 
 

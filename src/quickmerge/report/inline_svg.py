@@ -15,7 +15,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from quickmerge.report.palette import LIGHT, OTHERS
-from quickmerge.report.text import clean
+from quickmerge.report.text import clean_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ def inline_svg(figure: Figure, label: str) -> str:
         "xmlns": "http://www.w3.org/2000/svg",
         "viewBox": root.attrib["viewBox"],
         "role": "img",
-        "aria-label": clean(label),
+        "aria-label": clean_name(label),
         "class": "qm-chart",
         "font-family": _FONT,
         **_INHERITED,

@@ -11,7 +11,7 @@ from pathlib import Path
 from quickmerge.report.blocks import cards, columns, details, figure, heading, lead, paragraph, table
 from quickmerge.report.files import write_atomically
 from quickmerge.report.page_style import PAGE_CSS, mark
-from quickmerge.report.text import escape
+from quickmerge.report.text import escape_name
 from quickmerge.report.tokenmap_style import TOKEN_MAP_CSS, TOKEN_MAP_JS
 
 __all__ = [
@@ -39,7 +39,7 @@ def page(title: str, blocks: Sequence[str], *, subtitle: str = "") -> str:
         blocks: The blocks, top to bottom.
         subtitle: A line under the title.
     """
-    below = f'<p class="sub">{escape(subtitle)}</p>' if subtitle else ""
+    below = f'<p class="sub">{escape_name(subtitle)}</p>' if subtitle else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_policy()}">'
@@ -47,8 +47,8 @@ def page(title: str, blocks: Sequence[str], *, subtitle: str = "") -> str:
         '<meta name="referrer" content="no-referrer"><meta name="generator" content="quickmerge">'
         # Without this, browsers ask the server for /favicon.ico.
         '<link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{PAGE_CSS}</style></head>\n"
-        f'<body><main><header><p class="brand">{mark()}quickmerge</p><h1>{escape(title)}</h1>{below}</header>\n'
+        f"<title>{escape_name(title)}</title><style>{PAGE_CSS}</style></head>\n"
+        f'<body><main><header><p class="brand">{mark()}quickmerge</p><h1>{escape_name(title)}</h1>{below}</header>\n'
         + "\n".join(blocks)
         + "\n</main></body></html>\n"
     )

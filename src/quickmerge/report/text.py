@@ -18,6 +18,14 @@ def escape(value: object) -> str:
     return html.escape(clean(value), quote=True)
 
 
+def escape_name(value: object) -> str:
+    """Return ``value`` as `escape` does, with what could disguise a name shown as `clean_name` shows it.
+
+    For what stands in a page as a label: line breaks stay.
+    """
+    return html.escape("\n".join(map(clean_name, clean(value).split("\n"))), quote=True)
+
+
 def one_line(value: object, limit: int = 80) -> str:
     """Return ``value`` cleaned, on one line, cut to ``limit`` characters with an ellipsis."""
     text = clean(value).replace("\n", "↵").replace("\t", "⇥")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from quickmerge.report.cells import Slots, State, TokenCell, summary
 from quickmerge.report.palette import SLOT_COLORS, tint_level
-from quickmerge.report.text import clean, escape, split_lead
+from quickmerge.report.text import clean, escape, escape_name, split_lead
 from quickmerge.report.tokenmap_style import TOKEN_MAP_CSS, TOKEN_MAP_JS
 
 _BINS = 160
@@ -35,8 +35,8 @@ def token_map_html(cells: Sequence[TokenCell], *, title: str, caption: str, fold
         )
     return (
         f'<figure class="qm-map"><style>{TOKEN_MAP_CSS}</style>'
-        f'<figcaption><strong>{escape(title)}</strong><span class="qm-sum">{escape(summary(slots))}</span>'
-        f"<p>{escape(caption)}</p></figcaption>"
+        f'<figcaption><strong>{escape_name(title)}</strong><span class="qm-sum">{escape(summary(slots))}</span>'
+        f"<p>{escape_name(caption)}</p></figcaption>"
         f"{_legend(slots)}{_strip(slots)}{text}"
         '<p class="qm-read" hidden>Point at a token to see its slot.</p>'
         f"<script>{TOKEN_MAP_JS}</script></figure>"

@@ -8,6 +8,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from quickmerge.terminal import plain
+
 if TYPE_CHECKING:
     from quickmerge.vocabulary.quality import TextQuality
     from quickmerge.vocabulary.report import Report
@@ -33,8 +35,6 @@ MEANINGS = {
 
 def print_transplant(report: Report, console: Console) -> None:
     """Print what was done."""
-    from rich.markup import escape
-
     table = Table("rows", "how many", title="The new vocabulary")
     for kind, count in report.counts.items():
         if count:
@@ -47,15 +47,15 @@ def print_transplant(report: Report, console: Console) -> None:
         console.print("The tokenizer is the one that the model had before: its rows are back.")
     if report.unmapped:
         shown = ", ".join(report.unmapped[:SHOWN]) + (", ..." if len(report.unmapped) > SHOWN else "")
-        console.print(escape(f"Special tokens without a counterpart (name one with --special TOKEN=TEXT): {shown}"))
+        console.print(plain(f"Special tokens without a counterpart (name one with --special TOKEN=TEXT): {shown}"))
     for side, made in report.matrices.items():
         _print_rules(side, made, tied=report.tied, console=console)
     if not report.way_back and not report.identical:
-        console.print(f"Chat template: {_template(report.template)}.")
+        console.print(plain(f"Chat template: {_template(report.template)}."))
     digits = str(report.digits)
-    console.print(escape(f"Warning: {digits}." if report.digits.different else f"{digits[0].upper()}{digits[1:]}."))
+    console.print(plain(f"Warning: {digits}." if report.digits.different else f"{digits[0].upper()}{digits[1:]}."))
     for note in report.notes:
-        console.print(escape(f"Left out: {note}."))
+        console.print(plain(f"Left out: {note}."))
 
 
 def print_quality(quality: TextQuality, console: Console) -> None:
@@ -88,8 +88,6 @@ def _template(template: tuple[str, str]) -> str:
 
 
 def _print_rules(side: str, made: Any, *, tied: bool, console: Console) -> None:
-    from rich.markup import escape
-
     if made["rule"] == "none needed":
         return
     name = "input and output matrix" if tied else f"{side} matrix"
@@ -108,13 +106,13 @@ def _print_rules(side: str, made: Any, *, tied: bool, console: Console) -> None:
             cells = [_cell(row[key]) for key in COLUMNS]
             if row["weight_sum_spread"]:
                 cells[-1] = f"{row['weight_sum']:.2f}±{row['weight_sum_spread']:.2f}"
-            table.add_row(*([f"[bold]{cell}[/]" for cell in cells] if row["best"] else cells))
+            table.add_row(*(plain(cell, "bold" if row["best"] else "") for cell in cells))
         console.print(table)
         console.print(LEGEND)
         best = next(row for row in made["table"] if row["best"])
         if best["by_kind"]:
             kinds = ", ".join(f"{kind} {value:.2f}" for kind, value in best["by_kind"].items())
-            console.print(escape(f"Centred cosine of the best rule by kind of token: {kinds}."))
+            console.print(plain(f"Centred cosine of the best rule by kind of token: {kinds}."))
         console.print("Shared tokens are more frequent and more English than new ones: expect less of those.")
     if made["decision"] is not None:
         _print_decision(made["decision"], console)
@@ -131,7 +129,7 @@ def _print_rules(side: str, made: Any, *, tied: bool, console: Console) -> None:
             f"; their median length is {norms['new_median']:.2f} (shared rows: {norms['median']:.2f}), "
             f"{norms['long']:,} are longer than 99 % of shared rows"
         )
-    console.print(escape(line + "."))
+    console.print(plain(line + "."))
 
 
 def _print_decision(decision: Any, console: Console) -> None:
@@ -143,7 +141,7 @@ def _print_decision(decision: Any, console: Console) -> None:
     rules = decision["candidates"]
     alone = [one for one in decision["tried"] if one["kind"] is None]
     for one in sorted(alone, key=lambda one: one["bits_per_byte"]):
-        table.add_row(rules[one["candidate"]], f"{one['bits_per_byte']:.3f}")
+        table.add_row(plain(rules[one["candidate"]]), f"{one['bits_per_byte']:.3f}")
     table.add_row("by kind of token, as follows", f"{decision['bits_per_byte']:.3f}")
     console.print(table)
     kinds = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
@@ -151,7 +149,7 @@ def _print_decision(decision: Any, console: Console) -> None:
     kinds.add_column("new in the text", justify="right")
     kinds.add_column("rule")
     for kind, rule in decision["rules"].items():
-        kinds.add_row(kind or "others", f"{decision['new_tokens'].get(kind, 0)}", rule)
+        kinds.add_row(*map(plain, [kind or "others", decision["new_tokens"].get(kind, 0), rule]))
     console.print(kinds)
     console.print(f"Chosen on {decision['bytes']:,} bytes of the text; what is measured below are others.")
 

@@ -20,16 +20,17 @@ def shown(done: int, steps: int, visible: bool) -> Iterator[Show]:
         steps: all steps.
         visible: False shows nothing; only one of several processes should.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from quickmerge.terminal import PlainColumn, Terminal
+
     bar = Progress(
-        TextColumn("[progress.description]{task.description}"),
+        PlainColumn(),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[measured]}"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Terminal(stderr=True),
         transient=True,
         disable=not visible,
     )
@@ -45,17 +46,18 @@ def shown(done: int, steps: int, visible: bool) -> Iterator[Show]:
 @contextmanager
 def share_shown(what: str) -> Iterator[Callable[[float], None]]:
     """A progress bar of something that tells the share of it that is done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    from quickmerge.terminal import PlainColumn, Terminal
+
+    columns = (PlainColumn(), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=1.0)
         yield lambda share: bar.update(task, completed=share)
 
 
 def say(sentence: str) -> None:
     """Print a sentence on stderr as it is, below the bar if there is one."""
-    from rich.console import Console
+    from quickmerge.terminal import Terminal
 
-    Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)
+    Terminal(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)
