@@ -34,6 +34,7 @@ from quickmerge.hosts.attention import watch
 from quickmerge.hosts.structure import find_decoder
 from quickmerge.hosts.summary import cache_bytes
 from quickmerge.models import cache_folder
+from quickmerge.models.compat import cache_argument
 
 HERE = Path(__file__).parent
 
@@ -79,7 +80,7 @@ def ways_of(model: Any, ids: Tensor, budget: int) -> list[Way]:
     """The three ways, each with a cache that holds all but the last of ``ids (1, N)``."""
     plain = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(ids[:, :-1], past_key_values=plain, use_cache=True, logits_to_keep=1)
+        model(ids[:, :-1], **cache_argument(model, plain), use_cache=True, logits_to_keep=1)
     grown = []
     for _ in range(2):
         cache = qm.MultipoleCache(model.config)
@@ -101,8 +102,8 @@ def turn(model: Any, way: Way, ids: Tensor, new: int, note: bool) -> Tensor:
     context = timing(model) if way.settings is None else qm.multipole(model, way.settings)
     with torch.inference_mode(), context as inside:
         whole = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=way.cache, do_sample=False, min_new_tokens=new,
-            max_new_tokens=new, pad_token_id=0,
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new, max_new_tokens=new,
+            pad_token_id=0, **cache_argument(model.generate, way.cache),
         )  # fmt: skip
     seconds = time.perf_counter() - began
     if way.settings is None:

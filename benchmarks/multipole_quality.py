@@ -37,6 +37,7 @@ from quickmerge.cli.common import progress, quiet, write_json
 from quickmerge.errors import QuickmergeError
 from quickmerge.evaluation.bench import environment
 from quickmerge.models import cache_folder
+from quickmerge.models.compat import cache_argument
 from quickmerge.prior.identity import model_hash
 
 HERE = Path(__file__).parent
@@ -52,14 +53,14 @@ def filled(model: Any, ids: Tensor) -> tuple[qm.MultipoleCache, Tensor]:
     cache = qm.MultipoleCache(model.config)
     # Inside a run that wants them, positions are noted; the prompt is read by the model's own attention all the same.
     with torch.inference_mode(), qm.multipole(model, space="windowed"):
-        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
     return cache, logits[0, -1].float()
 
 
 def read(model: Any, cache: qm.MultipoleCache, inputs: Tensor, arm: Arm) -> tuple[Tensor, float | None]:
     """Logits ``(q, V)`` after each of ``inputs (1, q)``, and clustered keys read exactly where that is counted."""
     with torch.inference_mode(), arm.attach(model, cache) as run:
-        logits: Tensor = model(inputs, past_key_values=cache, use_cache=True).logits[0].float()
+        logits: Tensor = model(inputs, **cache_argument(model, cache), use_cache=True).logits[0].float()
     return logits, run.summary().kept if isinstance(arm, Clustered) else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from caches import past
 from hosts_zoo import build
 from torch import Tensor
 
@@ -37,7 +38,7 @@ def clustered(cache: Any) -> list[MultipoleLayer]:
 
 def read(model: Any, ids: Tensor, cache: Any, step: int = 1) -> Tensor:
     """Logits of tokens that are read a few at a time."""
-    parts = [model(part, past_key_values=cache).logits for part in ids.split(step, 1)]
+    parts = [model(part, **past(cache)).logits for part in ids.split(step, 1)]
     return torch.cat(parts, 1)
 
 

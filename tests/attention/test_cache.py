@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import past
 from hosts_zoo import build
 from hypothesis import given
 from run_samples import check_clusters
@@ -202,7 +203,7 @@ def test_outside_a_run_it_is_a_plain_cache() -> None:
     model = build("llama", dtype=torch.float64)
     ids = tokens(2, 30)
     wanted = generate(model, ids, 12)
-    found = generate(model, ids, 12, past_key_values=MultipoleCache(model.config))
+    found = generate(model, ids, 12, **past(MultipoleCache(model.config)))
     assert torch.equal(found.sequences, wanted.sequences)
     for a, b in zip(found.logits, wanted.logits, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import held
 from cluster_laws import check, same
 from hypothesis import given
 from hypothesis import strategies as st
@@ -218,7 +219,7 @@ def test_extending_is_as_good_as_clustering_anew_for_the_keys_of_a_model(smollm2
     model, tokenizer = smollm2
     text = " ".join(path.read_text() for path in sorted((Path(__file__).parents[2] / "docs").glob("*.md")))
     with torch.inference_mode():
-        cache = model.model(tokenizer(text, return_tensors="pt").input_ids[:, :1900]).past_key_values
+        cache = held(model.model(tokenizer(text, return_tensors="pt").input_ids[:, :1900]))
     for layer in (0, 8, 15, 29):
         keys, values = cache.layers[layer].keys, cache.layers[layer].values
         now = cluster(keys, values, None, columns(10), columns(650), Multipole())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from attend_samples import Case, literal_multipole
+from caches import held, past
 from hosts_zoo import DEPTH, build, generate, pad, stored, tokens
 from torch import Tensor
 
@@ -80,9 +81,9 @@ def test_a_budget_for_all_keys_is_the_reduced_model(
         all_close(found, wanted)
         one, other = runs["reduce"], runs["multipole"]
         assert one.summary().tokens_per_layer == alone.summary().tokens_per_layer
-        assert stored(found.past_key_values) == stored(wanted.past_key_values)
+        assert stored(held(found)) == stored(held(wanted))
         assert other.summary().updates > 0
-        top = found.past_key_values.layers[DEPTH - 1]
+        top = held(found).layers[DEPTH - 1]
         assert isinstance(top, MultipoleLayer) and int(top.clusters.members.sum()) > 0
         if REDUCERS[name].proportional:
             # Slots count as the tokens that they stand for.
@@ -141,7 +142,7 @@ def test_in_the_windowed_space_slots_are_turned_back_from_their_own_places() -> 
     with reduced(model) as run, qm.multipole(model, **SMALL, space="windowed"):
         out = generate(model, ids, 10, **more)
     handle.remove()
-    layer, keys, plan = out.past_key_values.layers[3], torch.cat(bare, 2), run.plan
+    layer, keys, plan = held(out).layers[3], torch.cat(bare, 2), run.plan
     clusters, new = layer.clusters, keys.shape[2] - plan.slots
     assert torch.equal(layer.position[:, : plan.slots], plan.position)
     assert layer.position[:, plan.slots :].tolist() == [[n + i for i in range(new)] for n in (61, 44)]
@@ -171,10 +172,10 @@ def test_a_model_may_be_called_without_a_cache_of_ones_own(order: str) -> None:
         out = model(ids, **more)
         mask = torch.cat([more["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
         place = mask.sum(-1, keepdim=True) - 1
-        step = model(ids[:, :1], attention_mask=mask, position_ids=place, past_key_values=out.past_key_values)
+        step = model(ids[:, :1], attention_mask=mask, position_ids=place, **past(held(out)))
     with reduced(model), torch.no_grad():
         alone = model(ids, **more)
-        wanted = model(ids[:, :1], attention_mask=mask, position_ids=place, past_key_values=alone.past_key_values)
+        wanted = model(ids[:, :1], attention_mask=mask, position_ids=place, **past(held(alone)))
     torch.testing.assert_close(out.logits[:, -1], alone.logits[:, -1])
     torch.testing.assert_close(step.logits, wanted.logits, rtol=0, atol=1e-5)
 
@@ -200,12 +201,12 @@ def test_a_cache_that_multipole_attention_made_is_known_to_the_reducer() -> None
     ids = tokens(1, 60)
     cache = qm.MultipoleCache(model.config)
     with reduced(model) as run, torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **past(cache))
         assert run.summary().tokens_per_layer[3] < 60
         other = qm.MultipoleCache(model.config)
         other.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)
-        with pytest.raises(QuickmergeError, match="past_key_values was filled outside this run"):
-            model(ids, past_key_values=other)
+        with pytest.raises(QuickmergeError, match="was filled outside this run"):
+            model(ids, **past(other))
 
 
 @pytest.mark.parametrize("order", ["reduce first", "multipole first"])
@@ -237,7 +238,7 @@ def test_runs_may_be_left_in_any_order(untouched: Callable[[Any], Any]) -> None:
     outer.__exit__(None, None, None)
     with qm.multipole(build("llama", seed=3)):
         both = generate(model, ids, 6)
-    assert both.past_key_values.layers[3].get_seq_length() == 65
+    assert held(both).layers[3].get_seq_length() == 65
     inner.__exit__(None, None, None)
     all_close(generate(model, ids, 6), plain, 0)
 

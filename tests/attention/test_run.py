@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from caches import held
+from caches import past as past_cache
 from hosts_zoo import DEPTH, ZOO, assert_detached, generate, pad, stored, tokens
 from run_samples import ALL, SMALL, all_close, check_clusters, close, clustered, model_of, read
 from torch import Tensor
@@ -36,7 +38,7 @@ def follow(model: Any, ids: Tensor, mask: Tensor, extra: Tensor) -> Tensor:
             logits.append(
                 model(
                     extra[:, i : i + 1], attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1,
-                    past_key_values=out.past_key_values,
+                    **past_cache(held(out)),
                 ).logits[:, -1]
             )  # fmt: skip
     return torch.stack(logits, 1)
@@ -55,7 +57,7 @@ def test_with_a_budget_for_all_keys_it_is_the_model(family: str, untouched: Call
         found = generate(model, ids, 12, attention_mask=mask)
     assert float(torch.stack(wanted.logits).abs().max()) < 20
     all_close(found, wanted, 1e-5)
-    layers = clustered(found.past_key_values)
+    layers = clustered(held(found))
     assert len(layers) == sum(window is None for window in run.decoder.windows)
     assert min(int(layer.clusters.end.min()) for layer in layers) >= 40
     assert run.summary().rows_read == pytest.approx(run.summary().rows_dense)
@@ -90,7 +92,7 @@ def test_with_a_small_budget_it_reads_less_and_goes_on(family: str, untouched: C
         with qm.multipole(model, **{**SMALL, "interval": 4, **settings}) as run:
             out = generate(model, ids, 8, attention_mask=mask)
         assert out.sequences.shape == (2, 68) and all(bool(step.isfinite().all()) for step in out.logits)
-        assert stored(out.past_key_values) == [67] * DEPTH
+        assert stored(held(out)) == [67] * DEPTH
         stats = run.summary()
         assert 0 < stats.rows_read < stats.rows_dense and stats.kept <= SMALL["budget"]
         assert stats.decode_steps == 7 and stats.rows == 2 and stats.updates >= 1
@@ -139,7 +141,7 @@ def test_in_the_windowed_space_centroids_are_means_of_keys_that_were_not_rotated
     )
     caches = []
     with qm.multipole(model, **SMALL | {"interval": 4}, space="windowed") as run, torch.no_grad():
-        watch = model.model.register_forward_hook(lambda module, args, out: caches.append(out.past_key_values))
+        watch = model.model.register_forward_hook(lambda module, args, out: caches.append(held(out)))
         follow(model, ids, mask, tokens(2, 14, 3))
         watch.remove()
     handle.remove()
@@ -164,8 +166,8 @@ def test_padding_on_the_right_is_never_read() -> None:
     places = position.amax(1, keepdim=True) + 1 + torch.arange(6)
 
     def last(prompt: Tensor) -> Tensor:
-        cache = model(prompt, attention_mask=mask, position_ids=position).past_key_values
-        return model(extra, past_key_values=cache, attention_mask=grown, position_ids=places).logits
+        cache = held(model(prompt, attention_mask=mask, position_ids=position))
+        return model(extra, **past_cache(cache), attention_mask=grown, position_ids=places).logits
 
     other = torch.where(mask == 1, ids, 5)
     with torch.no_grad():
@@ -211,7 +213,7 @@ def test_beams_keep_their_rows_with_their_clusters(family: str, monkeypatch: pyt
     with qm.multipole(model, **settings) as run:
         out = generate(model, ids, 14, **more)
     assert sum(move != [0, 1, 2, 3, 4, 5] for move in moves) >= 3
-    layers = clustered(out.past_key_values)
+    layers = clustered(held(out))
     assert layers and run.summary().updates >= 3
     for layer in layers:
         # Each row's centroids are means of its own keys, also of those that were generated.
@@ -231,7 +233,7 @@ def test_prompt_lookup_reads_several_tokens_at_once_and_takes_them_back() -> Non
     with qm.multipole(model, **SMALL):
         out = generate(model, ids, 30, prompt_lookup_num_tokens=4)
     assert out.sequences.shape == (1, 94)
-    for layer in clustered(out.past_key_values):
+    for layer in clustered(held(out)):
         assert layer.get_seq_length() == 93 and int(layer.clusters.end.max()) <= 93
         check_clusters(layer)
 
@@ -265,7 +267,7 @@ def test_a_short_chunk_reads_clusters() -> None:
     ids = tokens(1, 100)
     with qm.multipole(model, **SMALL | {"queries": 25}) as run:
         out = generate(model, ids, 1, prefill_chunk_size=25)
-        assert run.summary().decode_steps == 3 and clustered(out.past_key_values)
+        assert run.summary().decode_steps == 3 and clustered(held(out))
     with qm.multipole(model, **SMALL | {"queries": 25, "budget": ALL}):
         close(generate(model, ids, 1, prefill_chunk_size=25).logits[0], generate(model, ids, 1).logits[0])
 
@@ -281,9 +283,9 @@ def test_a_cache_may_be_brought_along(make: Any) -> None:
         cache = make() if make is DynamicCache else make(model.config)
         with qm.multipole(model, **SMALL):
             wanted = generate(model, ids, 12)
-            found = generate(model, ids, 12, past_key_values=cache)
+            found = generate(model, ids, 12, **past_cache(cache))
             all_close(found, wanted)
-            assert found.past_key_values is cache
+            assert held(found) is cache
             sliding = [type(layer) for layer in cache.layers if not isinstance(layer, MultipoleLayer)]
             assert set(sliding) <= {DynamicLayer, DynamicSlidingWindowLayer}
             assert len(sliding) == (DEPTH // 2 if family == "gemma3_text" else 0)
@@ -296,8 +298,8 @@ def test_a_cache_goes_on_afterwards_and_later() -> None:
     with torch.no_grad():
         with qm.multipole(model, **SMALL):
             out = generate(model, ids, 12)
-        cache = out.past_key_values
-        dense = generate(model, out.sequences[:, :-1], 1).past_key_values
+        cache = held(out)
+        dense = held(generate(model, out.sequences[:, :-1], 1))
         # Keys and values above the first block were computed by clusters, so the caches differ there.
         close(cache.layers[0].keys, dense.layers[0].keys)
         after = read(model, extra, copy.deepcopy(cache))
@@ -318,10 +320,10 @@ def test_a_cache_filled_outside_may_be_read_inside() -> None:
     ids, extra = tokens(2, 60), tokens(2, 9, 7)
     cache = qm.MultipoleCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **past_cache(cache))
         with qm.multipole(model, **SMALL) as run:
             found = read(model, extra, cache)
-            wanted = read(model, extra, model(ids).past_key_values)
+            wanted = read(model, extra, held(model(ids)))
         close(found, wanted)
         assert run.summary().clusters > 0
         with (
@@ -338,7 +340,7 @@ def test_what_was_taken_back_was_never_there(taken: int, settings: dict[str, Any
     ids, extra, wrong = tokens(1, 100), tokens(1, 20, 7), tokens(1, taken, 8)
     told = {**SMALL, "interval": 16, **settings}
     with torch.no_grad(), qm.multipole(model, **told):
-        cache = model(ids).past_key_values
+        cache = held(model(ids))
         read(model, wrong[:, :1], cache)
         if taken > 5:
             read(model, wrong[:, 1:], cache)
@@ -350,7 +352,7 @@ def test_what_was_taken_back_was_never_there(taken: int, settings: dict[str, Any
             assert cache.layers[1].clusters is None
         found = read(model, extra, cache)
         assert taken == 5 or cache.layers[1].clusters is not before
-        fresh = model(ids).past_key_values
+        fresh = held(model(ids))
         wanted = read(model, extra, fresh)
     if taken == 5 or "block" in settings:
         close(found, wanted)
@@ -364,11 +366,11 @@ def test_a_second_prompt_is_read_exactly_and_joins_the_clusters() -> None:
     model = model_of()
     ids, more, extra = tokens(1, 60), tokens(1, 50, 5), tokens(1, 4, 7)
     with torch.no_grad():
-        dense = model(ids).past_key_values
-        wanted = model(more, past_key_values=dense).logits
+        dense = held(model(ids))
+        wanted = model(more, **past_cache(dense)).logits
         with qm.multipole(model, **SMALL | {"queries": 10, "update": False}):
-            cache = model(ids).past_key_values
-            close(model(more, past_key_values=cache).logits, wanted)
+            cache = held(model(ids))
+            close(model(more, **past_cache(cache)).logits, wanted)
             read(model, extra, cache)
             assert int(cache.layers[1].clusters.end) > 90
             check_clusters(cache.layers[1])
@@ -381,7 +383,7 @@ def test_a_second_prompt_is_read_exactly_and_joins_the_clusters() -> None:
 def test_updates_are_those_of_the_settings() -> None:
     model = model_of()
     with torch.no_grad(), qm.multipole(model, **SMALL | {"interval": 8, "sink": 3}) as run:
-        cache = model(tokens(1, 50)).past_key_values
+        cache = held(model(tokens(1, 50)))
         for i in range(40):
             read(model, tokens(1, 1, i), cache)
             past = 50 + i
@@ -389,7 +391,7 @@ def test_updates_are_those_of_the_settings() -> None:
             assert int(cache.layers[1].clusters.end) == end and 8 <= past - end < 16
         assert run.summary().updates == 5
     with torch.no_grad(), qm.multipole(model, **SMALL | {"update": False}):
-        cache = model(tokens(1, 15)).past_key_values
+        cache = held(model(tokens(1, 15)))
         read(model, tokens(1, 40), cache)
         assert cache.layers[1].clusters is None
 
@@ -404,9 +406,9 @@ def test_a_cache_may_be_filled_in_one_mode_of_autograd_and_read_in_another(first
             p.requires_grad_(False)  # what was made in inference mode can't be differentiated, here or elsewhere
     with qm.multipole(model, **SMALL):
         with torch.no_grad():
-            wanted = read(model, extra, model(ids).past_key_values)
+            wanted = read(model, extra, held(model(ids)))
         with first():
-            cache = model(ids).past_key_values
+            cache = held(model(ids))
         with then():
             found = read(model, extra, cache)
     close(found.detach(), wanted)
@@ -422,6 +424,6 @@ def test_under_autocast_clusters_are_read_as_precisely_as_without(monkeypatch: p
 
     monkeypatch.setattr(run_module, "attend_and_count", spy)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), qm.multipole(model, **SMALL):
-        cache = model(tokens(1, 40)).past_key_values
+        cache = held(model(tokens(1, 40)))
         found = read(model, tokens(1, 10, 7), cache)
     assert modes == [False] * 40 and found.dtype == torch.bfloat16 and bool(found.isfinite().all())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import held, past
 from hosts_zoo import DEPTH, WINDOW, assert_detached, build, generate, tokens
 from run_samples import SMALL, all_close, close, model_of
 from torch import Tensor
@@ -26,7 +27,7 @@ def test_first_blocks_and_sliding_ones_keep_their_own() -> None:
     assert run.blocks == (1, 3) and qm.multipole(model, **SMALL, first=2).blocks == (3,)
     with qm.multipole(model, **SMALL, first=2) as run:
         out = generate(model, tokens(1, 60), 12)
-    kinds = [type(layer) for layer in out.past_key_values.layers]
+    kinds = [type(layer) for layer in held(out).layers]
     assert kinds == [DynamicSlidingWindowLayer, DynamicLayer, DynamicSlidingWindowLayer, MultipoleLayer]
     assert run.summary().blocks == 1 and run.summary().blocks_all == DEPTH
     with pytest.raises(ValueError, match=r"first must be at most 3, the last block of Gemma3.*, got 4"):
@@ -56,11 +57,11 @@ def four(model: Any, ids: Tensor) -> Any:
 
 
 def static(model: Any, ids: Tensor) -> Any:
-    return model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=100))
+    return model(ids, **past(StaticCache(config=model.config, max_cache_len=100)))
 
 
 def offloaded(model: Any, ids: Tensor) -> Any:
-    return model(ids, past_key_values=DynamicCache(config=model.config, offloading=True))
+    return model(ids, **past(DynamicCache(config=model.config, offloading=True)))
 
 
 def from_outside(model: Any, ids: Tensor) -> Any:
@@ -68,13 +69,13 @@ def from_outside(model: Any, ids: Tensor) -> Any:
     keys = torch.randn(1, 2, 5, 8, dtype=torch.float64)
     for i in range(DEPTH):
         cache.update(keys, keys, i)
-    return model(ids, past_key_values=cache)
+    return model(ids, **past(cache))
 
 
 def other_layers(model: Any, ids: Tensor) -> Any:
     cache = DynamicCache(config=model.config)
     cache.layers[2] = DynamicSlidingWindowLayer(sliding_window=5)
-    return model(ids, past_key_values=cache)
+    return model(ids, **past(cache))
 
 
 def softcap(model: Any, ids: Tensor) -> Any:
@@ -98,9 +99,9 @@ def dropout(model: Any, ids: Tensor) -> Any:
     ("call", "message"),
     [
         (four, "attention_mask must be a 2-D padding mask inside a quickmerge run"),
-        (static, "past_key_values must be a DynamicCache that stays on its device, got StaticCache"),
-        (offloaded, "past_key_values must be a DynamicCache that stays on its device, got offloaded one"),
-        (from_outside, "past_key_values was filled outside this run; start it with an empty cache"),
+        (static, "must be a DynamicCache that stays on its device, got StaticCache"),
+        (offloaded, "must be a DynamicCache that stays on its device, got offloaded one"),
+        (from_outside, "was filled outside this run; start it with an empty cache"),
         (other_layers, "got one of type DynamicSlidingWindowLayer for block 2"),
         (softcap, "softcap must be left out of attention for multipole attention, got 30.0"),
         (sinks, "s_aux must be left out of attention for multipole attention, got a Tensor"),
@@ -193,7 +194,7 @@ def test_without_a_cache_nothing_changes() -> None:
         wanted = model(ids, use_cache=False)
         with qm.multipole(model, **SMALL):
             found = model(ids, use_cache=False)
-    assert found.past_key_values is None and torch.equal(found.logits, wanted.logits)
+    assert held(found) is None and torch.equal(found.logits, wanted.logits)
 
 
 def test_training_goes_through_unchanged() -> None:
@@ -216,14 +217,14 @@ def test_the_summary_says_what_was_read() -> None:
     with qm.multipole(model, budget=24, sink=3, interval=8, ratio=0.25, block=32) as run:
         assert "nothing has been read yet" in str(run.summary())
         out = generate(model, tokens(1, 100), 2)
-    stats, layer = run.summary(), out.past_key_values.layers[0]
+    stats, layer = run.summary(), held(out).layers[0]
     # One step: 101 columns, 10 groups of 8 clustered behind the sink, the others read; kept are at most 24 of those.
     assert stats.tokens == 101 and stats.clustered == 88 and stats.decode_steps == 1 and stats.updates == 0
     assert stats.clusters == 3 * 8 - 2 and stats.rows_dense == 202
     assert 0 < stats.kept <= 24
     assert stats.rows_read == pytest.approx(2 * (stats.clusters + stats.kept + 101 - 88))
     assert stats.cache_bytes == DEPTH * layer.bytes > DEPTH * 2 * layer.keys.numel() * 8
-    assert stats.cluster_bytes == sum(each.clusters.bytes for each in out.past_key_values.layers)
+    assert stats.cluster_bytes == sum(each.clusters.bytes for each in held(out).layers)
     assert stats.as_dict()["read_share"] == stats.rows_read / 202
     text = str(stats)
     assert "22 of 88 of 101 tokens" in text and "4 of 4 blocks, 1 row(s)" in text

@@ -17,6 +17,7 @@ import multipole_tables as tables
 import multipole_texts as texts
 import pytest
 import torch
+from caches import past
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -231,7 +232,7 @@ def test_reading_in_steps_shows_each_token_what_generating_it_would(model) -> No
     at_once = [script.read(model, cache, part, arms.Clustered("", usual))[0] for part in text.split(128, 1)]
     cache, _ = script.filled(model, prompt)
     with torch.inference_mode(), qm.multipole(model, usual) as run:
-        alone = [model(token, past_key_values=cache, use_cache=True).logits[0] for token in text.split(1, 1)]
+        alone = [model(token, **past(cache), use_cache=True).logits[0] for token in text.split(1, 1)]
     assert run.summary().updates == pytest.approx(1)
     assert torch.allclose(torch.cat(at_once), torch.cat(alone), atol=2e-4)
     assert not torch.allclose(torch.cat(alone), model(ids).logits[0, -200:], atol=0.05)

@@ -101,7 +101,7 @@ def test_a_cache_changes_nothing(backbone: str) -> None:
             parts.append(states)
     there = mask.view(3, 5, 3).any(-1)
     torch.testing.assert_close(torch.cat(parts, 1)[there], whole[there], atol=2e-5, rtol=1e-4)
-    with pytest.raises(QuickmergeError, match="attention_mask must be given with past_key_values"):
+    with pytest.raises(QuickmergeError, match="attention_mask must be given with a cache"):
         model.hidden(ids[:, :3], None, cache, True)
 
 

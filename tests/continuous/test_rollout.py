@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from caches import held, past
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -31,15 +32,15 @@ class Chunks:
             self.model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=32, **sizes)).eval()
 
     def hidden(
-        self, ids: Tensor, attention_mask: Tensor | None = None, past_key_values=None, use_cache: bool = False
+        self, ids: Tensor, attention_mask: Tensor | None = None, cache=None, use_cache: bool = False
     ) -> tuple[Tensor, object]:
         codes = self.codes(ids.unflatten(1, (-1, self.config.patch)))
         there = torch.ones_like(codes) if attention_mask is None else attention_mask[:, :: self.config.patch]
         out = self.model.model(
             input_ids=codes, attention_mask=there, position_ids=(there.cumsum(1) - 1)[:, -codes.shape[1] :],
-            past_key_values=past_key_values, use_cache=use_cache,
+            **past(cache), use_cache=use_cache,
         )  # fmt: skip
-        return out.last_hidden_state, out.past_key_values
+        return out.last_hidden_state, held(out)
 
     def sample_chunks(self, hidden: Tensor, count: int, *, generator: torch.Generator | None = None) -> Tensor:
         mass = self.mass(hidden)

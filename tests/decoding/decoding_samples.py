@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
+from caches import past
 from hosts_zoo import ZOO, build, pad
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -203,7 +204,7 @@ def read_rows(model: Any, inputs: dict[str, Tensor]) -> Target:
     filled = DynamicCache()
     with torch.no_grad():
         model(
-            input_ids=ids, attention_mask=valid.long(), past_key_values=filled, use_cache=True,
+            input_ids=ids, attention_mask=valid.long(), **past(filled), use_cache=True,
             position_ids=(place + offset[:, None]).clamp_min(0),
         )  # fmt: skip
     columns = Columns(valid, place, torch.full_like(offset, ids.shape[1]), offset, not bool(valid.all()))

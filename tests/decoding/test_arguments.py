@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import past
 from decoding_samples import greedy, prompts, tiny
 from transformers import DynamicCache, LogitsProcessorList, StaticCache, SynthIDTextWatermarkingConfig
 from transformers.generation import ClassifierFreeGuidanceLogitsProcessor
@@ -30,9 +31,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "synced": ({"synced_gpus": True}, "synced_gpus must be False"),
     "static": (
         {"cache_implementation": "static"},
-        "past_key_values must be a DynamicCache .* got one with StaticLayer",
+        "must be a DynamicCache .* got one with StaticLayer",
     ),
-    "offloaded": ({"cache_implementation": "offloaded"}, "past_key_values must be a DynamicCache"),
+    "offloaded": ({"cache_implementation": "offloaded"}, "must be a DynamicCache"),
 }
 
 
@@ -71,13 +72,13 @@ def test_guidance_by_a_processor_and_a_watermark_of_several_rows_are_refused() -
 def test_a_cache_of_another_kind_and_padding_on_the_right_are_refused() -> None:
     decoding = SpeculativeDecoding(PromptLookup(), tree=4)
     model, inputs = tiny(), prompts([5, 3])
-    with pytest.raises(QuickmergeError, match="got one with StaticLayer: leave past_key_values"):
-        greedy(model, inputs, 4, custom_generate=decoding, past_key_values=StaticCache(model.config, max_cache_len=20))
+    with pytest.raises(QuickmergeError, match="got one with StaticLayer: leave "):
+        greedy(model, inputs, 4, custom_generate=decoding, **past(StaticCache(model.config, max_cache_len=20)))
     right = {name: x.flip(1) for name, x in inputs.items()}
     with pytest.raises(QuickmergeError, match="attention_mask must end with 1 in every row: pad on the left"):
         greedy(model, right, 4, custom_generate=decoding)
     assert torch.equal(
-        greedy(model, inputs, 4, custom_generate=decoding, past_key_values=DynamicCache()), greedy(model, inputs, 4)
+        greedy(model, inputs, 4, custom_generate=decoding, **past(DynamicCache())), greedy(model, inputs, 4)
     )
 
 

@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 import torch
+from caches import past
 from decoding_samples import FAMILIES, prompts, random_shape, read_rows, tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from quickmerge.decoding.tree import pack
 def afresh(model: object, text: list[int]) -> DynamicCache:
     cache = DynamicCache()
     with torch.no_grad():
-        model(input_ids=torch.tensor([text]), past_key_values=cache, use_cache=True)  # type: ignore[operator]
+        model(input_ids=torch.tensor([text]), **past(cache), use_cache=True)  # type: ignore[operator]
     return cache
 
 

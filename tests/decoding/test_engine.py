@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from caches import held
+from caches import past as past_cache
 from decoding_samples import (
     FAMILIES,
     VOCABULARY,
@@ -231,16 +233,16 @@ def test_the_cache_that_is_returned_is_that_of_plain_generate(
     family: str, lengths: list[int], padding: bool, seed: int
 ) -> None:
     model, inputs = tiny(family), prompts(lengths, seed)
-    settings: dict[str, Any] = {"return_dict_in_generate": True, "past_key_values": None}
+    settings: dict[str, Any] = {"return_dict_in_generate": True, **past_cache(None)}
     if padding:
         settings["eos_token_id"] = Random(seed).sample(range(3, VOCABULARY), 25)
     # A cache without sliding layers, so that it too holds every token.
-    wanted = greedy(model, inputs, 10, **{**settings, "past_key_values": DynamicCache()})
+    wanted = greedy(model, inputs, 10, **{**settings, **past_cache(DynamicCache())})
     script = greedy(model, inputs, 10)
     found = greedy(model, inputs, 10, custom_generate=trees(script, seed, 8), **settings)
     assert torch.equal(found.sequences, wanted.sequences)
-    assert found.past_key_values.get_seq_length() == found.sequences.shape[1] - 1
-    for mine, theirs in zip(found.past_key_values.layers, wanted.past_key_values.layers, strict=True):
+    assert held(found).get_seq_length() == found.sequences.shape[1] - 1
+    for mine, theirs in zip(held(found).layers, held(wanted).layers, strict=True):
         for row, n in enumerate(lengths):
             there = slice(max(lengths) - n, None)
             assert torch.allclose(mine.keys[row, :, there], theirs.keys[row, :, there], atol=1e-10)
@@ -251,20 +253,20 @@ def test_generation_goes_on_from_a_cache() -> None:
     model, inputs = tiny("mistral"), prompts([8])
     wanted = greedy(model, inputs, 20)
     cache = DynamicCache()
-    first = greedy(model, inputs, 7, past_key_values=cache, custom_generate=trees(wanted, 0, 6))
+    first = greedy(model, inputs, 7, **past_cache(cache), custom_generate=trees(wanted, 0, 6))
     assert cache.get_seq_length() == first.shape[1] - 1
     both = [trees(wanted, 1, 6), None]
     for decoding, past in zip(both, (cache, None), strict=True):
-        more = {"past_key_values": past} if past is not None else {}
+        more = past_cache(past) if past is not None else {}
         found = model.generate(first, max_new_tokens=13, do_sample=False, custom_generate=decoding, **more)
         assert torch.equal(found, wanted)
     with pytest.raises(QuickmergeError, match=r"input_ids must hold the whole text, the 27 tokens"):
-        model.generate(first, past_key_values=cache, do_sample=False, max_length=40, custom_generate=both[0])
+        model.generate(first, **past_cache(cache), do_sample=False, max_length=40, custom_generate=both[0])
     past = DynamicCache()
-    model(input_ids=first[:, :-1], past_key_values=past)
+    model(input_ids=first[:, :-1], **past_cache(past))
     with pytest.raises(QuickmergeError, match="the drafter wants the target's features of every token, but"):
         model.generate(
-            first, past_key_values=past, max_new_tokens=3, custom_generate=SpeculativeDecoding(Oracle(2), tree=3)
+            first, **past_cache(past), max_new_tokens=3, custom_generate=SpeculativeDecoding(Oracle(2), tree=3)
         )
 
 

@@ -11,6 +11,7 @@ from vlm_zoo import ROWS, model_of, prompt
 from quickmerge.decoding import SpeculativeDecoding
 from quickmerge.decoding.prompt import read_prompt
 from quickmerge.errors import QuickmergeError
+from quickmerge.models.compat import given_cache
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,7 +49,7 @@ def test_a_cache_of_which_blocks_keep_different_numbers_is_told() -> None:
     layer = model.base_model.layers[1]
 
     def drop(module: object, args: object, kwargs: dict[str, object]) -> None:
-        cache = kwargs["past_key_values"]
+        cache = given_cache(kwargs)
         cache.layers[0].keys = cache.layers[0].keys[:, :, 1:]  # type: ignore[attr-defined]
 
     hook = layer.register_forward_pre_hook(drop, with_kwargs=True)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from caches import past
 from decoding_samples import FAMILIES, prompts, random_shape, read_rows, tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -134,10 +135,10 @@ class Deaf(transformers.LlamaForCausalLM):
     """Takes a mask and does not look at it."""
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None, past_key_values: Any = None,
+        self, input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None, cache: Any = None,
         **more: Any,
     ) -> Any:  # fmt: skip
-        return super().forward(input_ids, None, position_ids, past_key_values, **more)
+        return super().forward(input_ids, None, position_ids, cache, **more)
 
 
 def test_a_model_that_ignores_the_mask_is_found_out() -> None:
@@ -154,7 +155,7 @@ def test_caches_are_made_plain_or_refused() -> None:
     assert {type(layer).__name__ for layer in cache.layers} == {"DynamicLayer"}
     assert isinstance(plain_cache(None), DynamicCache)
     filled = DynamicCache(config=config)
-    tiny("gemma3_text")(input_ids=torch.arange(3, 12)[None], past_key_values=filled)
+    tiny("gemma3_text")(input_ids=torch.arange(3, 12)[None], **past(filled))
     with pytest.raises(QuickmergeError, match="must hold every token, got one with sliding layers"):
         plain_cache(filled)
     with pytest.raises(QuickmergeError, match=r"must be a DynamicCache .* got one with StaticLayer"):

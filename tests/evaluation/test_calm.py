@@ -72,7 +72,7 @@ def test_branches_with_a_cache_read_what_texts_read_whole() -> None:
         for depth in (1, 2):
             mask = branch_mask(places, 6, depth).repeat_interleave(2, 1)
             chunk = own[:, 2 * depth - 2 : 2 * depth]
-            states, cache = model.hidden(chunk, attention_mask=mask, past_key_values=cache, use_cache=True)
+            states, cache = model.hidden(chunk, attention_mask=mask, cache=cache, use_cache=True)
             for row, place in enumerate(places.tolist()):
                 whole = torch.cat([window[:, : 2 * place], own[row : row + 1, : 2 * depth]], 1)
                 torch.testing.assert_close(states[row, -1], model.hidden(whole)[0][0, -1], atol=1e-5, rtol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from caches import held, past
 from calm_bench_samples import WORDS, tiny_calm, tiny_discrete
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,8 +51,8 @@ def test_writing_a_token_with_an_ordinary_model() -> None:
     model = tiny_discrete(attn_implementation="eager")
     ids = torch.randint(1, WORDS, (1, 6))
     with torch.no_grad():
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
-        wanted = flops(lambda: model(ids[:, -1:], past_key_values=cache))
+        cache = held(model(ids[:, :-1], use_cache=True))
+        wanted = flops(lambda: model(ids[:, -1:], **past(cache)))
     cost = writing_cost(model, 5)
     assert cost.total == pytest.approx(wanted, rel=1e-9)
     assert cost.output == 2 * 16 * (WORDS + 1) and writing_cost(model, 5, draws=9) == cost

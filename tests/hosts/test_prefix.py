@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import held, past
 from hosts_zoo import BOS, DEPTH, EOS, WINDOW, ZOO, build, by_hand, generate, pad, rotary, stored, tokens
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
@@ -53,13 +54,11 @@ def test_a_merged_forward_equals_the_layers_called_by_hand(family: str, name: st
     after = position[:, -1:] + 1 + torch.arange(5)
     with torch.no_grad(), qm.reduce(model, reducer, layer=2, sinks=2, recent=5) as run:
         out = model(ids, attention_mask=mask, position_ids=position)
-        cache = out.past_key_values
+        cache = held(out)
         steps = []
         for part in (slice(0, 1), slice(1, 2), slice(2, 5)):  # one by one, then three at once
             seen = grown[:, : ids.shape[1] + part.stop]
-            steps.append(
-                model(extra[:, part], past_key_values=cache, attention_mask=seen, position_ids=after[:, part]).logits
-            )
+            steps.append(model(extra[:, part], **past(cache), attention_mask=seen, position_ids=after[:, part]).logits)
         merges = merges_of(run)
         plan = run.plan
     assert plan.slots < ids.shape[1]
@@ -80,7 +79,7 @@ def test_several_merges_equal_the_layers_called_by_hand(family: str, name: str) 
         out = model(ids, attention_mask=mask, position_ids=position)
         more = model(
             extra,
-            past_key_values=out.past_key_values,
+            **past(held(out)),
             attention_mask=torch.cat([mask, torch.ones_like(extra)], 1),
             position_ids=position[:, -1:] + 1 + torch.arange(3),
         )
@@ -278,7 +277,7 @@ def test_cached_generation_equals_reading_on_by_hand() -> None:
             merges = merges_of(run)
         written = out.sequences[:, 40:]
         wanted = by_hand(model, ids, merges, extra=written[:, :-1])[:, run.plan.slots - 1 :]
-        assert stored(out.past_key_values) == [45, 45, 25, 25]
+        assert stored(held(out)) == [45, 45, 25, 25]
         # `generate` hands its logits out in float32.
         close(torch.stack(out.logits, 1).double(), wanted, 2e-6)
         scores = wanted.clone()
@@ -293,7 +292,7 @@ def test_a_second_turn_reads_on_after_the_first() -> None:
         with qm.reduce(model, REDUCERS["quickmerge"], layer=2, recent=5) as run:
             first = generate(model, ids, 4)
             talk = torch.cat([first.sequences, turn], 1)
-            second = generate(model, talk, 3, past_key_values=first.past_key_values)
+            second = generate(model, talk, 3, **past(held(first)))
             merges = merges_of(run)
         assert len(merges) == 1 and merges[2].slot.shape[1] == 40, "only the first prompt is merged"
         extra = second.sequences[:, 40:-1]
@@ -351,12 +350,12 @@ def test_cropping_a_merged_cache_takes_back_the_last_tokens() -> None:
     model = build("llama", dtype=torch.float64)
     ids, wrong, right = tokens(1, 40), tokens(1, 4, 5), tokens(1, 3, 6)
     with torch.no_grad(), qm.reduce(model, REDUCERS["tome"], layer=2):
-        cache = model(ids).past_key_values
-        model(wrong, past_key_values=cache)
+        cache = held(model(ids))
+        model(wrong, **past(cache))
         cache.crop(-4)
-        after = model(right, past_key_values=cache).logits
-        clean = model(ids).past_key_values
-        close(after, model(right, past_key_values=clean).logits)
+        after = model(right, **past(cache)).logits
+        clean = held(model(ids))
+        close(after, model(right, **past(clean)).logits)
 
 
 def test_generation_without_a_cache_merges_the_whole_text_each_step() -> None:
@@ -478,30 +477,30 @@ def test_boolean_masks_serve_like_integer_ones() -> None:
 def test_caches_from_elsewhere_are_refused(untouched: Callable[[Any], Any]) -> None:
     model = untouched(build("llama"))
     ids = tokens(1, 40)
-    outside = model(ids).past_key_values
+    outside = held(model(ids))
     first = qm.reduce(model, qm.Uniform(keep=0.5), layer=2)
     with first:
-        with pytest.raises(QuickmergeError, match="past_key_values was filled outside this run"):
-            model(tokens(1, 1), past_key_values=outside)
-        merged = model(ids).past_key_values
-        with pytest.raises(QuickmergeError, match="past_key_values holds 1 rows that were merged here, got 2 rows"):
-            model(tokens(2, 1), past_key_values=merged)
+        with pytest.raises(QuickmergeError, match="was filled outside this run"):
+            model(tokens(1, 1), **past(outside))
+        merged = held(model(ids))
+        with pytest.raises(QuickmergeError, match="holds 1 rows that were merged here, got 2 rows"):
+            model(tokens(2, 1), **past(merged))
         with pytest.raises(QuickmergeError, match="must be a DynamicCache"):
-            model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))
+            model(ids, **past(StaticCache(config=model.config, max_cache_len=64)))
         with pytest.raises(QuickmergeError, match="must be a DynamicCache"):
             generate(model, ids, 2, cache_implementation="static")
     with (
         qm.reduce(model, qm.Uniform(keep=0.5), layer=2),
         pytest.raises(QuickmergeError, match="filled outside this run"),
     ):
-        model(tokens(1, 1), past_key_values=merged)
+        model(tokens(1, 1), **past(merged))
 
 
 def test_an_empty_cache_serves() -> None:
     model = build("llama")
     with torch.no_grad(), qm.reduce(model, qm.Uniform(keep=0.5), layer=2):
-        out = model(tokens(1, 40), past_key_values=DynamicCache(config=model.config))
-    assert stored(out.past_key_values) == [40, 40, 20, 20]
+        out = model(tokens(1, 40), **past(DynamicCache(config=model.config)))
+    assert stored(held(out)) == [40, 40, 20, 20]
 
 
 @pytest.mark.parametrize(
@@ -671,7 +670,7 @@ def test_half_precision_runs_and_stays_near(family: str, dtype: torch.dtype) -> 
                 out = model(ids, attention_mask=mask, position_ids=position)
                 merges = merges_of(run)
                 generate(model, ids, 2, attention_mask=mask)
-            assert out.logits.dtype == dtype and out.past_key_values.layers[-1].keys.dtype == dtype
+            assert out.logits.dtype == dtype and held(out).layers[-1].keys.dtype == dtype
             wide = model.double()
             wanted = by_hand(wide, ids, merges, valid=mask, proportional=reducer.proportional)
             model = build(family, dtype=dtype)
@@ -697,7 +696,7 @@ def test_a_prompt_in_prefill_chunks_is_merged_in_its_first_chunk() -> None:
             out = generate(model, ids, 4, prefill_chunk_size=40)
             merges = merges_of(run)
         assert run.summary().tokens_in == 40 and run.plan.slots == 20
-        assert stored(out.past_key_values) == [67, 67, 47, 47]
+        assert stored(held(out)) == [67, 67, 47, 47]
         wanted = by_hand(model, ids[:, :40], merges, extra=out.sequences[:, 40:-1])[:, -4:]
     close(torch.stack(out.logits, 1).double(), wanted, 2e-6)
 
@@ -707,11 +706,11 @@ def test_caches_are_told_apart() -> None:
     model = build("llama", dtype=torch.float64)
     a, b, more = tokens(1, 40, 1), tokens(1, 50, 2), tokens(1, 2, 3)
     with torch.no_grad(), qm.reduce(model, REDUCERS["tome"], layer=2):
-        caches: list[Cache] = [model(ids).past_key_values for ids in (a, b)]
-        mixed = [model(more, past_key_values=cache).logits for cache in caches]
+        caches: list[Cache] = [held(model(ids)) for ids in (a, b)]
+        mixed = [model(more, **past(cache)).logits for cache in caches]
         for ids, logits in zip((a, b), mixed, strict=True):
-            cache = model(ids).past_key_values
-            assert torch.equal(model(more, past_key_values=cache).logits, logits)
+            cache = held(model(ids))
+            assert torch.equal(model(more, **past(cache)).logits, logits)
 
 
 def test_under_autocast_the_reducer_computes_as_ever(untouched: Any) -> None:

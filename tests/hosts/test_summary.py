@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import held as held_cache
 from hosts_zoo import DEPTH, WINDOW, ZOO, build, generate, pad, tokens, window_of
 from transformers import DynamicCache
 
@@ -27,7 +28,7 @@ class Slow(qm.Uniform):
 
 def entry_bytes(model: Any, rows: int) -> int:
     """One entry of one layer: a key and a value for each key head, in float32."""
-    cache = model(tokens(rows, 3)).past_key_values
+    cache = held_cache(model(tokens(rows, 3)))
     return cache.layers[0].keys[:, :, :1].numel() * 4 * 2
 
 
@@ -55,7 +56,7 @@ def test_the_bytes_of_an_unreduced_cache_are_its_full_bytes() -> None:
     for family, windows in (("llama", (None,) * 4), ("gemma3_text", (WINDOW, None) * 2)):
         model = build(family)
         with torch.no_grad():
-            cache = model(tokens(1, 30)).past_key_values
+            cache = held_cache(model(tokens(1, 30)))
         assert cache_bytes(cache) == cache_bytes_full(cache, 30, windows) > 0
     assert cache_bytes(DynamicCache()) == cache_bytes_full(DynamicCache(), 5, ()) == 0
 
@@ -174,7 +175,7 @@ def test_observing_changes_nothing_and_counts_the_same(family: str, padded: bool
     assert (stats.mode, stats.reducer, stats.rows, stats.tokens_in) == ("none", "none", 2, length)
     assert stats.tokens_per_layer == [length] * DEPTH and stats.tokens_kept == length
     assert stats.decode_steps == 3 and stats.prefill_seconds > 0 and stats.reducer_seconds == 0
-    assert stats.cache_bytes == stats.cache_bytes_full == cache_bytes(seen.past_key_values) > 0
+    assert stats.cache_bytes == stats.cache_bytes_full == cache_bytes(held_cache(seen)) > 0
 
 
 def test_what_cannot_be_reduced_cannot_be_observed() -> None:

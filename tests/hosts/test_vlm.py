@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import held, past
 from vlm_zoo import (
     BOS,
     DEPTH,
@@ -106,7 +107,7 @@ def test_counts_are_what_was_asked_for_everywhere(family: str) -> None:
     handle = block.register_forward_pre_hook(lambda m, a: widths.append(a[0].shape[1]))
     try:
         with qm.reduce(model, qm.SCOPE(keep=qm.Count(3))) as run, torch.no_grad():
-            cache = model(**inputs).past_key_values
+            cache = held(model(**inputs))
     finally:
         handle.remove()
     visual = [sum(image.count for image in run.images if image.row == row) for row in range(3)]
@@ -249,8 +250,8 @@ def test_a_further_turn_reads_on_behind_the_shortened_cache() -> None:
     inputs = row_of(model, ROWS, 1)
     more = torch.tensor([[5, 6, 7]])
     with qm.reduce(model, METHODS["scope"]) as run, torch.no_grad():
-        cache = model(**inputs).past_key_values
-        logits = model(input_ids=more, past_key_values=cache).logits
+        cache = held(model(**inputs))
+        logits = model(input_ids=more, **past(cache)).logits
     given = shortened(model, inputs, run)
     n = given.pop("next")
     with torch.no_grad():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import held as held_cache
 from torch import Tensor
 from vlm_zoo import EXACT, IMAGE, METHODS, ROWS, VIDEO, build, entering, model_of, prompt, row_of, text_of, write
 
@@ -58,7 +59,7 @@ def test_a_merge_inside_equals_the_layers_called_by_hand(family: str, name: str)
         assert out.logits.shape == hand.shape
         assert hand.shape[1] < n
         assert torch.allclose(out.logits, hand, atol=EXACT, rtol=EXACT)
-        held = [layer.get_seq_length() for layer in out.past_key_values.layers]
+        held = [layer.get_seq_length() for layer in held_cache(out).layers]
         assert held == [n] * LAYER + [hand.shape[1]] * (len(held) - LAYER)
 
 
@@ -73,7 +74,7 @@ def test_reducers_are_told_what_the_block_below_computed(family: str) -> None:
     with torch.no_grad():
         out = text_of(whole)(**given, use_cache=True, output_hidden_states=True)
     handle.remove()
-    held = out.past_key_values.layers[LAYER - 1]
+    held = held_cache(out).layers[LAYER - 1]
     key, value = held.keys.mean(1)[0], held.values[0].double().norm(dim=-1).repeat_interleave(2, 0)
     visual = inputs["input_ids"][0] == IMAGE
     for name in ("attention", "scope", "quickmerge"):
@@ -121,7 +122,7 @@ def test_both_places_leave_the_share_and_its_square() -> None:
     model = model_of("llava")
     inputs = row_of(model, ROWS, 0)
     with qm.reduce(model, qm.ToMe(keep=0.5), layer=[0, 1, 3]) as run, torch.no_grad():
-        cache = model(**inputs).past_key_values
+        cache = held_cache(model(**inputs))
     rest = inputs["input_ids"].shape[1] - 16
     assert [layer.get_seq_length() for layer in cache.layers] == [rest + 8, rest + 4, rest + 4, rest + 2]
     assert run.summary().tokens_per_layer == [rest + 8, rest + 4, rest + 4, rest + 2]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from caches import held, past
 from vlm_zoo import METHODS, ROWS, build, model_of, prompt, row_of
 
 import quickmerge as qm
@@ -125,7 +126,7 @@ def elsewhere(model: Any) -> Any:
     cache = transformers.DynamicCache(config=model.config.get_text_config())
     for layer in range(4):
         cache.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), layer)
-    return model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    return model(input_ids=torch.tensor([[5]]), **past(cache))
 
 
 def other_layer(model: Any) -> Any:
@@ -133,20 +134,20 @@ def other_layer(model: Any) -> Any:
 
 
 def turn(model: Any) -> Any:
-    cache = model(**inputs_of(model)).past_key_values
+    cache = held(model(**inputs_of(model)))
     ids = torch.cat([inputs_of(model)["input_ids"], torch.tensor([[5, 6]])], 1)
-    return model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=2)
+    return model.generate(input_ids=ids, **past(cache), max_new_tokens=2)
 
 
 def cropped(model: Any) -> Any:
-    cache = model(**inputs_of(model)).past_key_values
+    cache = held(model(**inputs_of(model)))
     cache.crop(-7)
-    return model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    return model(input_ids=torch.tensor([[5]]), **past(cache))
 
 
 def more_rows(model: Any) -> Any:
-    cache = model(**inputs_of(model)).past_key_values
-    return model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+    cache = held(model(**inputs_of(model)))
+    return model(input_ids=torch.tensor([[5], [6]]), **past(cache))
 
 
 @pytest.mark.parametrize(
@@ -154,14 +155,14 @@ def more_rows(model: Any) -> Any:
     [
         (assisted, "logits_to_keep must be 0 or 1"),
         (labels, "labels must be left out inside a quickmerge run"),
-        (static, "past_key_values must be a DynamicCache|attention_mask must be a 2-D"),
+        (static, "must be a DynamicCache|attention_mask must be a 2-D"),
         (square, "attention_mask must be a 2-D padding mask"),
         (no_ids, "input_ids must be given with pictures"),
-        (elsewhere, "past_key_values was filled outside this run"),
+        (elsewhere, "was filled outside this run"),
         (other_layer, "vision_feature_layer must be the model's own inside a quickmerge run, -2, got -1"),
         (turn, "attention_mask must have a column for each of the|position_ids must go on behind the prompt"),
-        (cropped, "past_key_values was cropped into its prompt"),
-        (more_rows, "past_key_values holds 1 rows that were merged here, got 2 rows"),
+        (cropped, "was cropped into its prompt"),
+        (more_rows, "holds 1 rows that were merged here, got 2 rows"),
     ],
 )
 def test_what_a_run_cannot_follow_is_named(call: Callable[[Any], Any], message: str) -> None:

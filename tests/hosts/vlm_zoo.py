@@ -228,7 +228,7 @@ def entering(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     finally:
         handle.remove()
     # The cache has been filled since.
-    return {name: value for name, value in seen.items() if name not in ("past_key_values", "use_cache")}
+    return {name: value for name, value in seen.items() if name not in ("cache", "past_key_values", "use_cache")}
 
 
 def text_of(model: Any) -> Any:

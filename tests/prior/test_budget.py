@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from caches import past
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import prop, seeds
@@ -89,7 +90,7 @@ def test_fed_in_pieces_it_is_the_same(model, prior, seed: int, steps: list[int])
             for step in [*steps, 100]:
                 piece = ids[:, done : done + step]
                 if piece.shape[1]:
-                    parts.append(model(piece, past_key_values=cache, use_cache=True).logits)
+                    parts.append(model(piece, **past(cache), use_cache=True).logits)
                     done += piece.shape[1]
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-9, rtol=1e-9)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from caches import past
 
 import quickmerge as qm
 from quickmerge.data import PRIORS
@@ -44,8 +45,8 @@ def test_it_predicts_better_from_few_tokens_than_none(smollm2) -> None:
         cache = DynamicCache(config=model.config)
         window = ids[:, start : start + 1216]
         with torch.no_grad(), reduce(model, reducer):
-            model(window[:, :1024], past_key_values=cache, logits_to_keep=1)
-            logits = model(window[:, 1024:-1], past_key_values=cache).logits.log_softmax(-1)
+            model(window[:, :1024], **past(cache), logits_to_keep=1)
+            logits = model(window[:, 1024:-1], **past(cache)).logits.log_softmax(-1)
         return float(-logits.gather(-1, window[:, 1025:, None]).mean())
 
     starts = range(0, ids.shape[1] - 1216, 600)

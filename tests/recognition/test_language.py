@@ -8,6 +8,7 @@ import hosts_zoo
 import pytest
 import torch
 import transformers as hf
+from caches import past
 from transformers import DynamicCache
 
 from quickmerge.errors import UnsupportedModelError
@@ -85,10 +86,10 @@ def test_the_head_is_left_clean_when_reading_fails() -> None:
 
 def test_a_forked_cache_grows_by_itself() -> None:
     language, cache = hosts_zoo.build("llama"), DynamicCache()
-    language(hosts_zoo.tokens(2, 5), past_key_values=cache)
+    language(hosts_zoo.tokens(2, 5), **past(cache))
     other = fork(cache)
     assert other.layers[0].keys is cache.layers[0].keys
-    language(hosts_zoo.tokens(2, 3), past_key_values=other)
+    language(hosts_zoo.tokens(2, 3), **past(other))
     assert (cache.get_seq_length(), other.get_seq_length()) == (5, 8)
 
 

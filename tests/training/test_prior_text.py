@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from caches import past
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -78,8 +79,8 @@ def test_an_untrained_prior_scores_as_the_training_free_method(tiny_llama) -> No
         full = tiny_llama(batch).logits[:, CONTEXT:-1].log_softmax(-1)
         cache = DynamicCache(config=tiny_llama.config)
         with reduce(tiny_llama, qm.QuickMerge(keep=0.4, **SETTINGS), 1):
-            tiny_llama(batch[:, :CONTEXT], past_key_values=cache, logits_to_keep=1)
-            merged = tiny_llama(batch[:, CONTEXT:-1], past_key_values=cache).logits.log_softmax(-1)
+            tiny_llama(batch[:, :CONTEXT], **past(cache), logits_to_keep=1)
+            merged = tiny_llama(batch[:, CONTEXT:-1], **past(cache)).logits.log_softmax(-1)
     torch.testing.assert_close(told["kl"], (full.exp() * (full - merged)).sum(-1).mean())
     torch.testing.assert_close(told["nll"], -merged.gather(-1, batch[:, CONTEXT + 1 :, None]).mean())
 

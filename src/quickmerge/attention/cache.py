@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
 
 from quickmerge.attention.clusters import Clusters
 from quickmerge.attention.settings import Multipole
 from quickmerge.errors import QuickmergeError
+from quickmerge.models.compat import DynamicLayer, cache_name
 
 SPARE = 8
 """A buffer is made larger than what it must hold by a share of 1 / SPARE."""
@@ -88,7 +88,7 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
         held = new[:, :0] if self.position is None else self.position
         if held.shape[1] < past:
             raise QuickmergeError(
-                "past_key_values was filled where nobody noted positions, which space='windowed' needs: fill it "
+                f"{cache_name()} was filled where nobody noted positions, which space='windowed' needs: fill it "
                 "inside the run, or use space='rotated'"
             )
         self.position = torch.cat([held[:, :past], new], 1)

@@ -8,7 +8,6 @@ with the query as if it stood at one fixed position.
 from __future__ import annotations
 
 import inspect
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quickmerge.errors import UnsupportedModelError
+from quickmerge.models.compat import rotation
 
 __all__ = ["Rotary"]
 
@@ -112,7 +112,7 @@ class Rotary:
     @torch.no_grad()
     def _undoes(self, config: Any, attention: nn.Module) -> bool:
         """Whether `unrotate` takes off what the model puts on."""
-        apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        apply = rotation(attention)
         if apply is None or self.module is None:
             return False
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

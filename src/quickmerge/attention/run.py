@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from quickmerge.attention.attend import attend_and_count
 from quickmerge.attention.cache import MultipoleCache, MultipoleLayer
@@ -26,6 +25,7 @@ from quickmerge.hosts.attachment import Attachment
 from quickmerge.hosts.attention import AttentionFunction, check_free, proportional_attention, watch
 from quickmerge.hosts.structure import Decoder, find_decoder
 from quickmerge.hosts.vlm_structure import VLM_FAMILIES, find_vlm_decoder, holds_vlm
+from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache, without_cache
 
 __all__ = ["MultipoleRun", "multipole"]
 
@@ -126,10 +126,11 @@ class MultipoleRun(Attachment):
         mask = inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise QuickmergeError("attention_mask must be a 2-D padding mask inside a quickmerge run, got another kind")
-        base, cache, wanted = self.decoder.base, inputs.get("past_key_values"), inputs.get("use_cache")
+        base, cache, wanted = self.decoder.base, given_cache(inputs), inputs.get("use_cache")
         recomputes = base.training and any(getattr(b, "gradient_checkpointing", False) for b in self.decoder.layers)
         if cache is None and not recomputes and (self.decoder.config.use_cache if wanted is None else wanted):
-            inputs["past_key_values"] = cache = MultipoleCache(self.decoder.config)
+            cache = MultipoleCache(self.decoder.config)
+            inputs = {**without_cache(inputs), **cache_argument(base, cache)}
         self._held, self._sizes = {} if cache is None else self._adopt(cache), Sizes()
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         filled = any(held.get_seq_length() for held in self._held.values())
@@ -149,7 +150,7 @@ class MultipoleRun(Attachment):
         """The layers of the cache that hold clusters, by block; those of an empty cache are made such."""
         if not isinstance(cache, DynamicCache) or cache.offloading:
             what = "offloaded one" if isinstance(cache, DynamicCache) else type(cache).__name__
-            raise QuickmergeError(f"past_key_values must be a DynamicCache that stays on its device, got {what}")
+            raise QuickmergeError(f"{cache_name()} must be a DynamicCache that stays on its device, got {what}")
         while len(cache.layers) < len(self.decoder):
             cache.layers.append(DynamicLayer())
         held: dict[int, MultipoleLayer] = {}
@@ -159,12 +160,12 @@ class MultipoleRun(Attachment):
                 layer = MultipoleLayer()
             if type(layer) is DynamicLayer:
                 raise QuickmergeError(
-                    "past_key_values was filled outside this run; start it with an empty cache, or fill a "
+                    f"{cache_name()} was filled outside this run; start it with an empty cache, or fill a "
                     "quickmerge.MultipoleCache"
                 )
             if type(layer) is not MultipoleLayer:
                 raise QuickmergeError(
-                    f"past_key_values must be a DynamicCache with plain layers for multipole attention, got one of "
+                    f"{cache_name()} must be a DynamicCache with plain layers for multipole attention, got one of "
                     f"type {type(layer).__name__} for block {block}"
                 )
             held[block] = layer

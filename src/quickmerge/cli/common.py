@@ -169,8 +169,9 @@ def load_model(name: str) -> tuple[Any, Any]:
 
 def quiet() -> None:
     """Keep transformers' bars and notices out of the output."""
-    from transformers.utils import logging
+    from quickmerge.models.compat import library_logging
 
+    logging = library_logging()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

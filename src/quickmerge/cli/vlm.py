@@ -14,8 +14,7 @@ def is_vlm(name: str) -> bool:
     Raises:
         QuickmergeError: there is no such model.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
+    from quickmerge.models.compat import image_text_names
     from quickmerge.models.console import transformers_silenced
     from quickmerge.models.embedded import MODELS, VISION_MODELS
     from quickmerge.models.load import find_model
@@ -25,7 +24,7 @@ def is_vlm(name: str) -> bool:
         return False
     with transformers_silenced():
         kind = read_config(find_model(name, VISION_MODELS)).model_type
-    return kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return kind in image_text_names()
 
 
 def load_vlm(name: str) -> tuple[Any, Any]:

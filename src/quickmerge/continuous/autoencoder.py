@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from quickmerge.continuous.autoencoder_config import CalmAutoencoderConfig
 from quickmerge.continuous.chunks import real_chunks
 from quickmerge.continuous.cross_entropy import Negatives, linear_cross_entropy, sampled_cross_entropy
 from quickmerge.continuous.free_bits import free_bits, kl_by_dimension
 from quickmerge.errors import QuickmergeError
+from quickmerge.models.compat import ModelOutput
 
 __all__ = ["CalmAutoencoder", "CalmAutoencoderOutput"]
 

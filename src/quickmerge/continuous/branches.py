@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import Cache
+
+from quickmerge.models.compat import DynamicLayer
 
 __all__ = ["branch_cache", "branch_mask", "can_branch"]
 

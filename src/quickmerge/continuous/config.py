@@ -113,12 +113,12 @@ class CalmConfig(PretrainedConfig):  # type: ignore[misc]
 def _backbone(given: dict[str, Any], vocabulary: int) -> PretrainedConfig:
     settings = {"vocab_size": vocabulary, **given}
     kind = settings.pop("model_type", None)
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from quickmerge.models.compat import causal_lm_names
 
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind not in causal_lm_names():
         raise ValueError(
             "model_type of backbone must be one that transformers has a causal language model of, such as 'llama', "
-            f"got {kind!r}{near_match(str(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}"
+            f"got {kind!r}{near_match(str(kind), causal_lm_names())}"
         )
     config: PretrainedConfig = AutoConfig.for_model(kind, **settings)
     return config

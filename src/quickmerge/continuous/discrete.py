@@ -18,6 +18,7 @@ from torch import Tensor
 from quickmerge.continuous.branches import branch_cache, branch_mask, can_branch
 from quickmerge.continuous.brier import GRAMS
 from quickmerge.errors import QuickmergeError, whole_number
+from quickmerge.models.compat import cache_argument, returned_cache
 
 __all__ = ["discrete_terms"]
 
@@ -60,7 +61,7 @@ def discrete_terms(
     following = places.to(model.device)[:, None] + torch.arange(GRAMS, device=model.device)  # (P, 4)
     likely = log[following - 1, window[following]].cumsum(-1).exp()
     first = log[following[:, 0] - 1]  # (P, V)
-    cache = getattr(read, "past_key_values", None)
+    cache = returned_cache(read)
     cache = cache if can_branch(cache) else None
     parts = []
     for start in range(0, len(places), block := max(1, at_once // paths)):
@@ -89,7 +90,7 @@ def _collisions(
                 input_ids=drawn,
                 attention_mask=branch_mask(places, len(window), depth),
                 position_ids=(places + depth - 1)[:, None],
-                past_key_values=own,
+                **cache_argument(model, own),
                 use_cache=True,
             )
             logits = out.logits[:, -1]

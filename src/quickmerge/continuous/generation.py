@@ -13,9 +13,8 @@ from quickmerge.continuous.chunks import chunk_prompts
 from quickmerge.errors import QuickmergeError, near_match, whole_number
 
 if TYPE_CHECKING:
-    from transformers.generation.streamers import BaseStreamer
-
     from quickmerge.continuous.model import CalmForCausalLM, Generators
+    from quickmerge.models.compat import BaseStreamer
 
 __all__ = ["METHODS", "generate_chunks"]
 

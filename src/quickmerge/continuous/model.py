@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from quickmerge.continuous.autoencoder import CalmAutoencoder
 from quickmerge.continuous.chunks import real_chunks
@@ -19,9 +18,10 @@ from quickmerge.continuous.embedding import ChunkEmbedding
 from quickmerge.continuous.generation import generate_chunks
 from quickmerge.errors import QuickmergeError
 from quickmerge.heads import SamplingHead, make_head
+from quickmerge.models.compat import ModelOutput, cache_argument, either_cache, returned_cache
 
 if TYPE_CHECKING:
-    from transformers.generation.streamers import BaseStreamer
+    from quickmerge.models.compat import BaseStreamer
 
 __all__ = ["CalmForCausalLM", "CalmOutput", "Generators"]
 
@@ -40,13 +40,18 @@ class CalmOutput(ModelOutput):  # type: ignore[misc]
         loss: mean over the chunks that count; no likelihood, so that its exponential is no perplexity.
         chunks: how many those are, ``()``.
         last_hidden_state: ``(B, T, D)``, position i for what comes after chunk i.
-        past_key_values: the backbone's cache, if one was asked for.
+        cache: the backbone's cache, if one was asked for; also called ``past_key_values``, as before transformers 5.24.
     """
 
     loss: Tensor | None = None
     chunks: Tensor | None = None
     last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
+    cache: Any = None
+
+    @property
+    def past_key_values(self) -> Any:
+        """The cache, by its older name."""
+        return self.cache
 
 
 class CalmForCausalLM(PreTrainedModel):  # type: ignore[misc]
@@ -106,8 +111,10 @@ class CalmForCausalLM(PreTrainedModel):  # type: ignore[misc]
         self,
         ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool = False,
+        *,
+        past_key_values: Any = None,
     ) -> tuple[Tensor, Any]:
         """Read chunks.
 
@@ -115,22 +122,26 @@ class CalmForCausalLM(PreTrainedModel):  # type: ignore[misc]
             ids: ``(B, T * K)`` token ids, whole chunks.
             attention_mask: ``(B, (P + T) * K)``, 0 for padding, of the P chunks in the cache too. Default: what is
                 not the padding token; it must be given with a cache that holds something.
-            past_key_values: the cache of the chunks before these.
+            cache: the cache of the chunks before these.
             use_cache: give back a cache.
+            past_key_values: the cache, by its older name.
 
         Returns:
             ``(B, T, D)``, position i for what comes after chunk i; and the cache or None.
 
         Raises:
-            QuickmergeError: the ids or the mask have another shape, or ids are not of the vocabulary.
+            QuickmergeError: the ids or the mask have another shape, ids are not of the vocabulary, or there are two
+                caches.
         """
-        ids, there = self._checked(ids, attention_mask, past_key_values)
+        cache = either_cache(cache, past_key_values)
+        ids, there = self._checked(ids, attention_mask, cache)
         embeds = self.embedding(self.get_input_embeddings()(ids))
         given: dict[str, Any] = {"attention_mask": there.long()}
         if self._positions:
             given["position_ids"] = (there.long().cumsum(1) - 1).clamp_min(0)[:, -embeds.shape[1] :]
-        out = self.backbone(inputs_embeds=embeds, past_key_values=past_key_values, use_cache=use_cache, **given)
-        return out.last_hidden_state, out.past_key_values if use_cache else None
+        given |= cache_argument(self.backbone, cache)
+        out = self.backbone(inputs_embeds=embeds, use_cache=use_cache, **given)
+        return out.last_hidden_state, returned_cache(out) if use_cache else None
 
     def _checked(self, ids: Tensor, mask: Tensor | None, past: Any) -> tuple[Tensor, Tensor]:
         """The ids with padding where the mask is 0, and which chunks are there ``(B, P + T)`` bool."""
@@ -147,7 +158,7 @@ class CalmForCausalLM(PreTrainedModel):  # type: ignore[misc]
         before = 0 if past is None else int(past.get_seq_length())
         if mask is None:
             if before:
-                raise QuickmergeError("attention_mask must be given with past_key_values: it says what they hold")
+                raise QuickmergeError("attention_mask must be given with a cache: it says what that holds")
             return ids, real_chunks(self._pieces(ids), config.pad_token_id)
         wanted = (ids.shape[0], before * config.patch + ids.shape[1])
         if tuple(mask.shape) != wanted:
@@ -212,20 +223,23 @@ class CalmForCausalLM(PreTrainedModel):  # type: ignore[misc]
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool = False,
         return_dict: bool = True,
+        *,
+        past_key_values: Any = None,
     ) -> CalmOutput:
         """Read chunks and, with labels, score what the head would draw after each against what came.
 
         Args:
             input_ids: ``(B, T * K)`` token ids, whole chunks.
-            attention_mask: as for `hidden`, as are ``past_key_values`` and ``use_cache``.
+            attention_mask: as for `hidden`, as are ``cache``, ``use_cache`` and ``past_key_values``.
             labels: ``input_ids``, or -100 for tokens that nothing is to be learnt of. A chunk counts if it is not the
                 first, is there, and any of its labels is not -100.
-            past_key_values: see `hidden`.
+            cache: see `hidden`.
             use_cache: see `hidden`.
             return_dict: for callers that give it; must be True.
+            past_key_values: see `hidden`.
 
         Returns:
             A loss only with labels. Its noise comes from torch's global generator, and so differs from call to call.
@@ -236,13 +250,14 @@ class CalmForCausalLM(PreTrainedModel):  # type: ignore[misc]
         """
         if not return_dict:
             raise QuickmergeError("return_dict must be True: the model gives no tuples, got False")
-        states, cache = self.hidden(input_ids, attention_mask, past_key_values, use_cache)
+        given = either_cache(cache, past_key_values)
+        states, left = self.hidden(input_ids, attention_mask, given, use_cache)
         loss = chunks = None
         if labels is not None:
-            if past_key_values is not None:
-                raise QuickmergeError("labels must be given with whole texts: leave past_key_values out")
+            if given is not None:
+                raise QuickmergeError("labels must be given with whole texts: leave the cache out")
             loss, chunks = self._score(states, input_ids, attention_mask, labels)
-        return CalmOutput(loss=loss, chunks=chunks, last_hidden_state=states, past_key_values=cache)
+        return CalmOutput(loss=loss, chunks=chunks, last_hidden_state=states, cache=left)
 
     def _score(self, states: Tensor, ids: Tensor, mask: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
         if labels.shape != ids.shape or bool(((labels != ids) & (labels != -100)).any()):

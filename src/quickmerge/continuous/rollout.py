@@ -108,7 +108,7 @@ def _behind(
     for depth in range(1, more + 1):
         path = colliding_sample(drawn, generator)
         mask = branch_mask(places, len(truth), depth).repeat_interleave(patch, 1)
-        states, own = model.hidden(path, attention_mask=mask, past_key_values=own, use_cache=True)
+        states, own = model.hidden(path, attention_mask=mask, cache=own, use_cache=True)
         drawn = model.sample_chunks(states[:, -1], samples, generator=generator)
         shares[depth - 1][alive] = collision_shares(drawn)
     return shares

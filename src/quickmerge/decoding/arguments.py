@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
-from transformers.generation import (
+
+from quickmerge.errors import QuickmergeError
+from quickmerge.models.compat import (
     AlternatingCodebooksLogitsProcessor,
     ClassifierFreeGuidanceLogitsProcessor,
     GenerationMode,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
-
-from quickmerge.errors import QuickmergeError
 
 __all__ = ["check_arguments", "streamer_of_caller"]
 

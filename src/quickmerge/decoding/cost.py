@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from quickmerge.decoding.commit import Columns
 from quickmerge.decoding.target import Target
 from quickmerge.decoding.tree import Tree, pack
+from quickmerge.models.compat import cache_argument
 
 __all__ = ["Cost", "best_size", "measure", "wait"]
 
@@ -85,7 +86,7 @@ def _measure(model: PreTrainedModel, sizes: list[int]) -> Cost:
     sizes = [size for size in sizes if context + size <= room] or [1]
     ids = torch.arange(context, device=model.device)[None] % config.vocab_size
     cache = DynamicCache()
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, **cache_argument(model, cache), use_cache=True)
     place = torch.arange(context, device=model.device)[None]
     columns = Columns(place >= 0, place, ids.new_tensor([context]), ids.new_zeros(1), False)
     target = Target(model, cache, columns)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
 
 from quickmerge.decoding.arguments import check_arguments, streamer_of_caller
 from quickmerge.decoding.batch import Batch
@@ -24,6 +23,7 @@ from quickmerge.decoding.target import Target, check_target
 from quickmerge.decoding.tree import Tree, pack
 from quickmerge.decoding.walk import Row, walk
 from quickmerge.errors import QuickmergeError, whole_number
+from quickmerge.models.compat import GenerateDecoderOnlyOutput, cache_name, given_cache, is_users_cache
 
 __all__ = ["SpeculativeDecoding"]
 
@@ -100,8 +100,8 @@ class SpeculativeDecoding:
         ]
         run = _Run(self.drafter, self.nodes, cost, Batch(rows, generation_config, stopping_criteria))
         # A cache that someone will go on with has to hold all rows to the end.
-        cache = model_kwargs.get("past_key_values")
-        kept = bool(generation_config.return_dict_in_generate) or getattr(cache, "_is_user_defined", False)
+        cache = given_cache(model_kwargs)
+        kept = bool(generation_config.return_dict_in_generate) or is_users_cache(cache)
         run.begin(model, input_ids, model_kwargs, kept)
         while run.live:
             run.step()
@@ -116,7 +116,7 @@ class SpeculativeDecoding:
         self.stats.measure_seconds = measured - start
         self.stats.seconds = time.perf_counter() - measured
         if generation_config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=run.target.cache)
+            return GenerateDecoderOnlyOutput(sequences=sequences, **{cache_name(): run.target.cache})
         return sequences
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from quickmerge.decoding.commit import Columns
 from quickmerge.decoding.target import Target, last_hidden, plain_cache
 from quickmerge.errors import QuickmergeError
+from quickmerge.models.compat import cache_argument, cache_name, given_cache, without_cache
 
 __all__ = ["Prompt", "read_prompt"]
 
@@ -45,7 +46,7 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any
             filled where features are wanted.
     """
     n = ids.shape[1]
-    cache = plain_cache(model_kwargs.get("past_key_values"))
+    cache = plain_cache(given_cache(model_kwargs))
     past = cache.get_seq_length()
     mask = model_kwargs.get("attention_mask")
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
@@ -56,18 +57,22 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any
     positions = positions.expand(*positions.shape[:-2], *ids.shape) if positions.shape[-1] == n else positions
     if past >= n or valid.shape != ids.shape or positions.shape[-2:] != ids.shape:
         raise QuickmergeError(
-            f"input_ids must hold the whole text, the {past} tokens in past_key_values and at least one more, got {n}"
+            f"input_ids must hold the whole text, the {past} tokens in {cache_name()} and at least one more, got {n}"
         )
     if past and features:
         raise QuickmergeError(
-            f"the drafter wants the target's features of every token, but past_key_values holds {past} tokens read "
+            f"the drafter wants the target's features of every token, but {cache_name()} holds {past} tokens read "
             "before: leave it out"
         )
     if not bool(valid[:, -1].all()):
         raise QuickmergeError("attention_mask must end with 1 in every row: pad on the left")
-    given = {**model_kwargs, "past_key_values": cache, "position_ids": positions, "use_cache": True}
+    given = {**without_cache(model_kwargs), "position_ids": positions, "use_cache": True}
     inputs = model.prepare_inputs_for_generation(
-        ids, next_sequence_length=n - past if past else None, is_first_iteration=True, **given
+        ids,
+        next_sequence_length=n - past if past else None,
+        is_first_iteration=True,
+        **given,
+        **cache_argument(model.prepare_inputs_for_generation, cache),
     )
     with last_hidden(model, features) as found:
         out = model(**inputs, return_dict=True)

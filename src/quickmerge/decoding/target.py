@@ -11,13 +11,20 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from quickmerge.decoding.commit import Columns, commit, compact, lay_out, select
 from quickmerge.decoding.mask import masks_by_window
 from quickmerge.decoding.tree import Packed, Tree, pack
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.hosts.structure import IMPLEMENTATIONS, PREFIX, layer_window
+from quickmerge.models.compat import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    attention_implementation,
+    cache_argument,
+    cache_name,
+    takes_cache,
+)
 
 __all__ = ["Target", "check_target", "plain_cache"]
 
@@ -64,7 +71,7 @@ class Target:
                 input_ids=packed.tokens,
                 attention_mask=mask,
                 position_ids=(columns.length + columns.offset)[..., None] + packed.depth,
-                past_key_values=self.cache,
+                **cache_argument(self.model, self.cache),
                 use_cache=True,
                 return_dict=True,
             )
@@ -117,13 +124,13 @@ def plain_cache(cache: Any) -> Cache:
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or kinds - _PLAIN:
         odd = sorted(kind.__name__ for kind in kinds - _PLAIN) or [type(cache).__name__]
         raise QuickmergeError(
-            f"past_key_values must be a DynamicCache with keys and values of every token, got one with {odd[0]}: "
-            "leave past_key_values and cache_implementation out"
+            f"{cache_name()} must be a DynamicCache with keys and values of every token, got one with {odd[0]}: "
+            f"leave {cache_name()} and cache_implementation out"
         )
     if cache.get_seq_length() == 0:
         cache.layers = [DynamicLayer() for _ in cache.layers]
     elif DynamicSlidingWindowLayer in kinds:
-        raise QuickmergeError("past_key_values must hold every token, got one with sliding layers: use DynamicCache()")
+        raise QuickmergeError(f"{cache_name()} must hold every token, got one with sliding layers: use DynamicCache()")
     return cache
 
 
@@ -142,7 +149,7 @@ def check_target(model: PreTrainedModel) -> None:
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"speculative decoding needs a decoder with a language-model head, got a {name}")
     config = model.config.get_text_config(decoder=True)
-    implementation = str(config._attn_implementation)
+    implementation = attention_implementation(config)
     if implementation.startswith(PREFIX):
         raise UnsupportedModelError(f"{name} is inside a quickmerge run, which reads no trees; leave that first")
     if implementation not in IMPLEMENTATIONS:
@@ -152,8 +159,9 @@ def check_target(model: PreTrainedModel) -> None:
         )
     for i in range(config.num_hidden_layers):
         layer_window(config, i)
-    wanted = ("attention_mask", "position_ids", "past_key_values")
-    missing = [w for w in wanted if w not in inspect.signature(model.forward).parameters]
+    taken = inspect.signature(model.forward).parameters
+    missing = [w for w in ("attention_mask", "position_ids") if w not in taken]
+    missing += [] if takes_cache(model) else [cache_name()]
     if missing:
         raise UnsupportedModelError(f"{name} takes no {missing[0]}, which reading a tree needs")
     if model not in _PROVEN:
@@ -170,7 +178,7 @@ def _prove(model: PreTrainedModel, vocabulary: int) -> None:
     try:
         wanted = model(input_ids=alone, use_cache=False).logits[0, -1].float()
         cache = DynamicCache()
-        model(input_ids=text[:, :-1], past_key_values=cache, use_cache=True)
+        model(input_ids=text[:, :-1], **cache_argument(model, cache), use_cache=True)
         width = text.shape[1] - 1
         if any(type(layer) is not DynamicLayer or layer.get_seq_length() != width for layer in cache.layers):
             raise UnsupportedModelError(f"{name} keeps no keys and values of every token, which reading a tree needs")

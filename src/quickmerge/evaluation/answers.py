@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.models.compat import cache_argument, returned_cache
 from quickmerge.models.vlm import ask_inputs
 from quickmerge.training.chat import answer_ids
 from quickmerge.training.data.annotated import Question
@@ -103,7 +104,7 @@ def exact_answers(
             first = group[0]
             count = first.ids.shape[1] if common is None else common
             out = model(**{**first.head(count), **seen}, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+            cache = returned_cache(out)
             kept.append(visual - (count - int(cache.get_seq_length())))
             for one in group:
                 right.append(_is_right(model, one, count, out.logits[:, -1:], cache))
@@ -137,7 +138,7 @@ def _is_right(model: Any, one: AskedQuestion, count: int, last: Tensor, cache: A
     rest = torch.cat([one.ids[0, count:], answer[:-1]])
     logits = last
     if len(rest):
-        more = model(input_ids=rest[None], past_key_values=cache, use_cache=True).logits
+        more = model(input_ids=rest[None], **cache_argument(model, cache), use_cache=True).logits
         cache.crop(-len(rest))
         logits = torch.cat([last, more], 1)
     return bool((logits[0, -len(answer) :].argmax(-1) == answer).all())

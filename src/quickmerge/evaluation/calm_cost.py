@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.pytorch_utils import Conv1D
 
 from quickmerge.errors import UnsupportedModelError, number_at_least, whole_number
 from quickmerge.evaluation.calm import is_calm
+from quickmerge.models.compat import Conv1D
 
 __all__ = ["TokenCost", "autoencoder_training_cost", "counted", "training_cost", "writing_cost"]
 

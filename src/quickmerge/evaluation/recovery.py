@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quickmerge.evaluation.documents import Document
+from quickmerge.models.compat import cache_argument
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ def continuation_logits(model: Any, context: Tensor | None, target: Tensor, run:
         cache = None
         if context is not None:
             cache = DynamicCache(config=model.config)
-            model(context.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(context.to(model.device), **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
         logits: Tensor = model(
-            target[:, :-1].to(model.device), past_key_values=cache, use_cache=cache is not None
+            target[:, :-1].to(model.device), **cache_argument(model, cache), use_cache=cache is not None
         ).logits
     return logits
 

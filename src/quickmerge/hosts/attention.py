@@ -10,7 +10,6 @@ the attention over them (`Watcher.computes`).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,12 +17,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.hosts.structure import IMPLEMENTATIONS, PREFIX, Decoder
+from quickmerge.models.compat import attention_function, attention_implementation, make_mask, register_attention
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -44,17 +42,6 @@ _WATCHED: WeakKeyDictionary[nn.Module, tuple[tuple[Watcher, int], ...]] = WeakKe
 """For each module who watches it, and as which layer. The first is asked first."""
 
 
-def base_function(implementation: str, module: nn.Module) -> AttentionFunction:
-    """The attention function that transformers itself would use for this module."""
-    if implementation != "eager":
-        return ALL_ATTENTION_FUNCTIONS[implementation]  # type: ignore[no-any-return]
-    # Eager is not in the registry: every modeling file has its own.
-    function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if function is None:
-        raise UnsupportedModelError(f"{type(module).__name__} has no eager_attention_forward beside it; use sdpa")
-    return function  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True)
 class Watched:
     """An attention function with a watcher in front of it."""
@@ -70,7 +57,7 @@ class Watched:
 
 def _front(implementation: str) -> AttentionFunction:
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = base_function(implementation, module)
+        call = attention_function(implementation, module)
         for watcher, layer in reversed(_WATCHED.get(module, ())):
             call = Watched(watcher, layer, call)
         return call(module, *args, **kwargs)
@@ -128,13 +115,10 @@ def watch_modules(
         UnsupportedModelError: if another run is attached already that doesn't share the attention with this one.
     """
     check_free(model, attentions, watcher)
-    implementation = (model.config if config is None else config)._attn_implementation.removeprefix(PREFIX)
-    name = PREFIX + implementation
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        for each in IMPLEMENTATIONS:
-            AttentionInterface.register(PREFIX + each, _front(each))
-            AttentionMaskInterface.register(PREFIX + each, ALL_MASK_ATTENTION_FUNCTIONS[each])
-    model.set_attn_implementation(name)
+    implementation = attention_implementation(model.config if config is None else config).removeprefix(PREFIX)
+    for each in IMPLEMENTATIONS:
+        register_attention(PREFIX + each, _front(each), like=each)
+    model.set_attn_implementation(PREFIX + implementation)
     for layer, module in enumerate(attentions):
         others, own = _WATCHED.get(module, ()), ((watcher, layer),)
         _WATCHED[module] = others + own if computes(watcher) else own + others
@@ -175,7 +159,7 @@ def proportional_attention(
     return out[..., :-1], weights
 
 
-def mask_function(decoder: Decoder) -> Callable[..., Any]:
-    """The mask builder registered for the decoder's attention implementation."""
-    name = decoder.config._attn_implementation.removeprefix(PREFIX)
-    return ALL_MASK_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
+def decoder_mask(decoder: Decoder, **settings: Any) -> Any:
+    """An attention mask as the decoder wants it; for ``settings`` see `quickmerge.models.compat.make_mask`."""
+    name = attention_implementation(decoder.config).removeprefix(PREFIX)
+    return make_mask(name, config=decoder.config, **settings)

@@ -16,12 +16,12 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.hosts.attention import AttentionFunction, mask_function, proportional_attention
+from quickmerge.hosts.attention import AttentionFunction, decoder_mask, proportional_attention
 from quickmerge.hosts.causal_lm import Run
 from quickmerge.hosts.structure import Decoder
+from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache
 from quickmerge.reducers.base import Reducer
 from quickmerge.tokens.budget import Budget, ReadingBudget
 from quickmerge.tokens.saliency import AttentionTrace
@@ -171,11 +171,11 @@ class BlockCausalRun(Run):
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2 or not bool(mask.all())):
             raise QuickmergeError("attention_mask must be all ones in block_causal mode (no padding), got another mask")
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        cache = inputs.get("past_key_values")
+        cache = given_cache(inputs)
         if not prompt and cache is not None:
             layers = [cache.layers[i] for i in self.merged]
             if not all(isinstance(layer, ChunkedLayer) and layer.owner == ref(self) for layer in layers):
-                raise QuickmergeError("past_key_values was filled outside this run; start it with an empty cache")
+                raise QuickmergeError(f"{cache_name()} was filled outside this run; start it with an empty cache")
             self._layers = dict(zip(self.merged, layers, strict=True))
             return {}
         self.stats.rows, self.stats.tokens_in = ids.shape[0], float(ids.shape[1])
@@ -190,12 +190,12 @@ class BlockCausalRun(Run):
         if cache is None:
             return {}
         if not isinstance(cache, DynamicCache):
-            raise QuickmergeError(f"past_key_values must be a DynamicCache, got {type(cache).__name__}")
+            raise QuickmergeError(f"{cache_name()} must be a DynamicCache, got {type(cache).__name__}")
         while len(cache.layers) < len(self.decoder):
             cache.layers.append(DynamicLayer())
         for i, layer in self._layers.items():
             cache.layers[i] = layer
-        return {"past_key_values": cache}
+        return cache_argument(self.decoder.base, cache)
 
     def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Attend block by block, absorbing each chunk when it closes."""
@@ -251,16 +251,15 @@ class BlockCausalRun(Run):
         if valid is not None:
             fresh = torch.ones(len(valid), end - held.slots, dtype=torch.bool, device=valid.device)
             valid = torch.cat([valid, fresh], 1)
-        return mask_function(self.decoder)(
-            batch_size=len(query),
-            q_length=q,
-            kv_length=end,
-            q_offset=end - q,
-            kv_offset=0,
-            attention_mask=valid,
-            allow_is_causal_skip=True,
+        return decoder_mask(
+            self.decoder,
+            rows=len(query),
+            queries=q,
+            keys=end,
+            query_offset=end - q,
+            key_offset=0,
+            valid=valid,
             dtype=query.dtype,
-            config=self.decoder.config,
             device=query.device,
         )
 

@@ -17,6 +17,7 @@ from quickmerge.hosts.attachment import Attachment, PerThread
 from quickmerge.hosts.attention import AttentionFunction, check_free, watch
 from quickmerge.hosts.structure import Decoder, find_decoder
 from quickmerge.hosts.summary import RunStats, cache_bytes, cache_bytes_full
+from quickmerge.models.compat import given_cache, returned_cache, without_cache
 from quickmerge.reducers.base import Reducer
 from quickmerge.tokens.budget import ReadingBudget
 from quickmerge.tokens.schedule import Schedule
@@ -145,18 +146,20 @@ class Run(Attachment):
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         inputs.update(inputs.pop("kwargs", {}))
-        cache = inputs.get("past_key_values")
+        cache = given_cache(inputs)
         self._fresh = cache is None or cache.get_seq_length() == 0
         if self._fresh:
             self._counts = self._stats()
         self._last = self.stats
         self._began = self.clock()
-        inputs.update(self.begin(self._fresh, inputs))
-        return (), inputs
+        changed = self.begin(self._fresh, inputs)
+        if given_cache(changed) is not None:
+            inputs = without_cache(inputs)
+        return (), {**inputs, **changed}
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         seconds = self.clock() - self._began
-        self._cache = getattr(output, "past_key_values", None)
+        self._cache = returned_cache(output)
         if self._fresh:
             self.stats.prefill_seconds = seconds
             self.stats.tokens_per_layer = self.tokens_per_layer()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.hosts.structure import IMPLEMENTATIONS, PREFIX
+from quickmerge.models.compat import attention_implementation
 
 VISION_FAMILIES = (
     "beit",
@@ -101,7 +102,7 @@ def find_encoder(model: PreTrainedModel) -> Encoder:
             f"served, exactly one was looked for, of a family of {', '.join(VISION_FAMILIES)}"
         )
     base, stack = found[0]
-    implementation = str(base.config._attn_implementation)  # type: ignore[union-attr]
+    implementation = attention_implementation(base.config)
     if implementation.startswith(PREFIX):
         raise UnsupportedModelError(f"{name} is already inside a quickmerge run; leave that first")
     if implementation not in IMPLEMENTATIONS:

@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from quickmerge.errors import PromptTooShortError, QuickmergeError
 from quickmerge.hosts.attention import AttentionFunction, proportional_attention
@@ -18,6 +17,7 @@ from quickmerge.hosts.causal_lm import Run
 from quickmerge.hosts.protection import Protection, protection, special_tokens
 from quickmerge.hosts.segment import Segment
 from quickmerge.hosts.structure import Decoder
+from quickmerge.models.compat import DynamicLayer, DynamicSlidingWindowLayer, cache_name, given_cache
 from quickmerge.reducers.base import Reducer
 from quickmerge.tokens.plan import MergePlan
 from quickmerge.tokens.saliency import AttentionTrace
@@ -90,7 +90,7 @@ class PrefixRun(Run):
 
     def _check_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a prompt that comes with drafted tokens: assisted decoding would have them merged into it."""
-        cache, wanted = kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)
+        cache, wanted = given_cache(kwargs), kwargs.get("logits_to_keep", 0)
         prompt = cache is None or cache.get_seq_length() == 0
         if prompt and (isinstance(wanted, Tensor) or wanted > 1):
             raise QuickmergeError(
@@ -100,7 +100,7 @@ class PrefixRun(Run):
 
     def begin(self, prompt: bool, inputs: dict[str, Any]) -> dict[str, Any]:
         """Note what is read: a prompt to merge, or more tokens after one that was merged here."""
-        cache = inputs.get("past_key_values")
+        cache = given_cache(inputs)
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         mask = inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
@@ -108,10 +108,10 @@ class PrefixRun(Run):
         if not prompt:
             self._prompt = self._prompts.get(cache)
             if self._prompt is None:
-                raise QuickmergeError("past_key_values was filled outside this run; start it with an empty cache")
+                raise QuickmergeError(f"{cache_name()} was filled outside this run; start it with an empty cache")
             rows = len(self._prompt.valid)
             if rows != len(ids):
-                raise QuickmergeError(f"past_key_values holds {rows} rows that were merged here, got {len(ids)} rows")
+                raise QuickmergeError(f"{cache_name()} holds {rows} rows that were merged here, got {len(ids)} rows")
             fresh = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
             self._new = fresh if mask is None else mask[:, -ids.shape[1] :].bool()
             for segment in self._prompt.segments.values():
@@ -149,7 +149,7 @@ class PrefixRun(Run):
             # Other layers of ours may be there that hold every token too, as those of multipole attention.
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and not getattr(layer, "is_whole", False):
                 raise QuickmergeError(
-                    f"past_key_values must be a DynamicCache inside a quickmerge run, got layers of type "
+                    f"{cache_name()} must be a DynamicCache inside a quickmerge run, got layers of type "
                     f"{type(layer).__name__}"
                 )
 
@@ -199,7 +199,7 @@ class PrefixRun(Run):
         if prompt is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        cache = given_cache(kwargs)
         places = self._places(hidden, kwargs)
         if self._fresh and index in self.stages:
             # A reducer computes as it always does, also where the model runs under autocast.

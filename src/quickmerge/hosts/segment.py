@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.masking_utils import causal_mask_function
 
-from quickmerge.hosts.attention import mask_function
+from quickmerge.hosts.attention import decoder_mask
 from quickmerge.hosts.structure import Decoder
 from quickmerge.tokens.plan import MergePlan
 
@@ -66,7 +65,7 @@ class Segment:
             q = hidden.shape[1]
             past = cache.get_seq_length(layer) if cache is not None else 0
             kv, offset = cache.get_mask_sizes(q, layer) if cache is not None else (q, 0)
-            function, exotic = causal_mask_function, False
+            function, exotic = None, False
             if window is not None:
                 place = self.position
                 span = torch.where(self.valid, place, place.amax()).amin()
@@ -76,18 +75,17 @@ class Segment:
                     def function(b: Any, h: Any, i: Any, j: Any) -> Any:
                         return (j <= i) & (place[b, i] - place[b, j] < window)
 
-            self.masks[window] = mask_function(decoder)(
-                batch_size=len(hidden),
-                q_length=q,
-                kv_length=kv,
-                q_offset=past,
-                kv_offset=offset,
-                mask_function=function,
-                attention_mask=self.valid if self.padded else None,
-                allow_is_causal_skip=not exotic,
+            self.masks[window] = decoder_mask(
+                decoder,
+                rows=len(hidden),
+                queries=q,
+                keys=kv,
+                query_offset=past,
+                key_offset=offset,
+                sees=function,
+                valid=self.valid if self.padded else None,
+                skip=not exotic,
                 dtype=hidden.dtype,
-                config=decoder.config,
-                use_vmap=exotic,
                 device=hidden.device,
             )
         return self.masks[window]

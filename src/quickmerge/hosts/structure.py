@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quickmerge.errors import UnsupportedModelError
+from quickmerge.models.compat import attention_implementation
 
 FAMILIES = ("gemma3_text", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 """``config.model_type`` of the families that the committed matrix (tests/hosts/matrix.json) proves."""
@@ -88,10 +89,10 @@ def read_decoder(model: PreTrainedModel, base: Any, shared: bool = False) -> Dec
 
 def check_attention(name: str, config: Any, shared: bool = False) -> None:
     """Raise UnsupportedModelError unless the host can stand in front of the attention that ``config`` names."""
-    implementation = config._attn_implementation
+    implementation = attention_implementation(config)
     if shared:
-        implementation = str(implementation).removeprefix(PREFIX)
-    if str(implementation).startswith(PREFIX):
+        implementation = implementation.removeprefix(PREFIX)
+    if implementation.startswith(PREFIX):
         raise UnsupportedModelError(f"{name} is already inside a quickmerge run; leave that first")
     if implementation not in IMPLEMENTATIONS:
         raise UnsupportedModelError(

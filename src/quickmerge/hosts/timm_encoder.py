@@ -14,15 +14,10 @@ from transformers import PreTrainedModel
 
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.hosts.encoder import Block, Encoder
+from quickmerge.models.compat import TIMM_ATTENTION, TIMM_BASE, TIMM_BLOCK, has_timm_grid, is_timm, timm_grid
 
-LIBRARY = "timm.models"
 RUN = "quickmerge_run"
 """Name under which a model holds the run that it is inside of."""
-
-BASE_PARTS = ("patch_embed", "blocks", "norm", "num_prefix_tokens")
-BLOCK_PARTS = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2")
-"""Of a block, in the order in which they are computed; a block that norms what it adds names them in another one."""
-ATTENTION_PARTS = ("qkv", "q_norm", "k_norm", "proj", "num_heads", "head_dim", "scale")
 
 
 @dataclass(frozen=True)
@@ -44,15 +39,15 @@ class TimmEncoder(Encoder):
 
     def grid(self, pixels: Tensor) -> tuple[int, int, int]:
         """How many patches ``(1, H, W)`` images ``(B, C, H, W)`` are cut into, padding at the border included."""
-        height, width = self.base.patch_embed.dynamic_feat_size(pixels.shape[-2:])  # type: ignore[union-attr,operator]
-        return 1, int(height), int(width)
+        height, width = pixels.shape[-2:]
+        return 1, *timm_grid(self.base, (height, width))
 
 
 def holds_timm(model: Any) -> bool:
     """True if ``model`` is a model of timm, or a module that holds one, and no model of transformers."""
     if not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
         return False
-    return any(_is_timm(module) for module in model.modules())
+    return any(is_timm(module) for module in model.modules())
 
 
 def find_timm_encoder(model: nn.Module) -> TimmEncoder:
@@ -60,23 +55,23 @@ def find_timm_encoder(model: nn.Module) -> TimmEncoder:
 
     Raises:
         UnsupportedModelError: naming the class and what was looked for, if there is no vision transformer or several,
-            if a block is not built as `Block` says with the parts in `BLOCK_PARTS`, or if it is inside a run already.
+            if a block is not built as `Block` says with the parts in `TIMM_BLOCK`, or if it is inside a run already.
     """
     name = type(model).__name__
     bases: list[nn.Module] = []
     for module in model.modules():
         inside = any(module in set(outer.modules()) for outer in bases)
-        if _is_timm(module) and not inside and all(hasattr(module, part) for part in BASE_PARTS):
+        if is_timm(module) and not inside and all(hasattr(module, part) for part in TIMM_BASE):
             bases.append(module)
     if len(bases) != 1:
         raise UnsupportedModelError(
             f"{name} holds {len(bases)} vision transformers of timm, exactly one was looked for, "
-            f"with {', '.join(BASE_PARTS)}"
+            f"with {', '.join(TIMM_BASE)}"
         )
     base: Any = bases[0]
     if RUN in vars(base):
         raise UnsupportedModelError(f"{name} is already inside a quickmerge run; leave that first")
-    if not isinstance(base.blocks, nn.Sequential) or not hasattr(base.patch_embed, "dynamic_feat_size"):
+    if not isinstance(base.blocks, nn.Sequential) or not has_timm_grid(base):
         raise UnsupportedModelError(
             f"{name} has blocks in a {type(base.blocks).__name__} and patches of a {type(base.patch_embed).__name__}; "
             "a Sequential was looked for, and patches with a dynamic_feat_size"
@@ -85,19 +80,15 @@ def find_timm_encoder(model: nn.Module) -> TimmEncoder:
     return TimmEncoder(model, base, tuple(_block(name, module) for module in base.blocks), pooler)
 
 
-def _is_timm(module: nn.Module) -> bool:
-    return any(each.__module__.startswith(LIBRARY) for each in type(module).__mro__)
-
-
 def _block(name: str, module: nn.Module) -> Block:
-    present = [part for part, _ in module.named_children() if part in BLOCK_PARTS]
+    present = [part for part, _ in module.named_children() if part in TIMM_BLOCK]
     attention: Any = getattr(module, "attn", None)
-    if tuple(present) != BLOCK_PARTS:
+    if tuple(present) != TIMM_BLOCK:
         raise UnsupportedModelError(
             f"{name} has a block {type(module).__name__} with {', '.join(present) or 'none'} of its parts, "
-            f"{', '.join(BLOCK_PARTS)} were looked for, in this order"
+            f"{', '.join(TIMM_BLOCK)} were looked for, in this order"
         )
-    missing = [part for part in ATTENTION_PARTS if not hasattr(attention, part)]
+    missing = [part for part in TIMM_ATTENTION if not hasattr(attention, part)]
     if "attn_mask" not in inspect.signature(attention.forward).parameters:
         missing.append("attn_mask")
     if not missing and attention.qkv.out_features != 3 * attention.num_heads * attention.head_dim:
@@ -105,6 +96,6 @@ def _block(name: str, module: nn.Module) -> Block:
     if missing:
         raise UnsupportedModelError(
             f"{name} has attention {type(attention).__name__} without {', '.join(missing)}; softmax attention with "
-            f"{', '.join(ATTENTION_PARTS)} that takes an attn_mask was looked for"
+            f"{', '.join(TIMM_ATTENTION)} that takes an attn_mask was looked for"
         )
     return Block(module, attention, module.norm2, module.mlp, adds_residual=False)  # type: ignore[arg-type]

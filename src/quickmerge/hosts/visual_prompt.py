@@ -12,6 +12,7 @@ from torch import Tensor
 from quickmerge.errors import QuickmergeError
 from quickmerge.hosts.prefix import Prompt
 from quickmerge.hosts.visual import Image
+from quickmerge.models.compat import cache_name
 from quickmerge.tokens.plan import MergePlan
 
 
@@ -60,7 +61,7 @@ class VisualPrompt(Prompt):
         rows, device = len(self.valid), self.valid.device
         since = stored - self.valid.shape[1]
         if since < 0:
-            raise QuickmergeError("past_key_values was cropped into its prompt, which a merged cache can't be")
+            raise QuickmergeError(f"{cache_name()} was cropped into its prompt, which a merged cache can't be")
         read = self.width + since + new
         if mask is not None and mask.shape[1] != read:
             raise QuickmergeError(

@@ -25,6 +25,7 @@ from quickmerge.hosts.visual_inside import told_inside
 from quickmerge.hosts.visual_plan import Decision, decide
 from quickmerge.hosts.visual_prompt import VisualPrompt, deepstack, next_positions
 from quickmerge.hosts.vlm_structure import Vlm, find_vlm
+from quickmerge.models.compat import cache_name, given_cache
 from quickmerge.reducers.base import Reducer
 from quickmerge.tokens.plan import MergePlan
 from quickmerge.tokens.view import TokenView
@@ -132,7 +133,7 @@ class VlmRun(PrefixRun):
             raise QuickmergeError("attention_mask must be a 2-D padding mask inside a quickmerge run, got another kind")
         if not prompt:
             return self._read_on(inputs, embeds, mask)
-        cache = inputs.get("past_key_values")
+        cache = given_cache(inputs)
         self._check_cache(cache)
         self._traces, self.plans, self.composed = {}, [], []
         shape, device = embeds.shape[:2], embeds.device
@@ -190,15 +191,15 @@ class VlmRun(PrefixRun):
         return changed
 
     def _read_on(self, inputs: dict[str, Any], embeds: Tensor, mask: Tensor | None) -> dict[str, Any]:
-        cache = inputs["past_key_values"]
+        cache = given_cache(inputs)
         found = self._prompts.get(cache)
         if not isinstance(found, VisualPrompt):
-            raise QuickmergeError("past_key_values was filled outside this run; start it with an empty cache")
+            raise QuickmergeError(f"{cache_name()} was filled outside this run; start it with an empty cache")
         self._prompt = prompt = found
         rows, new = embeds.shape[:2]
         if len(prompt.valid) != rows:
             raise QuickmergeError(
-                f"past_key_values holds {len(prompt.valid)} rows that were merged here, got {rows} rows"
+                f"{cache_name()} holds {len(prompt.valid)} rows that were merged here, got {rows} rows"
             )
         given = self._call.get("position_ids")
         changed, self._new, self._new_places = prompt.follow(

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from quickmerge.models.compat import library_logging
+
 __all__ = ["saying", "transformers_silenced"]
 
 
@@ -39,8 +41,7 @@ def saying(message: str, *, progress: bool, only_on_terminal: bool = False) -> I
 @contextmanager
 def transformers_silenced() -> Iterator[None]:
     """Keep the bars and warnings of transformers off the screen; the caller reports what matters itself."""
-    from transformers.utils import logging
-
+    logging = library_logging()
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quickmerge.errors import QuickmergeError, near_match
+from quickmerge.models.compat import attention_names
 
 if TYPE_CHECKING:
     import torch
@@ -56,9 +57,7 @@ def check_attention(name: str) -> str:
     Raises:
         QuickmergeError: it knows none of this name.
     """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    known = sorted({"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()})
+    known = attention_names()
     # a name with a slash is a kernel on the hub, which only transformers can look up
     if name not in known and "/" not in name:
         usual = [word for word in known if "paged" not in word]

@@ -12,6 +12,7 @@ from quickmerge.errors import (
     UnsupportedModelError,
     first_sentence,
 )
+from quickmerge.models.compat import causal_lm_names
 from quickmerge.models.console import transformers_silenced
 
 if TYPE_CHECKING:
@@ -89,17 +90,15 @@ def _bad_config(source: str, error: Exception) -> UnsupportedModelError:
 
 
 def _check_causal(source: str, config: PretrainedConfig) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     if config.model_type == "quickmerge-calm":
         raise UnsupportedModelError(
             f"{source} is a CALM, which has no probabilities of tokens and is no use here: open it with "
             "quickmerge.continuous.load_calm"
         )
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    causal = causal_lm_names().get(config.model_type)
     saved = list(config.architectures or [])
     # An encoder such as BERT can be opened as a causal model too, but it was not trained as one.
-    if causal is None or (saved and not set(saved) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())):
+    if causal is None or (saved and not set(saved) & set(causal_lm_names().values())):
         kind = saved[0] if saved else f"model type {config.model_type!r}"
         raise UnsupportedModelError(
             f"{source} is not a causal language model ({kind}): "

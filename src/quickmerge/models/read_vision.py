@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.models.compat import image_classification_names
 from quickmerge.models.console import transformers_silenced
 from quickmerge.models.read import damaged, first_sentence, read_config, read_weights
 
@@ -54,9 +55,7 @@ def _check_images_alone(source: str, config: PretrainedConfig) -> None:
 
 
 def _check_head(source: str, config: PretrainedConfig) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-
-    known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type, ())
+    known = image_classification_names().get(config.model_type, ())
     heads = {known} if isinstance(known, str) else set(known)
     # saved without a head, the model could be opened all the same, with a head of random numbers
     if not heads & set(config.architectures or heads):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from quickmerge.errors import UnsupportedModelError
+from quickmerge.models.compat import causal_lm_names, image_text_names, torchvision_available
 from quickmerge.models.console import transformers_silenced
 from quickmerge.models.read import damaged, first_sentence, read_config, read_weights
 
@@ -40,17 +41,12 @@ def read_vlm(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, Pro
 
 
 def _check_both(source: str, config: PretrainedConfig) -> None:
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
-
-    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    known = image_text_names().get(config.model_type)
     saved = set(config.architectures or [])
-    if known is not None and (not saved or saved & set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())):
+    if known is not None and (not saved or saved & set(image_text_names().values())):
         return
     kind = config.architectures[0] if config.architectures else f"model type {config.model_type!r}"
-    text = known is None and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    text = known is None and config.model_type in causal_lm_names()
     raise UnsupportedModelError(
         f"{source} {'reads text alone' if text else 'is not a vision-language model'} ({kind}): "
         "give one that reads images and text and writes text, as LLaVA or Qwen2-VL"
@@ -59,7 +55,6 @@ def _check_both(source: str, config: PretrainedConfig) -> None:
 
 def _read_processor(source: str) -> ProcessorMixin:
     from transformers import AutoImageProcessor, AutoProcessor
-    from transformers.utils import is_torchvision_available
 
     try:
         processor = AutoProcessor.from_pretrained(source)
@@ -68,7 +63,7 @@ def _read_processor(source: str) -> ProcessorMixin:
         if getattr(processor, "image_processor", None) is not None:
             processor.image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
     except Exception as error:  # transformers raises whatever its parsers raise
-        if not is_torchvision_available() and "video" in str(error).lower():
+        if not torchvision_available() and "video" in str(error).lower():
             raise UnsupportedModelError(
                 f"the processor of {source} prepares video too, which needs torchvision: install torchvision"
             ) from error

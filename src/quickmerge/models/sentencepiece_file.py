@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quickmerge.errors import UnsupportedModelError
+from quickmerge.models.compat import generate_merges, sentencepiece_available
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,9 +38,7 @@ def sentencepiece_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         UnsupportedModelError: the packages that read it are missing, it isn't in this format, it holds another kind
             of model, or the two don't agree.
     """
-    from transformers.utils import is_sentencepiece_available
-
-    if not is_sentencepiece_available():
+    if not sentencepiece_available():
         raise UnsupportedModelError(
             f"{path} is read as a SentencePiece model, for which the packages sentencepiece and protobuf are needed: "
             "install them, or give the tokenizer.json of the same tokenizer"
@@ -90,7 +89,6 @@ def _rebuilt(path: Path, proto: Any) -> Tokenizer:
 
 def _model(path: Path, proto: Any) -> Any:
     from tokenizers import models
-    from transformers.convert_slow_tokenizer import generate_merges
 
     spec = proto.trainer_spec
     scored = [(piece.piece, piece.score) for piece in proto.pieces]
@@ -99,7 +97,7 @@ def _model(path: Path, proto: Any) -> Any:
     if spec.model_type == BPE:
         vocabulary = {text: place for place, (text, _) in enumerate(scored)}
         fixed = {piece.piece for piece in proto.pieces if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)}
-        merges = generate_merges(vocabulary, dict(scored), skip_tokens=fixed)
+        merges = generate_merges(vocabulary, dict(scored), fixed)
         unknown = scored[spec.unk_id][0]
         return models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=spec.byte_fallback)
     raise UnsupportedModelError(f"{path} must be a BPE or a Unigram model of SentencePiece, got type {spec.model_type}")

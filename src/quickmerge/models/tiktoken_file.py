@@ -60,7 +60,8 @@ def tiktoken_tokenizer(
         QuickmergeError: the file is not in this format, or the pattern is not a regular expression.
     """
     from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    from quickmerge.models.compat import TikTokenConverter
 
     ranks = read_ranks(path)
 

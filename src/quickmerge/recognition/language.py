@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, whole_number
 from quickmerge.hosts.structure import IMPLEMENTATIONS, layer_window
+from quickmerge.models.compat import attention_implementation, cache_argument
 from quickmerge.tokens.packing import additive, packed_mask, packed_positions
 
 __all__ = ["check_reading", "cut", "fork", "read"]
@@ -32,7 +33,7 @@ def cut(language: PreTrainedModel, blocks: int) -> PreTrainedModel:
     name, stack = find_stack(language)
     if blocks > len(stack):
         raise ValueError(f"blocks must be at most {len(stack)}, the depth of this {type(language).__name__}: {blocks}")
-    implementation = str(language.config._attn_implementation)
+    implementation = attention_implementation(language.config)
     if implementation not in IMPLEMENTATIONS:
         raise UnsupportedModelError(
             f"{type(language).__name__} runs attention as {implementation!r}, which does not take the mask of labels: "
@@ -101,7 +102,7 @@ def read(
             inputs_embeds=embeds,
             attention_mask=_masks(language, see, position, key_position, embeds.dtype),
             position_ids=position,
-            past_key_values=cache,
+            **cache_argument(language, cache),
             use_cache=cache is not None,
         )
     logits: Tensor = out.logits

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from transformers import LlavaForConditionalGeneration
 
 from quickmerge.errors import UnsupportedModelError, whole_number
+from quickmerge.models.compat import attention_implementation
 from quickmerge.prior.identity import model_hash
 from quickmerge.tokens.packing import additive, packed_mask, packed_positions
 from quickmerge.training.align import align_projector, projector_input
@@ -41,7 +42,7 @@ def answer_logits(model: LlavaForConditionalGeneration, batch: Packed) -> Tensor
     image = batch.ids == model.config.image_token_id
     # LLaVA reads an image causally, as any text
     mask = packed_mask(batch.group, image, batch.valid, bidirectional=False)
-    if model.config.text_config._attn_implementation == "eager":
+    if attention_implementation(model.config.text_config) == "eager":
         mask = additive(mask, model.dtype)
     hidden = model.model(
         input_ids=batch.ids,

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quickmerge.errors import QuickmergeError, near_match
+from quickmerge.models.compat import causal_lm_names
 from quickmerge.prior.identity import model_hash
 from quickmerge.training.calm_texts import CalmTexts
 from quickmerge.training.classify import save_model
@@ -59,10 +59,10 @@ def new_discrete(texts: CalmTexts, backbone: dict[str, Any], seed: int = 0) -> P
     """
     settings = dict(backbone)
     kind = settings.pop("model_type", None)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind not in causal_lm_names():
         raise QuickmergeError(
             "backbone must have a model_type that transformers has a causal language model of, such as 'llama', "
-            f"got {kind!r}{near_match(str(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}"
+            f"got {kind!r}{near_match(str(kind), causal_lm_names())}"
         )
     given = settings.pop("vocab_size", texts.vocabulary)
     if given != texts.vocabulary:

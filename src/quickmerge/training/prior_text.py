@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from quickmerge.errors import whole_number
 from quickmerge.hosts import reduce
 from quickmerge.hosts.structure import find_decoder
+from quickmerge.models.compat import cache_argument
 from quickmerge.prior.budget import calibrate_surprise
 from quickmerge.prior.config import PriorConfig
 from quickmerge.prior.identity import model_hash
@@ -245,8 +246,10 @@ class PriorText(Objective):
         reducer = LearningMerge(keep=keep, prior=self.prior, temperature=temperature, **self.settings)
         cache = DynamicCache(config=model.config)
         with reduce(model, reducer, self.schedule):
-            model.base_model(context, past_key_values=cache, use_cache=True)
-            read = model.base_model(target[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
+            model.base_model(context, **cache_argument(model.base_model, cache), use_cache=True)
+            read = model.base_model(
+                target[:, :-1], **cache_argument(model.base_model, cache), use_cache=True
+            ).last_hidden_state
         merged = _precise(model.get_output_embeddings()(read)).log_softmax(-1)
         kl = (full.exp() * (full - merged)).sum(-1).mean()
         nll = -merged.gather(-1, target[:, 1:, None]).mean()

@@ -92,11 +92,11 @@ def find_matrices(checkpoint: Checkpoint, config: Any, *, donor: bool = False) -
 
 
 def _check_causal(checkpoint: Checkpoint, config: Any) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from quickmerge.models.compat import causal_lm_names
 
     # an encoder such as BERT can be opened as a causal model too, but it was not trained as one
     saved = list(config.architectures or [])
-    if saved and not set(saved) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+    if saved and not set(saved) & set(causal_lm_names().values()):
         raise UnsupportedModelError(
             f"{checkpoint.folder} is not a causal language model ({saved[0]}): give one that AutoModelForCausalLM opens"
         )

@@ -41,7 +41,7 @@ class RowCache:
         """
         self._at, self._width, self._first = at, width, first
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take keys and values ``(B, heads, K, d)`` of a layer in; returns all that it holds, in `aim`'s width."""
         if layer == len(self._keys):
             self._keys.append(key[:, :, :0])

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from quickmerge.decoding.gumiho.cache import RowCache
 from quickmerge.decoding.gumiho.config import GumihoConfig
+from quickmerge.models.compat import LlamaDecoderLayer, cache_argument
 
 __all__ = ["GumihoNetwork", "ParallelHeads"]
 
@@ -97,7 +97,7 @@ class GumihoNetwork(nn.Module):
         turn = _rotation(position, config.head_width, config.rope_base, fused.dtype)
         x = fused
         for layer in self.layers:
-            x = layer(x, attention_mask=mask, position_embeddings=turn, past_key_values=cache)
+            x = layer(x, attention_mask=mask, position_embeddings=turn, **cache_argument(layer, cache))
         out: Tensor = x * config.feature_scale
         return out
 

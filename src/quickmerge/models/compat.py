@@ -1,0 +1,394 @@
+"""Every name of transformers and timm that is private or not settled, in one place.
+
+transformers keeps its models and configurations as they are from release to release; what lies between them (caches,
+masks, attention functions, tables of names) it renames. The package leans on it here and nowhere else, so that a
+release that changes something is mended in this file. Supported are 5.19 to 5.24.
+
+Nothing is imported before it is asked for: ``import quickmerge`` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache as remembered
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from torch import Tensor, nn
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    from transformers.generation import (
+        AlternatingCodebooksLogitsProcessor,
+        ClassifierFreeGuidanceLogitsProcessor,
+        EncoderNoRepeatNGramLogitsProcessor,
+        EncoderRepetitionPenaltyLogitsProcessor,
+        GenerateDecoderOnlyOutput,
+        GenerationMode,
+        PrefixConstrainedLogitsProcessor,
+        SynthIDTextWatermarkLogitsProcessor,
+        UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    )
+    from transformers.generation.streamers import BaseStreamer
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from transformers.pytorch_utils import Conv1D
+    from transformers.utils import ModelOutput
+
+__all__ = [
+    "CACHE_NAMES",
+    "AlternatingCodebooksLogitsProcessor",
+    "BaseStreamer",
+    "ClassifierFreeGuidanceLogitsProcessor",
+    "Conv1D",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "EncoderNoRepeatNGramLogitsProcessor",
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "GenerateDecoderOnlyOutput",
+    "GenerationMode",
+    "LlamaDecoderLayer",
+    "ModelOutput",
+    "PrefixConstrainedLogitsProcessor",
+    "SynthIDTextWatermarkLogitsProcessor",
+    "TikTokenConverter",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "attention_function",
+    "attention_implementation",
+    "attention_names",
+    "cache_argument",
+    "cache_name",
+    "causal_lm_names",
+    "generate_merges",
+    "given_cache",
+    "image_classification_names",
+    "image_text_names",
+    "is_timm",
+    "is_users_cache",
+    "library_logging",
+    "make_mask",
+    "register_attention",
+    "returned_cache",
+    "rotation",
+    "sentencepiece_available",
+    "torchvision_available",
+]
+
+CLASSES = {
+    "AlternatingCodebooksLogitsProcessor": "transformers.generation",
+    "BaseStreamer": "transformers.generation.streamers",
+    "ClassifierFreeGuidanceLogitsProcessor": "transformers.generation",
+    "Conv1D": "transformers.pytorch_utils",
+    "DynamicLayer": "transformers.cache_utils",
+    "DynamicSlidingWindowLayer": "transformers.cache_utils",
+    "EncoderNoRepeatNGramLogitsProcessor": "transformers.generation",
+    "EncoderRepetitionPenaltyLogitsProcessor": "transformers.generation",
+    "GenerateDecoderOnlyOutput": "transformers.generation",
+    "GenerationMode": "transformers.generation",
+    "LlamaDecoderLayer": "transformers.models.llama.modeling_llama",
+    "ModelOutput": "transformers.utils",
+    "PrefixConstrainedLogitsProcessor": "transformers.generation",
+    "SynthIDTextWatermarkLogitsProcessor": "transformers.generation",
+    "TikTokenConverter": "transformers.convert_slow_tokenizer",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "transformers.generation",
+}
+"""Classes that stand in no list of public names, and the module that each is taken from."""
+
+
+def __getattr__(name: str) -> Any:
+    """The classes, imported when first asked for."""
+    if name not in CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = _take(CLASSES[name], name)
+    globals()[name] = found
+    return found
+
+
+def _take(module: str, name: str) -> Any:
+    """``name`` out of ``module`` of transformers; an ImportError that tells the release if it is gone."""
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        import transformers
+
+        raise ImportError(
+            f"transformers {transformers.__version__} has no {module}.{name}, which quickmerge needs: "
+            "install a release that docs/models.md names"
+        ) from error
+
+
+# The cache: what models take and give -----------------------------------------------------------------------------
+
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+"""What the cache is called as an argument: from transformers 5.24 on, before it, and in some blocks still."""
+
+
+@remembered
+def cache_name() -> str:
+    """What the installed transformers calls the cache, as an argument of models and of ``generate`` and as an output:
+    ``cache`` from 5.24 on, ``past_key_values`` before it."""
+    output = _take("transformers.modeling_outputs", "BaseModelOutputWithPast")
+    return next(name for name in CACHE_NAMES if name in inspect.signature(output).parameters)
+
+
+def cache_argument(taker: Any, cache: Any) -> dict[str, Any]:
+    """The cache as the keyword argument that ``taker`` wants, to be given on as ``**cache_argument(model, cache)``.
+
+    Args:
+        taker: a module, whose ``forward`` is asked, or a function.
+        cache: the cache or None.
+
+    Returns:
+        One entry. A ``taker`` that names no cache is given the name of the installed transformers.
+    """
+    return {_name_in(taker) or cache_name(): cache}
+
+
+def takes_cache(taker: Any) -> bool:
+    """Whether a module or function names a cache among its arguments."""
+    return _name_in(taker) is not None
+
+
+def _name_in(taker: Any) -> str | None:
+    forward = getattr(taker, "forward", taker)
+    return _signature_name(getattr(forward, "__func__", forward))
+
+
+@remembered
+def _signature_name(function: Callable[..., Any]) -> str | None:
+    parameters = inspect.signature(function).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among keyword arguments, by any of its names; None if none is given."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments without the cache, by whatever name it was given."""
+    return {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
+
+
+def either_cache(cache: Any, past_key_values: Any) -> Any:
+    """The one that was given of two arguments for the same cache, or None.
+
+    Raises:
+        QuickmergeError: if both were given.
+    """
+    if cache is not None and past_key_values is not None:
+        raise QuickmergeError("cache must be given by one name, got cache and past_key_values")
+    return past_key_values if cache is None else cache
+
+
+def returned_cache(output: Any) -> Any:
+    """The cache that a model's or ``generate``'s output holds, by either name; None if it holds none."""
+    held = getattr(output, "__dict__", {})
+    return next((held[name] for name in CACHE_NAMES if held.get(name) is not None), None)
+
+
+def is_users_cache(cache: Any) -> bool:
+    """Whether ``generate`` was given this cache by its caller, who may go on with it."""
+    return bool(getattr(cache, "_is_user_defined", False))
+
+
+# Attention ----------------------------------------------------------------------------------------------------------
+
+
+def attention_implementation(config: Any) -> str:
+    """The name of the attention implementation that a configuration chooses: "eager", "sdpa", or one of ours."""
+    return str(config._attn_implementation)
+
+
+def attention_names() -> list[str]:
+    """The attention implementations that transformers knows by name, sorted."""
+    return sorted({"eager", *_registry("ALL_ATTENTION_FUNCTIONS").valid_keys()})
+
+
+def attention_function(implementation: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function that transformers itself would use for this module.
+
+    Raises:
+        UnsupportedModelError: for "eager" if the module's file has none.
+    """
+    if implementation != "eager":
+        return _registry("ALL_ATTENTION_FUNCTIONS")[implementation]  # type: ignore[no-any-return]
+    # Eager is not in the registry: every modeling file has its own.
+    function = _beside(module, "eager_attention_forward")
+    if function is None:
+        raise UnsupportedModelError(f"{type(module).__name__} has no eager_attention_forward beside it; use sdpa")
+    return function  # type: ignore[no-any-return]
+
+
+def register_attention(name: str, function: Callable[..., Any], like: str) -> None:
+    """Make ``function`` an attention implementation called ``name``, with the masks of implementation ``like``.
+
+    A name that is there already stays as it is.
+    """
+    if name in _registry("ALL_ATTENTION_FUNCTIONS"):
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, _registry("ALL_MASK_ATTENTION_FUNCTIONS")[like])
+
+
+def rotation(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The function by which an attention module turns queries and keys, ``f(query, key, cos, sin)``; None if its file
+    has none."""
+    return _beside(attention, "apply_rotary_pos_emb")
+
+
+def make_mask(
+    implementation: str,
+    *,
+    rows: int,
+    queries: int,
+    keys: int,
+    query_offset: int,
+    key_offset: int,
+    dtype: Any,
+    device: Any,
+    config: Any,
+    valid: Tensor | None = None,
+    sees: Callable[[Any, Any, Any, Any], Any] | None = None,
+    skip: bool = True,
+) -> Any:
+    """An attention mask as the implementation wants it, by transformers' own builder.
+
+    Args:
+        implementation: "eager" or "sdpa".
+        rows: batch size.
+        queries: number of queries.
+        keys: number of keys.
+        query_offset: place of the first query in the sequence.
+        key_offset: place of the first key.
+        dtype: of the scores.
+        device: where the mask is wanted.
+        config: the model's configuration.
+        valid: ``(B, keys)`` bool, which keys are there. Default: all.
+        sees: ``sees(row, head, query, key)``, whether a query sees a key, of places. Default: causal order.
+        skip: whether the mask may be left out where it is no more than causal order.
+
+    Returns:
+        The mask, or None where none is needed.
+    """
+    build = _registry("ALL_MASK_ATTENTION_FUNCTIONS")[implementation]
+    given = {} if sees is None else {"use_vmap": True}
+    return build(
+        batch_size=rows,
+        q_length=queries,
+        kv_length=keys,
+        q_offset=query_offset,
+        kv_offset=key_offset,
+        mask_function=sees or _registry("causal_mask_function"),
+        attention_mask=valid,
+        allow_is_causal_skip=skip,
+        dtype=dtype,
+        config=config,
+        device=device,
+        **given,
+    )
+
+
+REGISTRIES = {
+    "ALL_ATTENTION_FUNCTIONS": "transformers.modeling_utils",
+    "ALL_MASK_ATTENTION_FUNCTIONS": "transformers.masking_utils",
+    "causal_mask_function": "transformers.masking_utils",
+}
+"""What attention is looked up in, and the module that each is taken from."""
+
+_FOUND: dict[str, Any] = {}
+
+
+def _registry(name: str) -> Any:
+    # A table of our own, as compiled code can look into it and not import.
+    if name not in _FOUND:
+        _FOUND[name] = _take(REGISTRIES[name], name)
+    return _FOUND[name]
+
+
+def _beside(module: nn.Module, name: str) -> Any:
+    """A function of the file that a module's class comes from; None if there is none."""
+    return getattr(sys.modules[type(module).__module__], name, None)
+
+
+# What there is ------------------------------------------------------------------------------------------------------
+
+
+def causal_lm_names() -> Mapping[str, str]:
+    """Class of the causal language model by ``model_type``."""
+    return _take(_AUTO, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")  # type: ignore[no-any-return]
+
+
+def image_classification_names() -> Mapping[str, str | tuple[str, ...]]:
+    """Class or classes of the image classifier by ``model_type``."""
+    return _take(_AUTO, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES")  # type: ignore[no-any-return]
+
+
+def image_text_names() -> Mapping[str, str]:
+    """Class of the vision-language model by ``model_type``."""
+    return _take(_AUTO, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")  # type: ignore[no-any-return]
+
+
+_AUTO = "transformers.models.auto.modeling_auto"
+
+
+def generate_merges(vocabulary: dict[str, int], scores: dict[str, float], skip: set[str]) -> list[tuple[str, str]]:
+    """The merges of a BPE model of SentencePiece, from its pieces and their scores.
+
+    Args:
+        vocabulary: id of each piece.
+        scores: score of each piece.
+        skip: pieces that nothing is merged to or from.
+    """
+    merge = _take("transformers.convert_slow_tokenizer", "generate_merges")
+    return merge(vocabulary, scores, skip_tokens=skip)  # type: ignore[no-any-return]
+
+
+def sentencepiece_available() -> bool:
+    """Whether the package sentencepiece is there."""
+    return bool(_take("transformers.utils", "is_sentencepiece_available")())
+
+
+def torchvision_available() -> bool:
+    """Whether the package torchvision is there."""
+    return bool(_take("transformers.utils", "is_torchvision_available")())
+
+
+def library_logging() -> ModuleType:
+    """The module by which transformers' bars and warnings are set."""
+    return _take("transformers.utils", "logging")  # type: ignore[no-any-return]
+
+
+# timm ---------------------------------------------------------------------------------------------------------------
+
+TIMM_BASE = ("patch_embed", "blocks", "norm", "num_prefix_tokens")
+"""Parts of a vision transformer of timm."""
+
+TIMM_BLOCK = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2")
+"""Of a block, in the order in which they are computed; a block that norms what it adds names them in another one."""
+
+TIMM_ATTENTION = ("qkv", "q_norm", "k_norm", "proj", "num_heads", "head_dim", "scale")
+"""Of its attention, whose ``forward`` takes an ``attn_mask``."""
+
+
+def is_timm(module: nn.Module) -> bool:
+    """Whether a module is of a class that timm defines, or of one made from it. timm itself is not imported."""
+    return any(each.__module__.startswith("timm.models") for each in type(module).__mro__)
+
+
+def timm_grid(base: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """How many patches ``(height, width)`` an image of ``size`` is cut into, padding at the border included."""
+    height, width = base.patch_embed.dynamic_feat_size(size)
+    return int(height), int(width)
+
+
+def has_timm_grid(base: Any) -> bool:
+    """Whether `timm_grid` can be asked."""
+    return hasattr(base.patch_embed, "dynamic_feat_size")
