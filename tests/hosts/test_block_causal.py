@@ -146,7 +146,9 @@ def slow_logits(model: Any, ids: Tensor, reducer: Any, chunk: int, window: int, 
             saliency = reducer.saliency(view)[:, :chunk] if hasattr(reducer, "saliency") else None
             alone = TokenView(features[:, :chunk], position=place[:, :chunk], protected=guard[:, :chunk])
             kept = int(reducer.budget.count(alone, saliency))
-            plan = replace(reducer, keep=Count(kept + window)).plan(view)
+            # What follows a chunk is newer than all of it.
+            settings = {"recency": 0.0} if hasattr(reducer, "recency") else {}
+            plan = replace(reducer, keep=Count(kept + window), **settings).plan(view)
             plan.check(view)
             plans[-1].append(plan)
     out = torch.zeros(rows, n, q.shape[1], attention.head_dim, dtype=h.dtype)
@@ -188,6 +190,18 @@ def test_a_layer_equals_attention_written_out(name: str, chunk: int, window: int
 
 
 # (d) What is stored, generation, and what is refused ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 3, 12])
+def test_nothing_in_a_chunk_is_kept_for_being_recent(window: int) -> None:
+    """The window behind it is newer and no business of the budget, so the share for recent tokens changes nothing."""
+    model, ids = build("llama"), tokens(1, 40)
+    logits = []
+    for recency in (0.0, 0.5, 1.0):
+        reducer = qm.QuickMerge(keep=0.5, window=4, pool=1, recency=recency)
+        with torch.no_grad(), attach(model, reducer, chunk=8, window=window):
+            logits.append(model(ids).logits)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
 @pytest.mark.parametrize("name", REDUCERS)

@@ -138,3 +138,10 @@ def test_exempt_tokens_must_be_protected() -> None:
         TokenView(torch.zeros(1, 2, 1), exempt=mask[:, :1])
     with pytest.raises(ValueError, match="exempt must be left out where there is a prefix, got both"):
         TokenView(torch.zeros(1, 2, 1), prefix=1, exempt=mask)
+
+
+def test_a_token_stands_for_one_at_least() -> None:
+    size = torch.tensor([[1, 0, 2]])
+    with pytest.raises(ValueError, match="size must be at least 1 for every token, got less"):
+        TokenView(torch.zeros(1, 3, 2), size=size)
+    assert TokenView(torch.zeros(1, 3, 2), size=size, valid=torch.tensor([[True, False, False]])).length.tolist() == [1]

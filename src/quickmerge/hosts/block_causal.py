@@ -268,9 +268,10 @@ class BlockCausalRun(Run):
     ) -> tuple[Tensor, Tensor]:
         """Replace the oldest unabsorbed chunk by its slots.
 
-        The reducer sees the chunk and the window after it, whose tokens vote and are protected. A slot keeps its
-        anchor's key, already rotated to the anchor's own position, since rotated keys must not be averaged; its value
-        is the weighted mean of its members' values.
+        The reducer sees the chunk and the window after it, whose tokens vote and are protected, and newer than all of
+        the chunk, of which none is kept for being recent. A slot keeps its anchor's key, already rotated to the
+        anchor's own position, since rotated keys must not be averaged; its value is the weighted mean of its members'
+        values.
         """
         assert held.query is not None
         start, c, n = held.slots, self.chunk, self.chunk + self.window
@@ -286,6 +287,8 @@ class BlockCausalRun(Run):
             hidden=value[:, :, inside].transpose(1, 2).flatten(2),
             position=held.absorbed + index,
             protected=(held.absorbed + index < self.sinks) | (index >= c),
+            exempt=index >= c,
+            latest=False,
             attention=(trace,) if self.reducer.probes else (),
             surprise=self._surprise(held.absorbed // c),
             layer=layer,

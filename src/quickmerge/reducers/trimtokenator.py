@@ -135,7 +135,7 @@ def alignment(
     text = torch.where(there[..., None], text, 0.0)
     if normalize:
         x, text = unit(x), unit(text)
-    number = there.sum(-1, keepdim=True)
+    number = there.sum(-1, keepdim=True).clamp_min(1)
     if norm == 1:
         return -(torch.cdist(x, text, p=1.0) * there[:, None]).sum(-1) / number
     mean = text.sum(1) / number

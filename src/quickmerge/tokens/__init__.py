@@ -8,7 +8,6 @@ from quickmerge.tokens.plan import MergePlan
 from quickmerge.tokens.removal import Removal, removal_for
 from quickmerge.tokens.saliency import (
     AttentionTrace,
-    attention_entropy,
     attention_norm,
     bidirectional_attention,
     received_attention,
@@ -30,7 +29,6 @@ __all__ = [
     "Stage",
     "TokenView",
     "as_budget",
-    "attention_entropy",
     "attention_norm",
     "bidirectional_attention",
     "received_attention",

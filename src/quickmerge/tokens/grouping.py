@@ -1,4 +1,4 @@
-"""Who merges with whom: anchors, bipartite matching, chunked clustering.
+"""Who merges with whom: the next anchor, or bipartite matching.
 
 Anchor rules return, for every token, the index of the anchor that takes it, or -1 to drop it. A protected token
 takes nobody.
@@ -23,37 +23,6 @@ def next_anchor(view: TokenView, anchor: Tensor) -> Tensor:
     takes = anchor & ~view.protected
     ahead = torch.where(takes, index, n).flip(1).cummin(1).values.flip(1)
     return torch.where(view.valid & (ahead < n), ahead, -1)
-
-
-def similar_anchor(view: TokenView, anchor: Tensor, window: int, causal: bool = True) -> Tensor:
-    """Each token goes to the kept token most like it (cosine) at most ``window`` tokens away.
-
-    Args:
-        view: the tokens; similarity is of ``hidden``.
-        anchor: ``(B, N)`` bool.
-        window: how far to look, in tokens; memory and time are O(N window).
-        causal: look only to the right, so that a slot holds nothing later than its own position.
-
-    Returns:
-        ``(B, N)`` long, -1 where no anchor is in reach. Ties go to the nearest anchor, then to the right.
-    """
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-    b, n = anchor.shape
-    x = normalize(view.hidden.to(torch.promote_types(view.hidden.dtype, torch.float32)), dim=-1)
-    takes = anchor & ~view.protected
-    index = torch.arange(n, device=anchor.device).expand(b, n)
-    best = torch.full((b, n), -torch.inf, dtype=x.dtype, device=x.device)
-    leader = torch.full_like(index, -1)
-    for step in range(1, min(window, n - 1) + 1):
-        for shift in (-step,) if causal else (-step, step):
-            target = index - shift
-            inside = (target >= 0) & (target < n)
-            similarity = (x * x.roll(shift, 1)).sum(-1)
-            better = inside & takes.roll(shift, 1) & (similarity > best)
-            best = torch.where(better, similarity, best)
-            leader = torch.where(better, target, leader)
-    return torch.where(view.valid, leader, -1)
 
 
 def bipartite_matching(metric: Tensor, open_: Tensor, remove: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -128,36 +97,6 @@ def bipartite_pairs(
     rank = best if weight is None else -weight[:, even::2] * (1 - best)
     order = rank.argsort(dim=-1, descending=True, stable=True)[:, :remove]
     return 2 * order + even, 2 * partner.gather(1, order) + odd, best.gather(1, order)
-
-
-def chunked_clusters(x: Tensor, valid: Tensor, chunk: int, clusters: int, steps: int = 4) -> Tensor:
-    """k-means by cosine inside consecutive chunks: ``(B, N)`` cluster labels, ``chunk_index * clusters + label``.
-
-    Deterministic: centres start at evenly spaced tokens of the chunk, ``steps`` Lloyd rounds follow, ties go to the
-    lower label. Padding gets -1. Cost O(steps N clusters D).
-    """
-    if chunk < 1 or not 1 <= clusters <= chunk:
-        raise ValueError(f"clusters must lie in 1..chunk, got clusters={clusters} and chunk={chunk}")
-    b, n, d = x.shape
-    pieces = -(-n // chunk)
-    pad = pieces * chunk - n
-    x = normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-    x = torch.nn.functional.pad(x, (0, 0, 0, pad)).view(b * pieces, chunk, d)
-    there = torch.nn.functional.pad(valid, (0, pad)).view(b * pieces, chunk)
-    start = (torch.arange(clusters, device=x.device) * chunk // clusters).expand(b * pieces, -1)
-    centre = x.gather(1, start[..., None].expand(-1, -1, d))
-    alive = there.gather(1, start)
-    label = torch.zeros(b * pieces, chunk, dtype=torch.long, device=x.device)
-    for _ in range(steps):
-        score = (x @ centre.transpose(1, 2)).masked_fill(~alive[:, None], -torch.inf)
-        label = score.argmax(-1)
-        member = torch.nn.functional.one_hot(label, clusters).to(x.dtype) * there[..., None]
-        total = member.transpose(1, 2) @ x
-        # A centre that lost all its members stays where it was: no empty cluster ever becomes a zero vector.
-        centre = torch.where(member.sum(1)[..., None] > 0, normalize(total, dim=-1), centre)
-    chunk_of = torch.arange(pieces, device=x.device).repeat(b)[:, None]
-    label = torch.where(there, label + chunk_of * clusters, -1)
-    return label.view(b, pieces * chunk)[:, :n]
 
 
 def _pack(mask: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ def gumbel_keep(log_probs: Tensor, temperature: float = 1.0, generator: torch.Ge
     Returns:
         ``(...)`` of exactly 0 and 1, in the type of ``log_probs``.
     """
-    noise = torch.empty_like(log_probs).exponential_(generator=generator).log().neg()
+    # A draw may be rounded to zero, the more often the fewer bits the type has, and has no logarithm then.
+    drawn = torch.empty_like(log_probs).exponential_(generator=generator).clamp_min(torch.finfo(log_probs.dtype).tiny)
+    noise = drawn.log().neg()
     soft = ((log_probs + noise) / temperature).softmax(-1)[..., 0]
     hard = (soft > 0.5).to(soft.dtype)
     # In this order the value is the hard one to the bit: what is added to it is zero.

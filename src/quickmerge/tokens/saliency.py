@@ -30,8 +30,8 @@ class AttentionTrace:
     window: int | None = None
 
 
-def _probabilities(trace: AttentionTrace, rows: Tensor, valid: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of the chosen query rows: probabilities and log-sum-exp.
+def _probabilities(trace: AttentionTrace, rows: Tensor, valid: Tensor, position: Tensor) -> Tensor:
+    """Attention of the chosen query rows.
 
     Args:
         trace: one layer.
@@ -39,7 +39,7 @@ def _probabilities(trace: AttentionTrace, rows: Tensor, valid: Tensor, position:
         valid, position: ``(B, N)``, as in TokenView.
 
     Returns:
-        ``(B, G, H/G, w, N)`` probabilities in float32 (float64 if the trace is), and ``(B, G, H/G, w)`` log-sum-exp.
+        ``(B, G, H/G, w, N)`` probabilities in float32 (float64 if the trace is); zero in rows that see nothing.
     """
     b, h, n, d = trace.query.shape
     g = trace.key.shape[1]
@@ -53,10 +53,8 @@ def _probabilities(trace: AttentionTrace, rows: Tensor, valid: Tensor, position:
     if trace.window is not None:
         seen = seen & (position.gather(1, rows)[..., None] - position[:, None, :] < trace.window)
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-    lse = scores.logsumexp(-1)
     # A padding row sees nothing: its log-sum-exp is -inf and its probabilities are set to zero, not NaN.
-    probs = (scores - lse[..., None].clamp_min(torch.finfo(dtype).min)).exp_()
-    return probs, lse
+    return (scores - scores.logsumexp(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)).exp_()
 
 
 def last_rows(valid: Tensor, window: int) -> tuple[Tensor, Tensor]:
@@ -66,6 +64,22 @@ def last_rows(valid: Tensor, window: int) -> tuple[Tensor, Tensor]:
     rows = end[:, None] - torch.arange(min(window, n) - 1, -1, -1, device=valid.device)
     real = (rows >= 0) & valid.gather(1, rows.clamp_min(0))
     return rows.clamp_min(0), real
+
+
+def _voting(rows: Tensor) -> Tensor:
+    """``rows (B, w)`` with one of the row's own voters, whose vote is not counted again, in place of nobody.
+
+    So what padding holds is not looked at, not even to be multiplied by zero.
+    """
+    if rows.shape[1] == 0:
+        return rows
+    return torch.where(rows >= 0, rows, rows.amax(-1, keepdim=True)).clamp_min(0)
+
+
+def _per_voter(total: Tensor, there: Tensor) -> Tensor:
+    """``total (B, H, N)`` by the number of voters ``there (B, w)``; zero where nobody votes, whatever padding held."""
+    voters = there.sum(-1)[:, None, None]
+    return (total / voters.clamp_min(1)).masked_fill(voters == 0, 0)
 
 
 def received_attention(
@@ -108,26 +122,27 @@ def attention_from(
 ) -> Tensor:
     """Attention that each token receives from chosen tokens of its row, in a causal model.
 
-    ``r_hj = (1/w sum_{i in rows} p_hij^m)^(1/m)``, arguments as for `received_attention`; ``rows (B, w)`` long, at
-    least one a row, -1 for nobody.
+    ``r_hj = (1/w sum_{i in rows} p_hij^m)^(1/m)``, arguments as for `received_attention`; ``rows (B, w)`` long, -1 for
+    nobody.
 
     Returns:
-        ``(B, H, N)``.
+        ``(B, H, N)``, zero for padding and throughout where nobody votes.
     """
-    there, rows = rows >= 0, rows.clamp_min(0)
+    there, rows = rows >= 0, _voting(rows)
     near = None if isinstance(nearest, int) and nearest <= 0 else torch.as_tensor(nearest).to(rows).view(-1, 1, 1)
-    total = torch.zeros(1)
+    b, h, n, _ = trace.query.shape
+    g = trace.key.shape[1]
+    total = trace.query.new_zeros(b, g, h // g, n, dtype=torch.promote_types(trace.query.dtype, torch.float32))
     for start in range(0, rows.shape[1], BLOCK):
         part = slice(start, start + BLOCK)
-        probs, _ = _probabilities(trace, rows[:, part], valid, position)
+        probs = _probabilities(trace, rows[:, part], valid, position)
         if near is not None:
             distance = position.gather(1, rows[:, part])[..., None] - position[:, None, :]
             probs = probs.masked_fill_((distance < near)[:, None, None], 0)
         if moment != 1:
             probs = probs.pow_(moment)
-        probs = (there[:, None, None, None, part].to(probs.dtype) @ probs).squeeze(-2)
-        total = probs if start == 0 else total + probs
-    mean = (total / there.sum(-1).clamp_min(1).view(-1, 1, 1, 1)).flatten(1, 2)
+        total = total + (there[:, None, None, None, part].to(probs.dtype) @ probs).squeeze(-2)
+    mean = _per_voter(total.flatten(1, 2), there)
     return mean if moment == 1 else mean.pow(1 / moment)
 
 
@@ -161,12 +176,13 @@ def bidirectional_attention(trace: AttentionTrace, rows: Tensor, bias: Tensor | 
 
     Args:
         trace: one layer, without a sliding window.
-        rows: ``(B, w)`` long, the tokens that vote, at least one a row; -1 for nobody.
+        rows: ``(B, w)`` long, the tokens that vote; -1 for nobody.
         bias: ``(B, N)``, what the model adds to the scores of each key, such as log(size); -inf for padding.
         moment: m; 1 is the mean, 2 the root mean square.
 
     Returns:
-        ``(B, H, N)``, zero for padding; with ``moment=1`` it sums to one over the tokens of a row.
+        ``(B, H, N)``, zero for padding, and throughout where nobody votes or nobody can be seen; elsewhere it sums to
+        one over the tokens of a row with ``moment=1``.
 
     Raises:
         ValueError: if the trace has a sliding window.
@@ -177,13 +193,13 @@ def bidirectional_attention(trace: AttentionTrace, rows: Tensor, bias: Tensor | 
     g = trace.key.shape[1]
     dtype = torch.promote_types(trace.query.dtype, torch.float32)
     key = trace.key.to(dtype).transpose(-1, -2)
-    there = (rows >= 0).to(dtype)
-    total = torch.zeros(1)
+    there, rows = rows >= 0, _voting(rows)
+    total = trace.query.new_zeros(b, h, n, dtype=dtype)
     # An image has fewer tokens than a prompt, so more rows of scores stay in cache.
     for start in range(0, rows.shape[1], 2 * BLOCK):
         part = rows[:, start : start + 2 * BLOCK]
         width = part.shape[1]
-        pick = part.clamp_min(0)[:, None, :, None].expand(b, h, width, d)
+        pick = part[:, None, :, None].expand(b, h, width, d)
         query = (trace.query.gather(2, pick).to(dtype) * trace.scaling).view(b, g, (h // g) * width, d)
         scores = (query @ key).view(b, h, width, n)
         if bias is not None:
@@ -193,39 +209,12 @@ def bidirectional_attention(trace: AttentionTrace, rows: Tensor, bias: Tensor | 
         probs = scores.softmax(-1)
         if moment != 1:
             probs = probs.pow(moment)
-        votes = (there[:, None, None, start : start + 2 * BLOCK] @ probs).squeeze(-2)
-        total = votes if start == 0 else total + votes
-    mean = total / there.sum(-1)[:, None, None]
+        total = total + (there[:, None, None, start : start + 2 * BLOCK].to(dtype) @ probs).squeeze(-2)
+    mean = _per_voter(total, there)
+    if bias is not None:
+        # Where all are hidden, the softmax was over nothing.
+        mean = mean.masked_fill((bias == -torch.inf)[:, None], 0)
     return mean if moment == 1 else mean.pow(1 / moment)
-
-
-def attention_entropy(trace: AttentionTrace, valid: Tensor, position: Tensor) -> Tensor:
-    """Entropy of each token's own attention row over log(number of keys it sees), ``(B, H, N)`` in [0, 1].
-
-    ``H_i = LSE_i - scaling * q_i . o_i`` where ``o_i = sum_j p_ij k_j`` is the attention output with keys for
-    values, so only row sums are kept. Dividing by the log of the number of visible keys takes out the growth with
-    position that raw causal entropy has. A row that sees one key has entropy 0; padding gets 0.
-    """
-    b, h, n, d = trace.query.shape
-    g = trace.key.shape[1]
-    dtype = torch.promote_types(trace.query.dtype, torch.float32)
-    key = trace.key.to(dtype)[:, :, None]
-    out = []
-    for start in range(0, n, BLOCK):
-        rows = torch.arange(start, min(start + BLOCK, n), device=valid.device).expand(b, -1)
-        probs, lse = _probabilities(trace, rows, valid, position)
-        query = trace.query[:, :, start : start + BLOCK].to(dtype).view(b, g, h // g, -1, d)
-        energy = trace.scaling * (query * (probs @ key)).sum(-1)
-        out.append((lse - energy).flatten(1, 2))
-    entropy = torch.cat(out, -1)
-    seen = valid.long().cumsum(-1)
-    if trace.window is not None:
-        # Positions rise by one over unmerged tokens, so this counts keys inside the window; merged slots are
-        # fewer, which only makes the normaliser an upper bound.
-        seen = seen.clamp_max(trace.window)
-    ceiling = seen.clamp_min(2).to(dtype).log()[:, None]
-    usable = (valid & (seen > 1))[:, None]
-    return torch.where(usable, entropy / ceiling, 0.0).clamp(0, 1)
 
 
 def pool(score: Tensor, valid: Tensor, width: int, kind: str = "mean") -> Tensor:

@@ -26,7 +26,7 @@ class TokenView:
             then no token that does compete is kept for being recent.
         position: ``(B, N)`` int, the place of each token in the original sequence, rising over the valid
             tokens. Default: ``0..N-1`` counted over the valid tokens of the row.
-        size: ``(B, N)`` int, how many original tokens each token already stands for. Default: one each.
+        size: ``(B, N)`` int, how many original tokens each token already stands for, at least one. Default: one each.
         length: ``(B,)`` int, how many original tokens the row had; what a ratio budget is a ratio of.
             Default: the sum of ``size`` over the valid tokens.
         attention: one `AttentionTrace` per probed layer, lowest layer first; empty when the reducer did not
@@ -48,7 +48,8 @@ class TokenView:
             plan with a `Count` budget can be compiled, and nothing waits for a device. None: the masks decide.
 
     Raises:
-        ValueError: if the shapes do not agree or a row has no valid token.
+        ValueError: if the shapes do not agree or a row has no valid token, and without a ``prefix``, where values may
+            be looked at, if one is out of range.
     """
 
     hidden: Tensor
@@ -88,24 +89,32 @@ class TokenView:
         for name in ("valid", "protected", "position", "size"):
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(getattr(self, name).shape)}")
-        if self.exempt is not None:
-            self._check_exempt(shape)
+        if self.exempt is not None and self.exempt.shape != shape:
+            raise ValueError(f"exempt must have shape {tuple(shape)}, got {tuple(self.exempt.shape)}")
+        if self.exempt is not None and self.prefix is not None:
+            raise ValueError("exempt must be left out where there is a prefix, got both")
         default("length", (self.size * self.valid).sum(-1))
         if self.length.shape != shape[:1]:
             raise ValueError(f"length must have shape {tuple(shape[:1])}, got {tuple(self.length.shape)}")
-        if self.prefix is None and not bool(self.valid.any(-1).all()):
-            raise ValueError("valid must mark at least one token in every row, got a row that is all padding")
         self._check_text()
         self._check_saliency()
+        if self.prefix is None:
+            self._check_values()
 
-    def _check_exempt(self, shape: torch.Size) -> None:
-        assert self.exempt is not None
-        if self.prefix is not None:
-            raise ValueError("exempt must be left out where there is a prefix, got both")
-        if self.exempt.shape != shape:
-            raise ValueError(f"exempt must have shape {tuple(shape)}, got {tuple(self.exempt.shape)}")
-        if bool((self.exempt & self.valid & ~self.protected).any()):
-            raise ValueError("exempt must be protected tokens alone, got others among them")
+    def _check_values(self) -> None:
+        """All values at once, since a device would be waited for with each."""
+        empty = "must mark at least one token in every row, got a row that is all padding"
+        rules = [
+            (f"valid {empty}", self.valid.any(-1).all()),
+            ("size must be at least 1 for every token, got less", ((self.size >= 1) | ~self.valid).all()),
+        ]
+        if self.exempt is not None:
+            lawful = (self.protected | ~self.exempt | ~self.valid).all()
+            rules.append(("exempt must be protected tokens alone, got others among them", lawful))
+        if self.text_valid is not None:
+            rules.append((f"text_valid {empty}", self.text_valid.any(-1).all()))
+        if not bool(torch.stack([lawful for _, lawful in rules]).all()):
+            raise ValueError(next(told for told, lawful in rules if not bool(lawful)))
 
     def _check_text(self) -> None:
         if self.text is None:
@@ -122,8 +131,6 @@ class TokenView:
             object.__setattr__(self, "text_valid", torch.ones(shape, dtype=torch.bool, device=self.text.device))
         elif self.text_valid.shape != shape:
             raise ValueError(f"text_valid must have shape {tuple(shape)}, got {tuple(self.text_valid.shape)}")
-        elif self.prefix is None and not bool(self.text_valid.any(-1).all()):
-            raise ValueError("text_valid must mark at least one token in every row, got a row that is all padding")
 
     def _check_saliency(self) -> None:
         if self.key is not None and (self.key.ndim != 3 or self.key.shape[:2] != self.hidden.shape[:2]):
