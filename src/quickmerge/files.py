@@ -7,6 +7,7 @@ for; a file that is replaced keeps its own.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import json
@@ -33,20 +34,32 @@ LINKS = 40
 """More links than that are a circle."""
 
 
-def read_text(path: Path) -> str:
+MOST_TEXT = 2**28
+"""Bytes of a text that a model is to read as a whole: no model has room for more."""
+
+
+def read_text(path: Path, *, first: int | None = None, most: int | None = None) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
     A pipe is read where it was handed over open, as ``/dev/stdin`` or ``<(command)``. Other pipes and devices may have
     no end, or no beginning, and are refused.
 
+    Args:
+        path: the file; ``-`` is standard input.
+        first: read so many bytes from its start and no more; a character that they cut is left out.
+        most: refuse a file of more bytes.
+
     Raises:
-        QuickmergeError: the file can't be read, is empty or is not UTF-8 text.
+        QuickmergeError: the file can't be read, is empty, is too large or is not UTF-8 text.
     """
+    path = Path("/dev/stdin") if str(path) == "-" else path
+    wanted = first if most is None else most + 1
     try:
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and _descriptor(path) is None:
             raise QuickmergeError(f"{path} must be a regular file, got {_kind(mode)}")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(-1 if wanted is None else wanted)
     except IsADirectoryError:
         raise QuickmergeError(f"{path} must be a text file, got a folder") from None
     except OSError as error:
@@ -55,12 +68,16 @@ def read_text(path: Path) -> str:
         if isinstance(error, QuickmergeError):
             raise
         raise QuickmergeError(f"{str(path)!r} can't be read: it is no name of a file ({error})") from None
+    if most is not None and len(data) > most:
+        raise QuickmergeError(f"{path} must have at most {most // 2**20} MiB to be read as a whole, it has more")
     if not data.strip():
         raise QuickmergeError(f"{path} must hold some text, got an empty file")
     try:
-        text = data.decode("utf-8-sig")
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=first is None or len(data) < first)
     except UnicodeDecodeError as error:
         raise QuickmergeError(f"{path} must be UTF-8 text, got other bytes at offset {error.start}") from None
+    if not text.strip("\ufeff \t\r\n"):
+        raise QuickmergeError(f"{path} must hold some text, got nothing but a byte order mark")
     if "\0" in text:
         raise QuickmergeError(f"{path} must be text, got binary data (a zero byte at offset {text.index(chr(0))})")
     return text

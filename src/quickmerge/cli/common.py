@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, first_sentence
+from quickmerge.files import MOST_TEXT
 from quickmerge.files import check_output as check_output
 from quickmerge.files import read_text as read_text
 from quickmerge.files import write_json as write_file
@@ -81,6 +82,32 @@ def runs(model: Any, **settings: Any) -> Callable[[], object]:
             model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **settings)
 
     return alone
+
+
+def check_text(option: str, text: str) -> str:
+    """Give back a text that was typed, if it is one.
+
+    Raises:
+        QuickmergeError: there is nothing in it, or bytes that are no UTF-8.
+    """
+    if not text.strip("\ufeff \t\r\n"):
+        raise QuickmergeError(f"{option} must hold some text, got an empty one")
+    half = next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+    if half is not None:
+        raise QuickmergeError(f"{option} must be UTF-8 text, got other bytes at character {half}")
+    return text
+
+
+def parse_question(prompt: str, file: Path | None) -> tuple[str, str]:
+    """The document and what is asked about it; one of the two may be empty.
+
+    Raises:
+        QuickmergeError: both are, or one is no text.
+    """
+    document = read_text(file, most=MOST_TEXT) if file is not None else ""
+    if prompt or not document:
+        check_text("--prompt", prompt)
+    return document, prompt
 
 
 def parse_layer(text: str | None) -> int | list[int] | None:

@@ -18,8 +18,8 @@ from quickmerge.cli.common import (
     check_output,
     load_model,
     parse_layer,
+    parse_question,
     parse_reducer,
-    read_text,
     write_json,
 )
 from quickmerge.errors import QuickmergeError
@@ -159,9 +159,7 @@ def generate(
     method = parse_reducer(reducer, keep)
     method = method if prior is None else add_prior(method, prior)
     depth = parse_layer(layer)
-    document = read_text(file) if file is not None else ""
-    if not (document or prompt).strip():
-        raise QuickmergeError("--prompt must hold some text, got an empty one")
+    document, prompt = parse_question(prompt, file)
     lm, tokenizer = load_model(model)
     results = print_answers(
         method, compare,

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quickmerge.cli.common import check_output, one_sentence, quiet, read_text, write_json
+from quickmerge.cli.common import check_output, one_sentence, parse_question, quiet, write_json
 from quickmerge.errors import QuickmergeError, near_match
 from quickmerge.printable import clean
 
@@ -62,14 +62,13 @@ def generate_calm(
     if temperature is None and settings:
         raise QuickmergeError("--temperature-method is for a temperature below 1: give --temperature too")
     check_output(json)
-    document = read_text(file) if file is not None else ""
-    text = "\n\n".join(part for part in (document, prompt) if part.strip())
-    if not text:
-        raise QuickmergeError("--prompt must hold some text, got an empty one")
+    text = "\n\n".join(part for part in parse_question(prompt, file) if part.strip())
     quiet()
     from quickmerge.continuous.store import load_calm
+    from quickmerge.evaluation.first_tokens import check_room
 
     lm, tokenizer = load_calm(model)
+    check_room(lm, tokenizer, "the text", text, max_new_tokens)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
     print(text if raw else clean(text), end="", flush=True)
     began = time.perf_counter()

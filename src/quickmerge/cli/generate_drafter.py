@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quickmerge.cli.answers import print_answers
-from quickmerge.cli.common import check_output, load_model, one_sentence, read_text, write_json
+from quickmerge.cli.common import check_output, load_model, one_sentence, parse_question, write_json
 from quickmerge.errors import QuickmergeError, near_match
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def generate_drafter(
 
     check_output(json)
     nodes = parse_tree(tree)
-    document = read_text(file) if file is not None else ""
-    if not (document or prompt).strip():
-        raise QuickmergeError("--prompt must hold some text, got an empty one")
+    document, prompt = parse_question(prompt, file)
     name = model or "smollm2-135m"
     arm = DraftArm(drafter_name(drafter), load_drafter(drafter), nodes)
     lm, tokenizer = load_model(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quickmerge.cli.answers import print_answers
-from quickmerge.cli.common import check_output, parse_budget, parse_layer, parse_reducer, write_json
+from quickmerge.cli.common import check_output, check_text, parse_budget, parse_layer, parse_reducer, write_json
 from quickmerge.cli.vlm import load_vlm
 from quickmerge.errors import QuickmergeError
 
@@ -38,8 +38,7 @@ def generate_image(
         raise QuickmergeError(
             "--model must be a vision-language model with --image, such as train vlm writes, got none"
         )
-    if not prompt.strip():
-        raise QuickmergeError("--prompt must hold some text, got an empty one")
+    check_text("--prompt", prompt)
     check_output(json)
     method = parse_reducer(reducer, parse_budget(keep, tokens, KEEP), "visual")
     depth = parse_layer(layer)

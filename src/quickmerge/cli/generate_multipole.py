@@ -15,8 +15,8 @@ from quickmerge.cli.common import (
     load_model,
     one_sentence,
     parse_layer,
+    parse_question,
     parse_reducer,
-    read_text,
     write_json,
 )
 from quickmerge.errors import QuickmergeError, near_match
@@ -58,9 +58,7 @@ def generate_multipole(
         method = parse_reducer(reducer or "quickmerge", 0.4 if keep is None else keep)
         method = method if prior is None else add_prior(method, prior)
     depth = parse_layer(layer)
-    document = read_text(file) if file is not None else ""
-    if not (document or prompt).strip():
-        raise QuickmergeError("--prompt must hold some text, got an empty one")
+    document, prompt = parse_question(prompt, file)
     name = model or "smollm2-135m"
     lm, tokenizer = load_model(name)
 

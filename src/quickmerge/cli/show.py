@@ -12,6 +12,7 @@ from quickmerge.cli.common import (
     LAYER,
     TOKENS,
     check_output,
+    check_text,
     load_model,
     one_sentence,
     parse_layer,
@@ -22,6 +23,8 @@ from quickmerge.cli.common import (
 from quickmerge.errors import QuickmergeError
 from quickmerge.printable import clean_name
 
+BYTES = 1024
+"""Read of a file for each token that is shown: more than the longest tokens of any vocabulary have."""
 EXAMPLE = (
     "Example: quickmerge show --file report.txt --keep 0.3 --html map.html --picture map.png; "
     "quickmerge show --image photo.jpg --reducer tome --remove 16; "
@@ -100,7 +103,7 @@ def show(
         raise QuickmergeError(f"--picture must end in .png or .svg, got {picture.name!r}")
     method = parse_reducer(reducer, keep)
     depth = parse_layer(layer)
-    content = read_text(file) if file is not None else str(text)
+    content = check_text("--text", str(text)) if file is None else read_text(file, first=BYTES * limit + 2**16)
     lm, tokenizer = load_model(model)
     with Terminal(stderr=True).status("reading"), one_sentence():
         cells, stats = token_cells(lm, tokenizer, content, method, depth, limit=limit)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quickmerge.attention import Multipole, MultipoleStats, multipole
 from quickmerge.errors import QuickmergeError
+from quickmerge.evaluation.first_tokens import check_room
 from quickmerge.hosts import Run, observe, reduce
 from quickmerge.hosts.summary import RunStats
 from quickmerge.reducers import Reducer
@@ -78,6 +79,7 @@ def answer(
     ``attention`` the answer's tokens read the rest by its clusters.
     """
     text, where = chat(tokenizer, document, prompt)
+    check_room(model, tokenizer, "the text", text, max_new_tokens)
     encoded = tokenizer(text, return_tensors="pt", return_offsets_mapping=True, add_special_tokens=False)
     start, end = encoded.pop("offset_mapping")[0].T
     inside = (start >= where.start) & (end <= where.stop)

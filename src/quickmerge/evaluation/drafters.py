@@ -14,6 +14,7 @@ from quickmerge.decoding import Drafter, SpeculativeDecoding, Stats
 from quickmerge.decoding.cost import measure
 from quickmerge.decoding.target import check_target
 from quickmerge.evaluation.answer import chat, check_fits
+from quickmerge.evaluation.first_tokens import check_room
 
 __all__ = ["PLAIN", "TRANSFORMERS_LOOKUP", "DraftArm", "Written", "prepare", "prompt_ids", "write"]
 
@@ -100,6 +101,7 @@ def prompt_ids(model: Any, tokenizer: Any, document: str, prompt: str, max_new_t
         QuickmergeError: they and ``max_new_tokens`` more are longer than the model's positions.
     """
     text, _ = chat(tokenizer, document, prompt)
+    check_room(model, tokenizer, "the prompt", text, max_new_tokens)
     ids: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
     check_fits(model, "the prompt", ids, max_new_tokens)
     return ids

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quickmerge.evaluation.first_tokens import first_tokens
 from quickmerge.hosts import reduce
 from quickmerge.hosts.summary import RunStats
 from quickmerge.reducers import Reducer
@@ -48,8 +49,9 @@ def token_cells(
 
     Raises:
         PromptTooShortError: if all of the text's tokens are protected.
+        QuickmergeError: the text has no tokens.
     """
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, :limit].to(model.device)
+    ids = torch.tensor([first_tokens(tokenizer, text, limit)], device=model.device)
     with torch.inference_mode(), reduce(model, reducer, layer) as run:
         model(ids, use_cache=False, logits_to_keep=1)
     plan, protected = run.main_plan, run.protected
