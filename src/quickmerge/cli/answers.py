@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from quickmerge.cli.common import one_sentence
+from quickmerge.cli.common import Alone, one_sentence
 from quickmerge.printable import clean
 
 A = TypeVar("A")
@@ -20,6 +20,7 @@ def print_answers(
     names: tuple[str, str] = ("reduced", "full"),
     *,
     raw: bool = False,
+    alone: Alone | None = None,
 ) -> dict[str, A]:
     """Ask each way, then print the answers, and on stderr what they cost.
 
@@ -30,6 +31,7 @@ def print_answers(
         note: what else to say on stderr of the answer by ``method``.
         names: of the two ways.
         raw: print the answers as they are, for those who want the very bytes.
+        alone: the model without anything of ours, see `one_sentence`.
 
     Returns:
         Answers by name: by ``method`` and, if compared, of the model as it is.
@@ -40,7 +42,7 @@ def print_answers(
     results: dict[str, Any] = {}
     ways = list(zip(names, (method, None), strict=True))[: 2 if compare else 1]
     for name, way in ways:
-        with errors.status(f"generating ({name})"), one_sentence():
+        with errors.status(f"generating ({name})"), one_sentence(alone):
             results[name] = ask(way)
     for name, way in ways:
         found = results[name]

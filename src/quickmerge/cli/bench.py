@@ -12,6 +12,7 @@ from quickmerge.cli.common import (
     JSON,
     LAYER,
     PRIOR,
+    Alone,
     add_prior,
     check_output,
     load_model,
@@ -174,32 +175,39 @@ def bench(
         for name, value in {"--prior": prior, "--layer": layer, "further files": more}.items():
             if value is not None:
                 raise QuickmergeError(f"{name} can't be used with --image: leave it out")
-        bench_images(image, model or "vit-small-14", reducer, keep, limit, rounds, dynamicvit, out, json)
+        bench_images(
+            image, "vit-small-14" if model is None else model, reducer, keep, limit, rounds, dynamicvit, out, json
+        )
         return
     from quickmerge.evaluation.bench import bench as measure
     from quickmerge.evaluation.bench import environment
-    from quickmerge.evaluation.documents import split_document
+    from quickmerge.evaluation.documents import LEAST, split_document
     from quickmerge.report import bench_report, bench_table, write_page
     from quickmerge.terminal import Terminal
 
     check_output(json, out / "report.html" if out is not None else None)
-    model, keeps = model or "smollm2-135m", parse_keeps(keep or "0.2,0.42,0.6")
+    model, keeps = "smollm2-135m" if model is None else model, parse_keeps(keep or "0.2,0.42,0.6")
     methods = [parse_reducer(name.strip(), keeps[0]) for name in reducer.split(",")]
     if prior is not None:
         methods.append(add_prior(parse_reducer("quickmerge", keeps[0]), prior))
     depth = parse_layer(layer)
     paths = [*(text or []), *(more or [])]
-    texts = [read_text(path) for path in paths]
+    # no token that matters stands further on, see split_document
+    texts = [read_text(path, first=256 * (context + target + LEAST)) for path in paths]
     lm, tokenizer = load_model(model)
     # Documents sorted into several folders are told apart by the folder's name in the tables.
     parents = [path.absolute().parent.name for path in paths]
     kinds = parents if len(set(parents)) > 1 else [None] * len(paths)
-    documents = [
-        # Folder and file name say which document it was, without where this machine keeps it.
-        split_document(tokenizer, body, "/".join(path.absolute().parts[-2:]), context=context, target=target, kind=kind)
-        for path, body, kind in zip(paths, texts, kinds, strict=True)
-    ]
-    with progress() as bar, one_sentence():
+    alone = Alone.writing(lm, tokenizer)
+    with one_sentence(alone):
+        documents = [
+            # Folder and file name say which document it was, without where this machine keeps it.
+            split_document(
+                tokenizer, body, "/".join(path.absolute().parts[-2:]), context=context, target=target, kind=kind
+            )
+            for path, body, kind in zip(paths, texts, kinds, strict=True)
+        ]
+    with progress() as bar, one_sentence(alone):
         task = bar.add_task("measuring", total=len(documents) * (1 + len(methods) * len(keeps)))
 
         def advance(label: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quickmerge.cli.common import check_output, load_model, one_sentence, progress, write_json
+from quickmerge.cli.common import Alone, check_output, load_model, one_sentence, progress, write_json
 from quickmerge.cli.generate_drafter import drafter_name, load_drafter, parse_tree
 from quickmerge.errors import QuickmergeError
 from quickmerge.printable import clean_name
@@ -43,8 +43,8 @@ def bench_drafter(
         raise QuickmergeError(f"--drafter must give each drafter a name of its own, got {twice[0]!r} for two ways")
     arms = [DraftArm(name, load_drafter(source), nodes) for name, source in zip(names, given, strict=True)]
     asked = _prompts(prompts)[:limit]
-    lm, tokenizer = load_model(model or "smollm2-135m")
-    with progress() as bar, one_sentence():
+    lm, tokenizer = load_model("smollm2-135m" if model is None else model)
+    with progress() as bar, one_sentence(Alone.writing(lm, tokenizer)):
         task = bar.add_task("measuring", total=(1 + len(arms)) * len(asked) * len(temperatures))
 
         def advance(label: str) -> None:
@@ -54,7 +54,7 @@ def bench_drafter(
             lm, tokenizer, asked, arms, temperatures=temperatures, max_new_tokens=max_new_tokens, advance=advance
         )
     meta = {
-        "model": model or "smollm2-135m", "prompts": len(asked), "max_new_tokens": max_new_tokens,
+        "model": "smollm2-135m" if model is None else model, "prompts": len(asked), "max_new_tokens": max_new_tokens,
         "prompts_file": prompts.name if prompts is not None else "about the shipped document",
         "environment": environment(),
     }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quickmerge.cli.common import check_output, one_sentence, parse_keeps, progress, quiet, write_json
+from quickmerge.cli.common import Alone, check_output, one_sentence, parse_keeps, progress, quiet, write_json
 from quickmerge.errors import QuickmergeError
 from quickmerge.printable import clean_name
 
@@ -32,6 +32,7 @@ def bench_images(
     from quickmerge.reducers import make_reducer
     from quickmerge.report.bench_vision import vision_table, write_vision_report
     from quickmerge.terminal import Terminal
+    from quickmerge.training.data.images import open_image
 
     if is_vlm(model):
         from quickmerge.cli.bench_vlm import bench_vlm
@@ -54,10 +55,11 @@ def bench_images(
     if classes is None:
         labels = None
     trained = [] if dynamicvit is None else [_trained(dynamicvit)]
-    batches = [load_batch(paths[i : i + BATCH], processor) for i in range(0, len(paths), BATCH)]
-    with one_sentence():
+    alone = Alone.seeing(network, processor, open_image(paths[0]))
+    with one_sentence(alone):
+        batches = [load_batch(paths[i : i + BATCH], processor) for i in range(0, len(paths), BATCH)]
         everything = arms(network, methods, shares, batches[0], trained=trained)
-    with progress() as bar, one_sentence():
+    with progress() as bar, one_sentence(alone):
         work = (1 + len(everything)) * (len(batches) + rounds + 1)
         task = bar.add_task("measuring", total=work)
 

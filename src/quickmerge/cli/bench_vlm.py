@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quickmerge.cli.common import check_output, one_sentence, parse_keeps, progress, write_json
+from quickmerge.cli.common import Alone, check_output, one_sentence, parse_keeps, progress, write_json
 from quickmerge.cli.vlm import load_vlm
 from quickmerge.errors import QuickmergeError
 from quickmerge.printable import clean_name
@@ -26,6 +26,7 @@ def bench_vlm(
     from quickmerge.report.bench_answers import answers_table, write_answers_report
     from quickmerge.terminal import Terminal
     from quickmerge.training.data.annotated import read_annotated
+    from quickmerge.training.data.images import open_image
 
     report = out / "report.html" if out is not None else None
     check_output(json, report)
@@ -37,7 +38,8 @@ def bench_vlm(
         raise QuickmergeError(f"--image must hold pictures with questions, got only labels in {folder}")
     pictures = evenly(pictures, limit)
     vlm, processor = load_vlm(model)
-    with progress() as bar, one_sentence():
+    seen = open_image(pictures[0].path)
+    with progress() as bar, one_sentence(Alone.asked(vlm, processor, seen)):
         arms = answer_arms(vlm, processor, methods, shares)
         task = bar.add_task("measuring", total=(1 + len(arms)) * (len(pictures) + rounds + 1))
 

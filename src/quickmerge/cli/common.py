@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quickmerge.errors import QuickmergeError, UnsupportedModelError, first_sentence
+from quickmerge.cli.blame import Alone as Alone
+from quickmerge.cli.blame import one_sentence as one_sentence
+from quickmerge.errors import QuickmergeError
 from quickmerge.files import MOST_TEXT
 from quickmerge.files import check_output as check_output
 from quickmerge.files import read_text as read_text
@@ -42,46 +42,6 @@ RAW = Annotated[
     bool, typer.Option("--raw", help="Print the model's text as it is, also what a terminal takes for commands.")
 ]
 JSON = Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")]
-
-
-@contextmanager
-def one_sentence(name: str | None = None, alone: Callable[[], object] | None = None) -> Iterator[None]:
-    """Turn an error about the user's settings, or about a stranger's model, into one that is told in one sentence.
-
-    A ValueError is about settings. Whatever else is raised while a model runs is the model's fault if it can't be run
-    without anything of ours either, and ours if it can.
-
-    Args:
-        name: of the model that the block runs.
-        alone: runs the model as it is, the way the block does; called only after an error.
-    """
-    try:
-        yield
-    except (QuickmergeError, OSError, MemoryError):
-        raise
-    except Exception as error:
-        if alone is not None:
-            try:
-                alone()
-            except Exception as own:
-                raise UnsupportedModelError(f"the model {name} can't be run ({first_sentence(own)})") from own
-        if isinstance(error, ValueError):
-            raise QuickmergeError(str(error)) from error
-        raise
-
-
-def runs(model: Any, **settings: Any) -> Callable[[], object]:
-    """What a language model does by itself, for `one_sentence`: read eight tokens, and write with its own settings."""
-
-    def alone() -> None:
-        import torch
-
-        ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
-        with torch.inference_mode():
-            model(input_ids=ids)
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **settings)
-
-    return alone
 
 
 def check_text(option: str, text: str) -> str:

@@ -13,6 +13,7 @@ from quickmerge.cli.common import (
     LAYER,
     MODEL,
     REDUCER,
+    Alone,
     check_output,
     load_model,
     one_sentence,
@@ -46,7 +47,7 @@ def demo(
     console = Terminal()
     lm, tokenizer = load_model(model)
     document, question = demo_document(), demo_question()
-    with progress() as bar, one_sentence():
+    with progress() as bar, one_sentence(Alone.writing(lm, tokenizer)):
         task = bar.add_task("warming up", total=2 * ROUNDS + 4)
         # The first pass of a process pays for allocation and threads; it is not measured.
         answer(lm, tokenizer, document, question["question"], None, max_new_tokens=2)

@@ -14,6 +14,7 @@ from quickmerge.cli.common import (
     PRIOR,
     RAW,
     TOKENS,
+    Alone,
     add_prior,
     check_output,
     load_model,
@@ -152,21 +153,23 @@ def generate(
         return
     if budget is not None:
         raise QuickmergeError("--budget is for multipole attention: give --attention multipole too")
-    from quickmerge.evaluation.answer import answer
-
-    model, reducer, keep = model or "smollm2-135m", reducer or "quickmerge", 0.4 if keep is None else keep
+    model = "smollm2-135m" if model is None else model
+    reducer, keep = reducer or "quickmerge", 0.4 if keep is None else keep
     check_output(json)
-    method = parse_reducer(reducer, keep)
-    method = method if prior is None else add_prior(method, prior)
     depth = parse_layer(layer)
     document, prompt = parse_question(prompt, file)
+    # what takes seconds to import comes after what can be told at once
+    from quickmerge.evaluation.answer import answer
+
+    method = parse_reducer(reducer, keep)
+    method = method if prior is None else add_prior(method, prior)
     lm, tokenizer = load_model(model)
     results = print_answers(
         method, compare,
         lambda way: answer(
             lm, tokenizer, document, prompt, way, depth, max_new_tokens=max_new_tokens, sample=sample,
             temperature=temperature, seed=seed,
-        ), raw=raw,
+        ), raw=raw, alone=Alone.writing(lm, tokenizer),
     )  # fmt: skip
     write_json(json, {
         "model": model, "reducer": method.label, "keep": keep, "prompt": prompt,

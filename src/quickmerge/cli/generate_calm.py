@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quickmerge.cli.common import check_output, one_sentence, parse_question, quiet, write_json
+from quickmerge.cli.common import Alone, check_output, one_sentence, parse_question, quiet, write_json
 from quickmerge.errors import QuickmergeError, near_match
 from quickmerge.printable import clean
 
 KIND = "quickmerge-calm"
+CONFIG_BYTES = 2**20
 METHODS = ("exact", "batch")  # as in quickmerge.continuous.generation, which would load torch
 
 
@@ -21,8 +22,11 @@ def is_calm(model: str | None) -> bool:
     if model is None:
         return False
     try:
-        config = reader.loads((Path(model).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        path = Path(model).expanduser() / "config.json"
+        if not path.is_file() or path.stat().st_size > CONFIG_BYTES:
+            return False
+        config = reader.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # a home of nobody, and what is nested too deeply, are RuntimeErrors
         return False  # whatever opens it will say what is wrong
     return isinstance(config, dict) and config.get("model_type") == KIND
 
@@ -72,7 +76,7 @@ def generate_calm(
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
     print(text if raw else clean(text), end="", flush=True)
     began = time.perf_counter()
-    with one_sentence():
+    with one_sentence(Alone.writing(lm, tokenizer)):
         out = lm.generate(
             ids, max_new_tokens=max_new_tokens, temperature=1.0 if temperature is None else temperature, seed=seed,
             streamer=_streamer(raw)(tokenizer, skip_prompt=True, skip_special_tokens=True), **settings,

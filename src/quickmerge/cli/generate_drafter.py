@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quickmerge.cli.answers import print_answers
-from quickmerge.cli.common import check_output, load_model, one_sentence, parse_question, write_json
+from quickmerge.cli.common import Alone, check_output, load_model, one_sentence, parse_question, write_json
 from quickmerge.errors import QuickmergeError, near_match
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ def generate_drafter(
     check_output(json)
     nodes = parse_tree(tree)
     document, prompt = parse_question(prompt, file)
-    name = model or "smollm2-135m"
+    name = "smollm2-135m" if model is None else model
     arm = DraftArm(drafter_name(drafter), load_drafter(drafter), nodes)
     lm, tokenizer = load_model(name)
-    ids = prompt_ids(lm, tokenizer, document, prompt, max_new_tokens)
-    errors = Terminal(stderr=True)
-    with errors.status("measuring what a pass costs (once)"), one_sentence():
+    alone, errors = Alone.writing(lm, tokenizer), Terminal(stderr=True)
+    with errors.status("measuring what a pass costs (once)"), one_sentence(alone):
+        ids = prompt_ids(lm, tokenizer, document, prompt, max_new_tokens)
         prepare(lm, arm)
         write(lm, tokenizer, ids[:, -8:], max_new_tokens=1)  # what is run first pays for allocation
 
@@ -55,7 +55,7 @@ def generate_drafter(
             seed=seed,
         )  # fmt: skip
 
-    results = print_answers(arm, compare, ask, names=("drafted", "plain"), raw=raw)
+    results = print_answers(arm, compare, ask, names=("drafted", "plain"), raw=raw, alone=alone)
     if compare:
         print(_compared(results["drafted"], results["plain"]), file=errors.file)
     write_json(json, {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quickmerge.cli.answers import print_answers
-from quickmerge.cli.common import check_output, check_text, parse_budget, parse_layer, parse_reducer, write_json
+from quickmerge.cli.common import Alone, check_output, check_text, parse_budget, parse_layer, parse_reducer, write_json
 from quickmerge.cli.vlm import load_vlm
 from quickmerge.errors import QuickmergeError
 
@@ -51,6 +51,7 @@ def generate_image(
             temperature=temperature, seed=seed,
         ),
         lambda found: None if tokens is None else clamped(tokens, found.visual), raw=raw,
+        alone=Alone.asked(vlm, processor, pictures[0]),
     )  # fmt: skip
     write_json(json, {
         "model": model, "reducer": method.label, "keep": keep, "tokens": tokens, "prompt": prompt,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quickmerge.cli.answers import print_answers
 from quickmerge.cli.common import (
+    Alone,
     add_prior,
     check_output,
     load_model,
@@ -59,7 +60,7 @@ def generate_multipole(
         method = method if prior is None else add_prior(method, prior)
     depth = parse_layer(layer)
     document, prompt = parse_question(prompt, file)
-    name = model or "smollm2-135m"
+    name = "smollm2-135m" if model is None else model
     lm, tokenizer = load_model(name)
 
     def ask(way: Multipole | None) -> Answer:
@@ -68,7 +69,10 @@ def generate_multipole(
             max_new_tokens=max_new_tokens, sample=sample, temperature=temperature, seed=seed,
         )  # fmt: skip
 
-    results = print_answers(settings, compare, ask, lambda found: str(found.attention), (NAME, "full"), raw=raw)
+    results = print_answers(
+        settings, compare, ask, lambda found: str(found.attention), (NAME, "full"), raw=raw,
+        alone=Alone.writing(lm, tokenizer),
+    )  # fmt: skip
     write_json(json, {
         "model": name, "attention": settings.label, "reducer": None if method is None else method.label,
         "keep": None if method is None else method.keep, "prompt": prompt,

@@ -11,6 +11,7 @@ from quickmerge.cli.common import (
     JSON,
     LAYER,
     TOKENS,
+    Alone,
     check_output,
     check_text,
     load_model,
@@ -83,29 +84,30 @@ def show(
         from quickmerge.cli.show_vision import KEEP, show_image, show_video
         from quickmerge.cli.show_vision import MODEL as SEEING
 
+        seeing = SEEING if model is None else model
         if image is not None:
-            show_image(
-                image, model or SEEING, reducer or "quickmerge", keep, tokens, remove, layer, prompt, picture, json
-            )
+            show_image(image, seeing, reducer or "quickmerge", keep, tokens, remove, layer, prompt, picture, json)
         elif video is not None:
             share = KEEP if keep is None else keep
-            show_video(video, model or SEEING, reducer or "grid", share, frames, stride, picture, animation, json)
+            show_video(video, seeing, reducer or "grid", share, frames, stride, picture, animation, json)
         return
-    model, reducer, keep = model or "smollm2-135m", reducer or "quickmerge", 0.4 if keep is None else keep
+    model = "smollm2-135m" if model is None else model
+    reducer, keep = reducer or "quickmerge", 0.4 if keep is None else keep
+    check_output(json, html, picture)
+    if picture is not None and picture.suffix not in (".png", ".svg"):
+        raise QuickmergeError(f"--picture must end in .png or .svg, got {picture.name!r}")
+    depth = parse_layer(layer)
+    content = check_text("--text", str(text)) if file is None else read_text(file, first=BYTES * limit + 2**16)
+    # what takes seconds to import comes after what can be told at once
     from quickmerge.hosts.summary import layer_runs
     from quickmerge.report import token_map_figure, token_map_html, token_map_text, write_page
     from quickmerge.report.collect import token_cells
     from quickmerge.report.page import page
     from quickmerge.terminal import Terminal
 
-    check_output(json, html, picture)
-    if picture is not None and picture.suffix not in (".png", ".svg"):
-        raise QuickmergeError(f"--picture must end in .png or .svg, got {picture.name!r}")
     method = parse_reducer(reducer, keep)
-    depth = parse_layer(layer)
-    content = check_text("--text", str(text)) if file is None else read_text(file, first=BYTES * limit + 2**16)
     lm, tokenizer = load_model(model)
-    with Terminal(stderr=True).status("reading"), one_sentence():
+    with Terminal(stderr=True).status("reading"), one_sentence(Alone.writing(lm, tokenizer)):
         cells, stats = token_cells(lm, tokenizer, content, method, depth, limit=limit)
     name = clean_name(file.name) if file is not None else "text"
     kept = sum(c.anchor for c in cells)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quickmerge.cli.common import (
+    Alone,
     check_keep,
     check_output,
     one_sentence,
@@ -59,9 +60,9 @@ def show_image(
     method = parse_reducer(reducer, share, "vision")
     quiet()
     encoder, processor = load_vision(model)
-    form = PixelFormat.of(processor)
-    pixels = processor([photo], return_tensors="pt")["pixel_values"]
-    with Terminal(stderr=True).status("looking"), one_sentence():
+    with Terminal(stderr=True).status("looking"), one_sentence(Alone.seeing(encoder, processor, photo)):
+        form = PixelFormat.of(processor)
+        pixels = processor([photo], return_tensors="pt")["pixel_values"]
         blocks = find_encoder(encoder)
         if tokens is not None:
             share = _share(tokens, math.prod(blocks.grid(pixels)))
@@ -92,6 +93,8 @@ def show_video(
     animation: Path | None, json: Path | None,
 ) -> None:  # fmt: skip
     """Paint the patches of a video's frames by the token that they became, across time."""
+    from PIL import Image
+
     from quickmerge.models import load_vision
     from quickmerge.reducers.grid import GridMerge
     from quickmerge.report import video_animation, video_strip, write_picture
@@ -111,8 +114,9 @@ def show_video(
         raise QuickmergeError(f"{file} can't be read: there is no such file")
     quiet()
     encoder, processor = load_vision(model)
-    form = PixelFormat.of(processor)
-    with Terminal(stderr=True).status("looking"), one_sentence():
+    grey = Image.new("RGB", (64, 64), "grey")
+    with Terminal(stderr=True).status("looking"), one_sentence(Alone.seeing(encoder, processor, grey)):
+        form = PixelFormat.of(processor)
         pixels = form.standardised(VideoClips([file], (form.height, form.width), frames, stride)[0])[None]
         stage = frame_stage(encoder, pixels, across)
     seen = [as_picture(frame, form) for frame in pixels[0]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickmerge.cli.common import check_text, one_sentence, parse_reducer, write_json
+from quickmerge.cli.common import Alone, check_text, one_sentence, parse_reducer, write_json
 from quickmerge.cli.vlm import load_vlm
 from quickmerge.errors import QuickmergeError
 from quickmerge.printable import clean_name
@@ -39,7 +39,7 @@ def show_tokens(
     method = parse_reducer(reducer, budget, "visual")
     vlm, processor = load_vlm(model)
     question = PROMPT if prompt is None else check_text("--prompt", prompt)
-    with Terminal(stderr=True).status("looking"), one_sentence():
+    with Terminal(stderr=True).status("looking"), one_sentence(Alone.asked(vlm, processor, photo)):
         seen, stage, stats = visual_stage(vlm, processor, photo, question, method, layer)
     if stage is None:
         raise QuickmergeError(

@@ -90,7 +90,7 @@ class Sources:
             if self.vocabulary is not None:
                 self._tokens = train_tokenizer(texts.documents, self.vocabulary)
             else:
-                self._tokens = read_tokenizer(self.tokenizer or "smollm2-135m")
+                self._tokens = read_tokenizer("smollm2-135m" if self.tokenizer is None else self.tokenizer)
         return self._tokens
 
     def model(self) -> tuple[CalmAutoencoder, Any]:
