@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, first_sentence
@@ -75,15 +76,15 @@ class Alone:
 def one_sentence(alone: Alone | None = None) -> Iterator[None]:
     """Turn an error about settings, or about a stranger's model, into one that is told in one sentence.
 
-    A ValueError is about settings. Whatever else is raised while a model runs is the model's fault if it can't be run
-    without anything of ours either, and ours if it can: then it passes as it is.
+    A ValueError of ours is about settings. Whatever else is raised while a model runs is the model's fault if it can't
+    be run without anything of ours either, and ours if it can: then it passes as it is.
     """
     try:
         yield
     except (QuickmergeError, OSError, MemoryError):
         raise
     except Exception as error:
-        if alone is not None:
+        if alone is not None and not _refused(error):
             try:
                 alone.run()
             except Exception as own:
@@ -91,3 +92,13 @@ def one_sentence(alone: Alone | None = None) -> Iterator[None]:
         if isinstance(error, ValueError):
             raise QuickmergeError(str(error)) from error
         raise
+
+
+def _refused(error: Exception) -> bool:
+    """Whether our own code refused a value, as it does with a ValueError; one that passed through us is not ours."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    home = Path(__file__).resolve().parents[1]
+    inside = last is not None and home in Path(last.tb_frame.f_code.co_filename).resolve().parents
+    return inside and isinstance(error, ValueError)
