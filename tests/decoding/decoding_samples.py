@@ -43,7 +43,7 @@ def prompts(lengths: Sequence[int], seed: int = 0, vocabulary: int = VOCABULARY)
 
 def greedy(model: Any, inputs: dict[str, Tensor], new: int, **more: Any) -> Any:
     """What the model writes by itself."""
-    return model.generate(**inputs, max_new_tokens=new, do_sample=False, **more)
+    return model.generate(**inputs, max_new_tokens=new, **{"do_sample": False, **more})
 
 
 def endless(model: Any, inputs: dict[str, Tensor], new: int, **more: Any) -> Any:

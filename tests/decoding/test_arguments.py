@@ -10,10 +10,8 @@ from caches import past
 from decoding_samples import greedy, prompts, tiny
 from transformers import DynamicCache, LogitsProcessorList, StaticCache, SynthIDTextWatermarkingConfig
 from transformers.generation import ClassifierFreeGuidanceLogitsProcessor
-from transformers.generation.streamers import BaseStreamer
 
 from quickmerge.decoding import PromptLookup, SpeculativeDecoding
-from quickmerge.decoding.arguments import streamer_of_caller
 from quickmerge.errors import QuickmergeError
 
 DICT = {"return_dict_in_generate": True}
@@ -29,6 +27,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no cache": ({"use_cache": False}, "use_cache must be True with speculative decoding, got False"),
     "chunks": ({"prefill_chunk_size": 2}, "prefill_chunk_size must be left out, got 2"),
     "synced": ({"synced_gpus": True}, "synced_gpus must be False"),
+    "assistant": ({"assistant_model": tiny(seed=1)}, "assistant_model must be left out: the drafter takes its place"),
     "static": (
         {"cache_implementation": "static"},
         "must be a DynamicCache .* got one with StaticLayer",
@@ -41,13 +40,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_each_refusal_is_one_sentence(name: str) -> None:
     more, message = REFUSED[name]
     decoding = SpeculativeDecoding(PromptLookup(), tree=4)
-    if name == "synced":  # generate itself keeps it back from a callable
-        model, ids = tiny(), prompts([5])["input_ids"]
+    for how in (decoding, lambda *args, **kwargs: decoding(*args, **kwargs)):
         with pytest.raises(QuickmergeError, match=message):
-            decoding(model, ids, LogitsProcessorList(), [], model.generation_config, synced_gpus=True)  # type: ignore[arg-type]
-        return
-    with pytest.raises(QuickmergeError, match=message):
-        greedy(tiny(), prompts([5]), 4, custom_generate=decoding, **more)
+            greedy(tiny(), prompts([5]), 4, custom_generate=how, **more)
 
 
 def test_embeddings_as_a_prompt_are_refused() -> None:
@@ -80,25 +75,3 @@ def test_a_cache_of_another_kind_and_padding_on_the_right_are_refused() -> None:
     assert torch.equal(
         greedy(model, inputs, 4, custom_generate=decoding, **past(DynamicCache())), greedy(model, inputs, 4)
     )
-
-
-def test_the_streamer_is_found_where_generate_keeps_it_and_nowhere_else() -> None:
-    class Quiet(BaseStreamer):  # type: ignore[misc]
-        def put(self, value: Any) -> None:
-            pass
-
-        def end(self) -> None:
-            pass
-
-    found: list[Any] = []
-
-    def ask(model: Any, input_ids: Any, **more: Any) -> Any:
-        found.append(streamer_of_caller())
-        return input_ids
-
-    mine = Quiet()
-    greedy(tiny(), prompts([5]), 4, streamer=mine, custom_generate=ask)
-    greedy(tiny(), prompts([5]), 4, custom_generate=ask)
-    streamer = Quiet()
-    ask(None, streamer)
-    assert found == [mine, None, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from random import Random
 from typing import Any
 
@@ -37,7 +38,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from quickmerge.decoding import Drafter, PromptLookup, SpeculativeDecoding, Tree
+from quickmerge.decoding import Drafter, PromptLookup, SpeculativeDecoding, Tree, engine
+from quickmerge.decoding.cost import Cost
 from quickmerge.errors import QuickmergeError
 
 
@@ -191,11 +193,20 @@ def test_stop_strings_end_a_row() -> None:
     odd: dict[str, Any] = {"logits_processor": LogitsProcessorList([Odd()])}
     longest = endless(model, inputs, 12, **odd)
     word = tokenizer().convert_ids_to_tokens(int(longest[0, 9]))
-    odd["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(tokenizer(), [word])])
-    wanted = greedy(model, inputs, 12, **odd)
+    given = {"stop_strings": [word], "tokenizer": tokenizer()}
+    wanted = greedy(model, inputs, 12, **odd, **given)
     assert wanted.shape[1] < longest.shape[1]
-    found = greedy(model, inputs, 12, custom_generate=trees(longest, 0, 12, right=1.0), **odd)
-    assert torch.equal(found, wanted)
+    decoding = trees(longest, 0, 12, right=1.0)
+    config = copy.deepcopy(model.generation_config)
+    config.update(stop_strings=[word], max_new_tokens=12, do_sample=False)
+    found = [
+        greedy(model, inputs, 12, custom_generate=decoding, **odd, **given),
+        greedy(model, inputs, 12, custom_generate=lambda *args, **kwargs: decoding(*args, **kwargs), **odd, **given),
+        model.generate(**inputs, generation_config=config, tokenizer=tokenizer(), custom_generate=decoding, **odd),
+    ]
+    odd["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(tokenizer(), [word])])
+    found.append(greedy(model, inputs, 12, custom_generate=decoding, **odd))
+    assert all(torch.equal(each, wanted) for each in found)
 
 
 class Collector(BaseStreamer):  # type: ignore[misc]
@@ -217,6 +228,10 @@ def test_streamers_get_what_they_get_from_plain_generate() -> None:
     found = greedy(model, inputs, 12, streamer=fast, custom_generate=trees(wanted, 0, 12, right=1.0))
     assert torch.equal(found, wanted)
     assert (fast.got, fast.ended) == (plain.got, 1)
+    wrapped = Collector()
+    decoding = trees(wanted, 0, 12, right=1.0)
+    greedy(model, inputs, 12, streamer=wrapped, custom_generate=lambda *args, **kwargs: decoding(*args, **kwargs))
+    assert (wrapped.got, wrapped.ended) == (plain.got, 1)
     text = TextIteratorStreamer(tokenizer(), skip_prompt=True, timeout=9)
     greedy(model, inputs, 12, streamer=text, custom_generate=trees(wanted, 0, 12))
     assert "".join(text).split() == tokenizer().decode(wanted[0, 5:]).split()
@@ -282,6 +297,94 @@ def test_in_bfloat16_every_token_is_as_good_as_the_best_within_rounding(family: 
             logits = model(input_ids=text[None, :-1]).logits[0, n - 1 :].float()
         chosen = logits.gather(1, text[n:, None])[:, 0]
         assert float((logits.amax(-1) - chosen).max()) < 0.02 * float(logits.abs().max())
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3), seed=seeds, padding=st.booleans(),
+    flat=st.lists(st.floats(0.5, 2.0), min_size=4, max_size=4),
+)  # fmt: skip
+@prop(5)
+def test_a_seed_gives_one_text_whatever_the_drafter_and_the_speed(
+    lengths: list[int], padding: bool, flat: list[float], seed: int
+) -> None:
+    model, inputs = tiny(), prompts(lengths, seed)
+    # Without a token that ends texts, rows that are done are written on until all are.
+    ends: dict[str, Any] = {"eos_token_id": Random(seed).sample(range(3, VOCABULARY), 10) if padding else None}
+    script = greedy(model, inputs, 12, min_new_tokens=12)
+    drafters: list[tuple[Drafter, Any]] = [(PromptLookup(), 1), (PromptLookup(ngram=1), 6), (Adversary(2), 3)]
+    drafters += [(Scripted(script, 0.9, seed + n, binding=False), n) for n in (2, 7)]
+    drafters += [(Scripted(script, 0.9, seed, binding=False), "auto"), (PromptLookup(), "auto")]
+    texts = []
+    for drafter, tree in drafters:
+        torch.manual_seed(seed)
+        decoding = SpeculativeDecoding(drafter, tree=tree)
+        with pytest.MonkeyPatch.context() as patch:
+            # Machines of other speeds: what a pass takes decides how much is read in a step.
+            patch.setattr(engine, "measure", lambda model, most: Cost((1, 2, 4, 16), tuple(flat)))
+            write = greedy if padding else endless
+            texts.append(write(model, inputs, 12, custom_generate=decoding, do_sample=True, top_k=0, **ends))
+    assert all(torch.equal(text, texts[0]) for text in texts)
+
+
+def test_a_row_draws_the_same_whatever_its_neighbours_are() -> None:
+    model, inputs = tiny(), prompts([6, 6, 6])
+    texts = []
+    for rows in (1, 2, 3):
+        torch.manual_seed(3)
+        few = {name: x[:rows] for name, x in inputs.items()}
+        decoding = SpeculativeDecoding(PromptLookup(), tree=4)
+        texts.append(
+            model.generate(**few, do_sample=True, max_new_tokens=9, min_new_tokens=9, custom_generate=decoding)
+        )
+    assert texts[0][0].tolist() == texts[1][0].tolist() == texts[2][0].tolist()
+    assert texts[1][1].tolist() == texts[2][1].tolist()
+    assert len({tuple(row) for row in texts[2].tolist()}) == 3
+
+
+def test_two_threads_with_drafters_of_their_own_share_a_model() -> None:
+    model = tiny("qwen3")
+    wanted, found, failed = {}, {}, []
+
+    def write(thread: int, texts: dict[Any, Tensor]) -> None:
+        try:
+            for turn in range(6):
+                inputs = prompts([4 + turn, 3 * (thread + 1)], 10 * thread + turn)
+                # The drafter checks every feature that it is given against its own text.
+                decoding = SpeculativeDecoding(Oracle(2), tree=3)
+                texts[thread, turn] = greedy(model, inputs, 8, custom_generate=decoding)
+        except Exception as error:
+            failed.append(error)
+
+    write(0, wanted)
+    write(1, wanted)
+    threads = [threading.Thread(target=write, args=(each, found)) for each in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_a_drafter_in_use_is_not_given_to_another_generate() -> None:
+    model, inputs = tiny(), prompts([5])
+    decoding = SpeculativeDecoding(PromptLookup(), tree=4)
+    failures: list[Exception] = []
+
+    class Again(StoppingCriteria):  # type: ignore[misc]
+        def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
+            try:
+                greedy(model, inputs, 3, custom_generate=SpeculativeDecoding(decoding.drafter))
+            except QuickmergeError as error:
+                failures.append(error)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    wanted = greedy(model, inputs, 3)
+    found = greedy(model, inputs, 3, custom_generate=decoding, stopping_criteria=StoppingCriteriaList([Again()]))
+    assert torch.equal(found, wanted)
+    assert "a PromptLookup drafts for one generate at a time" in str(failures[0])
+    assert torch.equal(greedy(model, inputs, 3, custom_generate=decoding), wanted)  # free again
 
 
 def test_several_sequences_of_one_prompt() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
+from quickmerge.decoding.handed import Handed
 from quickmerge.errors import QuickmergeError
 from quickmerge.models.compat import (
     AlternatingCodebooksLogitsProcessor,
@@ -17,7 +17,7 @@ from quickmerge.models.compat import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-__all__ = ["check_arguments", "streamer_of_caller"]
+__all__ = ["check_arguments"]
 
 NEVER = (
     AlternatingCodebooksLogitsProcessor,
@@ -34,12 +34,11 @@ def check_arguments(
     config: GenerationConfig,
     processors: LogitsProcessorList,
     model_kwargs: dict[str, Any],
-    synced_gpus: bool = False,
-    streamer: Any = None,
+    handed: Handed,
 ) -> None:
     """Raise QuickmergeError for what speculation can't keep."""
     rows = len(input_ids)
-    if model_kwargs.get("assistant_model") is not None:
+    if handed.assistant_model is not None:
         raise QuickmergeError("assistant_model must be left out: the drafter takes its place")
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -54,11 +53,11 @@ def check_arguments(
         raise QuickmergeError("use_cache must be True with speculative decoding, got False")
     if config.prefill_chunk_size is not None:
         raise QuickmergeError(f"prefill_chunk_size must be left out, got {config.prefill_chunk_size}")
-    if synced_gpus:
+    if handed.synced_gpus:
         raise QuickmergeError("synced_gpus must be False with speculative decoding, got True")
     if input_ids.dim() != 2 or input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
         raise QuickmergeError("speculative decoding needs the prompt as input_ids of at least one token, no embeddings")
-    if streamer is not None and rows > 1:
+    if handed.streamer is not None and rows > 1:
         raise QuickmergeError(f"streamer takes one row, got {rows}")
     for processor in processors:
         if isinstance(processor, NEVER):
@@ -68,16 +67,3 @@ def check_arguments(
         if rows > 1 and isinstance(processor, SynthIDTextWatermarkLogitsProcessor):
             # It remembers what it was last asked about, and would be asked about one row after another.
             raise QuickmergeError(f"watermarking_config of SynthID takes one row, got {rows}")
-
-
-def streamer_of_caller() -> Any:
-    """The ``streamer`` that ``generate`` was given.
-
-    transformers hands it the prompt and then does not pass it on to a callable ``custom_generate``, so that it would
-    wait for tokens that never come. It is found in the frame of ``generate``, two calls up from here.
-    """
-    frame = inspect.currentframe()
-    caller = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
-    if caller is None or caller.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
-        return None
-    return caller.f_locals.get("streamer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import median
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,26 +24,53 @@ __all__ = ["Cost", "best_size", "measure", "wait"]
 
 FloatArray = NDArray[np.floating[Any]]
 
-SIZES = (1, 2, 4, 8, 16, 32, 64)
+SIZES = (1, 2, 3, 4, 8, 16, 32, 64)
 CONTEXT = 128  # tokens before the tree while it is measured
 REPEATS = 3
+PAYS = 0.9
+"""A tree is padded if the larger pass takes less than this share of its own: smaller differences may be noise."""
 
 _KNOWN: WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], Cost]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a pass that reads so many tokens, of all rows together; in a straight line between and beyond them."""
+    """Seconds of a pass that reads so many tokens, of all rows together; in a straight line between and beyond them.
+
+    They are what was measured, and so need not rise: where matrix products of a few rows take another way than those
+    of four, a pass over 4 tokens may take less than one over 2. Then a tree of 2 is padded to 4 (`widths`).
+    """
 
     tokens: tuple[int, ...]
     seconds: tuple[float, ...]
 
     def of(self, tokens: FloatArray) -> FloatArray:
-        """Seconds for numbers of tokens."""
+        """Seconds for numbers of tokens, without padding."""
         inside = np.interp(tokens, self.tokens, self.seconds)
-        # Where one size alone was measured, more tokens take more in proportion.
+        # Where one size alone was measured, more tokens take more in proportion; and never less than the last size.
         (a, b), (x, y) = (0, *self.tokens)[-2:], (0.0, *self.seconds)[-2:]
-        return np.asarray(inside + np.maximum(0, tokens - b) * (y - x) / (b - a))
+        return np.asarray(inside + np.maximum(0, tokens - b) * max(0.0, y - x) / (b - a))
+
+    def passes(self, rows: int, most: int) -> FloatArray:
+        """``(most,)`` seconds of passes that read 1, 2, ... ``most`` nodes in each row, padded where that is faster."""
+        return _padded(self, rows, most)[0]
+
+    def widths(self, rows: int, most: int) -> NDArray[np.int_]:
+        """``(most,)`` nodes to which trees of 1, 2, ... ``most`` nodes in each row are best padded."""
+        return _padded(self, rows, most)[1]
+
+
+@lru_cache(256)
+def _padded(cost: Cost, rows: int, most: int) -> tuple[FloatArray, NDArray[np.int_]]:
+    wide = max(most, -(-cost.tokens[-1] // rows))
+    plain = cost.of(np.arange(1.0, wide + 1) * rows)
+    # From the right: the fastest of all sizes that are at least as wide, the narrowest of equally fast ones.
+    best = np.arange(wide)
+    for i in range(wide - 2, -1, -1):
+        if plain[best[i + 1]] < plain[i]:
+            best[i] = best[i + 1]
+    best = np.where(plain[best] < PAYS * plain, best, np.arange(wide))[:most]
+    return plain[best], best + 1
 
 
 def best_size(probs: Sequence[Sequence[float]], cost: Cost, draft_seconds: float) -> int:
@@ -50,7 +78,7 @@ def best_size(probs: Sequence[Sequence[float]], cost: Cost, draft_seconds: float
 
     A step that reads the best N nodes of each of B rows gives ``sum_b (1 + sum of their path probabilities)`` tokens
     on average, the 1 being the target's own, if the drafter's probabilities are true. It takes c(B N) seconds in the
-    target and those that the draft took.
+    target, or those of a larger pass that N is padded to, and those that the draft took.
 
     Args:
         probs: for each row the path probabilities of its tree, root included (which stands for the 1).
@@ -62,12 +90,12 @@ def best_size(probs: Sequence[Sequence[float]], cost: Cost, draft_seconds: float
     for i, row in enumerate(probs):
         grid[i, : len(row)] = sorted(row, reverse=True)
     gain = grid.sum(0).cumsum()
-    return int((gain / (cost.of(np.arange(1.0, most + 1) * len(probs)) + draft_seconds)).argmax()) + 1
+    return int((gain / (cost.passes(len(probs), most) + draft_seconds)).argmax()) + 1
 
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, most: int) -> Cost:
-    """Time passes of 1, 2, 4, ... tokens up to ``most``, or 64, behind a short text; the median of three each.
+    """Time passes of 1, 2, 3, 4, 8, ... tokens up to ``most``, or 64, behind a short text; the median of three each.
 
     It is done once for each model, place, number of threads and ``most``.
     """
@@ -101,8 +129,7 @@ def _measure(model: PreTrainedModel, sizes: list[int]) -> Cost:
             if turn:  # the first one of each size warms up
                 taken.append(time.perf_counter() - start)
             cache.crop(-size)
-    # A pass that reads more does not take less.
-    return Cost(tuple(sizes), tuple(float(s) for s in np.maximum.accumulate([median(taken) for taken in times])))
+    return Cost(tuple(sizes), tuple(median(taken) for taken in times))
 
 
 def wait(device: torch.device) -> None:

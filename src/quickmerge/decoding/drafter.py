@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from quickmerge.decoding.tree import Tree
+from quickmerge.errors import QuickmergeError
 
-__all__ = ["Drafter"]
+__all__ = ["Drafter", "serving"]
+
+_BUSY: set[int] = set()  # ids of drafters that are held by a `serving`
+_LOCK = threading.Lock()
 
 
 class Drafter(ABC):
@@ -19,7 +26,7 @@ class Drafter(ABC):
     The engine calls, for one ``generate``: ``check``; ``begin`` when the target has read the prompt; then, for every
     pass of the target, ``draft``, ``accept``, and ``rows`` if some rows are finished. ``draft`` is left out of a step
     in which there is no room for a draft, and ``accept`` and ``rows`` are after the last one. A drafter serves one
-    ``generate`` at a time, and ``begin`` starts it anew.
+    ``generate`` at a time, which `serving` sees to, and ``begin`` starts it anew.
 
     Whatever it drafts, the text is the target's own: a bad draft costs time and nothing else.
     """
@@ -72,3 +79,24 @@ class Drafter(ABC):
     @abstractmethod
     def rows(self, index: Tensor) -> None:
         """Go on with the rows ``index (R,)`` long alone, in this order; the others are finished."""
+
+
+@contextmanager
+def serving(drafter: Drafter) -> Iterator[None]:
+    """Keep a drafter for one ``generate``.
+
+    Raises:
+        QuickmergeError: it serves another one, of another thread or around this one.
+    """
+    with _LOCK:
+        if id(drafter) in _BUSY:
+            raise QuickmergeError(
+                f"a {type(drafter).__name__} drafts for one generate at a time, and another one is running: "
+                "make one for each thread"
+            )
+        _BUSY.add(id(drafter))
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _BUSY.remove(id(drafter))

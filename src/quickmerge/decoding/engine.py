@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import time
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from quickmerge.decoding.arguments import check_arguments, streamer_of_caller
+from quickmerge.decoding.arguments import check_arguments
 from quickmerge.decoding.batch import Batch
 from quickmerge.decoding.cost import Cost, best_size, measure, wait
-from quickmerge.decoding.drafter import Drafter
+from quickmerge.decoding.drafter import Drafter, serving
+from quickmerge.decoding.handed import Handed, handed_to, listen
 from quickmerge.decoding.pace import Pace
 from quickmerge.decoding.processors import for_row
 from quickmerge.decoding.prompt import read_prompt
 from quickmerge.decoding.room import Room
 from quickmerge.decoding.stats import Stats
 from quickmerge.decoding.target import Target, check_target
-from quickmerge.decoding.tree import Tree, pack
+from quickmerge.decoding.tree import Packed, Tree, pack
 from quickmerge.decoding.walk import Row, walk
 from quickmerge.errors import QuickmergeError, whole_number
 from quickmerge.models.compat import GenerateDecoderOnlyOutput, cache_name, given_cache, is_users_cache
@@ -36,11 +37,15 @@ class SpeculativeDecoding:
     write: the same greedy text (but for ties within rounding), and samples of the same distribution.
 
     It keeps greedy search and sampling with any processors, left-padded batches, ``num_return_sequences``, stopping
-    criteria (asked after every token), ``max_new_tokens``, ``return_dict_in_generate`` with sequences and cache, a
-    cache given, and for one row a streamer. It is seeded by `torch.manual_seed`, though it draws in another order than
-    ``generate`` does. ``stop_strings`` have to be given as ``stopping_criteria=[StopStringCriteria(...)]``, since
-    transformers hands no tokenizer to a ``custom_generate``. Criteria are called with one
-    row at a time, and so are processors: one that keeps something from call to call needs a batch of one row.
+    criteria (asked after every token), ``stop_strings``, ``max_new_tokens``, ``return_dict_in_generate`` with sequences
+    and cache, a cache given, and for one row a streamer. It is seeded by `torch.manual_seed`: each row draws from a
+    generator of its own, once a token, so a seed gives the same text whatever the drafter, the size of the trees and
+    the machine's speed (but for rounding), though another than ``generate`` gives. Criteria are called with one row at
+    a time, and so are processors: one that keeps something from call to call needs a batch of one row.
+
+    transformers hands some arguments of ``generate`` to no ``custom_generate``. They are seen all the same, also where
+    ``custom_generate`` is a function that calls this object (see `quickmerge.decoding.handed`): a streamer is served,
+    and what can't be kept is refused. One model may serve several threads, each with a drafter of its own.
 
     Args:
         drafter: what guesses.
@@ -51,10 +56,13 @@ class SpeculativeDecoding:
 
     Attributes:
         stats: of the last ``generate`` that ended.
+        takes_tokenizer: that ``generate`` may hand its tokenizer on.
 
     Raises:
         ValueError: if ``nodes`` or ``tree`` is out of range.
     """
+
+    takes_tokenizer: ClassVar[bool] = True
 
     def __init__(self, drafter: Drafter, *, nodes: int = 32, tree: str | int = "auto") -> None:
         if not isinstance(drafter, Drafter):
@@ -68,6 +76,7 @@ class SpeculativeDecoding:
         self.nodes = nodes if isinstance(tree, str) else tree
         self.auto = isinstance(tree, str)
         self.stats = Stats()
+        listen()
 
     def __call__(
         self,
@@ -76,27 +85,42 @@ class SpeculativeDecoding:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: Any = None,
+        tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """What ``generate`` calls, with everything prepared.
 
         Raises:
             UnsupportedModelError: for a model that can't read a tree, or that the drafter was not made for.
-            QuickmergeError: for arguments of ``generate`` that can't be kept.
+            QuickmergeError: for arguments of ``generate`` that can't be kept, and where the drafter is in use.
         """
-        streamer = streamer_of_caller() if streamer is None else streamer
-        check_arguments(input_ids, generation_config, logits_processor, model_kwargs, synced_gpus, streamer)
+        handed = handed_to(model)
+        check_arguments(input_ids, generation_config, logits_processor, model_kwargs, handed)
+        with serving(self.drafter):
+            return self._generate(
+                model, input_ids, logits_processor, stopping_criteria, generation_config, handed, model_kwargs
+            )
+
+    def _generate(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        handed: Handed,
+        model_kwargs: dict[str, Any],
+    ) -> Tensor | GenerateDecoderOnlyOutput:
         check_target(model)
         self.drafter.check(model)
         start = time.perf_counter()
         cost = measure(model, self.nodes) if self.auto else None
         measured = time.perf_counter()
         sample, count = bool(generation_config.do_sample), len(input_ids)
+        streamer, generators = handed.streamer, _generators(count, input_ids.device) if sample else [None] * count
         rows = [
-            Row(ids, for_row(logits_processor, i, count), stopping_criteria, sample, streamer)
-            for i, ids in enumerate(input_ids)
+            Row(ids, for_row(logits_processor, i, count), stopping_criteria, sample, streamer, generator)
+            for i, (ids, generator) in enumerate(zip(input_ids, generators, strict=True))
         ]
         run = _Run(self.drafter, self.nodes, cost, Batch(rows, generation_config, stopping_criteria))
         # A cache that someone will go on with has to hold all rows to the end.
@@ -161,7 +185,7 @@ class _Run:
         drafts = len(self.drafted)
         trees = dict(zip(live, self._draft(), strict=True))
         start = time.perf_counter()
-        packed = pack([trees.get(i, _NOTHING) for i in range(len(self.rows))], device)
+        packed = self._pack([trees.get(i, _NOTHING) for i in range(len(self.rows))], device)
         logits, features = self.target.read(packed)
         best = _best(logits) if self.rows[0].plain else None
         wait(device)
@@ -224,6 +248,11 @@ class _Run:
             nodes = best_size([tree.prob for tree in trees], self.cost, self._draft_seconds())
         return [tree.best(nodes) for tree in trees]
 
+    def _pack(self, trees: list[Tree], device: torch.device) -> Packed:
+        """The trees side by side, padded to a size that is faster to read if there is one."""
+        wide = max(len(tree) for tree in trees)
+        return pack(trees, device, 0 if self.cost is None else int(self.cost.widths(len(trees), wide)[-1]))
+
     def _draft_seconds(self) -> float:
         """What a draft takes, the first one left out where there are others."""
         return median(self.drafted[1:] or self.drafted)
@@ -243,6 +272,12 @@ class _Run:
 
 _NOTHING = Tree.chain([0])
 """Stands for a row that is done."""
+
+
+def _generators(rows: int, device: torch.device) -> list[torch.Generator]:
+    """One for each row, seeded by torch's global one."""
+    seeds = torch.randint(2**63 - 1, (rows,), device=device).tolist()
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
 def _best(logits: Tensor) -> Any:

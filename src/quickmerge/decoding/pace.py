@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 
-import numpy as np
-
 from quickmerge.decoding.cost import Cost
 
 __all__ = ["Pace"]
@@ -62,9 +60,9 @@ class Pace:
         """
         self._foreseen += foreseen
         self._accepted += accepted
-        plain = self._seconds(rows)
+        plain = self._seconds(rows, 1)
         given = rows + foreseen * self._accepted / self._foreseen
-        rate = given / (self._seconds(rows * nodes) + draft_seconds)
+        rate = given / (self._seconds(rows, nodes) + draft_seconds)
         self._rates.append(rate * plain / rows)  # against a step without a draft
         if draft_seconds < CHEAP * plain or len(self._rates) < self._needed:
             return
@@ -75,5 +73,5 @@ class Pace:
         self._rates.clear()
         self._needed = 1  # from now on one draft is a try
 
-    def _seconds(self, tokens: int) -> float:
-        return float(self._cost.of(np.asarray(float(tokens))))
+    def _seconds(self, rows: int, nodes: int) -> float:
+        return float(self._cost.passes(rows, nodes)[-1])

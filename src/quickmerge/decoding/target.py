@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -94,14 +95,19 @@ class Target:
 
 @contextmanager
 def last_hidden(model: PreTrainedModel, wanted: bool = True) -> Iterator[list[Tensor]]:
-    """Collect the last hidden states, behind the final norm, of the passes inside the block."""
+    """Collect the last hidden states, behind the final norm, of this thread's passes inside the block.
+
+    Another thread may run the same model meanwhile, and its passes go through the hook too.
+    """
     found: list[Tensor] = []
+    mine = threading.get_ident()
     if not wanted:
         yield found
         return
 
     def keep(module: nn.Module, args: Any, out: Any) -> None:
-        found.append(out[0])
+        if threading.get_ident() == mine:
+            found.append(out[0])
 
     hook = model.base_model.register_forward_hook(keep)
     try:

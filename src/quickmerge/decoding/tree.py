@@ -176,9 +176,12 @@ class Packed:
     see: Tensor
 
 
-def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Packed:
-    """Lay the trees of a batch side by side. Padding nodes hold token 0 behind the root."""
-    rows, wide = len(trees), max(len(tree) for tree in trees)
+def pack(trees: Sequence[Tree], device: torch.device | str = "cpu", width: int = 0) -> Packed:
+    """Lay the trees of a batch side by side, padded to the widest, or to ``width`` nodes if that is more.
+
+    Padding nodes hold token 0 in the root's place, and no node sees them.
+    """
+    rows, wide = len(trees), max(width, *(len(tree) for tree in trees))
     grid = np.zeros((3, rows, wide), dtype=np.int64)
     valid = np.zeros((rows, wide), dtype=bool)
     see = np.zeros((rows, wide, wide), dtype=bool)

@@ -29,6 +29,8 @@ class Row:
         criteria: what ends the text; asked after every token.
         sample: whether to draw tokens or to take the best.
         streamer: gets every token; None for nobody.
+        generator: that this row alone draws from, once a token, so that its text is the same however many tokens it
+            and others get in a step; None for torch's global one.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Row:
         criteria: StoppingCriteriaList,
         sample: bool,
         streamer: Any = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         self._text = torch.cat([prompt, prompt.new_zeros(max(64, len(prompt)))])
         self.length = len(prompt)
@@ -45,6 +48,7 @@ class Row:
         self.criteria = criteria
         self.sample = sample
         self.streamer = streamer
+        self.generator = generator
         self.last = int(prompt[-1])
         self.stop: int | None = None
         """How long the text was when the criteria first said that it is done; None before."""
@@ -64,7 +68,7 @@ class Row:
         scores = logits[None].to(self._text.device, torch.float32, copy=True)
         scores = self.processors(self.text[None], scores)
         if self.sample:
-            return int(torch.multinomial(scores.softmax(-1), 1))
+            return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
         return int(scores.argmax(-1))
 
     def take(self, token: int) -> bool:

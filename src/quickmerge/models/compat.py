@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache as remembered
+from functools import wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ __all__ = [
     "causal_lm_names",
     "generate_merges",
     "given_cache",
+    "hear_generate",
     "image_classification_names",
     "image_text_names",
     "is_timm",
@@ -364,6 +366,55 @@ def torchvision_available() -> bool:
 def library_logging() -> ModuleType:
     """The module by which transformers' bars and warnings are set."""
     return _take("transformers.utils", "logging")  # type: ignore[no-any-return]
+
+
+# Generation ---------------------------------------------------------------------------------------------------------
+
+Hearing = Callable[[Any, Any, dict[str, Any], dict[str, Any]], dict[str, Any]]
+
+_HEARING: list[Hearing] = []
+
+
+def hear_generate(hearing: Hearing) -> None:
+    """Have a function called in every ``generate``, when it sorts its arguments; at once if it is there already.
+
+    ``generate`` hands a callable ``custom_generate`` neither its streamer nor its tokenizer nor its assistant model, and
+    has no seam at which they can be seen but the method that sorts them. It is looked up on the model when the call
+    has begun, so that listening also works where ``generate`` itself was taken from the model before.
+
+    Args:
+        hearing: ``hearing(model, custom_generate, given, kwargs)``, where ``given`` holds ``tokenizer``,
+            ``assistant_model``, ``streamer`` and ``synced_gpus``, and ``kwargs`` the arguments of no other name. What
+            it returns is handed on to ``custom_generate`` beside what would be anyway.
+
+    Raises:
+        ImportError: the installed transformers sorts them elsewhere.
+    """
+    if hearing in _HEARING:
+        return
+    mixin = _take("transformers", "GenerationMixin")
+    name = "_extract_generation_mode_kwargs"
+    sort = getattr(mixin, name, None)
+    wanted = ["self", "custom_generate", "kwargs", "synced_gpus", "assistant_model", "streamer"]
+    if sort is None or list(inspect.signature(sort).parameters) != wanted:
+        import transformers
+
+        raise ImportError(
+            f"transformers {transformers.__version__} has no GenerationMixin.{name}({', '.join(wanted[1:])}), which "
+            "quickmerge needs: install a release that docs/models.md names"
+        )
+
+    @wraps(sort)
+    def sort_and_tell(
+        self: Any, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, streamer: Any
+    ) -> dict[str, Any]:
+        given = {"tokenizer": kwargs.get("tokenizer"), "synced_gpus": synced_gpus}
+        given |= {"assistant_model": assistant_model, "streamer": streamer}
+        sorted_out = sort(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
+        return {**sorted_out, **hearing(self, custom_generate, given, kwargs)}
+
+    setattr(mixin, name, sort_and_tell)
+    _HEARING.append(hearing)
 
 
 # timm ---------------------------------------------------------------------------------------------------------------
