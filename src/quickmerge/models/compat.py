@@ -378,9 +378,9 @@ _HEARING: list[Hearing] = []
 def hear_generate(hearing: Hearing) -> None:
     """Have a function called in every ``generate``, when it sorts its arguments; at once if it is there already.
 
-    ``generate`` hands a callable ``custom_generate`` neither its streamer nor its tokenizer nor its assistant model, and
-    has no seam at which they can be seen but the method that sorts them. It is looked up on the model when the call
-    has begun, so that listening also works where ``generate`` itself was taken from the model before.
+    ``generate`` hands a callable ``custom_generate`` neither its streamer nor its tokenizer nor its assistant model,
+    and has no seam at which they can be seen but the method that sorts them. It is looked up on the model when the
+    call has begun, so that listening also works where ``generate`` itself was taken from the model before.
 
     Args:
         hearing: ``hearing(model, custom_generate, given, kwargs)``, where ``given`` holds ``tokenizer``,
