@@ -80,7 +80,7 @@ class CalmForCausalLM(PreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: CalmConfig) -> None:
         super().__init__(config)
         self.autoencoder = CalmAutoencoder(config.autoencoder)
-        self.backbone = AutoModel.from_config(config.backbone)
+        self.backbone = AutoModel.from_config(config.backbone, trust_remote_code=False)
         table = self.backbone.get_input_embeddings()
         self.embedding = ChunkEmbedding(config.patch, table.embedding_dim, config.hidden_size)
         self.head = cast(

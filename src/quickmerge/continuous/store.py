@@ -42,7 +42,7 @@ def load_calm(folder: Path | str, **options: Any) -> tuple[CalmForCausalLM, Any]
                 "`quickmerge train calm` makes one"
             )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever its parsers raise
             raise UnsupportedModelError(f"{folder} has no usable tokenizer ({first_sentence(error)})") from error
         model, lacking = read_weights(CalmForCausalLM, str(folder), config, {"dtype": "float32", **options})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +21,9 @@ from quickmerge.models.embedded import (
     prepare_embedded,
 )
 from quickmerge.models.folder import check_model_folder
+from quickmerge.models.hub import hub_folder
 from quickmerge.models.options import check_attention, check_device, check_dtype
+from quickmerge.models.paths import local_path, shown
 from quickmerge.models.read import read
 
 if TYPE_CHECKING:
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["MODELS", "find_model", "load", "load_from", "verify"]
 
 T = TypeVar("T")
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+"""Owner and name of a model on the hub."""
 
 
 def load(
@@ -98,6 +104,8 @@ def load_from(
         source = str(prepare_embedded(name, cache_folder(cache_dir), progress=progress))
     else:
         source = find_model(name, embedded)
+        if not Path(source).is_dir():
+            source = _fetched(source, progress)
     with saying(f"loading {name}", progress=progress, only_on_terminal=True):
         try:
             model, companion = read(source, options)
@@ -106,6 +114,14 @@ def load_from(
                 check_embedded(name, Path(source))
             raise
         return model.to(placement).eval(), companion
+
+
+def _fetched(name: str, progress: bool) -> str:
+    """The folder that holds a model of the hub; its files may be a stranger's, and are checked as any folder's are."""
+    with saying(f"fetching {name}", progress=progress, only_on_terminal=True):
+        folder = hub_folder(name)
+    check_model_folder(folder)
+    return str(folder)
 
 
 def verify(name: str = smollm2.NAME, *, cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -149,16 +165,18 @@ def find_model(name: str, embedded: Mapping[str, str] = MODELS) -> str:
         raise UnsupportedModelError(f"{name} is a sentence encoder: open it with quickmerge.recognition.sentence")
     known = f"an embedded name ({', '.join(embedded)}), " if embedded else ""
     allowed = f"give {known}a local model folder, or a hub id such as owner/name"
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    if not name.strip():
+        raise UnknownModelError(f"no model is called {name!r}: {allowed}")
+    folder = local_path("name_or_path", name, UnknownModelError)
+    if folder.is_dir():
         check_model_folder(folder)
         return str(folder)
-    if folder.is_file():
-        raise UnknownModelError(f"name_or_path is {name!r}, which is a file: give the folder that it is in")
+    if folder.exists():
+        raise UnknownModelError(f"name_or_path is {shown(name)}, which is a file: give the folder that it is in")
     # a hub id is exactly owner/name; whatever else has a slash was meant as a path
-    owner, slash, rest = name.partition("/")
+    owner, slash, _ = name.partition("/")
     if not slash:
-        raise UnknownModelError(f"no model is called {name!r}{near_match(name, embedded)}: {allowed}")
-    if owner in ("", ".", "..", "~") or not rest or "/" in rest:
-        raise UnknownModelError(f"there is no folder {name!r}: {allowed}")
+        raise UnknownModelError(f"no model is called {shown(name)}{near_match(name, embedded)}: {allowed}")
+    if not HUB_ID.fullmatch(name) or owner in (".", "..") or len(name) > 200:
+        raise UnknownModelError(f"there is no folder {shown(name)}: {allowed}")
     return name

@@ -11,6 +11,7 @@ from typing import Any
 
 from quickmerge.errors import DamagedWeightsError
 from quickmerge.models.cache import replacing_folder
+from quickmerge.models.paths import read_json
 from quickmerge.models.wheel import sha256_of
 
 __all__ = ["MANIFEST", "build_once", "check_folder", "folder_name", "write_manifest"]
@@ -54,7 +55,7 @@ def check_folder(folder: Path, *, full: bool = False) -> None:
     """
     remedy = f"delete the folder {folder} and run again to rebuild it"
     try:
-        listed = json.loads((folder / MANIFEST).read_text())["files"]
+        listed = read_json(folder / MANIFEST)["files"]
         files = [(name, entry["bytes"], entry["mtime_ns"], entry["sha256"]) for name, entry in listed.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedWeightsError(f"{folder / MANIFEST} is missing or unreadable: {remedy}") from error

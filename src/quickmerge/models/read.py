@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,10 @@ from quickmerge.errors import (
 )
 from quickmerge.models.compat import causal_lm_names
 from quickmerge.models.console import transformers_silenced
+from quickmerge.models.finite import check_finite
+from quickmerge.models.folder import CONFIG, held_by
+from quickmerge.models.paths import read_json
+from quickmerge.models.sizes import check_build, check_integers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,8 +57,11 @@ def read_config(source: str) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
+    folder = Path(source)
+    if folder.is_dir():
+        check_integers(str(folder / CONFIG), saved := read_json(folder / CONFIG), held_by(folder, saved))
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         if Path(source).is_dir():
             raise DamagedWeightsError(
@@ -110,7 +118,7 @@ def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise UnsupportedModelError(f"{source} has no usable tokenizer ({first_sentence(error)})") from error
     tokenizer.padding_side = "left"
@@ -152,8 +160,11 @@ def read_weights(
     """
     from safetensors import SafetensorError
 
+    _check_build(auto, source, config)
     try:
-        model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **options)
+        model, info = auto.from_pretrained(
+            source, config=config, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **options
+        )
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise damaged(source, first_sentence(error)) from error
     except OSError as error:
@@ -164,8 +175,26 @@ def read_weights(
         raise QuickmergeError(f"{source} cannot be loaded as asked ({first_sentence(error)})") from error
     except Exception as error:  # building by a config raises whatever its values lead to
         raise UnsupportedModelError(f"{source} cannot be built by its config.json ({first_sentence(error)})") from error
+    check_finite(source, [*model.named_parameters(), *model.named_buffers()], "copy or download its weights again")
     lacking = sorted(info["missing_keys"]) + sorted(str(entry) for entry in info.get("mismatched_keys") or [])
     return model, lacking
+
+
+def _check_build(auto: Any, source: str, config: PretrainedConfig) -> None:
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+
+    def build() -> PreTrainedModel:
+        own = copy.deepcopy(config)  # building writes into it
+        model: PreTrainedModel = auto.from_config(own, trust_remote_code=False) if _is_auto(auto) else auto(own)
+        return model
+
+    check_build(str(folder / CONFIG), build, held_by(folder, read_json(folder / CONFIG)))
+
+
+def _is_auto(auto: Any) -> bool:
+    return hasattr(auto, "from_config")
 
 
 def damaged(source: str, reason: str) -> DamagedWeightsError:

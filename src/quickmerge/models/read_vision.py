@@ -71,7 +71,7 @@ def _read_processor(source: str) -> BaseImageProcessor:
     try:
         # Pillow's backend, also where torchvision is installed: the two scale images differently, and a number
         # should not depend on what else is there
-        return AutoImageProcessor.from_pretrained(source, backend="pil")
+        return AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise UnsupportedModelError(f"{source} has no usable image processor ({first_sentence(error)})") from error
 

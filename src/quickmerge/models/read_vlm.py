@@ -57,11 +57,13 @@ def _read_processor(source: str) -> ProcessorMixin:
     from transformers import AutoImageProcessor, AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         # Pillow's backend, also where torchvision is installed: see read_vision. Asked of the whole processor, it is
         # asked of a video processor too, and no video processor has it.
         if getattr(processor, "image_processor", None) is not None:
-            processor.image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+            processor.image_processor = AutoImageProcessor.from_pretrained(
+                source, backend="pil", trust_remote_code=False
+            )
     except Exception as error:  # transformers raises whatever its parsers raise
         if not torchvision_available() and "video" in str(error).lower():
             raise UnsupportedModelError(

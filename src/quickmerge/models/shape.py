@@ -27,9 +27,9 @@ def load_shape_only(name: str) -> PreTrainedModel:
     from quickmerge.errors import UnsupportedModelError
 
     source = str(prepare_embedded(name, cache_folder(None), progress=True)) if name in MODELS else find_model(name)
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError:
         raise UnsupportedModelError(f"{name} ({type(config).__name__}) is not a causal language model") from None

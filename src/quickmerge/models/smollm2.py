@@ -57,7 +57,7 @@ def _convert(gguf: Path, work: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
-    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
     # A model that was read from a GGUF counts as quantised and refuses to be saved: its tensors go into a fresh one.
     settings = read.config.to_dict()
     settings.pop("quantization_config", None)
@@ -71,7 +71,7 @@ def _convert(gguf: Path, work: Path) -> None:
     )
     model.save_pretrained(work)
 
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     # The GGUF asks for the "smollm" splitting, each digit alone and then GPT-2's rule; the conversion in
     # transformers knows only GPT-2's, which cuts white space before a digit in another way.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -59,18 +59,21 @@ class SentenceEncoder:
         from quickmerge.models.cache import cache_folder
         from quickmerge.models.console import transformers_silenced
         from quickmerge.models.embedded import SENTENCE_MODELS, prepare_embedded
+        from quickmerge.models.folder import check_model_folder
+        from quickmerge.models.paths import local_path
         from quickmerge.models.read import first_sentence, read_config, read_weights
 
         name = os.fspath(name_or_path)
-        if name not in SENTENCE_MODELS and not Path(name).is_dir():
+        if name not in SENTENCE_MODELS and not local_path("name_or_path", name).is_dir():
             raise UnsupportedModelError(
                 f"a sentence encoder is an embedded name ({', '.join(SENTENCE_MODELS)}) or a folder, got {name!r}"
             )
         source = str(prepare_embedded(name, cache_folder(cache_dir), progress=progress)) if name in SENTENCE_MODELS \
-            else name  # fmt: skip
+            else str(local_path("name_or_path", name))  # fmt: skip
+        check_model_folder(Path(source))
         with transformers_silenced():
             try:
-                tokenizer = AutoTokenizer.from_pretrained(source)
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             except Exception as error:  # transformers raises whatever its parsers raise
                 raise UnsupportedModelError(f"{name} has no usable tokenizer ({first_sentence(error)})") from error
             # A sentence encoder is saved without the pooler that BERT has, and none is used.

@@ -131,6 +131,6 @@ def _read_language(folder: Path) -> PreTrainedModel:
 def _read_tokenizer(folder: Path) -> Any:
     try:
         with transformers_silenced():
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise QuickmergeError(f"{folder} holds no tokenizer that can be read ({first_sentence(error)})") from error

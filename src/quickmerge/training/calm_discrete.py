@@ -70,7 +70,7 @@ def new_discrete(texts: CalmTexts, backbone: dict[str, Any], seed: int = 0) -> P
     ends = {"pad_token_id": texts.pad, "eos_token_id": texts.eos, "bos_token_id": None}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **{**ends, **settings, "vocab_size": given})
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 
 

@@ -31,16 +31,24 @@ def read_tokenizer(name: str) -> Any:
     from quickmerge.models import MODELS, cache_folder
     from quickmerge.models.console import transformers_silenced
     from quickmerge.models.embedded import prepare_embedded
+    from quickmerge.models.folder import TEXT_BYTES, check_files
+    from quickmerge.models.hub import hub_folder
+    from quickmerge.models.paths import check_regular, local_path
 
-    path = Path(name).expanduser()
+    path = local_path("tokenizer", name)
     try:
         with transformers_silenced():
             if path.is_file() and not (path.parent / "tokenizer_config.json").is_file():
+                check_regular(path, TEXT_BYTES)
                 tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
             elif name in MODELS:
-                tokenizer = AutoTokenizer.from_pretrained(prepare_embedded(name, cache_folder(None), progress=True))
+                found = prepare_embedded(name, cache_folder(None), progress=True)
+                tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=False)
             else:
-                tokenizer = AutoTokenizer.from_pretrained(str(path.parent if path.is_file() else name))
+                folder = path.parent if path.is_file() else path
+                folder = folder if folder.is_dir() else hub_folder(name, weights=False)
+                check_files(folder)
+                tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except QuickmergeError:
         raise
     except Exception as error:  # transformers and tokenizers raise whatever their parsers raise

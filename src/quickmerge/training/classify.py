@@ -47,7 +47,7 @@ def new_classifier(model: PreTrainedModel, classes: Sequence[str]) -> PreTrained
     config.id2label = dict(enumerate(classes))
     config.label2id = {label: index for index, label in enumerate(classes)}
     try:
-        made: PreTrainedModel = AutoModelForImageClassification.from_config(config)
+        made: PreTrainedModel = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     except ValueError:
         raise UnsupportedModelError(
             f"transformers has no image classifier around a {type(model).__name__} "

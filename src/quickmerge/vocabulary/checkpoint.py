@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quickmerge.errors import DamagedWeightsError, QuickmergeError
-from quickmerge.models.folder import check_safetensors
+from quickmerge.models.folder import weight_files
+from quickmerge.models.headers import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,28 +97,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         QuickmergeError: the weights are not safetensors.
         DamagedWeightsError: a file is missing, truncated or garbled.
     """
-    index = folder / INDEX
-    sharded = index.is_file() and not (folder / WEIGHTS).is_file()
-    if sharded:
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DamagedWeightsError(f"{index} is damaged (it is not a weights index): copy it again") from error
-    elif (folder / WEIGHTS).is_file():
-        names = [WEIGHTS]
-    else:
-        names = []
-    if not names:
+    paths = weight_files(folder)
+    if not paths:
         raise QuickmergeError(
             f"{folder} must hold its weights as safetensors ({WEIGHTS} or {INDEX}): load the model with transformers "
             "and save it again with save_pretrained"
         )
-    files = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise DamagedWeightsError(f"{folder / name} is missing although {INDEX} lists it: copy it again")
-        files[name] = read_entries(folder / name)
-    return Checkpoint(folder, files, sharded)
+    sharded = paths != [folder / WEIGHTS]
+    return Checkpoint(folder, {path.name: read_entries(path) for path in paths}, sharded)
 
 
 def read_entries(path: Path) -> tuple[Entry, ...]:
@@ -128,16 +113,5 @@ def read_entries(path: Path) -> tuple[Entry, ...]:
     Raises:
         DamagedWeightsError: the file is truncated or garbled.
     """
-    check_safetensors(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    entries = []
-    for name, at in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = (8 + length + offset for offset in at["data_offsets"])
-        entries.append(Entry(name, at["dtype"], tuple(at["shape"]), path, start, end))
-        if math.prod(at["shape"]) and start == end:
-            raise DamagedWeightsError(f"{path} is damaged ({name} has no bytes): copy or download it again")
+    entries = [Entry(name, at.dtype, at.shape, path, at.start, at.end) for name, at in read_header(path).items()]
     return tuple(sorted(entries, key=lambda entry: (entry.start, entry.end)))

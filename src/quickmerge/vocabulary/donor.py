@@ -57,14 +57,13 @@ def read_donor(donor: str | os.PathLike[str], *, progress: bool = True) -> Donor
     path = Path(name).expanduser()
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
         return _vectors(name, path)
-    from transformers import AutoConfig
-
     from quickmerge.models.console import transformers_silenced
+    from quickmerge.models.read import read_config
 
     folder = model_folder(name, progress=progress)
     checkpoint = open_checkpoint(folder)
     with transformers_silenced():
-        config = AutoConfig.from_pretrained(folder)
+        config = read_config(str(folder))
     matrices = find_matrices(checkpoint, config, donor=True)
     rows = _numbers(matrices.input, checkpoint.read(matrices.input.name))
     head = matrices.output

@@ -10,6 +10,9 @@ from quickmerge.errors import QuickmergeError, UnknownModelError, UnsupportedMod
 from quickmerge.models.cache import cache_folder
 from quickmerge.models.console import transformers_silenced
 from quickmerge.models.embedded import MODELS, SENTENCE_MODELS, prepare_embedded
+from quickmerge.models.folder import TEXT_BYTES, check_files
+from quickmerge.models.hub import hub_folder
+from quickmerge.models.paths import check_regular, local_path
 from quickmerge.models.sentencepiece_file import sentencepiece_tokenizer
 from quickmerge.models.tiktoken_file import tiktoken_tokenizer
 from quickmerge.models.tokenizers import TOKENIZERS, prepare_tokenizer
@@ -58,7 +61,7 @@ def load_tokenizer(
         QuickmergeError: `pattern` can't be used.
     """
     name = os.fspath(source)
-    path = Path(name).expanduser()
+    path = local_path("tokenizer", name, UnknownModelError)
     if name in TOKENIZERS:
         path = prepare_tokenizer(name, cache_folder(cache_dir), progress=progress)
     elif name in MODELS or name in SENTENCE_MODELS:
@@ -100,11 +103,15 @@ def _read(name: str, path: Path, pattern: str | None) -> PreTrainedTokenizerBase
     from transformers import AutoTokenizer
 
     if path.is_file():
+        check_regular(path, TEXT_BYTES)
         if _is_json(path):
             return _read_json(path)
         return tiktoken_tokenizer(path, pattern=pattern) if _is_tiktoken(path) else sentencepiece_tokenizer(path)
+    if not path.is_dir():
+        path = hub_folder(name, weights=False)
+    check_files(path)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers raise
         if path.is_dir() and (path / "tokenizer.json").is_file():
             return _read_json(path / "tokenizer.json")

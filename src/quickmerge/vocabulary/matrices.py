@@ -122,14 +122,14 @@ def _without_weights(config: Any, extra: int, *, donor: bool) -> Any:
                 setattr(part, key, value + extra)
     with transformers_silenced(), torch.device("meta"):
         try:
-            return AutoModelForCausalLM.from_config(settings)
+            return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
         except ValueError as error:
             if not donor:
                 kind = type(config).__name__
                 raise UnsupportedModelError(
                     f"{kind} is not a causal language model ({first_sentence(error)})"
                 ) from None
-            return AutoModel.from_config(settings)
+            return AutoModel.from_config(settings, trust_remote_code=False)
 
 
 def _parameters(model: Any) -> dict[str, str]:

@@ -197,7 +197,7 @@ def _cuts_alike(folder: Path, tokenizer: Any) -> bool:
 
     try:
         with transformers_silenced():
-            again = AutoTokenizer.from_pretrained(folder)
+            again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception:  # whatever the class does with a file that is not made for it
         return False
     return all(

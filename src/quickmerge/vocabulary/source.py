@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from quickmerge.errors import UnknownModelError, first_sentence
 from quickmerge.models.cache import cache_folder
 from quickmerge.models.embedded import MODELS, SENTENCE_MODELS, prepare_embedded
+from quickmerge.models.folder import check_model_folder
+from quickmerge.models.hub import hub_folder
 from quickmerge.models.load import find_model
 
 __all__ = ["model_folder"]
-
-FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt", "LICENSE*", "NOTICE*")
-"""What is fetched of a model on the hub: weights as safetensors, its settings, its tokenizer."""
 
 
 def model_folder(name: str | os.PathLike[str], *, progress: bool = True) -> Path:
@@ -35,12 +33,6 @@ def model_folder(name: str | os.PathLike[str], *, progress: bool = True) -> Path
     found = find_model(text)
     if Path(found).is_dir():
         return Path(found)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(found, allow_patterns=list(FILES)))
-    except (OSError, ValueError) as error:  # what the hub's client raises derives from these
-        raise UnknownModelError(
-            f"the hub has no model {found!r} that can be reached from here ({first_sentence(error)}): "
-            "check the id and the connection, or give a local model folder"
-        ) from error
+    folder = hub_folder(found)
+    check_model_folder(folder)
+    return folder

@@ -93,9 +93,8 @@ def transplant(
             is then at ``out`` but what was there before.
         UnknownModelError, UnsupportedModelError, DamagedWeightsError, FetchError, CacheFolderError: as for `load`.
     """
-    from transformers import AutoConfig
-
     from quickmerge.models.console import transformers_silenced
+    from quickmerge.models.read import read_config
 
     target = Path(out).expanduser()
     given = donor is not None or bool(text)
@@ -112,7 +111,7 @@ def transplant(
         check_out(target, folder, *others)
     new_tokenizer, old_tokenizer = load_tokenizer(wanted), load_tokenizer(folder)
     with transformers_silenced():
-        config = AutoConfig.from_pretrained(folder)
+        config = read_config(str(folder))
     checkpoint = open_checkpoint(folder)
     matrices = find_matrices(checkpoint, config)
     theirs, ours = read_vocabulary(new_tokenizer), read_vocabulary(old_tokenizer)
