@@ -7,13 +7,26 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TypedDict, cast
 
-__all__ = ["GUMIHOS", "PRIORS", "DemoQuestion", "demo_document", "demo_question", "shipped_gumiho", "shipped_prior"]
+__all__ = [
+    "GUMIHOS",
+    "PRIORS",
+    "SHAPES",
+    "DemoQuestion",
+    "demo_document",
+    "demo_question",
+    "shipped_gumiho",
+    "shipped_prior",
+    "shipped_shape",
+]
 
 PRIORS = ("smollm2-135m",)
 """Models that a trained prior is shipped for."""
 
 GUMIHOS = ("smollm2-135m",)
 """Models that trained draft heads are shipped for."""
+
+SHAPES = ("smollm2-135m",)
+"""Models whose config is shipped, so that their shapes are known before their weights are there."""
 
 
 class DemoQuestion(TypedDict):
@@ -40,6 +53,11 @@ def demo_question() -> DemoQuestion:
 def shipped_prior(name: str) -> Path | None:
     """The folder of the trained prior that is shipped under this name, None if there is none."""
     return Path(str(files(__name__) / f"prior-{name}")) if name in PRIORS else None
+
+
+def shipped_shape(name: str) -> Path | None:
+    """A folder with the config of the embedded model of this name, and no weights; None if there is none."""
+    return Path(str(files(__name__) / f"shape-{name}")) if name in SHAPES else None
 
 
 def shipped_gumiho(name: str) -> Path | None:

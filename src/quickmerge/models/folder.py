@@ -18,17 +18,16 @@ from quickmerge.models.sizes import check_integers
 __all__ = ["check_files", "check_model_folder", "check_safetensors", "held_by", "weight_files"]
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 TEXT_BYTES = 1 << 28
 """Of a tokenizer, its vocabulary or an index; the largest published ones have a sixth of that."""
 SMALL = {
-    CONFIG: CONFIG_BYTES, "generation_config.json": CONFIG_BYTES, "preprocessor_config.json": CONFIG_BYTES,
+    CONFIG: CONFIG_BYTES, GENERATION: CONFIG_BYTES, "preprocessor_config.json": CONFIG_BYTES,
     "processor_config.json": CONFIG_BYTES, "video_preprocessor_config.json": CONFIG_BYTES,
     "special_tokens_map.json": CONFIG_BYTES, "adapter_config.json": CONFIG_BYTES, "chat_template.jinja": CONFIG_BYTES,
     "chat_template.json": CONFIG_BYTES, "tokenizer_config.json": 1 << 25, "added_tokens.json": 1 << 25,
 }  # fmt: skip
 """Bytes that a file of this name may have."""
-PARSED = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-          "video_preprocessor_config.json", "special_tokens_map.json", "tokenizer_config.json")  # fmt: skip
 LARGE = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", INDEX)
 READ = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors")
 """Endings of files that somebody may open in a model folder."""
@@ -71,8 +70,8 @@ def check_files(folder: Path) -> None:
             if not path.exists() and path.is_symlink():
                 raise DamagedWeightsError(f"{path} is a link to nothing: {REMEDY}")
             check_regular(path, SMALL.get(name, TEXT_BYTES if name in LARGE else None))
-        if name in PARSED:
-            read_json(path, SMALL[name])
+        if name == GENERATION:
+            read_json(path)
     templates = folder / "additional_chat_templates"
     if templates.is_dir():
         for path in sorted(templates.iterdir()):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["MODELS", "find_model", "load", "load_from", "verify"]
+__all__ = ["MODELS", "find_model", "find_name", "load", "load_from", "verify"]
 
 T = TypeVar("T")
 
@@ -157,6 +157,14 @@ def find_model(name: str, embedded: Mapping[str, str] = MODELS) -> str:
         UnsupportedModelError: it is an embedded model of the other kind.
         DamagedWeightsError: the folder holds truncated or garbled weights.
     """
+    found = find_name(name, embedded)
+    if Path(found).is_dir():
+        check_model_folder(Path(found))
+    return found
+
+
+def find_name(name: str, embedded: Mapping[str, str] = MODELS) -> str:
+    """As `find_model`, without a look into the folder."""
     if name not in embedded and name in VISION_MODELS:
         raise UnsupportedModelError(f"{name} is a vision model, not a causal language model: open it with load_vision")
     if name not in embedded and name in MODELS:
@@ -169,7 +177,6 @@ def find_model(name: str, embedded: Mapping[str, str] = MODELS) -> str:
         raise UnknownModelError(f"no model is called {name!r}: {allowed}")
     folder = local_path("name_or_path", name, UnknownModelError)
     if folder.is_dir():
-        check_model_folder(folder)
         return str(folder)
     if folder.exists():
         raise UnknownModelError(f"name_or_path is {shown(name)}, which is a file: give the folder that it is in")

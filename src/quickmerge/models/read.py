@@ -23,7 +23,7 @@ from quickmerge.models.sizes import check_build, check_integers
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["damaged", "first_sentence", "read", "read_config", "read_weights"]
+__all__ = ["check_causal", "damaged", "first_sentence", "read", "read_config", "read_weights"]
 
 
 def read(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -40,7 +40,7 @@ def read(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrai
     """
     with transformers_silenced():
         config = read_config(source)
-        _check_causal(source, config)
+        check_causal(source, config)
         # the tokenizer first: it is small, and its absence should not cost the wait for the weights
         tokenizer = _read_tokenizer(source)
         model = _read_model(source, config, options)
@@ -97,7 +97,8 @@ def _bad_config(source: str, error: Exception) -> UnsupportedModelError:
     return UnsupportedModelError(f"{Path(source) / 'config.json'} can't be used ({first_sentence(error)})")
 
 
-def _check_causal(source: str, config: PretrainedConfig) -> None:
+def check_causal(source: str, config: PretrainedConfig) -> None:
+    """Raise UnsupportedModelError unless a config is that of a causal language model."""
     if config.model_type == "quickmerge-calm":
         raise UnsupportedModelError(
             f"{source} is a CALM, which has no probabilities of tokens and is no use here: open it with "

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quickmerge.models.cache import cache_folder
-from quickmerge.models.embedded import MODELS, prepare_embedded
-from quickmerge.models.load import find_model
+from quickmerge.data import shipped_shape
+from quickmerge.errors import UnknownModelError, UnsupportedModelError, door
+from quickmerge.models.console import transformers_silenced
+from quickmerge.models.folder import CONFIG, check_files
+from quickmerge.models.hub import hub_folder
+from quickmerge.models.load import find_name
+from quickmerge.models.read import check_causal, read_config
+from quickmerge.models.sizes import check_build
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,19 +24,35 @@ __all__ = ["load_shape_only"]
 def load_shape_only(name: str) -> PreTrainedModel:
     """The model on the meta device: all shapes, no values, nothing but its config read.
 
+    Neither weights nor a cache are needed for an embedded model or a folder.
+
     Raises:
         UnknownModelError: there is no such model.
-        UnsupportedModelError: it is not a causal language model.
+        UnsupportedModelError: it is not a causal language model, or its config asks for sizes that no model has.
+        DamagedWeightsError: its config is damaged.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from quickmerge.errors import UnsupportedModelError
+    folder = shipped_shape(name) or _folder(name)
+    with transformers_silenced():
+        config = read_config(str(folder))
+        check_causal(str(folder), config)
 
-    source = str(prepare_embedded(name, cache_folder(None), progress=True)) if name in MODELS else find_model(name)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError:
-        raise UnsupportedModelError(f"{name} ({type(config).__name__}) is not a causal language model") from None
+        def build() -> PreTrainedModel:
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+
+        check_build(str(folder / CONFIG), build, None)
+        with door(f"{folder / CONFIG} can't be used", UnsupportedModelError), torch.device("meta"):
+            return build()
+
+
+def _folder(name: str) -> Path:
+    found = find_name(name)
+    if not Path(found).is_dir():
+        return hub_folder(found, weights=False)
+    folder = Path(found)
+    check_files(folder)
+    if not (folder / CONFIG).exists():
+        raise UnknownModelError(f"the folder {folder} is not a model folder: it has no config.json")
+    return folder

@@ -61,7 +61,7 @@ def load_tokenizer(
         QuickmergeError: `pattern` can't be used.
     """
     name = os.fspath(source)
-    path = local_path("tokenizer", name, UnknownModelError)
+    path = local_path("tokenizer", name, UnknownModelError) if name else Path()
     if name in TOKENIZERS:
         path = prepare_tokenizer(name, cache_folder(cache_dir), progress=progress)
     elif name in MODELS or name in SENTENCE_MODELS:
