@@ -148,3 +148,12 @@ def test_settings_are_checked(model, prior) -> None:
         reduce(model, reducer, 1)
     with pytest.raises(QuickmergeError, match="layer must be 1 for a budget that reads in front of that block, got 0"):
         reduce(model, reducer, 0, mode="block_causal")
+
+
+def test_a_budget_is_taken_to_a_device_and_stays_where_it_was(prior) -> None:
+    budget = Surprise(prior, keep=0.4)
+    reducer = qm.QuickMerge(keep=budget, layers=1)
+    assert reducer.on(torch.device("cpu")) is reducer and budget.on(torch.device("cpu")) is budget
+    there = reducer.on(torch.device("meta"))
+    assert all(p.is_meta for p in there.keep.prior.parameters())
+    assert reducer.keep is budget and not any(p.is_meta for p in prior.parameters())

@@ -131,3 +131,20 @@ def test_its_operations_are_counted(tiny_llama) -> None:
     per_token = 32 * (16 + 4) + 64 * 33
     per_slot = 32 * 16 * 2 + 2 * 12 * 16**2
     assert more == 2 * (100 * per_token + 40 * per_slot) + 2 * 2 * 40**2 * 16
+
+
+def test_one_prior_serves_models_in_two_types_at_once_and_moves_for_none(tiny_llama, ids) -> None:
+    """A run takes what the method has learnt to its model's device; the method that it was given stays."""
+    half = copy.deepcopy(tiny_llama).to(torch.bfloat16)
+    prior = prior_for(tiny_llama)
+    reducer = QuickMergePrior.from_prior(prior, keep=0.5)
+    before = {name: value.clone() for name, value in prior.state_dict().items()}
+    alone = [logits(model, reducer, ids) for model in (tiny_llama, half)]
+    with torch.no_grad(), reduce(tiny_llama, reducer, 1), reduce(half, reducer, 1):
+        together = [model(ids, logits_to_keep=1).logits[:, -1] for model in (tiny_llama, half)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert reducer.on(torch.device("cpu")) is reducer
+    there = reducer.on(torch.device("meta"))
+    assert all(p.is_meta for p in there.prior.parameters()) and there == replace(reducer, prior=there.prior)
+    after = prior.state_dict()
+    assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from caches import past
@@ -9,6 +11,7 @@ from caches import past
 import quickmerge as qm
 from quickmerge.data import PRIORS
 from quickmerge.hosts import reduce
+from quickmerge.prior import model_hash
 
 MOST = 20 * 2**20
 
@@ -27,6 +30,10 @@ def test_it_is_small_and_says_what_it_is_for(name: str) -> None:
 def test_it_fits_its_model_in_both_types(smollm2) -> None:
     model, _ = smollm2
     reducer = qm.QuickMergePrior.from_prior(qm.Prior.from_pretrained(qm.shipped_prior("smollm2-135m")), keep=0.2)
+    reducer.check(model, (8, 25), "prefix")
+    # In half precision it is the same model; and copies of the file that were made before all weights counted fit too.
+    assert model_hash(copy.deepcopy(model).to(torch.bfloat16)) == reducer.prior.config.trained_for["hash"]
+    reducer.prior.config.trained_for["hash"] = "df959bd01cbd4d71b8f35198b2247647610878847c500379f5447497283bc886"
     reducer.check(model, (8, 25), "prefix")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -246,3 +247,20 @@ def test_equality_is_of_settings_and_of_the_networks_themselves() -> None:
     assert hash(DynamicViT(0.5, made)) == hash(DynamicViT(0.5, made))
     assert "Predictor" not in repr(DynamicViT(0.5, made))
     assert DynamicViT(0.5, made).weights_bytes == 4 * sum(x.numel() for x in made.parameters())
+
+
+def test_one_method_serves_models_on_two_devices_at_once_and_moves_for_none() -> None:
+    model, _ = vision_samples.make("vit")
+    elsewhere = copy.deepcopy(model).to("meta")
+    pixels, method = vision_samples.pictures("vit"), DynamicViT(0.7, predictors(32))
+    with torch.no_grad():
+        with reduce(model, method):
+            alone = model(pixels).logits
+        with reduce(elsewhere, method) as far, reduce(model, method) as near:
+            out = elsewhere(pixels.to("meta")).logits
+            assert torch.equal(model(pixels).logits, alone)
+        with reduce(model, method):
+            assert torch.equal(model(pixels).logits, alone)
+    assert out.is_meta and out.shape == alone.shape
+    assert near.reducer is method and all(p.is_meta for p in far.reducer.predictors.parameters())
+    assert not any(p.is_meta for p in method.predictors.parameters())

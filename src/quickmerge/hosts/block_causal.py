@@ -153,7 +153,7 @@ class BlockCausalRun(Run):
         if not self.merged:
             raise QuickmergeError(f"layer {first} and above hold sliding-window attention only, nothing to merge")
         self._layers: dict[int, ChunkedLayer] = {}
-        budget = reducer.budget
+        budget = self.reducer.budget
         self.reading = budget if isinstance(budget, ReadingBudget) else None
         if self.reading is not None and self.merged[0] != self.reading.layer:
             raise QuickmergeError(

@@ -88,7 +88,7 @@ class Run(Attachment):
     def __init__(self, decoder: Decoder, reducer: Reducer) -> None:
         super().__init__(decoder.model)
         self.decoder = decoder
-        self.reducer = reducer
+        self.reducer = reducer.on(next(decoder.base.parameters()).device)
         self._last = self._stats()
         self._signature = inspect.signature(decoder.base.forward)
 

@@ -97,7 +97,7 @@ class VisionRun(Attachment):
     ) -> None:
         super().__init__(encoder.model)
         self.encoder = encoder
-        self.reducer = reducer
+        self.reducer = reducer.on(next(encoder.model.parameters()).device)
         self.schedule = schedule
         self.unmerge = unmerge
         self.call: Call | None = None

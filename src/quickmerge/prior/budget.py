@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from quickmerge.errors import QuickmergeError, whole_number
 from quickmerge.prior.model import Prior
 from quickmerge.prior.network import SlotCache
+from quickmerge.reducers.base import moved
 from quickmerge.tokens.budget import clamp_count, round_half_up
 from quickmerge.tokens.grouping import next_anchor
 from quickmerge.tokens.plan import MergePlan
@@ -72,6 +73,11 @@ class Surprise:
             raise ValueError(f"low and high must satisfy 0 < low <= 1 <= high, got {self.low!r} and {self.high!r}")
         if "surprise" not in self.prior.config.trained_for:
             raise QuickmergeError("prior must know its usual surprise: call calibrate_surprise first, got one without")
+
+    def on(self, device: torch.device) -> Surprise:
+        """With the prior on ``device``; itself where it is there already."""
+        prior = moved(self.prior, device)
+        return self if prior is self.prior else replace(self, prior=prior)
 
     @property
     def usual(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from quickmerge.errors import QuickmergeError
 from quickmerge.prior.identity import check_model
 from quickmerge.prior.model import Prior
+from quickmerge.reducers.base import moved
 from quickmerge.reducers.quickmerge import QuickMerge
 from quickmerge.tokens.plan import MergePlan
 from quickmerge.tokens.view import TokenView
@@ -70,9 +71,13 @@ class QuickMergePrior(QuickMerge):
                 f"layer must be {','.join(map(str, trained))} for this prior, which was trained there, "
                 f"got {','.join(map(str, layers))}"
             )
-        device, wanted = next(self.prior.parameters()).device, next(model.parameters()).device
-        if device != wanted:
-            self.prior.to(wanted)
+
+    def on(self, device: torch.device) -> QuickMergePrior:
+        """With the prior on ``device``."""
+        here = super().on(device)
+        assert isinstance(here, QuickMergePrior)
+        prior = moved(self.prior, device)
+        return here if prior is self.prior else replace(here, prior=prior)
 
     def saliency(self, view: TokenView) -> Tensor:
         """``(B, N)`` attention norm times ``exp h(x)``, with the learned term h at the merge it was trained for."""

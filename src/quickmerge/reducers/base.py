@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quickmerge.tokens.budget import Budget, as_budget, fixed_count, lowest, select
 from quickmerge.tokens.plan import MergePlan
@@ -82,6 +83,15 @@ class Reducer(ABC):
         Only methods that were trained for a model have anything to object to.
         """
 
+    def on(self, device: torch.device) -> Reducer:
+        """The same method with what it has learnt on ``device``: itself where nothing has to be moved, else a copy.
+
+        A run takes its reducer so. The reducer that it was given stays where it is, since it may serve other models.
+        """
+        move = getattr(self.keep, "on", None)
+        keep = self.keep if move is None else move(device)
+        return self if keep is self.keep else replace(self, keep=keep)
+
     def align(self, view: TokenView, plan: MergePlan) -> Mapping[int, Tensor]:
         """What a trained method adds to the slots of its first merge, by block: ``{block: (B, K, D)}``.
 
@@ -130,6 +140,11 @@ class ScoreReducer(Reducer):
         if count is not None and view.prefix is not None:
             return MergePlan.from_moves(view, lowest(score, view.hidden.shape[1] - count, view.prefix))
         return MergePlan.from_anchors(view, select(score, self.budget.count(view, score), view))
+
+
+def moved(network: nn.Module, device: torch.device) -> nn.Module:
+    """``network`` where it is on ``device`` already, else a copy that is."""
+    return network if all(p.device == device for p in network.parameters()) else deepcopy(network).to(device)
 
 
 def mean_attention(view: TokenView, measure: Callable[[AttentionTrace, Tensor, Tensor], Tensor]) -> Tensor:

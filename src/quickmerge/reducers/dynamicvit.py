@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quickmerge.errors import QuickmergeError, whole_number
 from quickmerge.files import write_bytes, write_json
 from quickmerge.models.folder import check_safetensors
-from quickmerge.reducers.base import Reducer
+from quickmerge.reducers.base import Reducer, moved
 from quickmerge.reducers.predictor import Predictor
 from quickmerge.tokens.budget import fixed_count, lowest, select
 from quickmerge.tokens.plan import MergePlan
@@ -132,8 +132,8 @@ class DynamicViT(Reducer):
         return sum(p.numel() * p.element_size() for p in self.predictors.parameters())
 
     def check(self, model: Any, layers: tuple[int, ...], mode: str) -> None:
-        """Refuse a model with other weights than those it was trained for, and other blocks; move to its device."""
-        from quickmerge.prior.identity import model_hash
+        """Refuse a model with other weights than those it was trained for, and other blocks."""
+        from quickmerge.prior.identity import hash_like
 
         if mode == "visual":
             raise QuickmergeError(
@@ -141,7 +141,7 @@ class DynamicViT(Reducer):
                 "vision transformer"
             )
         wanted = self.trained_for.get("hash")
-        if wanted is not None and (given := model_hash(model)) != wanted:
+        if wanted is not None and (given := hash_like(model, wanted)) != wanted:
             name = self.trained_for.get("model", "another model")
             raise QuickmergeError(
                 f"model must be the one that the predictors were trained for, {name} (weights {str(wanted)[:12]}), "
@@ -150,7 +150,13 @@ class DynamicViT(Reducer):
         if not layers or (self.layers is not None and layers != self.layers):
             own = "None" if self.layers is None else f"None or {_listed(self.layers)}"
             raise QuickmergeError(f"layer must be {own} for these predictors, got {_listed(layers) or 'a Removal'}")
-        self.predictors.to(next(model.parameters()).device)
+
+    def on(self, device: torch.device) -> DynamicViT:
+        """With the predictors on ``device``."""
+        here = super().on(device)
+        assert isinstance(here, DynamicViT)
+        predictors = moved(self.predictors, device)
+        return here if predictors is self.predictors else replace(here, predictors=predictors)
 
     # Files ------------------------------------------------------------------------------------------------------
 

@@ -71,6 +71,10 @@ class LearningMerge(QuickMergePrior):
     def check(self, model: Any, layers: tuple[int, ...], mode: str) -> None:
         """Nothing to refuse: the prior is being made for this model."""
 
+    def on(self, device: torch.device) -> LearningMerge:
+        """Itself: the prior that learns is no copy, and training has put it where it belongs."""
+        return self
+
     def plan(self, view: TokenView) -> MergePlan:
         """`QuickMerge.plan` with Gumbel noise on the log-saliency, at the first merge."""
         if not self.first(view):

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, number_at_least, whole_number
-from quickmerge.prior.identity import model_hash
+from quickmerge.prior.identity import hash_like, model_hash
 from quickmerge.training.data.held_out import Ids
 from quickmerge.training.data.text import TextWindows
 from quickmerge.training.stream import stable_hash
@@ -167,10 +167,11 @@ def read_answers(path: Path, model: PreTrainedModel, count: int | None = None) -
     head = next(rows, None)
     if head is None or "model" not in head:
         raise QuickmergeError(f"{path} must hold answers as quickmerge writes them, got something else")
-    if head["model"] != model_hash(model):
+    given = hash_like(model, head["model"])
+    if head["model"] != given:
         raise QuickmergeError(
             f"{path} holds the answers of a model with other weights ({str(head['model'])[:12]}), not of this one "
-            f"({model_hash(model)[:12]}): let this model answer, into another file"
+            f"({given[:12]}): let this model answer, into another file"
         )
     vocabulary = model.get_input_embeddings().weight.shape[0]
     found: list[Answered] = []

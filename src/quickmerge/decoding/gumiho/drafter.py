@@ -20,7 +20,7 @@ from quickmerge.decoding.gumiho.network import GumihoNetwork
 from quickmerge.decoding.gumiho.store import load, save
 from quickmerge.decoding.tree import Tree, best_first
 from quickmerge.errors import QuickmergeError, near_match, whole_number
-from quickmerge.prior.identity import model_hash
+from quickmerge.prior.identity import hash_like, model_hash
 
 __all__ = ["FTA", "Gumiho"]
 
@@ -122,7 +122,8 @@ class Gumiho(Drafter):
     def check(self, model: PreTrainedModel) -> None:
         """Raise an error unless ``model`` is the one that the heads were trained for; get them ready for it."""
         check_fit(model, self.config)
-        given, wanted = model_hash(model), self.config.trained_for.get("hash")
+        wanted = self.config.trained_for.get("hash")
+        given = model_hash(model) if wanted is None else hash_like(model, wanted)
         if given != wanted:
             name = self.config.trained_for.get("model", "another model")
             raise QuickmergeError(
