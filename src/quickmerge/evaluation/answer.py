@@ -16,6 +16,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.evaluation.first_tokens import check_room
 from quickmerge.hosts import Run, observe, reduce
 from quickmerge.hosts.summary import RunStats
+from quickmerge.models.template import apply_chat_template
 from quickmerge.reducers import Reducer
 from quickmerge.tokens.plan import MergePlan
 
@@ -49,7 +50,7 @@ def chat(tokenizer: Any, document: str, prompt: str) -> tuple[str, slice]:
     text = content
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": content}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text = apply_chat_template(tokenizer, message, tokenize=False, add_generation_prompt=True)
     # A template may strip white space at the ends; what is between stays as it is.
     body = document.strip()
     start = text.find(body) if body else len(text)

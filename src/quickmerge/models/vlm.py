@@ -10,6 +10,7 @@ from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.models.embedded import MODELS, VISION_MODELS
 from quickmerge.models.load import load_from
 from quickmerge.models.read_vlm import read_vlm
+from quickmerge.models.template import apply_chat_template
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,7 @@ def ask_inputs(processor: ProcessorMixin, images: Sequence[Image.Image], questio
         raise QuickmergeError(f"the {type(processor).__name__} has no chat template that says how a question is put")
     parts: list[dict[str, Any]] = [{"type": "image", "image": image.convert("RGB")} for image in images]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
-    inputs: BatchFeature = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    inputs: BatchFeature = apply_chat_template(
+        processor, messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     return inputs

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.models.template import apply_chat_template
 
 __all__ = ["answer_ids", "end_of_turn", "prompt_ids", "with_images"]
 
@@ -91,7 +92,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], asks: bool) -> str:
     if tokenizer.chat_template is None:
         raise QuickmergeError("tokenizer must have a chat template, got one without")
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks))
+    return str(apply_chat_template(tokenizer, turns, tokenize=False, add_generation_prompt=asks))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

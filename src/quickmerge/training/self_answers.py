@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, number_at_least, whole_number
+from quickmerge.models.template import apply_chat_template
 from quickmerge.prior.identity import hash_like, model_hash
 from quickmerge.training.data.held_out import Ids
 from quickmerge.training.data.text import TextWindows
@@ -77,7 +78,7 @@ def prompt_of(tokenizer: Any, passage: str, number: int) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         return [int(each) for each in tokenizer(passage)["input_ids"]]
     turn = [{"role": "user", "content": f"{ASKED[number % len(ASKED)]}\n\n{passage}"}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    text = apply_chat_template(tokenizer, turn, tokenize=False, add_generation_prompt=True)
     return [int(each) for each in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 

@@ -1,0 +1,164 @@
+"""Chat templates within limits of time and memory: a template is a program, and may be a stranger's.
+
+transformers renders it in a sandbox that reaches no files and no objects, but that bounds neither time nor memory: two
+nested loops run for hours, and one line makes a text of many gigabytes. So a template is tried first in a process of
+its own, a copy of this one, that is given a few seconds and little memory. After that it is rendered here, with a look
+at the clock at every line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import select
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from quickmerge.errors import QuickmergeError, UnsupportedModelError, door
+
+__all__ = ["MEMORY", "SECONDS", "TEMPLATE_BYTES", "apply_chat_template"]
+
+SECONDS = 3.0
+"""Rendering a conversation takes a few milliseconds."""
+MEMORY = 1 << 29
+"""Bytes beyond what the process has."""
+TEMPLATE_BYTES = 1 << 20
+TEXT_CHARS = 1 << 22
+"""What a template may add to the words of the conversation."""
+NO_TEXT = ("tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length", "processor_kwargs",
+           "tokenizer_kwargs", "return_assistant_tokens_mask")  # fmt: skip
+"""Settings that only matter once a text is rendered."""
+
+_tried: set[str] = set()
+
+
+def apply_chat_template(owner: Any, conversation: Sequence[Any], **settings: Any) -> Any:
+    """What ``owner.apply_chat_template`` gives, or one sentence where its template doesn't end or grows without bound.
+
+    Args:
+        owner: a tokenizer or a processor of transformers, with a chat template.
+        conversation: messages, as it takes them.
+        **settings: as it takes them, such as ``tokenize`` and ``add_generation_prompt``.
+
+    Raises:
+        UnsupportedModelError: the template is too long, fails, takes too long, or makes far more text than it is given.
+    """
+    template = settings.get("chat_template") or getattr(owner, "chat_template", None)
+    parts = list(template.values()) if isinstance(template, dict) else [template]
+    if not all(isinstance(part, str) for part in parts):
+        raise UnsupportedModelError(f"the chat template must be text, got {type(template).__name__}")
+    if sum(len(part) for part in parts) > TEMPLATE_BYTES:
+        raise UnsupportedModelError(f"the chat template must have at most {TEMPLATE_BYTES:,} characters")
+    bare = {name: value for name, value in settings.items() if name not in NO_TEXT}
+
+    def render() -> str:
+        return str(owner.apply_chat_template(conversation, tokenize=False, **bare))
+
+    mark = hashlib.sha256(repr(parts).encode("utf-8", "backslashreplace")).hexdigest()
+    if mark not in _tried:
+        _try_aside(render)
+        _tried.add(mark)
+    with door("the chat template can't be used", UnsupportedModelError), _watched():
+        text = render()
+    if len(text) > TEXT_CHARS + 4 * _characters(conversation):
+        raise UnsupportedModelError(f"the chat template makes {len(text):,} characters of a short conversation")
+    if not settings.get("tokenize", True):
+        return text
+    with door("the chat template can't be used", UnsupportedModelError):
+        return owner.apply_chat_template(conversation, **settings)
+
+
+class _TooLong(BaseException):
+    """No Exception, lest the code that is interrupted takes it for one of its own."""
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    """Stop whatever Python code runs in the block, in this thread, once its time is over."""
+    before = sys.gettrace()
+    if before is not None:  # a debugger's; the template has been tried
+        yield
+        return
+    end = time.monotonic() + SECONDS
+
+    def look(frame: Any, event: str, arg: Any) -> Any:
+        if time.monotonic() > end:
+            raise _TooLong
+        return look
+
+    sys.settrace(look)
+    try:
+        yield
+    except _TooLong:
+        raise _too_long() from None
+    finally:
+        sys.settrace(None)
+
+
+def _too_long() -> QuickmergeError:
+    return UnsupportedModelError(f"the chat template must be rendered within {SECONDS:g} seconds, but takes longer")
+
+
+def _try_aside(render: Callable[[], str]) -> None:
+    """Render in a copy of this process, which is ended when its time or its memory is used up."""
+    if not hasattr(os, "fork") or sys.platform != "linux":
+        return  # elsewhere a copy of a process with threads is no safe thing
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        # Python warns of copies of a process with threads. This one renders a text and takes no lock that they hold.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        _render_and_exit(render)
+    os.close(writer)
+    try:
+        ended = bool(select.select([reader], [], [], SECONDS)[0])  # it is closed when the child ends
+    finally:
+        os.close(reader)
+        try:
+            os.kill(child, signal.SIGKILL)
+        finally:
+            status = os.waitpid(child, 0)[1]
+    if not ended:
+        raise _too_long()
+    if status == TOO_LARGE << 8:
+        raise UnsupportedModelError(
+            f"the chat template must be rendered within {MEMORY >> 20} MiB of memory, but takes more"
+        )
+
+
+TOO_LARGE = 3
+
+
+def _render_and_exit(render: Callable[[], str]) -> None:
+    """In the copy: nothing of what the process has open or registered may be touched."""
+    code = 0
+    try:
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[0])
+        most = pages * resource.getpagesize() + MEMORY
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        render()
+    except MemoryError:
+        code = TOO_LARGE
+    except BaseException:
+        code = 0  # it ends; what it raises, it raises again where it is told
+    finally:
+        os._exit(code)
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 0
