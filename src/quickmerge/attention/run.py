@@ -21,7 +21,7 @@ from quickmerge.attention.summary import MultipoleStats
 from quickmerge.attention.tally import Tally
 from quickmerge.attention.upkeep import refresh
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, near_match
-from quickmerge.hosts.attachment import Attachment
+from quickmerge.hosts.attachment import Attachment, eagerly, stand_in
 from quickmerge.hosts.attention import AttentionFunction, check_free, proportional_attention, watch
 from quickmerge.hosts.structure import Decoder, find_decoder
 from quickmerge.hosts.vlm_structure import VLM_FAMILIES, find_vlm_decoder, holds_vlm
@@ -111,8 +111,9 @@ class MultipoleRun(Attachment):
     def _attach(self) -> None:
         self._undo.append(watch(self.decoder, self))
         base = self.decoder.base
-        self._note(base.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        self._note(base.register_forward_hook(self._after_model, with_kwargs=True))
+        self._undo.append(stand_in(base, "forward", eagerly(base.forward)))
+        self._note(base.register_forward_pre_hook(eagerly(self._before_model), with_kwargs=True))
+        self._note(base.register_forward_hook(eagerly(self._after_model), with_kwargs=True))
 
     def _detach(self) -> None:
         super()._detach()

@@ -8,7 +8,9 @@ classes that are hooked have an entry in it while they are.
 from __future__ import annotations
 
 import copyreg
+import functools
 import itertools
+import sys
 import threading
 import warnings
 from abc import ABC, abstractmethod
@@ -299,3 +301,21 @@ def _tell_unused(call: str, name: str) -> None:
         f"`with {call}(...):` around what shall run inside, or call its attach() first",
         stacklevel=3,
     )
+
+
+def eagerly(function: Callable[..., T]) -> Callable[..., T]:
+    """The function, run outside of torch's compiler where a compiled model calls it.
+
+    What a run does depends on what it is given, and on caches that it changes: compiled, it would come out wrong.
+    """
+    disabled: list[Callable[..., T]] = []
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> T:
+        if "torch._dynamo" not in sys.modules:  # nothing was ever compiled, and to import it takes seconds
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return run
