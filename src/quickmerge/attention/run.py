@@ -21,7 +21,7 @@ from quickmerge.attention.summary import MultipoleStats
 from quickmerge.attention.tally import Tally
 from quickmerge.attention.upkeep import refresh
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, near_match
-from quickmerge.hosts.attachment import Attachment, eagerly, stand_in
+from quickmerge.hosts.attachment import Attachment, PerThread
 from quickmerge.hosts.attention import AttentionFunction, check_free, proportional_attention, watch
 from quickmerge.hosts.structure import Decoder, find_decoder
 from quickmerge.hosts.vlm_structure import VLM_FAMILIES, find_vlm_decoder, holds_vlm
@@ -75,10 +75,17 @@ def multipole(model: PreTrainedModel, settings: Multipole | None = None, **optio
 class MultipoleRun(Attachment):
     """One attachment of multipole attention to a language model; see `multipole`.
 
-    A run sees every forward of the model while it is attached. It is not for two threads at once.
+    A run sees every forward of the model while it is attached. Several threads may use it at once, each with caches of
+    its own; the summary is then of the thread that read last.
     """
 
     computes = True
+    eager = True
+    _held: PerThread[dict[int, MultipoleLayer]] = PerThread(dict)
+    _short = PerThread(bool)
+    _began = PerThread(float)
+    _sizes = PerThread(Sizes)
+    _counts: PerThread[Tally | None] = PerThread(lambda: None)
 
     def __init__(self, decoder: Decoder, settings: Multipole) -> None:
         super().__init__(decoder.model)
@@ -101,23 +108,22 @@ class MultipoleRun(Attachment):
             i: Space(Rotary.of(decoder.base, decoder.attentions[i], i) if turned else None, settings.query_position)
             for i in self.blocks
         }
-        self.tally = Tally(settings, len(self.blocks), len(decoder))
+        self._last = self._new_tally()
         self._signature = inspect.signature(decoder.base.forward)
-        self._held: dict[int, MultipoleLayer] = {}
-        self._short = False
-        self._began = 0.0
-        self._sizes = Sizes()
+
+    def _new_tally(self) -> Tally:
+        return Tally(self.settings, len(self.blocks), len(self.decoder))
+
+    @property
+    def tally(self) -> Tally:
+        """What is counted of this thread's last prompt; of the last one of all, if this thread has read none."""
+        return self._last if self._counts is None else self._counts
 
     def _attach(self) -> None:
         self._undo.append(watch(self.decoder, self))
         base = self.decoder.base
-        self._undo.append(stand_in(base, "forward", eagerly(base.forward)))
-        self._note(base.register_forward_pre_hook(eagerly(self._before_model), with_kwargs=True))
-        self._note(base.register_forward_hook(eagerly(self._after_model), with_kwargs=True))
-
-    def _detach(self) -> None:
-        super()._detach()
-        self._held, self._sizes = {}, Sizes()
+        self._note(base.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self._note(base.register_forward_hook(self._after_model, with_kwargs=True))
 
     # Around the decoder ------------------------------------------------------------------------------------------
 
@@ -140,7 +146,8 @@ class MultipoleRun(Attachment):
             for held in self._held.values():
                 held.stale = True
         if not filled:
-            self.tally = Tally(self.settings, len(self.blocks), len(self.decoder))
+            self._counts = self._new_tally()
+        self._last = self.tally
         self._began = self.clock()
         return (), inputs
 
@@ -232,7 +239,7 @@ class MultipoleRun(Attachment):
 
     def summary(self) -> MultipoleStats:
         """Clusters, rows read, seconds and bytes of the last prompt and what came after; prints as a few lines."""
-        return self.tally.stats()
+        return self._last.stats()
 
 
 def _check_extras(kwargs: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ classes that are hooked have an entry in it while they are.
 from __future__ import annotations
 
 import copyreg
-import functools
 import itertools
 import sys
 import threading
@@ -52,6 +51,10 @@ _COPIED: Counter[type] = Counter()
 _REDUCERS: dict[type, Callable[[Any], Any] | None] = {}
 """What `copyreg` knew of these classes before."""
 _ORDER = itertools.count()
+_EAGER: list[Attachment] = []
+"""The runs because of which nothing is compiled."""
+_STANCE: list[Any] = []
+"""What takes torch's compiler back to where it was before them."""
 
 
 class PerThread(Generic[T]):
@@ -96,6 +99,10 @@ class Attachment(ABC):
     Args:
         model: what it attaches to.
     """
+
+    eager = False
+    """Whether models that `torch.compile` has made run as they were written meanwhile. What such a run does depends on
+    its input, and on caches that it changes: compiled, it would come out wrong."""
 
     def __init__(self, model: nn.Module) -> None:
         self._name = type(model).__name__
@@ -150,12 +157,20 @@ class Attachment(ABC):
             self._order = next(_ORDER)
             _ACTIVE.add(self)
             self._leave_out_of_copies()
+            if self.eager and "torch._dynamo" in sys.modules:  # else nothing was compiled, and to import it takes long
+                _EAGER.append(self)
+                if not _STANCE:
+                    _STANCE.append(torch.compiler.set_stance("force_eager"))
         return self
 
     def detach(self) -> None:
         """Leave the model as it was, as the end of a ``with`` block does; nothing happens if that is done already."""
         with _LOCK:
             _ACTIVE.discard(self)
+            if self in _EAGER:
+                _EAGER.remove(self)
+                if not _EAGER:
+                    _STANCE.pop().__exit__(None, None, None)
             try:
                 self._detach()
             finally:
@@ -301,21 +316,3 @@ def _tell_unused(call: str, name: str) -> None:
         f"`with {call}(...):` around what shall run inside, or call its attach() first",
         stacklevel=3,
     )
-
-
-def eagerly(function: Callable[..., T]) -> Callable[..., T]:
-    """The function, run outside of torch's compiler where a compiled model calls it.
-
-    What a run does depends on what it is given, and on caches that it changes: compiled, it would come out wrong.
-    """
-    disabled: list[Callable[..., T]] = []
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> T:
-        if "torch._dynamo" not in sys.modules:  # nothing was ever compiled, and to import it takes seconds
-            return function(*args, **kwargs)
-        if not disabled:
-            disabled.append(torch.compiler.disable(function))
-        return disabled[0](*args, **kwargs)
-
-    return run

@@ -9,150 +9,37 @@ before t.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
-from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.hosts.attachment import PerThread
 from quickmerge.hosts.attention import AttentionFunction, decoder_mask, proportional_attention
 from quickmerge.hosts.causal_lm import Run
+from quickmerge.hosts.chunked_cache import ChunkedLayer, Reader, Rules, chunked_layers
 from quickmerge.hosts.structure import Decoder
 from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache
 from quickmerge.reducers.base import Reducer
-from quickmerge.tokens.budget import Budget, ReadingBudget
+from quickmerge.tokens.budget import ReadingBudget
 from quickmerge.tokens.saliency import AttentionTrace
 from quickmerge.tokens.view import TokenView
-
-
-class Reader:
-    """What a budget that reads has read: tokens of the unfinished chunk, its memory, and each chunk's surprise."""
-
-    def __init__(self, budget: ReadingBudget, chunk: int) -> None:
-        self.budget, self.chunk = budget, chunk
-        self.pending: Tensor | None = None
-        self.memory: Any = None
-        self.surprises: list[Tensor] = []
-
-    def read(self, hidden: Tensor) -> None:
-        """Take in hidden states ``(B, q, D)``, chunk by chunk as they are finished."""
-        self.pending = hidden if self.pending is None else torch.cat([self.pending, hidden], 1)
-        while self.pending.shape[1] >= self.chunk:
-            index = torch.arange(self.chunk, device=hidden.device).expand(len(hidden), -1)
-            view = TokenView(
-                hidden=self.pending[:, : self.chunk], position=len(self.surprises) * self.chunk + index,
-                layer=self.budget.layer,
-            )  # fmt: skip
-            found, self.memory = self.budget.read(view, self.memory)
-            self.surprises.append(found)
-            self.pending = self.pending[:, self.chunk :]
-
-    def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Rows follow their beams."""
-        self.pending = None if self.pending is None else change(self.pending)
-        self.surprises = [change(found) for found in self.surprises]
-        if self.memory is not None:
-            self.memory.each_row(change)
-
-    def before(self, chunk: int) -> Tensor | None:
-        """Surprise ``(B,)`` of the chunk before number ``chunk``; None for the first."""
-        return self.surprises[chunk - 1] if chunk else None
-
-
-class ChunkedLayer(DynamicLayer):  # type: ignore[misc]
-    """A cache layer that stores slots of old chunks and then the tokens that no chunk has absorbed yet.
-
-    Its logical length counts every token it was ever given; what it stores is shorter. ``query`` keeps the queries
-    of the unabsorbed tokens, from which a chunk's statistics are taken when it closes.
-    """
-
-    is_croppable = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.absorbed = 0
-        self.slots = 0
-        self.query: Tensor | None = None
-        self.valid: Tensor | None = None
-        self.size: Tensor | None = None
-        self.owner: ReferenceType[BlockCausalRun] | None = None
-        self.reader: Reader | None = None
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, merged or not."""
-        return int(super().get_seq_length()) - self.slots + self.absorbed
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Stored entries plus the new ones; the offset makes logical and stored length agree."""
-        stored = super().get_seq_length()
-        return stored + query_length, self.get_seq_length() - stored
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Not possible: merged chunks can't be taken apart."""
-        raise QuickmergeError("a cache merged in block_causal mode can't be cropped; use prefix mode")
-
-    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.reader is not None:
-            self.reader.each_row(change)
-        self.query = None if self.query is None else change(self.query)
-        self.valid = None if self.valid is None else change(self.valid)
-        self.size = None if self.size is None else change(self.size)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Rows follow their beams."""
-        super().reorder_cache(beam_idx)
-        self._each_row(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        super().batch_repeat_interleave(repeats)
-        self._each_row(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        super().batch_select_indices(indices)
-        self._each_row(lambda t: t[indices, ...])
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self.absorbed = self.slots = 0
-        self.query = self.valid = self.size = None
-        if self.reader is not None:
-            self.reader = Reader(self.reader.budget, self.reader.chunk)
-
-
-@dataclass(frozen=True)
-class ChunkBudget:
-    """What ``budget`` says of the first ``chunk`` tokens alone, and every token after them besides."""
-
-    budget: Budget
-    chunk: int
-
-    def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
-        inside = slice(None, self.chunk)
-        parts = {name: getattr(view, name)[:, inside] for name in ("hidden", "protected", "position")}
-        wanted = self.budget.count(
-            TokenView(**parts, surprise=view.surprise), None if saliency is None else saliency[:, inside]
-        )
-        return wanted + view.valid.shape[1] - self.chunk
 
 
 class BlockCausalRun(Run):
     """See `quickmerge.reduce`. Sliding-window blocks bound their cache themselves and are left alone."""
 
     mode = "block_causal"
+    _layers: PerThread[dict[int, ChunkedLayer]] = PerThread(dict)
 
     def __init__(self, decoder: Decoder, reducer: Reducer, first: int, *, sinks: int, chunk: int, window: int) -> None:
         super().__init__(decoder, reducer)
-        self.sinks, self.chunk, self.window = sinks, chunk, window
+        self.rules = Rules(reducer, sinks, chunk, window)
         self.merged = tuple(i for i in range(first, len(decoder)) if decoder.windows[i] is None)
         if not self.merged:
             raise QuickmergeError(f"layer {first} and above hold sliding-window attention only, nothing to merge")
-        self._layers: dict[int, ChunkedLayer] = {}
         budget = self.reducer.budget
         self.reading = budget if isinstance(budget, ReadingBudget) else None
         if self.reading is not None and self.merged[0] != self.reading.layer:
@@ -168,22 +55,25 @@ class BlockCausalRun(Run):
                 "gradient checkpointing must be off in block_causal mode: blocks hold state, got it on"
             )
         mask = inputs.get("attention_mask")
+        wanted = inputs.get("output_attentions")
+        if self.decoder.config.output_attentions if wanted is None else wanted:
+            raise QuickmergeError(
+                "output_attentions must be False in block_causal mode, where one query may read a chunk as tokens and "
+                "the next one its slots, so that weights have no common columns; got True"
+            )
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2 or not bool(mask.all())):
             raise QuickmergeError("attention_mask must be all ones in block_causal mode (no padding), got another mask")
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         cache = given_cache(inputs)
         if not prompt and cache is not None:
-            layers = [cache.layers[i] for i in self.merged]
-            if not all(isinstance(layer, ChunkedLayer) and layer.owner == ref(self) for layer in layers):
-                raise QuickmergeError(f"{cache_name()} was filled outside this run; start it with an empty cache")
-            self._layers = dict(zip(self.merged, layers, strict=True))
+            self._layers = chunked_layers(cache, self.merged, self.rules)
+            for layer in self._layers.values():
+                layer.expected = True
             return {}
         self.stats.rows, self.stats.tokens_in = ids.shape[0], float(ids.shape[1])
-        self._layers = {i: ChunkedLayer() for i in self.merged}
-        for layer in self._layers.values():
-            layer.owner = ref(self)
+        self._layers = {i: ChunkedLayer(self.rules) for i in self.merged}
         if self.reading is not None:
-            self._layers[self.reading.layer].reader = Reader(self.reading, self.chunk)
+            self._layers[self.reading.layer].reader = Reader(self.reading, self.rules.chunk)
         use_cache = inputs.get("use_cache")
         if cache is None and (self.decoder.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.decoder.config)
@@ -195,6 +85,7 @@ class BlockCausalRun(Run):
             cache.layers.append(DynamicLayer())
         for i, layer in self._layers.items():
             cache.layers[i] = layer
+            layer.expected = True
         return cache_argument(self.decoder.base, cache)
 
     def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -203,32 +94,32 @@ class BlockCausalRun(Run):
         if held is None:
             return call(module, *args, **kwargs)
         query, key, value = args[:3]
-        q = query.shape[2]
+        q, chunk, whole = query.shape[2], self.rules.chunk, self.rules.chunk + self.rules.window
         began = key.shape[2] - q - held.slots  # unabsorbed tokens that were there before
         held.query = query if held.query is None else torch.cat([held.query, query], 2)
-        out, weights, done = [], None, 0
+        out, done = [], 0
         while done < q:
             # The next chunk closes once `chunk + window` unabsorbed tokens are there.
-            ready = self.chunk + self.window - (began + done)
+            ready = whole - (began + done)
             take = min(q - done, max(ready, 1))
             end = held.slots + began + done + take
             mask = self._mask(held, query[:, :, done : done + take], end)
             inner = (query[:, :, done : done + take], key[:, :, :end], value[:, :, :end], mask, *args[4:])
             if self.reducer.proportional and held.size is not None:
                 size = torch.nn.functional.pad(held.size, (0, end - held.slots), value=1)
-                part, weights = proportional_attention(call, module, inner, kwargs, size)
+                part, _ = proportional_attention(call, module, inner, kwargs, size)
             else:
-                part, weights = call(module, *inner, **kwargs)
+                part, _ = call(module, *inner, **kwargs)
             out.append(part)
             done += take
-            if began + done >= self.chunk + self.window:
+            if began + done >= whole:
                 clock = self.clock()
                 with torch.autocast(key.device.type, enabled=False):
                     key, value = self._absorb(held, layer, key, value, kwargs.get("scaling"))
-                began -= self.chunk
+                began -= chunk
                 self.stats.reducer_seconds += self.clock() - clock
         held.keys, held.values, held.is_initialized = key, value, True
-        return (out[0] if len(out) == 1 else torch.cat(out, 1)), weights
+        return (out[0] if len(out) == 1 else torch.cat(out, 1)), None
 
     def _block_hook(self, index: int) -> Callable[..., Any] | None:
         if self.reading is None or index != self.reading.layer:
@@ -268,13 +159,13 @@ class BlockCausalRun(Run):
     ) -> tuple[Tensor, Tensor]:
         """Replace the oldest unabsorbed chunk by its slots.
 
-        The reducer sees the chunk and the window after it, whose tokens vote and are protected, and newer than all of
-        the chunk, of which none is kept for being recent. A slot keeps its anchor's key, already rotated to the
-        anchor's own position, since rotated keys must not be averaged; its value is the weighted mean of its members'
-        values.
+        The reducer sees the chunk and the window after it, whose tokens vote and come on top of the budget. So budget
+        and reducer decide about the chunk alone, none of whose tokens is recent any more. A slot keeps its
+        anchor's key, already rotated to the anchor's own position, since rotated keys must not be averaged; its value
+        is the weighted mean of its members' values.
         """
         assert held.query is not None
-        start, c, n = held.slots, self.chunk, self.chunk + self.window
+        start, c, n = held.slots, self.rules.chunk, self.rules.chunk + self.rules.window
         inside = slice(start, start + n)
         index = torch.arange(n, device=key.device).expand(len(key), -1)
         trace = AttentionTrace(
@@ -286,16 +177,16 @@ class BlockCausalRun(Run):
         view = TokenView(
             hidden=value[:, :, inside].transpose(1, 2).flatten(2),
             position=held.absorbed + index,
-            protected=(held.absorbed + index < self.sinks) | (index >= c),
+            protected=(held.absorbed + index < self.rules.sinks) | (index >= c),
             exempt=index >= c,
             latest=False,
             attention=(trace,) if self.reducer.probes else (),
             surprise=self._surprise(held.absorbed // c),
             layer=layer,
         )
-        plan = replace(self.reducer, keep=ChunkBudget(self.reducer.budget, c)).plan(view)
+        plan = self.reducer.plan(view)
         # Padding slots stand on the left, so the window's own slots are the last ones of every row.
-        slots = plan.slots - self.window
+        slots = plan.slots - self.rules.window
         position, valid, size = plan.position[:, :slots], plan.valid[:, :slots], plan.size[:, :slots]
         anchor = (position - held.absorbed).clamp_min(0)[:, None, :, None]
         slot_key = trace.key.gather(2, anchor.expand(-1, trace.key.shape[1], -1, trace.key.shape[3]))

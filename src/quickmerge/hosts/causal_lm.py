@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from quickmerge.errors import whole_number
-from quickmerge.hosts.attachment import Attachment, PerThread, eagerly, stand_in
+from quickmerge.hosts.attachment import Attachment, PerThread
 from quickmerge.hosts.attention import AttentionFunction, check_free, watch
 from quickmerge.hosts.structure import Decoder, find_decoder
 from quickmerge.hosts.summary import RunStats, cache_bytes, cache_bytes_full
@@ -80,6 +80,7 @@ class Run(Attachment):
 
     mode: str
     watches_attention = True
+    eager = True
     _fresh = PerThread(bool)
     _began = PerThread(float)
     _cache: PerThread[Cache | None] = PerThread(lambda: None)
@@ -104,9 +105,8 @@ class Run(Attachment):
         if self.watches_attention:
             self._undo.append(watch(self.decoder, self))
         base = self.decoder.base
-        self._undo.append(stand_in(base, "forward", eagerly(base.forward)))
-        self._note(base.register_forward_pre_hook(eagerly(self._before_model), with_kwargs=True))
-        self._note(base.register_forward_hook(eagerly(self._after_model), with_kwargs=True))
+        self._note(base.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self._note(base.register_forward_hook(self._after_model, with_kwargs=True))
         for index, block in enumerate(self.decoder.layers):
             hook = self._block_hook(index)
             if hook is not None:

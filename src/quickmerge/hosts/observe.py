@@ -21,6 +21,7 @@ class ObserveRun(Run):
 
     mode = "none"
     watches_attention = False
+    eager = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.vlm: Vlm | None = find_vlm(model) if holds_vlm(model) else None
