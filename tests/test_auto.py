@@ -60,3 +60,44 @@ def test_in_any_order(folder: Path, imports: str) -> None:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+BROKEN = """
+import sys
+
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name in {broken!r}:
+            raise {error}("half of it is there")
+
+{imports}
+assert AutoConfig.for_model("llama").model_type == "llama"
+from transformers import AutoModel, PreTrainedModel
+assert not any(name == "quickmerge.continuous.config" for name in sys.modules)
+"""
+
+
+BEFORE = "import quickmerge\nsys.meta_path.insert(0, Broken())\nfrom transformers import AutoConfig"
+AFTER = "from transformers import AutoConfig\nsys.meta_path.insert(0, Broken())\nimport quickmerge"
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("imports", "broken", "error"),
+    [
+        (BEFORE, "quickmerge.continuous.autoencoder_config", "ImportError"),
+        (BEFORE, "quickmerge.models.compat", "RuntimeError"),
+        pytest.param(BEFORE, "quickmerge.continuous.config", "AttributeError", marks=slow),
+        pytest.param(BEFORE, "quickmerge.errors", "ImportError", marks=slow),
+        pytest.param(AFTER, "quickmerge.continuous.config", "ImportError", marks=slow),
+        pytest.param(AFTER, "quickmerge.errors", "ImportError", marks=slow),
+    ],
+)
+def test_a_broken_quickmerge_leaves_transformers_whole(imports: str, broken: str, error: str) -> None:
+    code = BROKEN.format(imports=imports, broken=[broken], error=error)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", code], capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "can't open what quickmerge saves" in done.stderr and "half of it is there" in done.stderr

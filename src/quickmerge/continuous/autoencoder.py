@@ -14,7 +14,7 @@ from quickmerge.continuous.chunks import real_chunks
 from quickmerge.continuous.cross_entropy import Negatives, linear_cross_entropy, sampled_cross_entropy
 from quickmerge.continuous.free_bits import free_bits, kl_by_dimension
 from quickmerge.errors import QuickmergeError
-from quickmerge.models.compat import ModelOutput
+from quickmerge.models.compat import ModelOutput, own_model
 
 __all__ = ["CalmAutoencoder", "CalmAutoencoderOutput"]
 
@@ -93,6 +93,22 @@ class Decoder(nn.Module):
         return out
 
 
+@torch.no_grad()
+def _initialise(module: nn.Module) -> None:
+    # Each map keeps the scale of what it reads, so that small widths learn as readily as large ones.
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+    elif isinstance(module, nn.RMSNorm):
+        nn.init.ones_(module.weight)
+    elif isinstance(module, CalmAutoencoder):
+        nn.init.normal_(module.hidden_token, std=module.config.width**-0.5)
+
+
+@own_model(_initialise)
 class CalmAutoencoder(PreTrainedModel):  # type: ignore[misc]
     """Autoencoder of CALM (arXiv 2510.27688): K tokens to one vector and back, whatever stands around them.
 
@@ -111,20 +127,6 @@ class CalmAutoencoder(PreTrainedModel):  # type: ignore[misc]
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        # Each map keeps the scale of what it reads, so that small widths learn as readily as large ones.
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, CalmAutoencoder):
-            nn.init.normal_(module.hidden_token, std=self.config.width**-0.5)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embeddings, which are the output matrix too."""

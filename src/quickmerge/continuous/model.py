@@ -18,7 +18,7 @@ from quickmerge.continuous.embedding import ChunkEmbedding
 from quickmerge.continuous.generation import generate_chunks
 from quickmerge.errors import QuickmergeError
 from quickmerge.heads import SamplingHead, make_head
-from quickmerge.models.compat import ModelOutput, cache_argument, either_cache, returned_cache
+from quickmerge.models.compat import ModelOutput, cache_argument, either_cache, own_model, returned_cache
 
 if TYPE_CHECKING:
     from quickmerge.models.compat import BaseStreamer
@@ -54,6 +54,8 @@ class CalmOutput(ModelOutput):  # type: ignore[misc]
         return self.cache
 
 
+# The embedding and the head stay as they make themselves; backbone and autoencoder have their own rules.
+@own_model(attention=True)
 class CalmForCausalLM(PreTrainedModel):  # type: ignore[misc]
     """Continuous autoregressive language model (arXiv 2510.27688).
 
@@ -72,10 +74,6 @@ class CalmForCausalLM(PreTrainedModel):  # type: ignore[misc]
     config: CalmConfig
     base_model_prefix = "calm"
     main_input_name = "input_ids"
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: CalmConfig) -> None:
         super().__init__(config)
@@ -89,9 +87,6 @@ class CalmForCausalLM(PreTrainedModel):  # type: ignore[misc]
         self._positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
         self.post_init()
         self.train(self.training)
-
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        """Leave the embedding and the head as they made themselves; backbone and autoencoder have their own rules."""
 
     def train(self, mode: bool = True) -> CalmForCausalLM:
         """Set the mode of what is trained; the autoencoder stays as for inference, and frozen."""

@@ -2,7 +2,7 @@
 
 transformers keeps its models and configurations as they are from release to release; what lies between them (caches,
 masks, attention functions, tables of names) it renames. The package leans on it here and nowhere else, so that a
-release that changes something is mended in this file. Supported are 5.19 to 5.24.
+release that changes something is mended in this file; `changes` says what that is.
 
 Nothing is imported before it is asked for: ``import quickmerge`` loads neither torch nor transformers.
 """
@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache as remembered
 from functools import wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
 
@@ -41,8 +41,17 @@ if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
     from transformers.utils import ModelOutput
 
+Model = TypeVar("Model")
+
 __all__ = [
     "CACHE_NAMES",
+    "CONFIG_NOTES",
+    "CONFIG_TABLE",
+    "NEWEST",
+    "OLDEST",
+    "TIMM_ATTENTION",
+    "TIMM_BASE",
+    "TIMM_BLOCK",
     "AlternatingCodebooksLogitsProcessor",
     "BaseStreamer",
     "ClassifierFreeGuidanceLogitsProcessor",
@@ -62,11 +71,15 @@ __all__ = [
     "attention_function",
     "attention_implementation",
     "attention_names",
+    "bare_model_class",
     "cache_argument",
     "cache_name",
     "causal_lm_names",
+    "changes",
+    "either_cache",
     "generate_merges",
     "given_cache",
+    "has_timm_grid",
     "hear_generate",
     "image_classification_names",
     "image_text_names",
@@ -74,12 +87,19 @@ __all__ = [
     "is_users_cache",
     "library_logging",
     "make_mask",
+    "own_model",
     "register_attention",
     "returned_cache",
     "rotation",
     "sentencepiece_available",
+    "takes_cache",
+    "timm_grid",
     "torchvision_available",
+    "without_cache",
 ]
+
+OLDEST, NEWEST = "5.19.0", "5.24.0"
+"""The releases of transformers that ``make compat`` has passed with, and all between them."""
 
 CLASSES = {
     "AlternatingCodebooksLogitsProcessor": "transformers.generation",
@@ -120,7 +140,7 @@ def _take(module: str, name: str) -> Any:
 
         raise ImportError(
             f"transformers {transformers.__version__} has no {module}.{name}, which quickmerge needs: "
-            "install a release that docs/models.md names"
+            f"install transformers {OLDEST} to {NEWEST}"
         ) from error
 
 
@@ -341,6 +361,46 @@ def image_text_names() -> Mapping[str, str]:
 _AUTO = "transformers.models.auto.modeling_auto"
 
 
+def bare_model_class(config: Any) -> Any:
+    """The class of the model without a head that a configuration belongs to; None if there is none."""
+    from transformers import MODEL_MAPPING
+
+    found = MODEL_MAPPING.get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
+
+
+CONFIG_TABLE = "transformers.models.auto.configuration_auto"
+"""The module that holds the table of model types."""
+
+CONFIG_NOTES = ("transformers_version", "_name_or_path", "dtype", "architectures")
+"""Entries of a saved configuration that say where it comes from, and nothing of what a model computes."""
+
+
+def own_model(
+    initialise: Callable[[nn.Module], None] | None = None, *, attention: bool = False
+) -> Callable[[type[Model]], type[Model]]:
+    """Tell transformers what it must know of a `PreTrainedModel` of ours; decorates the class.
+
+    Args:
+        initialise: gives a module its first weights. Default: modules keep what they made themselves.
+        attention: whether the model is built of one of transformers', and runs whatever attention that runs.
+    """
+
+    def _init_weights(self: Any, module: nn.Module) -> None:
+        if initialise is not None:
+            initialise(module)
+
+    def declare(model: type[Model]) -> type[Model]:
+        told: Any = model
+        told._init_weights = _init_weights
+        if attention:
+            told._supports_sdpa = told._supports_flash_attn = told._supports_flex_attn = True
+            told._supports_attention_backend = True
+        return model
+
+    return declare
+
+
 def generate_merges(vocabulary: dict[str, int], scores: dict[str, float], skip: set[str]) -> list[tuple[str, str]]:
     """The merges of a BPE model of SentencePiece, from its pieces and their scores.
 
@@ -401,7 +461,7 @@ def hear_generate(hearing: Hearing) -> None:
 
         raise ImportError(
             f"transformers {transformers.__version__} has no GenerationMixin.{name}({', '.join(wanted[1:])}), which "
-            "quickmerge needs: install a release that docs/models.md names"
+            f"quickmerge needs: install transformers {OLDEST} to {NEWEST}"
         )
 
     @wraps(sort)
@@ -443,3 +503,172 @@ def timm_grid(base: Any, size: tuple[int, int]) -> tuple[int, int]:
 def has_timm_grid(base: Any) -> bool:
     """Whether `timm_grid` can be asked."""
     return hasattr(base.patch_embed, "dynamic_feat_size")
+
+
+# What it leans on ---------------------------------------------------------------------------------------------------
+
+CALLED = {
+    "transformers.cache_utils": {
+        "Cache.crop": "tokens_to_remove",
+        "Cache.get_mask_sizes": "query_length layer_idx",
+        "Cache.get_seq_length": "layer_idx",
+        "Cache.batch_select_indices": "indices",
+        "Cache.batch_repeat_interleave": "repeats",
+        "Cache.update": "key_states value_states layer_idx",
+        "DynamicCache.__init__": "config",
+        "DynamicLayer.lazy_initialization": "key_states value_states",
+        "DynamicSlidingWindowLayer.get_seq_length": "",
+    },
+    "transformers.convert_slow_tokenizer": {
+        "TikTokenConverter.__init__": "vocab_file pattern extra_special_tokens",
+        "TikTokenConverter.converted": "",
+        "TikTokenConverter.load_tiktoken_bpe": "tiktoken_url",
+        "generate_merges": "vocab vocab_scores skip_tokens",
+    },
+    "transformers.generation": {
+        "GenerationMixin.generate": "inputs generation_config custom_generate streamer logits_processor",
+        "GenerationMixin.prepare_inputs_for_generation": "input_ids next_sequence_length is_first_iteration",
+        "GenerateDecoderOnlyOutput": "sequences",
+    },
+    "transformers.masking_utils": {
+        "causal_mask_function": "batch_idx head_idx q_idx kv_idx",
+        **dict.fromkeys(
+            ("eager_mask", "sdpa_mask"),
+            "batch_size q_length kv_length q_offset kv_offset mask_function attention_mask allow_is_causal_skip "
+            "use_vmap dtype config device",
+        ),
+    },
+    "transformers.modeling_utils": {
+        "ALL_ATTENTION_FUNCTIONS.register": "key value",
+        "ALL_ATTENTION_FUNCTIONS.valid_keys": "",
+        "PreTrainedModel.set_attn_implementation": "attn_implementation",
+        "PreTrainedModel.get_input_embeddings": "",
+        "PreTrainedModel.get_output_embeddings": "",
+        "PreTrainedModel.post_init": "",
+    },
+    "transformers.models.llama.modeling_llama": {
+        "LlamaDecoderLayer.forward": "hidden_states attention_mask position_embeddings",
+    },
+    "transformers.utils": {
+        "is_sentencepiece_available": "",
+        "is_torchvision_available": "",
+        **{
+            f"logging.{name}": ""
+            for name in (
+                "disable_progress_bar",
+                "enable_progress_bar",
+                "get_verbosity",
+                "is_progress_bar_enabled",
+                "set_verbosity_error",
+            )
+        },
+    },
+}
+"""What is called of transformers beyond its models, and the names of the arguments that it is given."""
+
+OVERRIDDEN = {
+    "transformers.cache_utils": {
+        "DynamicLayer.batch_repeat_interleave": "repeats",
+        "DynamicLayer.batch_select_indices": "indices",
+        "DynamicLayer.crop": "tokens_to_remove",
+        "DynamicLayer.get_mask_sizes": "query_length",
+        "DynamicLayer.get_seq_length": "",
+        "DynamicLayer.reorder_cache": "beam_idx",
+        "DynamicLayer.reset": "",
+        "DynamicLayer.update": "key_states value_states args kwargs",
+    },
+    "transformers": {
+        "GenerationMixin._extract_generation_mode_kwargs": (
+            "custom_generate kwargs synced_gpus assistant_model streamer"
+        ),
+    },
+}
+"""Methods that ours take the place of, so that transformers calls these: all their arguments."""
+
+BESIDE = {
+    "eager_attention_forward": "module query key value attention_mask scaling dropout",
+    "apply_rotary_pos_emb": "q k cos sin",
+}
+"""Functions that stand in the file of each language model, and what they are given."""
+
+READ = "input_ids attention_mask position_ids inputs_embeds use_cache"
+"""What a language model is given besides its cache."""
+
+
+def changes(families: Iterable[str] = ()) -> list[str]:
+    """What the installed transformers has renamed, moved or dropped of all that quickmerge leans on.
+
+    Args:
+        families: ``model_type`` of causal language models to look at too.
+
+    Returns:
+        One sentence for each, that names the release; none where nothing has changed.
+    """
+    import transformers
+
+    told: list[str] = []
+    for name, module in {**CLASSES, **REGISTRIES}.items():
+        _look(told, module, name)
+    for module, calls in CALLED.items():
+        for name, arguments in calls.items():
+            _compare(told, module, name, arguments)
+    for module, methods in OVERRIDDEN.items():
+        for name, arguments in methods.items():
+            _compare(told, module, name, arguments, all_of_them=True)
+    _look(told, CONFIG_TABLE, "AutoConfig")
+    for table in ("CAUSAL_LM", "IMAGE_CLASSIFICATION", "IMAGE_TEXT_TO_TEXT"):
+        _look(told, _AUTO, f"MODEL_FOR_{table}_MAPPING_NAMES")
+    if not hasattr(transformers.PretrainedConfig, "_attn_implementation"):
+        told.append("configurations no longer name their attention in `_attn_implementation`")
+    if not hasattr(transformers.PreTrainedModel, "_init_weights"):
+        told.append("models no longer have `_init_weights`")
+    for family in families:
+        _compare_model(told, family)
+    return [f"transformers {transformers.__version__}: {each}" for each in dict.fromkeys(told)]
+
+
+def _look(told: list[str], module: str, name: str) -> Any:
+    """``name``, dotted, out of a module; None, and a sentence, if it is gone."""
+    try:
+        found = import_module(module)
+    except ImportError:
+        told.append(f"there is no module `{module}`")
+        return None
+    for part in name.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            told.append(f"`{module}` has no `{name}`")
+            return None
+    return found
+
+
+def _compare(told: list[str], module: str, name: str, arguments: str, *, all_of_them: bool = False) -> None:
+    found = _look(told, module, name)
+    if found is None:
+        return
+    taken = {key: each for key, each in inspect.signature(found).parameters.items() if key not in ("self", "cls")}
+    given = arguments.split()
+    open_end = any(each.kind is each.VAR_KEYWORD for each in taken.values())
+    for argument in given:
+        if argument not in taken and (all_of_them or not open_end):
+            told.append(f"`{name}` no longer takes `{argument}`, it takes ({', '.join(taken)})")
+    for key, each in taken.items():
+        plain = each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+        needed = plain and each.default is each.empty
+        if key not in given and (all_of_them or (needed and key not in CACHE_NAMES)):
+            told.append(f"`{name}` takes `{key}` too, which it did not")
+
+
+def _compare_model(told: list[str], family: str) -> None:
+    import transformers
+
+    name = causal_lm_names().get(family)
+    if name is None:
+        told.append(f"there is no causal language model for `{family}`")
+        return
+    model = getattr(transformers, name)
+    for function, arguments in BESIDE.items():
+        _compare(told, model.__module__, function, arguments)
+    _compare(told, model.__module__, f"{name}.forward", READ)
+    if not takes_cache(model.forward):
+        told.append(f"`{name}.forward` takes no cache by any of the names {', '.join(CACHE_NAMES)}")

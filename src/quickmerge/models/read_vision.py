@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
-from quickmerge.models.compat import image_classification_names
+from quickmerge.models.compat import bare_model_class, image_classification_names
 from quickmerge.models.console import transformers_silenced
 from quickmerge.models.read import damaged, first_sentence, read_config, read_weights
 
@@ -42,13 +42,9 @@ def read_vision(source: str, task: Task, options: dict[str, Any]) -> tuple[PreTr
 
 
 def _check_images_alone(source: str, config: PretrainedConfig) -> None:
-    from transformers import MODEL_MAPPING
-
-    if type(config) in MODEL_MAPPING:
-        found = MODEL_MAPPING[type(config)]
-        bare = found[0] if isinstance(found, tuple) else found
-        if bare.input_modalities in ("image", ("image",)) and bare.main_input_name == "pixel_values":
-            return
+    bare = bare_model_class(config)
+    if bare is not None and bare.input_modalities in ("image", ("image",)) and bare.main_input_name == "pixel_values":
+        return
     raise UnsupportedModelError(
         f"{source} is not a vision model ({_kind(config)}): give one that takes images alone, as ViT or DINOv2"
     )

@@ -14,6 +14,7 @@ from quickmerge.continuous.chunks import real_chunks
 from quickmerge.continuous.config import CalmConfig
 from quickmerge.continuous.model import CalmForCausalLM
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.models.compat import CONFIG_NOTES
 from quickmerge.prior.identity import model_hash
 from quickmerge.training.calm_texts import CalmTexts
 from quickmerge.training.classify import save_model
@@ -171,7 +172,7 @@ def train_calm(
         )
     settings = json.loads(json.dumps(model.config.to_dict(), default=str))
     for part in (settings, settings["backbone"], settings["autoencoder"]):
-        for name in ("transformers_version", "_name_or_path", "dtype", "architectures"):
+        for name in CONFIG_NOTES:
             part.pop(name, None)  # where it was made does not change what is learnt
     # The hash is of the weights before training, the autoencoder's too: those of another one make another run.
     fingerprint = {"calm": settings, "weights": model_hash(model), "data": texts.fingerprint()}
