@@ -263,7 +263,7 @@ def register_attention(name: str, function: Callable[..., Any], like: str) -> No
 def rotation(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The function by which an attention module turns queries and keys, ``f(query, key, cos, sin)``; None if its file
     has none."""
-    return _beside(attention, "apply_rotary_pos_emb")
+    return _beside(attention, "apply_rotary_pos_emb")  # type: ignore[no-any-return]
 
 
 def make_mask(
@@ -630,7 +630,7 @@ def changes(families: Iterable[str] = ()) -> list[str]:
 def _look(told: list[str], module: str, name: str) -> Any:
     """``name``, dotted, out of a module; None, and a sentence, if it is gone."""
     try:
-        found = import_module(module)
+        found: Any = import_module(module)
     except ImportError:
         told.append(f"there is no module `{module}`")
         return None
