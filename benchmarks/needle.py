@@ -89,7 +89,7 @@ def main() -> None:
                 methods += [add_prior(method, args.prior) for method in methods if method.name == "quickmerge"]
             for reducer in methods:
                 name = reducer.label
-                run = reduce(model, reducer, args.layer)
+                run = reduce(model, reducer, args.layer, min_tokens=0)
                 nll, right = score(model, prompt, answer, run)
                 ratio = shape.flops_ratio(reducer, run.summary().tokens_per_layer)
                 found.setdefault((name, keep), []).append((nll, right, ratio))

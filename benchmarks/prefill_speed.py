@@ -49,7 +49,7 @@ def main() -> None:
         prompt = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
         for keep in map(float, args.keep.split(",")):
             reducer = replace(QuickMerge(), keep=keep)
-            runs = {"full": observe(model), "reduced": reduce(model, reducer)}
+            runs = {"full": observe(model), "reduced": reduce(model, reducer, min_tokens=0)}
             seen: dict[str, list[float]] = {"full": [], "reduced": [], "own": []}
             for round_ in track(range(args.rounds + 1), f"{tokens} tokens, keep {keep:g}", transient=True):
                 for name, run in runs.items():

@@ -86,7 +86,7 @@ def main() -> int:
             ways: dict[str, Any] = {"no prior": qm.QuickMerge(keep=keep)}
             ways |= {name: QuickMergePrior.from_prior(prior, keep=keep) for name, prior in priors.items()}
             for name, way in ways.items():
-                nll = document_nll(model, document, qm.reduce(model, way))
+                nll = document_nll(model, document, qm.reduce(model, way, min_tokens=0))
                 found.setdefault((name, keep), []).append(float(nll.mean()))
     rows = []
     for (name, keep), nll in found.items():

@@ -55,7 +55,7 @@ def main() -> int:
             own: dict[str, list[float]] = {name: [] for name in ways}
             for turn in track(range(args.rounds + 1), f"{tokens} tokens, keep {keep:g}", transient=True):
                 for name, way in ways.items():
-                    run = observe(model) if way is None else qm.reduce(model, way)
+                    run = observe(model) if way is None else qm.reduce(model, way, min_tokens=0)
                     with torch.inference_mode(), run:
                         model(ids[:, :tokens], use_cache=True, logits_to_keep=1)
                     stats = run.summary()

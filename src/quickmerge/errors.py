@@ -13,7 +13,6 @@ __all__ = [
     "CacheFolderError",
     "DamagedWeightsError",
     "FetchError",
-    "PromptTooShortError",
     "QuickmergeError",
     "UnknownModelError",
     "UnknownReducerError",
@@ -52,10 +51,6 @@ class FetchError(QuickmergeError):
 
 class UnknownReducerError(QuickmergeError):
     """No reducer has this name."""
-
-
-class PromptTooShortError(QuickmergeError):
-    """The prompt leaves too few tokens to merge."""
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 import torch
 from attend_samples import Case, literal_multipole
 from caches import held, past
-from hosts_zoo import DEPTH, build, generate, pad, stored, tokens
+from hosts_zoo import DEPTH, build, generate, pad, reduce, stored, tokens
 from torch import Tensor
 
 import quickmerge as qm
@@ -35,7 +35,7 @@ def inputs() -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def reduced(model: Any, name: str = "tome", **more: Any) -> Any:
-    return qm.reduce(model, REDUCERS[name], **{"layer": 2, "sinks": 2, "recent": 5, **more})
+    return reduce(model, REDUCERS[name], **{"layer": 2, "sinks": 2, "recent": 5, **more})
 
 
 def all_close(found: Any, wanted: Any, tolerance: float = 1e-5) -> None:
@@ -49,7 +49,7 @@ def test_nothing_merged_and_a_budget_for_all_keys_is_the_model(family: str, unto
     model = untouched(build(family))
     ids, more = inputs()
     wanted = generate(model, ids, 8, **more)
-    with qm.reduce(model, qm.QuickMerge(keep=1.0), layer=2, recent=5), qm.multipole(model, **SMALL | {"budget": ALL}):
+    with reduce(model, qm.QuickMerge(keep=1.0), layer=2, recent=5), qm.multipole(model, **SMALL | {"budget": ALL}):
         all_close(generate(model, ids, 8, **more), wanted)
 
 
@@ -215,7 +215,7 @@ def test_block_causal_merging_does_not_share(order: str, untouched: Callable[[An
     ids = tokens(1, 60)
 
     def chunks() -> Any:
-        return qm.reduce(model, qm.Uniform(keep=0.5), mode="block_causal", chunk=8, window=4)
+        return reduce(model, qm.Uniform(keep=0.5), mode="block_causal", chunk=8, window=4)
 
     makers = [chunks, lambda: qm.multipole(model)]
     first, second = makers if order == "reduce first" else makers[::-1]
@@ -257,7 +257,7 @@ def test_two_reducers_still_do_not_share() -> None:
 def test_settings_of_both_show_in_their_summaries() -> None:
     model = build("llama")
     reducer = replace(REDUCERS["tome"], keep=0.3)
-    with qm.reduce(model, reducer, layer=2, recent=5) as one, qm.multipole(model, **SMALL) as other:
+    with reduce(model, reducer, layer=2, recent=5) as one, qm.multipole(model, **SMALL) as other:
         generate(model, tokens(1, 80), 6)
     assert one.summary().cache_bytes < one.summary().cache_bytes_full
     stats = other.summary()

@@ -56,11 +56,16 @@ def test_generate_compares(run, tiny_folder, text, tmp_path) -> None:
     short = tmp_path / "s.txt"
     short.write_text("the sea " * 20, encoding="utf-8")
     code, out, _ = run("generate", "--model", tiny_folder, "--file", short, "--prompt", "sea the sea", "--keep", "0.6",
-                       "--layer", "1", "--max-new-tokens", "4", "--compare", "--json", tmp_path / "g.json")  # fmt: skip
+                       "--layer", "1", "--max-new-tokens", "4", "--compare", "--min-tokens", "0", "--json",
+                       tmp_path / "g.json")  # fmt: skip
     assert code == 0 and "== reduced ==" in out and "== full ==" in out
     data = json.loads((tmp_path / "g.json").read_text())
     assert data["full"]["tokens_per_layer"] == [43, 43] and data["reduced"]["tokens_per_layer"][0] == 43
     assert data["reduced"]["tokens_per_layer"][1] < 43
+    code, _, err = run("generate", "--model", tiny_folder, "--file", short, "--prompt", "sea the sea", "--layer", "1",
+                       "--max-new-tokens", "4", "--json", tmp_path / "g.json")  # fmt: skip
+    assert code == 0 and "not reduced: 1 of 1 rows below min_tokens=256" in err
+    assert json.loads((tmp_path / "g.json").read_text())["reduced"]["tokens_per_layer"] == [43, 43]
 
 
 def teach(folder: Path) -> None:
@@ -113,7 +118,6 @@ def wrong(tmp_path: Path, folder: Path, text: Path) -> dict[str, tuple[list[obje
         "folder": ([*show, "--file", tmp_path], "got a folder"),
         "missing": ([*show, "--file", tmp_path / "nowhere.txt"], "can't be read"),
         "short document": ([*bench, "--text", tmp_path / "short.txt"], "at least 1000 tokens to be measured, got 2"),
-        "short prompt": ([*show, "--file", tmp_path / "short.txt"], "longer than its protected tokens"),
         "both": ([*show, "--file", text, "--text", "sea"], "got --file and --text"),
         "picture": ([*show, "--file", text, "--picture", "m.gif"], ".png or .svg"),
         "unwritable": (["ls", "--json", text / "x.json"], "can't be written"),
@@ -121,7 +125,7 @@ def wrong(tmp_path: Path, folder: Path, text: Path) -> dict[str, tuple[list[obje
 
 
 CASES = """keep above,keep zero,keep word,layer,layer word,reducer,model,empty,binary,zero byte,folder,missing,
-short document,short prompt,both,picture,unwritable""".replace("\n", "").split(",")
+short document,both,picture,unwritable""".replace("\n", "").split(",")
 
 
 def test_the_list_of_cases_is_whole(tiny_folder, text, tmp_path) -> None:

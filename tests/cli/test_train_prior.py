@@ -41,7 +41,7 @@ def test_train_then_generate_and_bench_with_it(run, tiny_folder, texts, tmp_path
     short = texts / "short.txt"
     short.write_text("the sea " * 35)
     code, _, err = run("generate", *base, "--prompt", "the sea the sea", "--file", short, "--max-new-tokens", 2,
-                       "--json", tmp_path / "g.json")  # fmt: skip
+                       "--min-tokens", 0, "--json", tmp_path / "g.json")  # fmt: skip
     assert code == 0, err
     assert json.loads((tmp_path / "g.json").read_text())["reducer"] == "quickmerge+prior"
     code, told, err = run("bench", *base, "--text", file, "--keep", "0.4", "--reducer", "quickmerge", "--context", 90,

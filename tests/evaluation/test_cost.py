@@ -30,7 +30,7 @@ def test_flops_equal_torch_s_own_counter(tiny_llama) -> None:
 
 def test_cache_bytes_equal_a_real_cache(tiny_llama) -> None:
     cache = DynamicCache(config=tiny_llama.config)
-    with torch.no_grad(), reduce(tiny_llama, Random(keep=0.5), 1) as run:
+    with torch.no_grad(), reduce(tiny_llama, Random(keep=0.5), 1, min_tokens=0) as run:
         tiny_llama(torch.randint(0, 64, (1, 60)), **past(cache), use_cache=True)
     shape, stats = model_shape(tiny_llama), run.summary()
     cost = plan_cost(shape, Random(keep=0.5), Schedule((1,)), 60)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hosts_zoo import ZOO, assert_detached, build, generate, tokens
+from hosts_zoo import ZOO, assert_detached, build, generate, reduce, tokens
 from torch import Tensor
 
 import quickmerge as qm
@@ -38,7 +38,7 @@ def test_a_run_leaves_no_trace(mode: str, family: str, attn: str, untouched: Cal
     ids = tokens(2, 40)
     with torch.no_grad():
         plain, config = model(ids).logits, copy.deepcopy(model.config.to_dict())
-        with qm.reduce(model, qm.Uniform(keep=0.5), **MODES[mode]):
+        with reduce(model, qm.Uniform(keep=0.5), **MODES[mode]):
             assert model.config._attn_implementation != attn
             assert not torch.equal(model(ids).logits[:, -1], plain[:, -1])
         assert_detached(model, attn)
@@ -55,7 +55,7 @@ def test_no_exception_leaves_a_trace(
     ids = tokens(1, 40)
     plain = model(ids).logits
     reducer = Broken(keep=0.5) if where == "plan" else qm.Uniform(keep=0.5)
-    run = qm.reduce(model, reducer, **MODES[mode])
+    run = reduce(model, reducer, **MODES[mode])
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no plan")
@@ -77,7 +77,7 @@ def test_no_exception_leaves_a_trace(
 def test_a_run_goes_on_after_a_failed_call(mode: str) -> None:
     model = build("llama")
     ids = tokens(1, 40)
-    with torch.no_grad(), qm.reduce(model, qm.Uniform(keep=0.5), **MODES[mode]):
+    with torch.no_grad(), reduce(model, qm.Uniform(keep=0.5), **MODES[mode]):
         good = generate(model, ids, 4)
         with pytest.raises(QuickmergeError, match="attention_mask"):
             model(ids, attention_mask=torch.tensor([[1] * 10 + [0] + [1] * 29]))
@@ -89,7 +89,7 @@ def test_a_run_goes_on_after_a_failed_call(mode: str) -> None:
 def test_a_run_may_be_entered_again(mode: str, untouched: Callable[[Any], Any]) -> None:
     model = untouched(build("llama"))
     ids = tokens(1, 40)
-    run = qm.reduce(model, qm.Uniform(keep=0.5), **MODES[mode])
+    run = reduce(model, qm.Uniform(keep=0.5), **MODES[mode])
     logits: list[Tensor] = []
     for _ in range(2):
         with torch.no_grad(), run as entered:
@@ -106,8 +106,8 @@ def test_a_second_run_on_a_model_is_refused_and_the_first_goes_on(
 ) -> None:
     model = untouched(build("llama"))
     ids = tokens(1, 40)
-    early = qm.reduce(model, qm.Uniform(keep=0.25), **MODES[inner])
-    with torch.no_grad(), qm.reduce(model, qm.Uniform(keep=0.5), **MODES[outer]):
+    early = reduce(model, qm.Uniform(keep=0.25), **MODES[inner])
+    with torch.no_grad(), reduce(model, qm.Uniform(keep=0.5), **MODES[outer]):
         before = model(ids).logits
         with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is already inside a quickmerge run"), early:
             pass
@@ -117,9 +117,9 @@ def test_a_second_run_on_a_model_is_refused_and_the_first_goes_on(
 def test_a_second_run_made_inside_the_first_gets_the_same_answer() -> None:
     model = build("llama")
     with (
-        qm.reduce(model, qm.Uniform(keep=0.5)),
+        reduce(model, qm.Uniform(keep=0.5)),
         pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is already inside a quickmerge run"),
-        qm.reduce(model, qm.Uniform(keep=0.5)),
+        reduce(model, qm.Uniform(keep=0.5)),
     ):
         pass
 
@@ -127,7 +127,7 @@ def test_a_second_run_made_inside_the_first_gets_the_same_answer() -> None:
 def test_one_run_entered_twice_is_refused_and_goes_on(untouched: Callable[[Any], Any]) -> None:
     model = untouched(build("llama"))
     ids = tokens(1, 40)
-    run = qm.reduce(model, qm.Uniform(keep=0.5), layer=2)
+    run = reduce(model, qm.Uniform(keep=0.5), layer=2)
     with torch.no_grad(), run:
         with pytest.raises(UnsupportedModelError, match="already inside a quickmerge run"), run:
             pass
@@ -139,7 +139,7 @@ def test_a_run_inside_observing_is_undone_in_turn(untouched: Callable[[Any], Any
     ids = tokens(1, 40)
     with torch.no_grad(), observe(model) as seen:
         plain = model(ids).logits
-        with qm.reduce(model, qm.Uniform(keep=0.5), layer=2):
+        with reduce(model, qm.Uniform(keep=0.5), layer=2):
             assert model(ids).logits.shape[1] == 20
         assert torch.equal(model(ids).logits, plain)
     assert seen.summary().tokens_per_layer == [40.0] * 4
@@ -152,10 +152,10 @@ def test_models_do_not_hear_each_other(mode: str) -> None:
     ids = tokens(1, 40)
     with torch.no_grad():
         plain = two(ids).logits
-        with qm.reduce(one, qm.Uniform(keep=0.5), **MODES[mode]):
+        with reduce(one, qm.Uniform(keep=0.5), **MODES[mode]):
             first = one(ids).logits
             assert torch.equal(two(ids).logits, plain)
-            with qm.reduce(two, qm.ToMe(keep=0.3), **MODES[mode]):
+            with reduce(two, qm.ToMe(keep=0.3), **MODES[mode]):
                 assert not torch.equal(two(ids).logits[:, -1], plain[:, -1])
                 assert torch.equal(one(ids).logits, first)
             assert torch.equal(two(ids).logits, plain)
@@ -173,7 +173,7 @@ def test_threads_do_not_mix(mode: str) -> None:
         with torch.no_grad():
             if reducer is None:
                 return [generate(models[i], ids[i], 6).sequences, models[i](ids[i]).logits]
-            with qm.reduce(models[i], reducer, **MODES[mode]):
+            with reduce(models[i], reducer, **MODES[mode]):
                 return [generate(models[i], ids[i], 6).sequences, models[i](ids[i]).logits]
 
     wanted = [work(i) for i in range(3)]
@@ -204,7 +204,7 @@ def test_reducers_of_all_kinds_run_in_both_modes() -> None:
     with torch.no_grad():
         for kind in REDUCERS.values():
             for settings in MODES.values():
-                with qm.reduce(model, kind(keep=0.5), **settings) as run:
+                with reduce(model, kind(keep=0.5), **settings) as run:
                     assert bool(generate(model, ids, 3).logits[-1].isfinite().all()), kind
                 assert min(run.summary().tokens_per_layer) < 60, kind
 
@@ -213,7 +213,7 @@ def test_own_hooks_of_the_user_are_left_alone() -> None:
     model = build("llama")
     calls: list[int] = []
     handle = model.model.layers[1].register_forward_pre_hook(lambda module, args: calls.append(1))
-    with torch.no_grad(), qm.reduce(model, qm.Uniform(keep=0.5), layer=2):
+    with torch.no_grad(), reduce(model, qm.Uniform(keep=0.5), layer=2):
         model(tokens(1, 40))
     assert calls == [1] and len(model.model.layers[1]._forward_pre_hooks) == 1
     handle.remove()

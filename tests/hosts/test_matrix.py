@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from caches import held, past
-from hosts_zoo import DEPTH, WINDOW, ZOO, assert_detached, build, generate, pad, stored, tokens, window_of
+from hosts_zoo import DEPTH, WINDOW, ZOO, assert_detached, build, generate, pad, reduce, stored, tokens, window_of
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedLayer
@@ -73,7 +73,7 @@ def test_cell(cell: tuple[str, str, str, str], table: dict[str, str]) -> None:
     try:
         with torch.no_grad():
             if attn == "flex_attention":
-                qm.reduce(build(family, attn), qm.QuickMerge(keep=0.5), **SETTINGS)
+                reduce(build(family, attn), qm.QuickMerge(keep=0.5), **SETTINGS)
             elif kind in ("static", "quantized"):
                 refused(family, attn, kind)
             else:
@@ -97,7 +97,7 @@ def refused(family: str, attn: str, kind: str) -> None:
         cache = Cache(layers=[PlainQuantizedLayer() for _ in range(DEPTH)])
     plain = model(ids).logits
     try:
-        with qm.reduce(model, qm.QuickMerge(keep=0.5), **SETTINGS):
+        with reduce(model, qm.QuickMerge(keep=0.5), **SETTINGS):
             model(ids, **past(cache))
     finally:
         assert_detached(model, attn)
@@ -118,7 +118,7 @@ def check(family: str, attn: str, padding: str, cached: bool) -> None:
 
     # 1. Keeping everything is the model, bit for bit.
     for reducer in (qm.QuickMerge(keep=1.0, window=16), qm.ToMe(keep=1.0)):
-        with qm.reduce(model, reducer, **SETTINGS):
+        with reduce(model, reducer, **SETTINGS):
             assert torch.equal(model(ids, **inputs).logits, plain)
             if written is not None:
                 again = generate(model, ids, attention_mask=mask)
@@ -128,7 +128,7 @@ def check(family: str, attn: str, padding: str, cached: bool) -> None:
     # 2. Keeping half reads half: in the summary, in the cache and in the output.
     kept = [int(len(row) * 0.5 + 0.5) for row in rows]
     for reducer in (qm.QuickMerge(keep=0.5, window=16), qm.ToMe(keep=0.5)):
-        with qm.reduce(model, reducer, **SETTINGS) as run:
+        with reduce(model, reducer, **SETTINGS) as run:
             out = model(ids, **inputs)
         length = sum(map(len, rows)) / len(rows)
         assert run.summary().tokens_per_layer == [length] * LAYER + [sum(kept) / len(kept)] * (DEPTH - LAYER)
@@ -145,7 +145,7 @@ def check(family: str, attn: str, padding: str, cached: bool) -> None:
     # 3. The model comes out as it went in, also past an exception.
     assert_detached(model, attn)
     assert torch.equal(model(ids, **inputs).logits, plain)
-    with pytest.raises(KeyboardInterrupt), qm.reduce(model, qm.QuickMerge(keep=0.5), **SETTINGS):
+    with pytest.raises(KeyboardInterrupt), reduce(model, qm.QuickMerge(keep=0.5), **SETTINGS):
         model(ids, **inputs)
         raise KeyboardInterrupt
     assert_detached(model, attn)
@@ -156,7 +156,7 @@ def check(family: str, attn: str, padding: str, cached: bool) -> None:
     model = model.double() if attn == "sdpa" else model
     tolerance = 1e-9 if attn == "sdpa" else 1e-4
     for reducer in (qm.QuickMerge(keep=0.5, window=16), qm.ToMe(keep=0.5)):
-        with qm.reduce(model, reducer, **SETTINGS) as run:
+        with reduce(model, reducer, **SETTINGS) as run:
             if generates:
                 batch_equals_rows_generating(model, rows, ids, mask, tolerance)
             batch_equals_rows_reading(model, run, rows, ids, inputs, cached, tolerance)
@@ -218,7 +218,7 @@ def test_every_supported_cell_passes(table: dict[str, str]) -> None:
 def test_a_cache_made_without_a_config_serves_too(family: str) -> None:
     model = build(family, dtype=torch.float64)
     ids = tokens(2, LONG)
-    with torch.no_grad(), qm.reduce(model, qm.QuickMerge(keep=0.5), **SETTINGS):
+    with torch.no_grad(), reduce(model, qm.QuickMerge(keep=0.5), **SETTINGS):
         given = model(ids, **past(DynamicCache()))
         own = model(ids)
         assert torch.equal(given.logits, own.logits)

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from caches import held, past
-from hosts_zoo import BOS, DEPTH, EOS, WINDOW, ZOO, build, by_hand, generate, pad, rotary, stored, tokens
+from hosts_zoo import BOS, DEPTH, EOS, WINDOW, ZOO, build, by_hand, generate, pad, reduce, rotary, stored, tokens
 from torch import Tensor
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, GenerationConfig, StaticCache
 
 import quickmerge as qm
-from quickmerge.errors import PromptTooShortError, QuickmergeError
+from quickmerge.errors import QuickmergeError
 from quickmerge.tokens import AttentionTrace, Schedule, TokenView
 
 EXACT = 1e-10
@@ -52,7 +52,7 @@ def test_a_merged_forward_equals_the_layers_called_by_hand(family: str, name: st
     extra = tokens(3, 5, 9)
     grown = torch.cat([mask, torch.ones_like(extra)], 1)
     after = position[:, -1:] + 1 + torch.arange(5)
-    with torch.no_grad(), qm.reduce(model, reducer, layer=2, sinks=2, recent=5) as run:
+    with torch.no_grad(), reduce(model, reducer, layer=2, sinks=2, recent=5) as run:
         out = model(ids, attention_mask=mask, position_ids=position)
         cache = held(out)
         steps = []
@@ -75,7 +75,7 @@ def test_several_merges_equal_the_layers_called_by_hand(family: str, name: str) 
     model = build(family, dtype=torch.float64)
     ids, mask, position = pad(rows_of((45, 38)), "left")
     extra = tokens(2, 3, 9)
-    with torch.no_grad(), qm.reduce(model, REDUCERS[name], layer=[1, 3], sinks=2, recent=5) as run:
+    with torch.no_grad(), reduce(model, REDUCERS[name], layer=[1, 3], sinks=2, recent=5) as run:
         out = model(ids, attention_mask=mask, position_ids=position)
         more = model(
             extra,
@@ -102,7 +102,7 @@ def test_a_six_layer_model_merges_where_it_is_told() -> None:
     model = build("llama", dtype=torch.float64, num_hidden_layers=6)
     ids = tokens(1, 60)
     with torch.no_grad():
-        with qm.reduce(model, REDUCERS["quickmerge"], layer=[2, 4], sinks=2, recent=5) as run:
+        with reduce(model, REDUCERS["quickmerge"], layer=[2, 4], sinks=2, recent=5) as run:
             logits = model(ids).logits
         close(logits, by_hand(model, ids, merges_of(run)))
     kept = run.summary().tokens_per_layer
@@ -116,7 +116,7 @@ def test_proportional_attention_is_an_additive_log_size(attn: str) -> None:
     model = build("llama", attn, torch.float64)
     ids = tokens(2, 40)
     with torch.no_grad():
-        with qm.reduce(model, qm.ToMe(keep=0.3), layer=2, recent=5) as run:
+        with reduce(model, qm.ToMe(keep=0.3), layer=2, recent=5) as run:
             logits = model(ids).logits
             merges = merges_of(run)
         assert int(run.plan.size.max()) > 2
@@ -131,12 +131,12 @@ def test_exact_duplicates_merged_with_log_size_change_nothing() -> None:
     ids = torch.cat([torch.full((1, 24), 7), tokens(1, 8)], 1)
     with torch.no_grad():
         plain = model(ids).logits[:, -8:]
-        with qm.reduce(model, qm.ToMe(keep=0.5), layer=2, sinks=0, recent=8) as run:
+        with reduce(model, qm.ToMe(keep=0.5), layer=2, sinks=0, recent=8) as run:
             merged = model(ids).logits[:, -8:]
         assert run.plan.slots == 16 and int(run.plan.size.max()) > 1
         # Shares are held in float32, hence not closer than this.
         close(merged, plain, 1e-5)
-        with qm.reduce(model, qm.Uniform(keep=0.5), layer=2, sinks=0, recent=8):
+        with reduce(model, qm.Uniform(keep=0.5), layer=2, sinks=0, recent=8):
             assert (model(ids).logits[:, -8:] - plain).abs().max() > 1e-2
 
 
@@ -164,7 +164,7 @@ def test_the_host_shows_the_reducer_what_the_layers_below_computed(name: str) ->
     model = build("llama", dtype=torch.float64)
     ids, mask, position = pad(rows_of(), "left")
     with torch.no_grad():
-        with qm.reduce(model, reducer, layer=2, sinks=3, recent=5) as run:
+        with reduce(model, reducer, layer=2, sinks=3, recent=5) as run:
             model(ids, attention_mask=mask, position_ids=position)
         hidden = model(ids, attention_mask=mask, position_ids=position, output_hidden_states=True).hidden_states
         valid = mask.bool()
@@ -196,7 +196,7 @@ def test_windows_count_original_positions(wide: bool) -> None:
     changed = ids.clone()
     changed[0, 2] = (changed[0, 2] + 1) % 90 + 3
     reducer = qm.Uniform(keep=0.3)
-    with torch.no_grad(), qm.reduce(model, reducer, layer=3, sinks=4, recent=2):
+    with torch.no_grad(), reduce(model, reducer, layer=3, sinks=4, recent=2):
         # Three layers of window 9 and one more above the merge reach back 4 * 8 = 32 positions from the last token.
         a, b = model(ids).logits, model(changed).logits
     assert a.shape[1] == 12
@@ -207,7 +207,7 @@ def test_schedules_are_taken_as_they_are() -> None:
     model = build("llama")
     ids = tokens(1, 60)
     schedule = Schedule((1, 3), decay=0.5)
-    with torch.no_grad(), qm.reduce(model, qm.Uniform(keep=0.5), layer=schedule, recent=5) as run:
+    with torch.no_grad(), reduce(model, qm.Uniform(keep=0.5), layer=schedule, recent=5) as run:
         model(ids)
     # 2 blocks at k and 1 at k / 2 are 3 blocks at 0.5 when k = 0.6.
     assert run.stages == pytest.approx({1: 0.6, 3: 0.3})
@@ -228,7 +228,7 @@ def test_keep_one_is_the_model_even_where_every_row_is_padded(side: str, reducer
     ids, mask, position = (torch.cat(order(t), 1) for t in (ids, mask, position))
     with torch.no_grad():
         plain = model(ids, attention_mask=mask, position_ids=position).logits
-        with qm.reduce(model, reducer, layer=2):
+        with reduce(model, reducer, layer=2):
             kept = model(ids, attention_mask=mask, position_ids=position).logits
     assert kept.shape == plain.shape
     assert torch.equal(kept[mask.bool()], plain[mask.bool()])
@@ -241,7 +241,7 @@ def test_padding_changes_nothing(name: str, extra: int) -> None:
     row = tokens(1, 33)[0]
     ids = torch.cat([torch.zeros(extra, dtype=torch.long), row])[None]
     mask = (torch.arange(33 + extra) >= extra).long()[None]
-    with torch.no_grad(), qm.reduce(model, REDUCERS[name], layer=2, recent=5):
+    with torch.no_grad(), reduce(model, REDUCERS[name], layer=2, recent=5):
         alone = generate(model, row[None], 6)
         padded = generate(model, ids, 6, attention_mask=mask)
     assert torch.equal(alone.sequences[0, 33:], padded.sequences[0, 33 + extra :])
@@ -254,7 +254,7 @@ def test_ragged_budgets_in_a_batch_equal_single_rows() -> None:
     reducer = qm.QuickMerge(keep=qm.Entropy(scale=0.7), pool=1)
     rows = rows_of((40, 40, 40))
     rows[1] = torch.cat([rows[1][:5], torch.full((30,), 11), rows[1][5:10]])
-    with torch.no_grad(), qm.reduce(model, reducer, layer=2, recent=5) as run:
+    with torch.no_grad(), reduce(model, reducer, layer=2, recent=5) as run:
         batch = generate(model, torch.stack(rows), 5)
         assert not bool(run.plan.valid.all()), "the budget gave every row the same count: the test has no bite"
         for i, row in enumerate(rows):
@@ -272,7 +272,7 @@ def test_cached_generation_equals_reading_on_by_hand() -> None:
     model = build("llama", dtype=torch.float64)
     ids = tokens(1, 40)
     with torch.no_grad():
-        with qm.reduce(model, REDUCERS["quickmerge"], layer=2, recent=5) as run:
+        with reduce(model, REDUCERS["quickmerge"], layer=2, recent=5) as run:
             out = generate(model, ids, 6)
             merges = merges_of(run)
         written = out.sequences[:, 40:]
@@ -289,7 +289,7 @@ def test_a_second_turn_reads_on_after_the_first() -> None:
     model = build("llama", dtype=torch.float64)
     ids, turn = tokens(1, 40), tokens(1, 7, 4)
     with torch.no_grad():
-        with qm.reduce(model, REDUCERS["quickmerge"], layer=2, recent=5) as run:
+        with reduce(model, REDUCERS["quickmerge"], layer=2, recent=5) as run:
             first = generate(model, ids, 4)
             talk = torch.cat([first.sequences, turn], 1)
             second = generate(model, talk, 3, **past(held(first)))
@@ -306,7 +306,7 @@ def test_sampling_with_a_seed_repeats_itself() -> None:
 
     def draw(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        with torch.no_grad(), qm.reduce(model, REDUCERS["quickmerge"], layer=2):
+        with torch.no_grad(), reduce(model, REDUCERS["quickmerge"], layer=2):
             return generate(model, ids, 8, do_sample=True, num_return_sequences=2).sequences
 
     one, two, other = draw(1), draw(1), draw(2)
@@ -320,7 +320,7 @@ def test_beams_of_a_batch_equal_beams_of_its_rows(family: str, name: str) -> Non
     rows = rows_of()
     ids, mask, _ = pad(rows, "left")
     beams: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
-    with torch.no_grad(), qm.reduce(model, REDUCERS[name], layer=2, recent=5):
+    with torch.no_grad(), reduce(model, REDUCERS[name], layer=2, recent=5):
         batch = generate(model, ids, 6, attention_mask=mask, **beams)
         greedy = generate(model, ids, 6, attention_mask=mask)
         for i, row in enumerate(rows):
@@ -337,7 +337,7 @@ def test_prompt_lookup_writes_what_greedy_writes_or_is_refused(family: str) -> N
     model = build(family, dtype=torch.float64)
     phrase = tokens(1, 6, 3)
     ids = torch.cat([phrase, tokens(1, 20, 4), phrase, tokens(1, 9, 5), phrase[:, :3]], 1)
-    with torch.no_grad(), qm.reduce(model, REDUCERS["quickmerge"], layer=2, recent=8):
+    with torch.no_grad(), reduce(model, REDUCERS["quickmerge"], layer=2, recent=8):
         greedy = generate(model, ids, 16).sequences
         try:
             drafted = generate(model, ids, 16, prompt_lookup_num_tokens=3).sequences
@@ -349,7 +349,7 @@ def test_prompt_lookup_writes_what_greedy_writes_or_is_refused(family: str) -> N
 def test_cropping_a_merged_cache_takes_back_the_last_tokens() -> None:
     model = build("llama", dtype=torch.float64)
     ids, wrong, right = tokens(1, 40), tokens(1, 4, 5), tokens(1, 3, 6)
-    with torch.no_grad(), qm.reduce(model, REDUCERS["tome"], layer=2):
+    with torch.no_grad(), reduce(model, REDUCERS["tome"], layer=2):
         cache = held(model(ids))
         model(wrong, **past(cache))
         cache.crop(-4)
@@ -361,7 +361,7 @@ def test_cropping_a_merged_cache_takes_back_the_last_tokens() -> None:
 def test_generation_without_a_cache_merges_the_whole_text_each_step() -> None:
     model = build("llama")
     ids = tokens(1, 40)
-    with torch.no_grad(), qm.reduce(model, REDUCERS["quickmerge"], layer=2) as run:
+    with torch.no_grad(), reduce(model, REDUCERS["quickmerge"], layer=2) as run:
         out = generate(model, ids, 3, use_cache=False)
     assert out.sequences.shape == (1, 43)
     assert run.summary().tokens_in == 42 and run.summary().tokens_per_layer[-1] == 21
@@ -391,7 +391,7 @@ def test_protected_tokens_stay_alone(name: str) -> None:
         asked.append(given)
         return marked
 
-    with torch.no_grad(), qm.reduce(model, REDUCERS[name], layer=2, sinks=3, recent=4, protect=protect) as run:
+    with torch.no_grad(), reduce(model, REDUCERS[name], layer=2, sinks=3, recent=4, protect=protect) as run:
         model(ids, attention_mask=mask, position_ids=position)
     assert len(asked) == 1 and torch.equal(asked[0], ids)
     wanted = marked | (ids == BOS) | (ids == EOS)
@@ -413,14 +413,14 @@ def test_several_eos_ids_are_all_protected() -> None:
     ids = tokens(1, 40)
     ids[ids == 50] = 51
     ids[0, 12], ids[0, 17] = 50, EOS
-    with torch.no_grad(), qm.reduce(model, qm.Uniform(keep=0.2), layer=2, sinks=0, recent=1) as run:
+    with torch.no_grad(), reduce(model, qm.Uniform(keep=0.2), layer=2, sinks=0, recent=1) as run:
         model(ids)
     assert run.protected[0].nonzero().flatten().tolist() == [12, 17, 39]
 
 
 def test_no_special_ids_protect_nothing() -> None:
     model = build("qwen3", bos_token_id=None, eos_token_id=None)
-    with torch.no_grad(), qm.reduce(model, qm.Uniform(keep=0.2), layer=2, sinks=0, recent=1) as run:
+    with torch.no_grad(), reduce(model, qm.Uniform(keep=0.2), layer=2, sinks=0, recent=1) as run:
         model(tokens(1, 40))
     assert run.protected[0].nonzero().flatten().tolist() == [39]
 
@@ -428,15 +428,15 @@ def test_no_special_ids_protect_nothing() -> None:
 # What is refused ---------------------------------------------------------------------------------------------------
 
 
-def test_short_prompts_say_what_is_protected(untouched: Callable[[Any], Any]) -> None:
+def test_prompts_of_protected_tokens_alone_are_read_in_full(untouched: Callable[[Any], Any]) -> None:
     model = untouched(build("llama"))
-    with qm.reduce(model, qm.Uniform(keep=0.5), layer=2):
-        with pytest.raises(PromptTooShortError, match=r"row of 20 tokens .*sinks=4, recent=16"):
-            model(tokens(1, 20))
-        assert model(tokens(1, 21)).logits.shape[1] == 20
-        ids, mask, _ = pad([tokens(1, 30)[0], tokens(1, 9)[0]], "left")
-        with pytest.raises(PromptTooShortError, match="row of 9 tokens"):
-            model(ids, attention_mask=mask)
+    with torch.no_grad():
+        plain = model(tokens(1, 20)).logits
+        with reduce(model, qm.Uniform(keep=0.5), layer=2) as run:
+            assert torch.equal(model(tokens(1, 20)).logits, plain)
+            assert "not reduced: 1 of 1 rows of protected tokens alone" in str(run.summary())
+            assert model(tokens(1, 21)).logits.shape[1] == 20
+            assert "not reduced" not in str(run.summary())
 
 
 @pytest.mark.parametrize(
@@ -452,7 +452,7 @@ def test_short_prompts_say_what_is_protected(untouched: Callable[[Any], Any]) ->
 def test_masks_that_make_no_sense_are_named(mask: list[int], message: str, untouched: Callable[[Any], Any]) -> None:
     model = untouched(build("llama"))
     with (
-        qm.reduce(model, qm.Uniform(keep=0.5), layer=2),
+        reduce(model, qm.Uniform(keep=0.5), layer=2),
         pytest.raises(QuickmergeError, match=f"attention_mask .*{message}"),
     ):
         model(tokens(1, 40), attention_mask=torch.tensor([mask]))
@@ -461,14 +461,14 @@ def test_masks_that_make_no_sense_are_named(mask: list[int], message: str, untou
 @pytest.mark.parametrize("mask", [torch.ones(1, 1, 40, 40), {"full_attention": None}], ids=["4-D", "dict"])
 def test_other_kinds_of_masks_are_refused(mask: Any, untouched: Callable[[Any], Any]) -> None:
     model = untouched(build("llama"))
-    with qm.reduce(model, qm.Uniform(keep=0.5), layer=2), pytest.raises(QuickmergeError, match="2-D padding mask"):
+    with reduce(model, qm.Uniform(keep=0.5), layer=2), pytest.raises(QuickmergeError, match="2-D padding mask"):
         model(tokens(1, 40), attention_mask=mask)
 
 
 def test_boolean_masks_serve_like_integer_ones() -> None:
     model = build("llama")
     ids, mask, position = pad(rows_of(), "left")
-    with torch.no_grad(), qm.reduce(model, REDUCERS["quickmerge"], layer=2):
+    with torch.no_grad(), reduce(model, REDUCERS["quickmerge"], layer=2):
         a = model(ids, attention_mask=mask, position_ids=position).logits
         b = model(ids, attention_mask=mask.bool(), position_ids=position).logits
     assert torch.equal(a, b)
@@ -478,7 +478,7 @@ def test_caches_from_elsewhere_are_refused(untouched: Callable[[Any], Any]) -> N
     model = untouched(build("llama"))
     ids = tokens(1, 40)
     outside = held(model(ids))
-    first = qm.reduce(model, qm.Uniform(keep=0.5), layer=2)
+    first = reduce(model, qm.Uniform(keep=0.5), layer=2)
     with first:
         with pytest.raises(QuickmergeError, match="was filled outside this run"):
             model(tokens(1, 1), **past(outside))
@@ -489,16 +489,11 @@ def test_caches_from_elsewhere_are_refused(untouched: Callable[[Any], Any]) -> N
             model(ids, **past(StaticCache(config=model.config, max_cache_len=64)))
         with pytest.raises(QuickmergeError, match="must be a DynamicCache"):
             generate(model, ids, 2, cache_implementation="static")
-    with (
-        qm.reduce(model, qm.Uniform(keep=0.5), layer=2),
-        pytest.raises(QuickmergeError, match="filled outside this run"),
-    ):
-        model(tokens(1, 1), **past(merged))
 
 
 def test_an_empty_cache_serves() -> None:
     model = build("llama")
-    with torch.no_grad(), qm.reduce(model, qm.Uniform(keep=0.5), layer=2):
+    with torch.no_grad(), reduce(model, qm.Uniform(keep=0.5), layer=2):
         out = model(tokens(1, 40), **past(DynamicCache(config=model.config)))
     assert stored(held(out)) == [40, 40, 20, 20]
 
@@ -522,19 +517,19 @@ def test_an_empty_cache_serves() -> None:
 def test_bad_settings_are_named(settings: dict[str, Any], message: str, untouched: Callable[[Any], Any]) -> None:
     model = untouched(build("llama"))
     with pytest.raises(ValueError, match=message):
-        qm.reduce(model, qm.Uniform(keep=0.5), **settings)
+        reduce(model, qm.Uniform(keep=0.5), **settings)
 
 
 @pytest.mark.parametrize("reducer", ["quickmerge", qm.QuickMerge, 0.5, None])
 def test_what_is_no_reducer_is_named(reducer: Any) -> None:
     with pytest.raises(ValueError, match="reducer must be a quickmerge reducer such as"):
-        qm.reduce(build("llama"), reducer)
+        reduce(build("llama"), reducer)
 
 
 def test_a_count_rules_the_first_of_several_merges() -> None:
     model = build("llama")
     schedule = Schedule((1, 3), 0.5)
-    with torch.no_grad(), qm.reduce(model, qm.Uniform(keep=qm.Count(30)), layer=schedule, recent=5) as run:
+    with torch.no_grad(), reduce(model, qm.Uniform(keep=qm.Count(30)), layer=schedule, recent=5) as run:
         model(tokens(1, 60))
     assert run.summary().tokens_per_layer == [60, 30, 30, 15]
 
@@ -544,7 +539,7 @@ def test_the_main_plan_is_of_the_longest_stretch_of_blocks(layers: tuple[int, in
     """The first of several that are equally long."""
     model = build("llama")
     reducer = qm.Uniform(keep=qm.Count(40))
-    with torch.no_grad(), qm.reduce(model, reducer, layer=Schedule(layers, 0.45), recent=5) as run:
+    with torch.no_grad(), reduce(model, reducer, layer=Schedule(layers, 0.45), recent=5) as run:
         assert run.main_plan is None and run.plan is None
         model(tokens(1, 60))
         assert run.main_plan.slots == slots and run.plan.slots == 18
@@ -557,7 +552,7 @@ def test_the_main_plan_is_of_the_longest_stretch_of_blocks(layers: tuple[int, in
 def test_protect_must_answer_with_a_mask(answer: Tensor) -> None:
     model = build("llama")
     with (
-        qm.reduce(model, qm.Uniform(keep=0.5), layer=2, protect=lambda ids: answer),
+        reduce(model, qm.Uniform(keep=0.5), layer=2, protect=lambda ids: answer),
         pytest.raises(QuickmergeError, match=r"protect must return a bool mask of shape \(1, 40\)"),
     ):
         model(tokens(1, 40))
@@ -571,7 +566,7 @@ def test_embeddings_for_ids(family: str) -> None:
     model = build(family)
     ids = tokens(2, 40)
     embeds = model.get_input_embeddings()(ids).detach()
-    with torch.no_grad(), qm.reduce(model, REDUCERS["quickmerge"], layer=2, recent=5):
+    with torch.no_grad(), reduce(model, REDUCERS["quickmerge"], layer=2, recent=5):
         assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
         by_ids = generate(model, ids, 4).sequences[:, 40:]
         by_embeds = model.generate(inputs_embeds=embeds, max_new_tokens=4, min_new_tokens=4, do_sample=False)
@@ -582,7 +577,7 @@ def test_embeddings_cannot_be_protected_by_id() -> None:
     model = build("llama")
     embeds = model.get_input_embeddings()(tokens(1, 40)).detach()
     with (
-        qm.reduce(model, qm.Uniform(keep=0.5), layer=2, protect=lambda ids: ids == 5),
+        reduce(model, qm.Uniform(keep=0.5), layer=2, protect=lambda ids: ids == 5),
         pytest.raises(QuickmergeError, match="protect needs input_ids"),
     ):
         model(inputs_embeds=embeds)
@@ -595,7 +590,7 @@ def gradients(model: Any, ids: Tensor, reducer: Any, checkpointing: bool, **sett
     if checkpointing:
         getattr(model, f"{switch}_checkpointing_enable")()
     try:
-        with qm.reduce(model, reducer, **settings):
+        with reduce(model, reducer, **settings):
             logits = model(ids, use_cache=False).logits
             logits[:, -5:].logsumexp(-1).mean().backward()
     finally:
@@ -632,7 +627,7 @@ def test_the_gradient_is_the_slope() -> None:
     with torch.no_grad():
         for step in (1e-3, -1e-3):
             weight += step * direction
-            with qm.reduce(model, reducer, **settings):
+            with reduce(model, reducer, **settings):
                 values.append(model(ids, use_cache=False).logits[:, -5:].logsumexp(-1).mean().item())
             weight -= step * direction
     slope = (values[0] - values[1]) / 2e-3
@@ -661,11 +656,11 @@ def test_half_precision_runs_and_stays_near(family: str, dtype: torch.dtype) -> 
     with torch.no_grad():
         plain = generate(model, ids, 2, attention_mask=mask)
         for reducer in (qm.QuickMerge(keep=1.0), qm.ToMe(keep=1.0)):
-            with qm.reduce(model, reducer, layer=2):
+            with reduce(model, reducer, layer=2):
                 same = generate(model, ids, 2, attention_mask=mask)
             assert all(torch.equal(a, b) for a, b in zip(plain.logits, same.logits, strict=True))
         for reducer in (REDUCERS["quickmerge"], REDUCERS["tome"]):
-            with qm.reduce(model, reducer, layer=2, recent=5) as run:
+            with reduce(model, reducer, layer=2, recent=5) as run:
                 position = (mask.cumsum(-1) - 1).clamp_min(0)
                 out = model(ids, attention_mask=mask, position_ids=position)
                 merges = merges_of(run)
@@ -682,30 +677,32 @@ def test_half_precision_runs_and_stays_near(family: str, dtype: torch.dtype) -> 
 def test_the_reducer_given_is_not_changed() -> None:
     reducer = qm.QuickMerge(keep=0.5)
     model = build("llama")
-    with torch.no_grad(), qm.reduce(model, reducer, layer=[1, 3]) as run:
+    with torch.no_grad(), reduce(model, reducer, layer=[1, 3]) as run:
         model(tokens(1, 40))
     assert reducer == qm.QuickMerge(keep=0.5) and run.reducer is reducer
 
 
-def test_a_prompt_in_prefill_chunks_is_merged_in_its_first_chunk() -> None:
-    """Only the forward that fills the cache is merged; what follows is read in full."""
-    model = build("llama", dtype=torch.float64)
-    ids = tokens(1, 64)
-    with torch.no_grad():
-        with qm.reduce(model, REDUCERS["quickmerge"], layer=2, recent=5) as run:
-            out = generate(model, ids, 4, prefill_chunk_size=40)
-            merges = merges_of(run)
-        assert run.summary().tokens_in == 40 and run.plan.slots == 20
-        assert stored(held(out)) == [67, 67, 47, 47]
-        wanted = by_hand(model, ids[:, :40], merges, extra=out.sequences[:, 40:-1])[:, -4:]
-    close(torch.stack(out.logits, 1).double(), wanted, 2e-6)
+@pytest.mark.parametrize("way", ["argument", "config", "model"])
+def test_a_prompt_in_prefill_chunks_is_refused_by_the_name_of_the_argument(way: str) -> None:
+    """The first chunk alone would be merged, and nothing in a forward says that more of the prompt will come."""
+    model = build("llama")
+    told: dict[str, Any] = {"prefill_chunk_size": 40} if way == "argument" else {}
+    if way == "config":
+        told["generation_config"] = GenerationConfig(max_new_tokens=2, prefill_chunk_size=40)
+    if way == "model":
+        model.generation_config.prefill_chunk_size = 40
+    with (
+        reduce(model, REDUCERS["quickmerge"], layer=2),
+        pytest.raises(QuickmergeError, match=r"prefill_chunk_size must be left out inside a quickmerge run.* got 40"),
+    ):
+        model.generate(tokens(1, 64), **told)
 
 
 def test_caches_are_told_apart() -> None:
     """Two prompts read before either is continued."""
     model = build("llama", dtype=torch.float64)
     a, b, more = tokens(1, 40, 1), tokens(1, 50, 2), tokens(1, 2, 3)
-    with torch.no_grad(), qm.reduce(model, REDUCERS["tome"], layer=2):
+    with torch.no_grad(), reduce(model, REDUCERS["tome"], layer=2):
         caches: list[Cache] = [held(model(ids)) for ids in (a, b)]
         mixed = [model(more, **past(cache)).logits for cache in caches]
         for ids, logits in zip((a, b), mixed, strict=True):
@@ -725,10 +722,10 @@ def test_under_autocast_the_reducer_computes_as_ever(untouched: Any) -> None:
             dtypes.append(found.dtype)
             return found
 
-    run = qm.reduce(model, Looks(keep=0.5), 2)
+    run = reduce(model, Looks(keep=0.5), 2)
     with torch.no_grad(), run, torch.autocast("cpu", dtype=torch.bfloat16):
         model(ids, logits_to_keep=1)
     assert dtypes == [torch.float32]
-    run = qm.reduce(model, qm.QuickMerge(keep=0.5), 1, mode="block_causal", chunk=8, window=4)
+    run = reduce(model, qm.QuickMerge(keep=0.5), 1, mode="block_causal", chunk=8, window=4)
     with torch.no_grad(), run, torch.autocast("cpu", dtype=torch.bfloat16):
         assert bool(model(ids).logits.isfinite().all())

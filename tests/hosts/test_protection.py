@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hosts_zoo import BOS, EOS, build, pad, tokens
+from hosts_zoo import BOS, EOS, build, pad, reduce, tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import generator, prop, seeds, valid_masks
@@ -42,7 +42,7 @@ def test_marks_of_earlier_turns_compete_and_those_of_the_last_turn_stay() -> Non
     model = build("llama")
     turn = [BOS, *range(10, 40), EOS]
     ids = torch.tensor([turn * 30 + [BOS, 11, 12]])
-    with torch.no_grad(), qm.reduce(model, qm.QuickMerge(keep=0.42), Schedule((1, 2), 0.15)) as run:
+    with torch.no_grad(), reduce(model, qm.QuickMerge(keep=0.42), Schedule((1, 2), 0.15)) as run:
         model(ids)
     protected = run.protected[0].nonzero().flatten().tolist()
     n = ids.shape[1]
@@ -67,7 +67,7 @@ def test_a_protected_system_prompt_takes_nothing_from_the_rest_at_any_merge(name
         asked[i, first : first + extra[i]] = True
     schedule = Schedule((1, 2), 0.5)
     reducer = qm.reducers.make_reducer(name, keep=0.5)
-    with torch.no_grad(), qm.reduce(model, reducer, schedule, protect=lambda _: asked) as run:
+    with torch.no_grad(), reduce(model, reducer, schedule, protect=lambda _: asked) as run:
         model(ids, attention_mask=mask, position_ids=position)
     for stage, composed in zip(schedule.stages(0.5, len(run.decoder)), run.composed, strict=True):
         for i, row in enumerate(rows):
@@ -81,7 +81,7 @@ def test_protecting_what_is_kept_anyway_changes_nothing() -> None:
     model, ids = build("llama"), tokens(1, 80)
     plans = []
     for protect in (None, lambda given: torch.arange(given.shape[1]).expand_as(given) < 4):
-        with torch.no_grad(), qm.reduce(model, qm.QuickMerge(keep=0.5), 2, protect=protect) as run:
+        with torch.no_grad(), reduce(model, qm.QuickMerge(keep=0.5), 2, protect=protect) as run:
             model(ids)
         plans.append(run.plan)
     assert torch.equal(plans[0].slot, plans[1].slot)

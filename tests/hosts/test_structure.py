@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hosts_zoo import DEPTH, WINDOW, ZOO, build, tokens
+from hosts_zoo import DEPTH, WINDOW, ZOO, build, reduce, tokens
 from torch import nn
 
 import quickmerge as qm
@@ -67,17 +67,17 @@ def test_qwen_slides_above_max_window_layers_when_told_to(family: str) -> None:
 def test_other_models_are_refused_by_name(model: str, config: str, settings: dict[str, Any], mode: str) -> None:
     built = other(model, config, **settings)
     with pytest.raises(UnsupportedModelError, match=rf"^{model}\b"):
-        qm.reduce(built, qm.Uniform(keep=0.5), mode=mode)
+        reduce(built, qm.Uniform(keep=0.5), mode=mode)
 
 
 def test_a_decoder_without_a_head_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match="LlamaModel has no language-model head"):
-        qm.reduce(build("llama").model, qm.Uniform(keep=0.5))
+        reduce(build("llama").model, qm.Uniform(keep=0.5))
 
 
 def test_what_is_no_transformers_model_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="must be a transformers PreTrainedModel, got Linear"):
-        qm.reduce(nn.Linear(2, 2), qm.Uniform(keep=0.5))  # type: ignore[arg-type]
+        reduce(nn.Linear(2, 2), qm.Uniform(keep=0.5))  # type: ignore[arg-type]
 
 
 def test_a_model_with_two_lists_of_blocks_is_refused() -> None:
@@ -105,8 +105,8 @@ def test_tied_and_untied_heads(family: str) -> None:
     ids = tokens(2, 30)
     with torch.no_grad():
         plain = model(ids).logits
-        with qm.reduce(model, qm.QuickMerge(keep=1.0), layer=2, recent=6):
+        with reduce(model, qm.QuickMerge(keep=1.0), layer=2, recent=6):
             assert torch.equal(model(ids).logits, plain)
-        with qm.reduce(model, qm.QuickMerge(keep=0.5), layer=2, recent=6):
+        with reduce(model, qm.QuickMerge(keep=0.5), layer=2, recent=6):
             assert model(ids).logits.shape[1] == 15
         assert torch.equal(model(ids).logits, plain)

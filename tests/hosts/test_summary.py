@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from caches import held as held_cache
-from hosts_zoo import DEPTH, WINDOW, ZOO, build, generate, pad, tokens, window_of
+from hosts_zoo import DEPTH, WINDOW, ZOO, build, generate, pad, reduce, tokens, window_of
 from transformers import DynamicCache
 
 import quickmerge as qm
@@ -37,7 +37,7 @@ def test_cache_bytes_are_those_of_the_layers(family: str) -> None:
     model = build(family)
     with torch.no_grad():
         one = entry_bytes(model, 2)
-        with qm.reduce(model, qm.Uniform(keep=0.5), **SETTINGS) as run:
+        with reduce(model, qm.Uniform(keep=0.5), **SETTINGS) as run:
             generate(model, tokens(2, 40), 4)
     stats = run.summary()
 
@@ -78,7 +78,7 @@ def test_counts_of_a_generation() -> None:
     model = build("llama")
     rows = [tokens(1, 40)[0], tokens(1, 31)[0]]
     ids, mask, _ = pad(rows, "left")
-    with torch.no_grad(), qm.reduce(model, qm.Uniform(keep=0.5), **SETTINGS) as run:
+    with torch.no_grad(), reduce(model, qm.Uniform(keep=0.5), **SETTINGS) as run:
         generate(model, ids, 6, attention_mask=mask)
     stats = run.summary()
     assert (stats.mode, stats.rows, stats.tokens_in) == ("prefix", 2, 35.5)
@@ -92,7 +92,7 @@ def test_counts_of_a_generation() -> None:
 
 def test_seconds_of_the_reducer_lie_inside_the_prefill() -> None:
     model = build("llama")
-    with torch.no_grad(), qm.reduce(model, Slow(keep=0.5), **SETTINGS) as run:
+    with torch.no_grad(), reduce(model, Slow(keep=0.5), **SETTINGS) as run:
         began = time.perf_counter()
         model(tokens(1, 40))
         whole = time.perf_counter() - began
@@ -103,7 +103,7 @@ def test_seconds_of_the_reducer_lie_inside_the_prefill() -> None:
 
 def test_a_second_prompt_starts_new_counts() -> None:
     model = build("llama")
-    with torch.no_grad(), qm.reduce(model, qm.Uniform(keep=0.5), **SETTINGS) as run:
+    with torch.no_grad(), reduce(model, qm.Uniform(keep=0.5), **SETTINGS) as run:
         generate(model, tokens(2, 40), 6)
         first = run.summary()
         generate(model, tokens(1, 60), 3)
@@ -115,7 +115,7 @@ def test_a_second_prompt_starts_new_counts() -> None:
 
 def test_the_summary_outlives_the_run_and_is_json() -> None:
     model = build("llama")
-    with torch.no_grad(), qm.reduce(model, qm.Uniform(keep=0.5), **SETTINGS) as run:
+    with torch.no_grad(), reduce(model, qm.Uniform(keep=0.5), **SETTINGS) as run:
         model(tokens(1, 40))
     read = json.loads(json.dumps(run.summary().as_dict()))
     assert read["tokens_kept"] == 20 and read["decode_seconds_per_token"] == 0
@@ -146,14 +146,14 @@ def test_what_prints() -> None:
 
 
 def test_before_anything_is_read() -> None:
-    run = qm.reduce(build("llama"), qm.Uniform(keep=0.5))
+    run = reduce(build("llama"), qm.Uniform(keep=0.5))
     assert str(run.summary()) == "Uniform(keep=0.5) (prefix): nothing has been read yet"
     assert run.summary().tokens_kept == 0 and run.summary().decode_seconds_per_token == 0
 
 
 def test_without_a_cache_no_bytes_are_claimed() -> None:
     model = build("llama")
-    with torch.no_grad(), qm.reduce(model, qm.Uniform(keep=0.5), **SETTINGS) as run:
+    with torch.no_grad(), reduce(model, qm.Uniform(keep=0.5), **SETTINGS) as run:
         model(tokens(1, 40), use_cache=False)
     assert run.summary().cache_bytes == run.summary().cache_bytes_full == 0
     assert "cache:   0.00 MiB" in str(run.summary())

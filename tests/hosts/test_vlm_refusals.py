@@ -153,7 +153,7 @@ def more_rows(model: Any) -> Any:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (assisted, "logits_to_keep must be 0 or 1"),
+        (assisted, "prompt_lookup_num_tokens must be left out inside a quickmerge run"),
         (labels, "labels must be left out inside a quickmerge run"),
         (static, "must be a DynamicCache|attention_mask must be a 2-D"),
         (square, "attention_mask must be a 2-D padding mask"),
@@ -161,7 +161,7 @@ def more_rows(model: Any) -> Any:
         (elsewhere, "was filled outside this run"),
         (other_layer, "vision_feature_layer must be the model's own inside a quickmerge run, -2, got -1"),
         (turn, "attention_mask must have a column for each of the|position_ids must go on behind the prompt"),
-        (cropped, "was cropped into its prompt"),
+        (cropped, "crop can take back the 0 tokens that were read since"),
         (more_rows, "holds 1 rows that were merged here, got 2 rows"),
     ],
 )

@@ -32,7 +32,7 @@ def prior_for(model, depths: tuple[int, ...] = (1,), trained: bool = True, salie
 
 
 def logits(model, reducer, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    with torch.no_grad(), reduce(model, reducer, 1):
+    with torch.no_grad(), reduce(model, reducer, 1, min_tokens=0):
         return model(ids, attention_mask=mask, logits_to_keep=1).logits[:, -1]
 
 
@@ -85,7 +85,7 @@ def test_corrections_reach_the_blocks_they_were_made_for_through_later_merges() 
     entered: list[Tensor] = []
     ids = torch.randint(3, 64, (2, 60), generator=torch.Generator().manual_seed(0))
     for kind in (qm.QuickMerge, Adds):
-        with torch.no_grad(), reduce(model, kind(keep=0.5, **SETTINGS), [1, 3]) as run:
+        with torch.no_grad(), reduce(model, kind(keep=0.5, **SETTINGS), [1, 3], min_tokens=0) as run:
             # Registered after the run's own hooks, so it sees what the block really gets.
             hook = model.model.layers[3].register_forward_pre_hook(
                 lambda module, args, kwargs: entered.append((args[0] if args else kwargs["hidden_states"]).clone()),

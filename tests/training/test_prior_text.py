@@ -78,7 +78,7 @@ def test_an_untrained_prior_scores_as_the_training_free_method(tiny_llama) -> No
     with torch.no_grad():
         full = tiny_llama(batch).logits[:, CONTEXT:-1].log_softmax(-1)
         cache = DynamicCache(config=tiny_llama.config)
-        with reduce(tiny_llama, qm.QuickMerge(keep=0.4, **SETTINGS), 1):
+        with reduce(tiny_llama, qm.QuickMerge(keep=0.4, **SETTINGS), 1, min_tokens=0):
             tiny_llama(batch[:, :CONTEXT], **past(cache), logits_to_keep=1)
             merged = tiny_llama(batch[:, CONTEXT:-1], **past(cache)).logits.log_softmax(-1)
     torch.testing.assert_close(told["kl"], (full.exp() * (full - merged)).sum(-1).mean())
@@ -157,7 +157,7 @@ def test_training_lowers_the_loss_and_the_prior_can_be_used(tiny_llama, tmp_path
     prior = Prior.from_pretrained(tmp_path)
     reducer = QuickMergePrior.from_prior(prior, keep=0.3)
     assert (reducer.window, prior.config.trained_for["model"]) == (8, "tiny")
-    with reduce(tiny_llama, reducer, 1) as run:
+    with reduce(tiny_llama, reducer, 1, min_tokens=0) as run:
         tiny_llama.generate(Windows(1).ids, max_new_tokens=3, pad_token_id=0)
     assert "of the reducer's weights" in str(run.summary())
 

@@ -171,7 +171,7 @@ class MultipoleRun(Attachment):
                     f"{cache_name()} was filled outside this run; start it with an empty cache, or fill a "
                     "quickmerge.MultipoleCache"
                 )
-            if type(layer) is not MultipoleLayer:
+            if not isinstance(layer, MultipoleLayer):
                 raise QuickmergeError(
                     f"{cache_name()} must be a DynamicCache with plain layers for multipole attention, got one of "
                     f"type {type(layer).__name__} for block {block}"

@@ -34,6 +34,14 @@ LAYER = Annotated[
     str | None,
     typer.Option("--layer", help="First block that reads fewer tokens, or several: 8,14,20. Default: the method's."),
 ]
+MIN_TOKENS = Annotated[
+    int | None,
+    typer.Option(
+        "--min-tokens",
+        min=0,
+        help="Texts of fewer tokens, template and all, are read in full. Default: 256; of show, 0.",
+    ),
+]
 PRIOR = Annotated[
     str | None,
     typer.Option("--prior", help="A trained prior for quickmerge: its folder, or smollm2-135m for the shipped one."),
@@ -68,6 +76,11 @@ def parse_question(prompt: str, file: Path | None) -> tuple[str, str]:
     if prompt or not document:
         check_text("--prompt", prompt)
     return document, prompt
+
+
+def told_min_tokens(given: int | None) -> dict[str, int]:
+    """``--min-tokens`` as an argument, left out where nobody gave it."""
+    return {} if given is None else {"min_tokens": given}
 
 
 def parse_layer(text: str | None) -> int | list[int] | None:

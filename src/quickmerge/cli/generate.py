@@ -11,6 +11,7 @@ from quickmerge.cli.answers import print_answers
 from quickmerge.cli.common import (
     JSON,
     LAYER,
+    MIN_TOKENS,
     PRIOR,
     RAW,
     TOKENS,
@@ -21,6 +22,7 @@ from quickmerge.cli.common import (
     parse_layer,
     parse_question,
     parse_reducer,
+    told_min_tokens,
     write_json,
 )
 from quickmerge.errors import QuickmergeError
@@ -96,6 +98,7 @@ def generate(
         typer.Option("--budget", min=0, help="With --attention: tokens of the clusters that are read exactly. 512."),
     ] = None,
     prior: PRIOR = None,
+    min_tokens: MIN_TOKENS = None,
     raw: RAW = False,
     json: JSON = None,
 ) -> None:
@@ -105,7 +108,8 @@ def generate(
     if is_calm(model):
         _without("a CALM", {
             "--image": image or None, "--reducer": reducer, "--keep": keep, "--tokens": tokens, "--layer": layer,
-            "--prior": prior, "--attention": attention, "--budget": budget, "--drafter": drafter, "--tree": tree,
+            "--prior": prior, "--min-tokens": min_tokens, "--attention": attention, "--budget": budget,
+            "--drafter": drafter, "--tree": tree,
             "--compare": compare or None,
         })  # fmt: skip
         generate_calm(
@@ -123,7 +127,7 @@ def generate(
 
         _without("--drafter", {
             "--image": image or None, "--reducer": reducer, "--keep": keep, "--tokens": tokens, "--layer": layer,
-            "--prior": prior, "--attention": attention, "--budget": budget,
+            "--prior": prior, "--min-tokens": min_tokens, "--attention": attention, "--budget": budget,
         })  # fmt: skip
         generate_drafter(
             drafter, tree, file, prompt, model, max_new_tokens=max_new_tokens, sample=sample, temperature=temperature,
@@ -135,7 +139,9 @@ def generate(
     if image:
         from quickmerge.cli.generate_image import generate_image
 
-        _without("--image", {"--file": file, "--prior": prior, "--attention": attention, "--budget": budget})
+        _without("--image", {
+            "--file": file, "--prior": prior, "--min-tokens": min_tokens, "--attention": attention, "--budget": budget,
+        })  # fmt: skip
         generate_image(
             image, prompt, model, reducer or "scope", keep, tokens, layer, max_new_tokens=max_new_tokens, sample=sample,
             temperature=temperature, seed=seed, compare=compare, raw=raw, json=json,
@@ -147,8 +153,9 @@ def generate(
         from quickmerge.cli.generate_multipole import generate_multipole
 
         generate_multipole(
-            attention, budget, file, prompt, model, reducer, keep, layer, prior, max_new_tokens=max_new_tokens,
-            sample=sample, temperature=temperature, seed=seed, compare=compare, raw=raw, json=json,
+            attention, budget, file, prompt, model, reducer, keep, layer, prior, min_tokens,
+            max_new_tokens=max_new_tokens, sample=sample, temperature=temperature, seed=seed, compare=compare, raw=raw,
+            json=json,
         )  # fmt: skip
         return
     if budget is not None:
@@ -168,7 +175,7 @@ def generate(
         method, compare,
         lambda way: answer(
             lm, tokenizer, document, prompt, way, depth, max_new_tokens=max_new_tokens, sample=sample,
-            temperature=temperature, seed=seed,
+            temperature=temperature, seed=seed, **told_min_tokens(min_tokens),
         ), raw=raw, alone=Alone.writing(lm, tokenizer),
     )  # fmt: skip
     write_json(json, {

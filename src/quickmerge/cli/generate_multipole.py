@@ -18,6 +18,7 @@ from quickmerge.cli.common import (
     parse_layer,
     parse_question,
     parse_reducer,
+    told_min_tokens,
     write_json,
 )
 from quickmerge.errors import QuickmergeError, near_match
@@ -40,6 +41,7 @@ def generate_multipole(
     keep: float | None,
     layer: str | None,
     prior: str | None,
+    min_tokens: int | None,
     *,
     max_new_tokens: int,
     sample: bool,
@@ -55,7 +57,7 @@ def generate_multipole(
     settings = parse_attention(attention, budget)
     check_output(json)
     method: Reducer | None = None
-    if any(given is not None for given in (reducer, keep, layer, prior)):
+    if any(given is not None for given in (reducer, keep, layer, prior, min_tokens)):
         method = parse_reducer(reducer or "quickmerge", 0.4 if keep is None else keep)
         method = method if prior is None else add_prior(method, prior)
     depth = parse_layer(layer)
@@ -67,6 +69,7 @@ def generate_multipole(
         return answer(
             lm, tokenizer, document, prompt, None if way is None else method, depth, attention=way,
             max_new_tokens=max_new_tokens, sample=sample, temperature=temperature, seed=seed,
+            **told_min_tokens(min_tokens),
         )  # fmt: skip
 
     results = print_answers(

@@ -10,6 +10,7 @@ import typer
 from quickmerge.cli.common import (
     JSON,
     LAYER,
+    MIN_TOKENS,
     TOKENS,
     Alone,
     check_output,
@@ -19,6 +20,7 @@ from quickmerge.cli.common import (
     parse_layer,
     parse_reducer,
     read_text,
+    told_min_tokens,
     write_json,
 )
 from quickmerge.errors import QuickmergeError
@@ -54,6 +56,7 @@ def show(
         str | None, typer.Option("--prompt", help="Images: what a vision-language model is asked about it.")
     ] = None,
     layer: LAYER = None,
+    min_tokens: MIN_TOKENS = None,
     remove: Annotated[
         str | None,
         typer.Option("--remove", help="Images: tokens that every block takes out (13), falling (13:-1) or listed."),
@@ -78,7 +81,7 @@ def show(
         raise QuickmergeError(f"give one of {', '.join(given)}, got {' and '.join(named) or 'none'}")
     _only(named[0], {
         "--remove": remove, "--animation": animation, "--html": html, "--layer": layer, "--tokens": tokens,
-        "--prompt": prompt,
+        "--prompt": prompt, "--min-tokens": min_tokens,
     })  # fmt: skip
     if image is not None or video is not None:
         from quickmerge.cli.show_vision import KEEP, show_image, show_video
@@ -108,7 +111,7 @@ def show(
     method = parse_reducer(reducer, keep)
     lm, tokenizer = load_model(model)
     with Terminal(stderr=True).status("reading"), one_sentence(Alone.writing(lm, tokenizer)):
-        cells, stats = token_cells(lm, tokenizer, content, method, depth, limit=limit)
+        cells, stats = token_cells(lm, tokenizer, content, method, depth, limit=limit, **told_min_tokens(min_tokens))
     name = clean_name(file.name) if file is not None else "text"
     kept = sum(c.anchor for c in cells)
     title = f"{name}: {kept} of {len(cells)} tokens kept by {reducer}"
@@ -132,7 +135,7 @@ def show(
 def _only(what: str, given: dict[str, object]) -> None:
     """Raise if an option was given that has no meaning for what is shown."""
     images = ("--remove", "--layer", "--tokens", "--prompt")
-    allowed = {"--image": images, "--video": ("--animation",)}.get(what, ("--html", "--layer"))
+    allowed = {"--image": images, "--video": ("--animation",)}.get(what, ("--html", "--layer", "--min-tokens"))
     for name, value in given.items():
         if value is not None and name not in allowed:
             raise QuickmergeError(f"{name} has no meaning with {what}: leave it out")

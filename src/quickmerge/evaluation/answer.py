@@ -15,6 +15,7 @@ from quickmerge.attention import Multipole, MultipoleStats, multipole
 from quickmerge.errors import QuickmergeError
 from quickmerge.evaluation.first_tokens import check_room
 from quickmerge.hosts import Run, observe, reduce
+from quickmerge.hosts.rows import MIN_TOKENS
 from quickmerge.hosts.summary import RunStats
 from quickmerge.models.template import apply_chat_template
 from quickmerge.reducers import Reducer
@@ -72,12 +73,14 @@ def answer(
     temperature: float | None = None,
     seed: int = 0,
     attention: Multipole | None = None,
+    min_tokens: int = MIN_TOKENS,
 ) -> Answer:
     """Generate an answer to ``prompt`` about ``document``, reading the document through ``reducer``.
 
     Only the document is reduced: template and prompt tokens stay alone. With no document the prompt itself is
-    reduced, sinks and the last tokens apart. ``reducer=None`` reads everything, through the same code. With
-    ``attention`` the answer's tokens read the rest by its clusters.
+    reduced, sinks and the last tokens apart. Texts of fewer than ``min_tokens`` tokens, template and all, are read in
+    full. ``reducer=None`` reads everything, through the same code. With ``attention`` the answer's tokens read the rest
+    by its clusters.
     """
     text, where = chat(tokenizer, document, prompt)
     check_room(model, tokenizer, "the text", text, max_new_tokens)
@@ -92,7 +95,7 @@ def answer(
 
     run: Run = observe(model)
     if reducer is not None:
-        run = reduce(model, reducer, layer, protect=protect, recent=1 if document else 16)
+        run = reduce(model, reducer, layer, protect=protect, recent=1 if document else 16, min_tokens=min_tokens)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     reading = None if attention is None else multipole(model, attention)
     text, seconds = respond(

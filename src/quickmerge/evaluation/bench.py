@@ -47,6 +47,8 @@ def bench(
         document and setting.
     """
     shape = model_shape(model)
+    # A context is measured as long as it is.
+    whatever = settings if settings.get("mode") == "block_causal" else {"min_tokens": 0, **settings}
     records: list[Row] = []
     for document in documents:
         advance(f"{document.name}: full")
@@ -60,7 +62,7 @@ def bench(
         for keep in keeps:
             for reducer in reducers:
                 advance(f"{document.name}: {reducer.label} {keep:g}")
-                run = reduce(model, replace(reducer, keep=keep), layer, **settings)
+                run = reduce(model, replace(reducer, keep=keep), layer, **whatever)
                 nll = document_nll(model, document, run)
                 stats = run.summary()
                 here.append({

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from quickmerge.hosts.causal_lm import reduce_lm
 from quickmerge.hosts.encoder import holds_encoder
+from quickmerge.hosts.rows import MIN_TOKENS
 from quickmerge.hosts.timm_encoder import holds_timm
 from quickmerge.hosts.timm_vit import reduce_timm
 from quickmerge.hosts.vit import reduce_vit
@@ -19,7 +20,10 @@ from quickmerge.reducers.base import Reducer
 from quickmerge.tokens.removal import Removal
 from quickmerge.tokens.schedule import Schedule
 
-TEXT_ONLY: dict[str, Any] = {"mode": "prefix", "sinks": 4, "recent": 16, "protect": None, "chunk": 128, "window": 64}
+TEXT_ONLY: dict[str, Any] = {
+    "mode": "prefix", "sinks": 4, "recent": 16, "protect": None, "min_tokens": MIN_TOKENS, "chunk": 128,
+    "window": 64,
+}  # fmt: skip
 """Settings that a vision transformer has no use for, and what they are where nobody set them."""
 
 
@@ -32,6 +36,7 @@ def reduce(
     sinks: int = 4,
     recent: int = 16,
     protect: Callable[[Tensor], Tensor] | None = None,
+    min_tokens: int = MIN_TOKENS,
     chunk: int = 128,
     window: int = 64,
     unmerge: bool = False,
@@ -84,6 +89,8 @@ def reduce(
         protect: further tokens that stay alone: a function from ``input_ids (B, N)`` to a bool mask ``(B, N)``.
             ``prefix`` mode only. They come on top of ``keep``, which counts the other tokens alone: a long system
             prompt that is protected takes nothing from the rest.
+        min_tokens: ``prefix`` mode, rows of a prompt that have fewer tokens are read in full, as are rows all of whose
+            tokens stay alone; the summary says how many. 0 reduces every row that it can.
         chunk: ``block_causal`` mode, tokens per chunk.
         window: ``block_causal`` mode, recent tokens that are never merged.
         unmerge: vision transformers only: give back ``last_hidden_state`` at full length, every patch with the features
@@ -105,6 +112,7 @@ def reduce(
         "sinks": sinks,
         "recent": recent,
         "protect": protect,
+        "min_tokens": min_tokens,
         "chunk": chunk,
         "window": window,
     }

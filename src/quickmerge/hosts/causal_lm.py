@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 from quickmerge.errors import whole_number
 from quickmerge.hosts.attachment import Attachment, PerThread
 from quickmerge.hosts.attention import AttentionFunction, check_free, watch
+from quickmerge.hosts.rows import MIN_TOKENS
 from quickmerge.hosts.structure import Decoder, find_decoder
 from quickmerge.hosts.summary import RunStats, cache_bytes, cache_bytes_full
 from quickmerge.models.compat import given_cache, returned_cache, without_cache
@@ -34,6 +35,7 @@ def reduce_lm(
     sinks: int = 4,
     recent: int = 16,
     protect: Callable[[Tensor], Tensor] | None = None,
+    min_tokens: int = MIN_TOKENS,
     chunk: int = 128,
     window: int = 64,
 ) -> Run:
@@ -52,10 +54,11 @@ def reduce_lm(
         schedule = layer if isinstance(layer, Schedule) else Schedule.of(layer, len(decoder))
         whole_number("sinks", sinks, 0)
         whole_number("recent", recent, 1)
+        whole_number("min_tokens", min_tokens, 0)
         if isinstance(reducer.budget, ReadingBudget):
             raise ValueError(f"keep must be a budget for whole prompts in prefix mode, got {reducer.budget!r}")
         reducer.check(model, schedule.layers, mode)
-        return PrefixRun(decoder, reducer, schedule, sinks=sinks, recent=recent, protect=protect)
+        return PrefixRun(decoder, reducer, schedule, sinks=sinks, recent=recent, protect=protect, min_tokens=min_tokens)
     if mode == "block_causal":
         reads = reducer.budget.layer if isinstance(reducer.budget, ReadingBudget) else 0
         first = reads if layer is None else layer
@@ -63,6 +66,8 @@ def reduce_lm(
             raise ValueError(f"layer must be one block in 0..{len(decoder) - 1} in block_causal mode, got {layer!r}")
         if protect is not None:
             raise ValueError("protect must be None in block_causal mode, got a function")
+        if min_tokens != MIN_TOKENS:
+            raise ValueError(f"min_tokens is for prefix mode and must be left out in {mode} mode, got {min_tokens!r}")
         whole_number("sinks", sinks, 0)
         whole_number("chunk", chunk, 2)
         whole_number("window", window, 1)

@@ -17,7 +17,8 @@ class RunStats:
     ``prefill_seconds`` is the decoder's forward over the prompt with the reducer inside, ``reducer_seconds`` the
     reducer alone (saliency, plan and merge). ``cache_bytes`` are measured on the cache as it is now and
     ``prompt_cache_bytes`` as it was after the prompt; ``..._full`` is what it would hold unreduced. ``reducer_bytes``
-    is the memory of what a trained method has learned.
+    is the memory of what a trained method has learned. ``rows_short`` rows had fewer than ``min_tokens`` tokens and
+    ``rows_protected`` others none that was not protected, so that they were not reduced.
     """
 
     mode: str = "prefix"
@@ -34,6 +35,9 @@ class RunStats:
     cache_bytes: int = 0
     cache_bytes_full: int = 0
     reducer_bytes: int = 0
+    min_tokens: int = 0
+    rows_short: int = 0
+    rows_protected: int = 0
 
     @property
     def tokens_kept(self) -> float:
@@ -61,9 +65,12 @@ class RunStats:
         ratio = self.cache_bytes / self.cache_bytes_full if self.cache_bytes_full else 1.0
         held, full = self.cache_bytes / 2**20, self.cache_bytes_full / 2**20
         own = f", and {self.reducer_bytes / 2**20:.2f} MiB of the reducer's weights" if self.reducer_bytes else ""
+        whole = [f"{self.rows_short} of {self.rows} rows below min_tokens={self.min_tokens}"] * bool(self.rows_short)
+        whole += [f"{self.rows_protected} of {self.rows} rows of protected tokens alone"] * bool(self.rows_protected)
         return (
             f"{self.reducer} ({self.mode}), {self.rows} row(s), {self.tokens_in:g} tokens in\n"
-            f"  read:    {layers}\n"
+            + (f"  not reduced: {', '.join(whole)}\n" if whole else "")
+            + f"  read:    {layers}\n"
             f"  prefill: {self.prefill_seconds:.3f} s, of which the reducer {self.reducer_seconds:.3f} s\n"
             f"  decode:  {self.decode_steps} steps, {1e3 * self.decode_seconds_per_token:.1f} ms each\n"
             f"  cache:   {held:.2f} MiB, {100 * ratio:.0f} % of {full:.2f} MiB{own}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,37 +10,43 @@ import torch
 from torch import Tensor
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.hosts.prefix import Prompt
-from quickmerge.hosts.visual import Image
-from quickmerge.models.compat import cache_name
+from quickmerge.hosts.merged_cache import PromptState
 from quickmerge.tokens.plan import MergePlan
 
 
 @dataclass
-class VisualPrompt(Prompt):
-    """One prompt that was read. All that is of ``valid``'s width is as the first block read it.
+class VisualPrompt(PromptState):
+    """What a cache knows of a prompt with pictures. All that is of ``valid``'s width is as the first block read it.
 
-    ``width``: columns as given. ``places (B, K)``: the column of the given prompt at which each stands. ``images``;
-    ``text``: columns of each row's instruction. ``true_position (..., B)``: the position that the first token behind
-    the prompt would have had, and ``next_position`` the one that it gets; None where the model counts. ``masked``:
-    whether a mask was given or is needed.
+    ``width``: columns as given. ``true_position (..., B)``: the position that the first token behind the prompt would
+    have had, and ``next_position`` the one that it gets; None where the model counts. ``masked``: whether a mask was
+    given or is needed. ``recount``: whether positions are counted anew, whatever was given.
     """
 
     width: int = 0
-    places: Tensor = field(default_factory=lambda: torch.zeros(0))
-    images: list[Image] = field(default_factory=list)
-    text: list[Tensor] = field(default_factory=list)
+    valid: Tensor = field(default_factory=lambda: torch.zeros(0))
     next_position: Tensor | None = None
     true_position: Tensor | None = None
     masked: bool = False
+    recount: bool = False
 
     @property
     def shortened(self) -> bool:
         """Whether the first block already read less than was given."""
         return 0 in self.segments
 
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Rows of the cache were picked, moved or repeated."""
+        super().each_row(change)
+        self.valid = change(self.valid)
+        for name in ("next_position", "true_position"):
+            held = getattr(self, name)
+            if held is not None:
+                # Rows lie along the last axis.
+                setattr(self, name, change(held.movedim(-1, 0)).movedim(0, -1))
+
     def follow(
-        self, stored: int, new: int, mask: Tensor | None, given: Tensor | None, *, recount: bool
+        self, stored: int, new: int, mask: Tensor | None, given: Tensor | None
     ) -> tuple[dict[str, Any], Tensor, Tensor]:
         """Fit ``new`` further tokens a row to the cache, of which the first block's layer holds ``stored`` tokens.
 
@@ -49,7 +55,6 @@ class VisualPrompt(Prompt):
             new: how many are read now.
             mask: of everything read since the prompt, the prompt as it was given; None for no padding.
             given: positions that the caller gave, None where the model is left to count.
-            recount: whether positions are counted anew, whatever was given.
 
         Returns:
             The arguments of the language model to change; which of the new tokens are valid, ``(B, new)``; and the
@@ -60,30 +65,26 @@ class VisualPrompt(Prompt):
         """
         rows, device = len(self.valid), self.valid.device
         since = stored - self.valid.shape[1]
-        if since < 0:
-            raise QuickmergeError(f"{cache_name()} was cropped into its prompt, which a merged cache can't be")
         read = self.width + since + new
         if mask is not None and mask.shape[1] != read:
             raise QuickmergeError(
                 f"attention_mask must have a column for each of the {read} tokens read so far, visual ones that are "
-                f"gone included, got {mask.shape[1]}; assisted decoding, and a further turn by generate with all ids, "
-                "are not possible with a shortened cache"
+                f"gone included, got {mask.shape[1]}; a further turn by generate with all ids is not possible with a "
+                "shortened cache"
             )
         behind = torch.ones(rows, since + new, device=device) if mask is None else mask[:, self.width :]
         valid = behind[:, -new:].bool()
         steps = since + torch.arange(new, device=device)
         places = (self.width + steps).expand(rows, -1)
-        for segment in self.segments.values():
-            segment.masks = {}
         changed: dict[str, Any] = {}
         if not self.shortened:
             return changed, valid, places
-        self.segments[0].extend(places, valid, stored)
+        self.segments[0] = self.segments[0].extended(places, valid, stored)
         if self.masked or mask is not None:
             changed["attention_mask"] = torch.cat([self.valid.long(), behind.long()], 1)
         if new > 1 and given is not None and self.true_position is not None:
             self._check(given, self.true_position[..., None] + steps)
-        if self.next_position is not None and (recount or given is None):
+        if self.next_position is not None and (self.recount or given is None):
             changed["position_ids"] = self.next_position[..., None] + steps
         return changed, valid, places
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,8 +15,10 @@ from transformers import Cache, PreTrainedModel
 from quickmerge.errors import QuickmergeError
 from quickmerge.hosts.attention import check_free
 from quickmerge.hosts.features import FeatureWatch
-from quickmerge.hosts.prefix import PrefixRun, Prompt, pick_columns
-from quickmerge.hosts.segment import Segment
+from quickmerge.hosts.generation import setting
+from quickmerge.hosts.merged_cache import check_fillable
+from quickmerge.hosts.prefix import CALL, PrefixCall, PrefixRun
+from quickmerge.hosts.segment import Segment, pick_columns
 from quickmerge.hosts.summary import VisualStats
 from quickmerge.hosts.tower import TowerWatch
 from quickmerge.hosts.tower_tokens import Seen
@@ -66,12 +68,24 @@ def reduce_vlm(
     return VlmRun(vlm, reducer, layers, positions=positions)
 
 
+@dataclass
+class VisualCall(PrefixCall):
+    """The state of one forward. All that is of ``valid``'s width is as the first block reads it.
+
+    ``images``; ``text``: columns of each row's instruction; ``places (B, K)``: the column of the given text at which
+    each token stands.
+    """
+
+    images: list[Image] = field(default_factory=list)
+    text: list[Tensor] = field(default_factory=list)
+    places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+
 class VlmRun(PrefixRun):
     """See `quickmerge.reduce`. Only visual tokens are merged or dropped, in the forward that fills an empty cache."""
 
     mode = "visual"
     stats: VisualStats
-    _prompt: VisualPrompt | None
 
     def __init__(self, vlm: Vlm, reducer: Reducer, layers: tuple[int, ...], *, positions: str) -> None:
         self.vlm, self.positions = vlm, positions
@@ -86,7 +100,6 @@ class VlmRun(PrefixRun):
         self._outer = inspect.signature(vlm.base.forward)
         self._special = special_ids(vlm)
         self._call: dict[str, Any] = {}
-        self._new_places: Tensor | None = None
 
     def _stats(self) -> VisualStats:
         return VisualStats(mode=self.mode, reducer=repr(self.reducer), reducer_bytes=self.reducer.weights_bytes)
@@ -105,13 +118,20 @@ class VlmRun(PrefixRun):
         self._note(self.vlm.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         self._note(self.vlm.base.register_forward_hook(self._after_base))
 
-    def _check_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super()._check_head(module, args, kwargs)
-        if kwargs.get("labels") is not None:
-            raise QuickmergeError(
-                "labels must be left out inside a quickmerge run, since there are logits for fewer tokens than there "
-                "are labels; take logits by the run's columns"
-            )
+    def _around_generate(self, given: dict[str, Any], call: Callable[[], Any]) -> Any:
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if setting(self.decoder.model, given, name) is not None:
+                raise QuickmergeError(
+                    f"{name} must be left out inside a quickmerge run of a vision-language model: drafted tokens "
+                    "don't fit a shortened prompt"
+                )
+        return super()._around_generate(given, call)
+
+    def _tell_drafts(self, args: tuple[Any, ...], kwargs: dict[str, Any], drafts: int) -> Any:
+        raise QuickmergeError(
+            f"logits_to_keep must be 0 or 1 while a prompt with pictures is read, got {drafts + 1}: there are logits "
+            "for fewer tokens than there were"
+        )
 
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = dict(self._outer.bind_partial(*args, **kwargs).arguments)
@@ -134,155 +154,151 @@ class VlmRun(PrefixRun):
         if not prompt:
             return self._read_on(inputs, embeds, mask)
         cache = given_cache(inputs)
-        self._check_cache(cache)
-        self._traces, self.plans, self.composed = {}, [], []
+        check_fillable(cache)
         shape, device = embeds.shape[:2], embeds.device
         valid = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.bool()
         if valid.shape != shape:
             raise QuickmergeError(f"attention_mask must be {tuple(shape)}, got {tuple(valid.shape)}")
-        self.images = read_images(self.vlm, self._call, self.features) if self._call else []
+        self._check_side(valid)
+        images = read_images(self.vlm, self._call, self.features) if self._call else []
         visual = torch.zeros_like(valid)
-        for image in self.images:
+        for image in images:
             visual[image.row, image.columns] = True
         ids = self._call.get("input_ids")
-        text = [] if ids is None or not self.images else instruction(ids, valid, self._special, self.images)
-        places = torch.arange(shape[1], device=device).expand(shape)
-        self.protected = valid & ~visual
-        self._prompt = VisualPrompt(
-            valid, self.protected, valid.sum(-1), width=shape[1], places=places, images=self.images, text=text,
-            masked=mask is not None,
+        text = [] if ids is None or not images else instruction(ids, valid, self._special, images)
+        stats, length = self.stats, valid.sum(-1)
+        state = VisualPrompt(
+            stats, self.reducer.proportional, width=shape[1], valid=valid, masked=mask is not None,
+            recount=self.positions == "consecutive",
         )  # fmt: skip
-        self.stats.rows, self.stats.tokens_in = shape[0], float(self._prompt.length.float().mean())
-        self.stats.images = len(self.images)
-        self.stats.visual_in = sum(image.count for image in self.images) / shape[0]
-        self.stats.tower_seconds, self.stats.reducer_seconds = self.tower.account()
-        if cache is not None:
-            self._prompts[cache] = self._prompt
-        if 0 not in self.stages or not self.images:
-            return {}
-        with torch.autocast(device.type, enabled=False):
-            return self._shorten(inputs, embeds, self._prompt)
+        call = VisualCall(
+            True, state, valid, valid & ~visual, length=length, images=images, text=text,
+            places=torch.arange(shape[1], device=device).expand(shape),
+        )  # fmt: skip
+        self._now, self.images = call, images
+        stats.rows, stats.tokens_in = shape[0], float(length.float().mean())
+        stats.images = len(images)
+        stats.visual_in = sum(image.count for image in images) / shape[0]
+        stats.tower_seconds, stats.reducer_seconds = self.tower.account()
+        changed: dict[str, Any] = {}
+        if 0 in self.stages and images:
+            with torch.autocast(device.type, enabled=False):
+                changed = self._shorten(inputs, embeds, call, state)
+        return {**changed, CALL: call}
 
-    def _shorten(self, inputs: dict[str, Any], embeds: Tensor, prompt: VisualPrompt) -> dict[str, Any]:
-        decision = self._decide(0, embeds, prompt)
+    def _shorten(self, inputs: dict[str, Any], embeds: Tensor, call: VisualCall, state: VisualPrompt) -> dict[str, Any]:
+        decision = self._decide_visual(call, 0, embeds)
         if decision is None:
             return {}
         plan, seat = decision.plan, decision.seat
         positions = inputs.get("position_ids")
         changed: dict[str, Any] = {"inputs_embeds": decision.hidden}
-        were = prompt.places if positions is None else positions
-        prompt.true_position = next_positions(were, prompt.valid)
+        were = call.places if positions is None else positions
+        state.true_position = next_positions(were, call.valid)
         if self.positions == "kept":
-            prompt.next_position = prompt.true_position
+            state.next_position = state.true_position
             changed["position_ids"] = pick_columns(were, seat)
         elif positions is not None:
             count = plan.valid.long().cumsum(-1)
-            prompt.next_position = count[:, -1]
+            state.next_position = count[:, -1]
             changed["position_ids"] = torch.where(plan.valid, count - 1, 0)
         if inputs.get("deepstack_visual_embeds") is not None:
             changed |= deepstack(plan, inputs["visual_pos_masks"], inputs["deepstack_visual_embeds"])
         # Without any mask, jumps in the positions would be taken for the seams of packed texts.
         changed["attention_mask"] = plan.valid.long()
-        prompt.masked = prompt.masked or not bool(plan.valid.all())
-        prompt.valid, prompt.places = plan.valid, plan.position
-        prompt.segments[0] = Segment(
-            plan, seat, plan.position, plan.valid, plan.size, padded=not bool(plan.valid.all())
-        )
+        state.masked = state.masked or not bool(plan.valid.all())
+        call.valid = state.valid = plan.valid
+        call.places, call.source[0] = plan.position, seat
+        call.segments[0] = state.segments[0] = Segment.of(plan)
         return changed
 
     def _read_on(self, inputs: dict[str, Any], embeds: Tensor, mask: Tensor | None) -> dict[str, Any]:
         cache = given_cache(inputs)
-        found = self._prompts.get(cache)
-        if not isinstance(found, VisualPrompt):
-            raise QuickmergeError(f"{cache_name()} was filled outside this run; start it with an empty cache")
-        self._prompt = prompt = found
         rows, new = embeds.shape[:2]
-        if len(prompt.valid) != rows:
-            raise QuickmergeError(
-                f"{cache_name()} holds {len(prompt.valid)} rows that were merged here, got {rows} rows"
-            )
+        state = self._resume(cache, rows)
+        if not isinstance(state, VisualPrompt):
+            raise QuickmergeError(f"{cache_name()} was filled by a language model alone; start it with an empty cache")
         given = self._call.get("position_ids")
-        changed, self._new, self._new_places = prompt.follow(
-            int(cache.get_seq_length()), new, mask, given, recount=self.positions == "consecutive"
-        )
-        return changed
+        changed, valid, places = state.follow(int(cache.get_seq_length()), new, mask, given)
+        self._now = VisualCall(False, state, valid, segments=dict(state.segments), places=places)
+        return {**changed, CALL: self._now}
 
     # Deciding ---------------------------------------------------------------------------------------------------
 
-    def _decide(self, index: int, hidden: Tensor, prompt: VisualPrompt) -> Decision | None:
+    def _decide_visual(self, call: VisualCall, index: int, hidden: Tensor) -> Decision | None:
         """Reduce the visual tokens in front of block ``index``; None if all stay."""
         began = self.clock()
-        below = self._segment(index - 1)
+        below = call.segment(index - 1)
         visual = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        for image in prompt.images:
+        for image in call.images:
             visual[image.row, image.now] = True
-        valid = prompt.valid if below is None else below.valid
+        valid = call.valid if below is None else below.valid
         view = TokenView(
             hidden=hidden, valid=valid, protected=valid & ~visual,
-            position=prompt.places if below is None else below.position,
+            position=call.places if below is None else below.position,
             size=None if below is None else below.size,  # type: ignore[arg-type]
-            length=prompt.length, layer=index, depth=len(self.decoder),
+            length=call.length, layer=index, depth=len(self.decoder),  # type: ignore[arg-type]
         )  # fmt: skip
-        told = (
-            told_by_tower if index == 0 else told_inside(self._traces.get(index - 1), view, visual, self.reducer.asks)
-        )
+        trace, asks = call.traces.get(index - 1), self.reducer.asks
+        told = told_by_tower if index == 0 else told_inside(trace, view, visual, asks)
         reducer = replace(self.reducer, keep=self.stages[index])
-        decision = decide(reducer, view, prompt.images, prompt.text, told)
+        decision = decide(reducer, view, call.images, call.text, told)
         plan = MergePlan.identity(view) if decision is None else decision.plan
-        self.plans.append(plan)
-        self.composed.append(plan if self.plan is None else self.plan.compose(plan))
+        call.decide(index, plan)
         if decision is not None:
-            prompt.text = [plan.slot[row, columns] for row, columns in enumerate(prompt.text)]
-        self._traces = {layer: t for layer, t in self._traces.items() if layer >= index}
+            call.text = [plan.slot[row, columns] for row, columns in enumerate(call.text)]
         self.stats.reducer_seconds += self.clock() - began
         return decision
 
-    def _merge(self, index: int, hidden: Tensor, places: Tensor, prompt: Prompt) -> Tensor:
-        assert isinstance(prompt, VisualPrompt)
-        decision = self._decide(index, hidden, prompt) if prompt.images else None
+    def _merge(self, call: PrefixCall, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        assert isinstance(call, VisualCall)
+        if index == 0:
+            return hidden  # done in front of the decoder
+        if index in call.plans:
+            raise QuickmergeError(
+                "gradient checkpointing must be off where visual tokens are merged inside the language model, with a "
+                "transformers before 5.24: there a block is hooked again when it is computed again"
+            )
+        decision = self._decide_visual(call, index, hidden) if call.images else None
         if decision is None:
             return hidden
-        prompt.segments[index] = Segment.from_plan(decision.plan, places, prompt.valid)
+        self._begin_segment(call, index, decision.plan, call.places, call.valid.shape[1])
         return decision.hidden
 
-    def _probed(self, layer: int) -> bool:
-        return layer + 1 in self.stages and bool(self.reducer.asks & {"attention", "norm", "key"})
+    def _probed(self, call: PrefixCall, layer: int) -> bool:
+        below = layer + 1 in self.stages and layer + 1 not in call.plans
+        return below and bool(self.reducer.asks & {"attention", "norm", "key"})
 
-    def _reads(self, layer: int) -> Segment | None:
+    def _reads(self, call: PrefixCall, layer: int) -> int | None:
         # Behind the projector the model itself makes masks and rotary tables for what it is given.
-        segment = self._segment(layer)
-        assert self._prompt is not None
-        return None if segment is self._prompt.segments.get(0) else segment
+        return call.first(layer) or None
 
-    def _places(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        assert self._prompt is not None
-        if self._fresh:
-            return self._prompt.places
-        assert self._new_places is not None
-        return self._new_places
+    def _places(self, call: PrefixCall, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        assert isinstance(call, VisualCall)
+        return call.places
 
-    def _block_hook(self, index: int) -> Callable[..., Any] | None:
-        inside = [layer for layer in self.stages if layer]
-        return super()._block_hook(index) if inside and index >= min(inside) else None
+    def _extend(self, call: PrefixCall, index: int, hidden: Tensor, cache: Cache, kwargs: dict[str, Any]) -> None:
+        if index:  # behind the projector that is done in front of the decoder
+            super()._extend(call, index, hidden, cache, kwargs)
 
     # Afterwards -------------------------------------------------------------------------------------------------
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call = self._now
+        if isinstance(call, VisualCall) and call.fresh:
+            self.stats.visual_kept = sum(image.left for image in call.images) / max(1, self.stats.rows)
         super()._after_model(module, args, kwargs, output)
-        if self._fresh and self._prompt is not None:
-            self.stats.visual_kept = sum(image.left for image in self.images) / max(1, self.stats.rows)
-            if self._cache is not None:
-                self._prompts[self._cache] = self._prompt
 
     def tokens_read(self, cache: Cache) -> int:
         """How many tokens the cache would hold in every layer if none had been merged."""
-        gone = 0 if self._prompt is None else self._prompt.width - self._prompt.valid.shape[1]
+        state = None if self._now is None else self._now.state
+        gone = state.width - state.valid.shape[1] if isinstance(state, VisualPrompt) else 0
         return super().tokens_read(cache) + gone
 
     def forget(self) -> None:
         """Drop prompts and what was measured; the pictures' plans and statistics stay for the summary."""
         super().forget()
-        self._call, self._new_places = {}, None
+        self._call = {}
         self.tower.forget()
         self.features.forget()
 

@@ -43,16 +43,22 @@ def plan_cells(tokenizer: Any, ids: Tensor, plan: MergePlan, protected: Tensor |
 
 
 def token_cells(
-    model: Any, tokenizer: Any, text: str, reducer: Reducer, layer: Any = None, *, limit: int = 2048
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    reducer: Reducer,
+    layer: Any = None,
+    *,
+    limit: int = 2048,
+    min_tokens: int = 0,
 ) -> tuple[list[TokenCell], RunStats]:
     """Read the first ``limit`` tokens of a text through a reducer; its tokens as cells and the run's statistics.
 
-    Raises:
-        PromptTooShortError: if all of the text's tokens are protected.
+    Of fewer than ``min_tokens`` tokens none are reduced, nor where all are protected.
         QuickmergeError: the text has no tokens.
     """
     ids = torch.tensor([first_tokens(tokenizer, text, limit)], device=model.device)
-    with torch.inference_mode(), reduce(model, reducer, layer) as run:
+    with torch.inference_mode(), reduce(model, reducer, layer, min_tokens=min_tokens) as run:
         model(ids, use_cache=False, logits_to_keep=1)
     plan, protected = run.main_plan, run.protected
     return plan_cells(tokenizer, ids[0], plan, protected), run.summary()

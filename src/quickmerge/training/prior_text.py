@@ -196,7 +196,7 @@ class PriorText(Objective):
         model = self._model[0]
         look = Look(keep=max(self.keeps), prior=self.prior, **self.settings)
         for index in _spread(len(windows), windows_read):
-            with reduce(model, look, self.schedule):
+            with reduce(model, look, self.schedule, min_tokens=0):
                 ids = torch.as_tensor(windows[index])[None, : self.context].to(model.device)
                 model.base_model(ids, use_cache=False)
         self.prior.calibrate(torch.cat(slots).float().to(self.prior.mean.device))
@@ -249,7 +249,7 @@ class PriorText(Objective):
         context, target = batch[:, : self.context], batch[:, self.context :]
         reducer = LearningMerge(keep=keep, prior=self.prior, temperature=temperature, **self.settings)
         cache = DynamicCache(config=model.config)
-        with reduce(model, reducer, self.schedule):
+        with reduce(model, reducer, self.schedule, min_tokens=0):
             model.base_model(context, **cache_argument(model.base_model, cache), use_cache=True)
             read = model.base_model(
                 target[:, :-1], **cache_argument(model.base_model, cache), use_cache=True

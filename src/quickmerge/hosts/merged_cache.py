@@ -1,0 +1,210 @@
+"""What a cache knows of the prompt that was merged into it: its layers carry it, and move it with their rows.
+
+A prompt's merges leave tables: which position, how many tokens and whether any at all stand behind each entry. They
+belong to the cache, since a cache is copied, cropped, and has its rows picked, moved and repeated by whoever holds it,
+long after the run that filled it was left. So the layers of a cache that a run fills become layers of the classes
+below, which do everything that they did before and carry a `PromptState` besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+
+from quickmerge.attention.cache import MultipoleLayer
+from quickmerge.errors import QuickmergeError
+from quickmerge.hosts.segment import Segment
+from quickmerge.hosts.summary import RunStats
+from quickmerge.models.compat import DynamicLayer, DynamicSlidingWindowLayer, cache_name
+
+__all__ = [
+    "MergedLayer",
+    "MergedMultipoleLayer",
+    "MergedSlidingLayer",
+    "PromptState",
+    "check_fillable",
+    "expect",
+    "fill",
+    "rows_in",
+    "state_of",
+]
+
+
+@dataclass
+class PromptState:
+    """Of a prompt that was read: its segments by first block, and whether their sizes count in attention.
+
+    ``segments`` is empty where nothing was merged, for whatever reason. ``stats`` count what was read and written with
+    this cache.
+    """
+
+    stats: RunStats
+    proportional: bool
+    segments: dict[int, Segment] = field(default_factory=dict)
+
+    @property
+    def merged(self) -> bool:
+        """Whether some block reads fewer entries than there were tokens."""
+        return bool(self.segments)
+
+    def first(self, layer: int) -> int | None:
+        """The block that the segment of a block begins with; None below the first merge."""
+        below = [first for first in self.segments if first <= layer]
+        return max(below) if below else None
+
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Rows of the cache were picked, moved or repeated."""
+        self.segments = {first: segment.each_row(change) for first, segment in self.segments.items()}
+
+
+def _carrying(kind: Any, name: str) -> Any:
+    """A class of cache layers that are of ``kind`` and carry what is known of their prompt.
+
+    ``prompt`` is shared by the layers of a cache, and moved by the lowest one, whose ``moves`` is set. ``floor`` is how
+    many entries stand for the prompt. ``expected`` is set by a run that is about to have keys and values of a forward
+    written, since outside of any run entries would be taken for tokens. There is one base class alone, so that a layer
+    can become one of these while it stays the object that others hold.
+    """
+
+    class Merged(kind):  # type: ignore[misc, valid-type]
+        """See `quickmerge.hosts.merged_cache`."""
+
+        prompt: PromptState | None = None
+        moves = False
+        floor = 0
+        expected = False
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            """Append keys and values ``(B, H, q, D)``; returns all of them.
+
+            Raises:
+                QuickmergeError: outside of a run, if something was merged.
+            """
+            expected, self.expected = self.expected, False
+            if self.prompt is not None and self.prompt.merged and not expected:
+                raise QuickmergeError(
+                    f"{cache_name()} holds a prompt that was merged inside quickmerge.reduce(...): go on with it in "
+                    "such a block, of any reducer, or start with an empty cache"
+                )
+            return super().update(key_states, value_states, *args, **kwargs)
+
+        def crop(self, tokens_to_remove: int) -> None:
+            """Take back the last tokens, ``-tokens_to_remove`` of them.
+
+            Raises:
+                QuickmergeError: if that many were not read since a prompt that was merged.
+            """
+            if self.prompt is not None and self.prompt.merged and tokens_to_remove != 0:
+                since = self.get_seq_length() - self.floor
+                if tokens_to_remove > 0:
+                    raise QuickmergeError(
+                        f"crop must be told how many tokens to take back, as a negative number, where tokens were "
+                        f"merged, got {tokens_to_remove}"
+                    )
+                if -tokens_to_remove > since:
+                    raise QuickmergeError(
+                        f"crop can take back the {since} tokens that were read since the prompt was merged, got "
+                        f"{tokens_to_remove}: a merged prompt can't be cut; read the shorter one into an empty cache"
+                    )
+            super().crop(tokens_to_remove)
+
+        def _move(self, change: Callable[[Tensor], Tensor]) -> None:
+            if self.moves and self.prompt is not None:
+                self.prompt.each_row(change)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            """Rows follow their beams."""
+            super().reorder_cache(beam_idx)
+            self._move(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            """Repeat every row."""
+            super().batch_repeat_interleave(repeats)
+            self._move(lambda t: t.repeat_interleave(repeats, dim=0))
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            """Keep some rows: their numbers, or a mask of all rows."""
+            super().batch_select_indices(indices)
+            self._move(lambda t: t[indices.to(t.device)])
+
+        def reset(self) -> None:
+            """Forget everything: a layer as it was before anything was merged."""
+            super().reset()
+            for name in ("prompt", "moves", "floor", "expected"):
+                self.__dict__.pop(name, None)
+            self.__class__ = kind
+
+    Merged.__name__ = Merged.__qualname__ = name
+    return Merged
+
+
+MergedLayer = _carrying(DynamicLayer, "MergedLayer")
+"""A layer for full attention of a cache that a run has filled."""
+
+MergedSlidingLayer = _carrying(DynamicSlidingWindowLayer, "MergedSlidingLayer")
+"""A layer for sliding-window attention of a cache that a run has filled; its window counts entries."""
+
+MergedMultipoleLayer = _carrying(MultipoleLayer, "MergedMultipoleLayer")
+"""A layer for multipole attention of a cache that a run has filled."""
+
+_OURS: dict[type, Any] = {
+    DynamicLayer: MergedLayer,
+    DynamicSlidingWindowLayer: MergedSlidingLayer,
+    MultipoleLayer: MergedMultipoleLayer,
+}
+
+
+def _carries(layer: Any) -> bool:
+    return type(layer) in _OURS.values()
+
+
+def check_fillable(cache: Any) -> None:
+    """Raise QuickmergeError unless an empty cache is of a kind that a run can fill; None is."""
+    if cache is None:
+        return
+    if not isinstance(cache, Cache):
+        raise QuickmergeError(
+            f"{cache_name()} must be a DynamicCache inside a quickmerge run, got a {type(cache).__name__}"
+        )
+    for layer in cache.layers:
+        if type(layer) not in _OURS and not _carries(layer):
+            raise QuickmergeError(
+                f"{cache_name()} must be a DynamicCache inside a quickmerge run, got layers of type "
+                f"{type(layer).__name__}"
+            )
+
+
+def fill(cache: Cache, index: int, state: PromptState, floor: int) -> None:
+    """Say that a layer is about to be given the first ``floor`` entries of a prompt, which ``state`` is of.
+
+    The layer stays the object that it is, since others may hold it too.
+    """
+    while len(cache.layers) <= index:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if not _carries(layer):
+        layer.__class__ = _OURS[type(layer)]
+    layer.prompt, layer.floor, layer.moves, layer.expected = state, floor, index == 0, True
+
+
+def expect(cache: Cache, index: int) -> None:
+    """Say that a layer of a cache that was filled inside a run is about to be given further tokens."""
+    cache.layers[index].expected = True
+
+
+def state_of(cache: Cache) -> PromptState | None:
+    """What a filled cache knows of its prompt; None if it was filled outside of any run in prefix mode."""
+    layers = getattr(cache, "layers", None) or [None]
+    if not all(map(_carries, layers)):
+        return None
+    state: PromptState | None = layers[0].prompt
+    return state
+
+
+def rows_in(cache: Cache) -> int:
+    """How many rows a filled cache holds."""
+    return len(cache.layers[0].keys)
