@@ -20,6 +20,7 @@ from quickmerge.hosts.attachment import PerThread
 from quickmerge.hosts.attention import AttentionFunction, decoder_mask, proportional_attention
 from quickmerge.hosts.causal_lm import Run
 from quickmerge.hosts.chunked_cache import ChunkedLayer, Reader, Rules, chunked_layers
+from quickmerge.hosts.rows import check_one_text
 from quickmerge.hosts.structure import Decoder
 from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache
 from quickmerge.reducers.base import Reducer
@@ -65,6 +66,7 @@ class BlockCausalRun(Run):
             raise QuickmergeError("attention_mask must be all ones in block_causal mode (no padding), got another mask")
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         cache = given_cache(inputs)
+        check_one_text(inputs, None, cache is not None)
         if not prompt and cache is not None:
             self._layers = chunked_layers(cache, self.merged, self.rules)
             for layer in self._layers.values():
