@@ -24,6 +24,7 @@ from pictures import SAY, is_whole
 from PIL import Image, ImageOps
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.images import open_image
 from quickmerge.models import cache_folder
 
 SEED, SIDE = 0, 224
@@ -112,9 +113,7 @@ def put_together(mosaic: Mosaic) -> Image.Image:
     side = SIDE if len(mosaic.files) == 1 else SIDE // 2
     picture = Image.new("RGB", (SIDE, SIDE))
     for place, file in enumerate(mosaic.files):
-        with Image.open(file) as photo:
-            upright = ImageOps.exif_transpose(photo).convert("RGB")
-        part = ImageOps.fit(upright, (side, side), Image.Resampling.BICUBIC)
+        part = ImageOps.fit(open_image(file), (side, side), Image.Resampling.BICUBIC)
         picture.paste(part, (place % 2 * side, place // 2 * side))
     return picture
 

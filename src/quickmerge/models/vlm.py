@@ -65,16 +65,19 @@ def ask_inputs(processor: ProcessorMixin, images: Sequence[Image.Image], questio
 
     Args:
         processor: of `load_vlm`.
-        images: upright ones; what is not in RGB is converted to it.
+        images: of any mode of Pillow; each is turned upright, scaled to 8 bits a channel, and white where it is
+            transparent, as files are.
         question: text that does not hold the token that stands for an image.
 
     Returns:
         ``input_ids (1, N)``, ``attention_mask (1, N)``, ``pixel_values`` and whatever else the model takes.
 
     Raises:
-        QuickmergeError: the question is empty or holds the token that stands for an image, or the processor has no
-            chat template.
+        QuickmergeError: the question is empty or holds the token that stands for an image, an image can't be read,
+            or the processor has no chat template.
     """
+    from quickmerge.images import upright
+
     token = getattr(processor, "image_token", None)
     if not question.strip():
         raise QuickmergeError("question must hold some text, got none")
@@ -82,7 +85,8 @@ def ask_inputs(processor: ProcessorMixin, images: Sequence[Image.Image], questio
         raise QuickmergeError(f"question must not hold {token}, which stands for an image, got {question!r}")
     if getattr(processor, "chat_template", None) is None:
         raise QuickmergeError(f"the {type(processor).__name__} has no chat template that says how a question is put")
-    parts: list[dict[str, Any]] = [{"type": "image", "image": image.convert("RGB")} for image in images]
+    shown = [upright(image, f"images[{index}]") for index, image in enumerate(images)]
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in shown]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
     inputs: BatchFeature = apply_chat_template(
         processor, messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from quickmerge.errors import QuickmergeError, whole_number
+from quickmerge.images import as_rgb
 from quickmerge.report.text import one_line
 
 Picture: TypeAlias = Image.Image | NDArray[np.uint8]
@@ -99,13 +100,13 @@ class PatchStage:
 
 
 def pixels_of(picture: Picture, name: str = "image") -> NDArray[np.uint8]:
-    """The pixels ``(height, width, 3)`` in 0..255; transparency is left out, as models leave it out.
+    """The pixels ``(height, width, 3)`` in 0..255; what is transparent is white, as models see it.
 
     Raises:
         QuickmergeError: neither a Pillow image nor such an array; ``name`` is what it was given for.
     """
     if isinstance(picture, Image.Image):
-        picture = np.asarray(picture.convert("RGB"))
+        picture = np.asarray(as_rgb(picture))
     if not isinstance(picture, np.ndarray):
         raise QuickmergeError(f"{name} must be a Pillow image or an array, got {type(picture).__name__}")
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, overload
 
+from PIL import Image
+
 from quickmerge.errors import QuickmergeError, near_match
+from quickmerge.images import open_image
 from quickmerge.training.data.extra import need
 
 STRINGS = ("string", "large_string", "string_view")
@@ -18,14 +22,16 @@ class Column(Sequence[Any]):
 
     Attributes:
         name: what the dataset calls it.
-        kind: ``"text"`` if the rows are strings, ``"images"`` if they are Pillow images.
+        kind: ``"text"`` if the rows are strings, ``"images"`` if they are Pillow images, upright and in RGB.
     """
 
     def __init__(self, dataset: Any, name: str, kind: Literal["text", "images"]) -> None:
         self.name = name
         self.kind = kind
         # the other columns need not be decoded to read this one
-        self._dataset = dataset.select_columns([name])
+        part = dataset.select_columns([name])
+        # images come as bytes, and are decoded here as every image is, of no other formats
+        self._dataset = part if kind == "text" else part.cast_column(name, type(part.features[name])(decode=False))
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -41,9 +47,20 @@ class Column(Sequence[Any]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         value = self._dataset[index][self.name]
-        if value is None and self.kind == "images":
-            raise QuickmergeError(f"row {index} of the column {self.name} has no image")
+        if self.kind == "images":
+            return self._image(value, f"row {index} of the column {self.name}")
         return "" if value is None else value
+
+    @staticmethod
+    def _image(value: Any, name: str) -> Image.Image:
+        if not value or (value.get("bytes") is None and value.get("path") is None):
+            raise QuickmergeError(f"{name} has no image")
+        data, path = value.get("bytes"), value.get("path")
+        if data is not None:
+            return open_image(io.BytesIO(data), name)
+        if "://" in path or "::" in path:
+            raise QuickmergeError(f"{name} must hold its image, got an address, {path!r}: nothing is fetched")
+        return open_image(Path(path), f"{name}, {path},")
 
 
 def from_disk(path: Path | Sequence[Path], column: str | None = None) -> Column:

@@ -3,79 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import struct
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.images import open_image as open_image
+from quickmerge.images import opened as opened
+from quickmerge.images import upright as upright
+from quickmerge.images import upright_size as upright_size
 from quickmerge.training.data.fit import Size, height_and_width
 
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises for files that are broken, each decoder in its own way."""
-MOST_PIXELS = 128 * 2**20
-"""Larger images are not decoded: a small file may claim any size, and take all memory."""
 SAMPLES = 64
 T = TypeVar("T")
-TURNED = (5, 6, 7, 8)
-"""Orientations in EXIF by which width and height change places."""
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """An image file whose size is known and allowed, and whose pixels are not decoded yet.
-
-    Whatever goes wrong with it inside the ``with`` block is told in one sentence.
-
-    Raises:
-        QuickmergeError: there is no such file, it is no image, it breaks off, or it has more than `MOST_PIXELS`.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is stricter
-            image = Image.open(path)
-        with image:
-            if image.width * image.height > MOST_PIXELS:
-                raise Image.DecompressionBombError
-            yield image
-    except QuickmergeError:
-        raise
-    except UNREADABLE as error:
-        raise QuickmergeError(f"{path} can't be read as an image: {reason(error)}") from None
-
-
-def open_image(path: Path) -> Image.Image:
-    """An image file as it is meant to be seen: decoded, upright, in RGB, and white where it was transparent.
-
-    Raises:
-        QuickmergeError: it can't be read, or is too large; see `opened`.
-    """
-    with opened(path) as image:
-        return upright(image)
-
-
-def upright_size(path: Path) -> tuple[int, int]:
-    """Width and height of `open_image`, without decoding a pixel.
-
-    Raises:
-        QuickmergeError: it can't be read, or is too large; see `opened`.
-    """
-    with opened(path) as image:
-        width, height = image.size
-        return (height, width) if image.getexif().get(ExifTags.Base.Orientation) in TURNED else (width, height)
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """An image turned as its camera was held, in RGB, and white where it was transparent."""
-    return opaque(ImageOps.exif_transpose(image)).convert("RGB")
 
 
 class ImageFolder(Dataset[Tensor]):
@@ -126,18 +72,14 @@ class ImageFolder(Dataset[Tensor]):
     def _open(self, index: int) -> Image.Image:
         path = self._path(index)
         if path is not None:
-            with opened(path) as image:
-                return self._fit(image)
-        try:
-            source = self._files[index]  # of a column of a dataset this decodes it
-            assert isinstance(source, Image.Image)
-            return self._fit(source)
-        except UNREADABLE as error:
-            raise QuickmergeError(f"{self.describe(index)} can't be read as an image: {reason(error)}") from None
+            return self._fit(open_image(path))
+        # of a column of a dataset this decodes it
+        return self._fit(upright(self._files[index], self.describe(index)))  # type: ignore[arg-type]
 
     def _fit(self, image: Image.Image) -> Image.Image:
-        upright = opaque(ImageOps.exif_transpose(image)).convert("RGB" if self.channels == 3 else "L")
-        return ImageOps.fit(upright, (self.width, self.height), Image.Resampling.BICUBIC)
+        """An upright image in RGB as it is given out."""
+        image = image if self.channels == 3 else image.convert("L")
+        return ImageOps.fit(image, (self.width, self.height), Image.Resampling.BICUBIC)
 
     def _path(self, index: int) -> Path | None:
         # a column of a dataset holds no paths, and would decode an image to tell
@@ -149,24 +91,3 @@ def evenly(items: Sequence[T], most: int) -> list[T]:
     """At most ``most`` of the items, evenly taken, in their order."""
     count = min(most, len(items))
     return [items[i * len(items) // count] for i in range(count)]
-
-
-def opaque(image: Image.Image) -> Image.Image:
-    """An image of 8 bits a channel; what was transparent is white."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip instead of scale
-        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image
-    layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-
-
-def reason(error: BaseException) -> str:
-    """Why an image can't be read, in a few words."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, UnidentifiedImageError):
-        return "its content is of no known image format"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"it has more than {MOST_PIXELS // 10**6} million pixels"
-    return str(error) or type(error).__name__

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.training.data.fit import Size
-from quickmerge.training.data.images import ImageFolder, opaque
+from quickmerge.training.data.images import ImageFolder
 
 SHAPES = (3 / 4, 4 / 3)
 """Least and largest ratio of the sides of a random cut."""
@@ -137,10 +137,9 @@ class _RandomCuts(ImageFolder):
         self._area = area
 
     def _fit(self, image: Image.Image) -> Image.Image:
-        upright = opaque(ImageOps.exif_transpose(image)).convert("RGB")
         share, shape, x, y, mirror = torch.rand(5).tolist()
-        box = _cut(upright.size, self._area[0] + share * (self._area[1] - self._area[0]), shape, x, y)
-        cut = upright.resize((self.width, self.height), Image.Resampling.BICUBIC, box=box)
+        box = _cut(image.size, self._area[0] + share * (self._area[1] - self._area[0]), shape, x, y)
+        cut = image.resize((self.width, self.height), Image.Resampling.BICUBIC, box=box)
         return ImageOps.mirror(cut) if mirror < 0.5 else cut
 
 
