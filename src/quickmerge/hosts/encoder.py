@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import index
 from typing import Any
 
 from torch import Tensor, nn
@@ -71,14 +72,19 @@ class Encoder:
         return bool(blocks) and whole and all(a < b for a, b in pairwise(blocks))
 
     def grid(self, pixels: Tensor) -> tuple[int, int, int]:
-        """How many patches ``(T, H, W)`` images ``(B, C, H, W)`` or videos ``(B, T, C, H, W)`` are cut into."""
+        """How many patches ``(T, H, W)`` images ``(B, C, H, W)`` or videos ``(B, T, C, H, W)`` are cut into.
+
+        To a compiler these are numbers, so that each size of image gets a graph of its own: what can be said of a
+        schedule and a matching over a number that isn't known takes it hours to find out.
+        """
         patch = self.config.tubelet_size if hasattr(self.config, "tubelet_size") else self.config.patch_size
-        frames = pixels.shape[1] if pixels.ndim == 5 else 1
+        tall, wide = index(pixels.shape[-2]), index(pixels.shape[-1])
+        frames = index(pixels.shape[1]) if pixels.ndim == 5 else 1
         if isinstance(patch, int):
             depth, height, width = (patch if pixels.ndim == 5 else 1, *_pair(self.config.patch_size))
         else:
             depth, height, width = (1, *patch)[-3:]
-        return frames // depth, pixels.shape[-2] // height, pixels.shape[-1] // width
+        return frames // depth, tall // height, wide // width
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -85,7 +85,7 @@ def full_length(y: Tensor, level: Level) -> Tensor:
 
 
 def _gather(y: Tensor, index: Tensor) -> Tensor:
-    row = torch.arange(len(y), device=y.device)[:, None] * y.shape[1]
+    row = torch.arange(y.shape[0], device=y.device)[:, None] * y.shape[1]
     return y.flatten(0, 1).index_select(0, (index + row).flatten()).view(*index.shape, y.shape[-1])
 
 

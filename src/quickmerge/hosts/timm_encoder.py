@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,8 +40,8 @@ class TimmEncoder(Encoder):
 
     def grid(self, pixels: Tensor) -> tuple[int, int, int]:
         """How many patches ``(1, H, W)`` images ``(B, C, H, W)`` are cut into, padding at the border included."""
-        height, width = pixels.shape[-2:]
-        return 1, *timm_grid(self.base, (height, width))
+        # numbers to a compiler too, as in every encoder
+        return 1, *timm_grid(self.base, (index(pixels.shape[-2]), index(pixels.shape[-1])))
 
 
 def holds_timm(model: Any) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import index
 from typing import Any
 
 import torch
@@ -118,7 +119,8 @@ class VisionRun(Attachment):
 
     def _start(self, call: Call, hidden: Tensor) -> None:
         """What the first block's input tells: how many tokens there are, and how many each block shall leave."""
-        depth, tokens = len(self.encoder), hidden.shape[1]
+        depth, tokens = len(self.encoder), index(hidden.shape[1])  # a number to compilers too: see `Encoder.grid`
+        call.grid = (index(call.grid[0]), index(call.grid[1]), index(call.grid[2]))
         call.tokens = tokens
         call.prefix = prefix_of(tokens, call.grid, type(self.encoder.model).__name__)
         call.levels, call.traces = [None] * (depth + 1), [None] * depth

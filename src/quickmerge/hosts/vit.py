@@ -51,6 +51,8 @@ class TransformersRun(VisionRun):
         self._undo.append(watch_modules(encoder.base, [block.attention for block in encoder.blocks], self))
         self._note(encoder.base.register_forward_pre_hook(self._before_model, with_kwargs=True))
         self._note(encoder.base.register_forward_hook(self._after_model))
+        embeddings: Any = encoder.base.embeddings
+        self._note(embeddings.register_forward_pre_hook(self._before_embeddings, with_kwargs=True))
         if encoder.pooler is not None:
             self._note(encoder.pooler.register_forward_pre_hook(self._before_pooler))
         for index, block in enumerate(encoder.blocks):
@@ -70,6 +72,10 @@ class TransformersRun(VisionRun):
         if self._takes_keywords:
             kwargs = {**kwargs, CALL: self.call}
         return args, kwargs
+
+    def _before_embeddings(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A compiler may take the hooks of the model itself as a function apart: here it is inside of the forward.
+        self.encoder.grid(pixels_of(args, kwargs))
 
     def _before_block(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = dict(kwargs)

@@ -90,7 +90,7 @@ class GridMerge(Reducer):
     def _on_lattice(self, view: TokenView, count: Tensor) -> Tensor:
         """``(B, N)`` bool: the patches on a lattice of ``count (B,)`` cells."""
         grid, cell = cells(view)
-        mask = torch.zeros(len(count), math.prod(grid) + 1, dtype=torch.bool)
+        mask = torch.zeros(count.shape[0], math.prod(grid) + 1, dtype=torch.bool)
         for row, wanted in enumerate(count.tolist()):
             mask[row, lattice(wanted, grid)] = True
         return mask.to(cell.device).gather(1, cell) & view.free
@@ -165,9 +165,9 @@ def spread_out(view: TokenView, grid: tuple[int, int, int], cell: Tensor) -> tup
     """Features by cell ``(B, T H W, D)``, zero where no token stands, and where one does ``(B, T H W)`` bool."""
     count = math.prod(grid)
     x = view.hidden.to(_precise(view))
-    out = x.new_zeros(len(x), count + 1, x.shape[-1])
+    out = x.new_zeros(x.shape[0], count + 1, x.shape[-1])
     out = out.scatter(1, cell[..., None].expand_as(x), x)[:, :count]
-    there = torch.zeros(len(x), count + 1, dtype=torch.bool, device=x.device).scatter(1, cell, True)[:, :count]
+    there = torch.zeros(x.shape[0], count + 1, dtype=torch.bool, device=x.device).scatter(1, cell, True)[:, :count]
     return out, there
 
 
@@ -177,7 +177,7 @@ def _precise(view: TokenView) -> torch.dtype:
 
 def _box(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Sum of each cell and the cells around it, ``(B, T H W, D)``; beyond the edges there is nothing."""
-    volume = F.pad(x.reshape(len(x), *grid, -1), (0, 0, 1, 1, 1, 1, 1, 1))
+    volume = F.pad(x.reshape(x.shape[0], *grid, -1), (0, 0, 1, 1, 1, 1, 1, 1))
     for axis in (1, 2, 3):
         length = volume.shape[axis] - 2
         volume = volume.narrow(axis, 0, length) + volume.narrow(axis, 1, length) + volume.narrow(axis, 2, length)

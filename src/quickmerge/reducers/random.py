@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,5 +39,10 @@ class Random(ScoreReducer):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def draw(seed: int, length: int) -> Tensor:
-    """The first ``length`` numbers in [0, 1) that ``seed`` gives; the same ones however many are asked for."""
-    return torch.rand(length, generator=torch.Generator().manual_seed(seed))
+    """The first ``length`` numbers in [0, 1) that ``seed`` gives; the same ones however many are asked for.
+
+    They are those of ``torch.rand`` with a generator of this seed, made without torch: an exporter would write down that
+    numbers are drawn, and not which.
+    """
+    bits = np.random.RandomState(seed % 2**32).randint(0, 2**32, length, np.uint32)
+    return torch.tensor((bits % 2**24 / 2**24).tolist())

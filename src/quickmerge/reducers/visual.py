@@ -52,6 +52,6 @@ def select_visual_tokens(
     view = TokenView(features, valid=valid, layer=0, depth=1, **given)  # type: ignore[arg-type]
     plan = reducer.plan(view)
     kept = torch.zeros(*features.shape[:2], dtype=torch.bool, device=features.device)
-    rows = torch.arange(len(kept), device=kept.device)[:, None].expand_as(plan.position)
+    rows = torch.arange(kept.shape[0], device=kept.device)[:, None].expand_as(plan.position)
     kept[rows[plan.valid], anchors_of(plan, view)[plan.valid]] = True
     return kept, plan

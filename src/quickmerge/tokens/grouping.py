@@ -90,8 +90,8 @@ def bipartite_pairs(
         raise ValueError(f"remove must lie in 0..{(metric.shape[1] - prefix) // 2}, got {remove}")
     x = normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
     if remove == 0:  # perhaps with nobody to compare
-        nobody = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
-        return nobody, nobody, x.new_zeros(len(x), 0)
+        nobody = torch.zeros(x.shape[0], 0, dtype=torch.long, device=x.device)
+        return nobody, nobody, x.new_zeros(x.shape[0], 0)
     even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
     best, partner = (x[:, even::2] @ x[:, odd::2].transpose(1, 2)).max(-1)
     rank = best if weight is None else -weight[:, even::2] * (1 - best)

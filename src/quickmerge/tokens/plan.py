@@ -92,15 +92,15 @@ class MergePlan:
         dtype = torch.promote_types(view.hidden.dtype, torch.float32)
         raw = (member if share is None else share * member).to(dtype)
         into = slot.clamp_min(0)
-        total = raw.new_zeros(len(slot), k).scatter_add_(1, into, raw)
+        total = raw.new_zeros(slot.shape[0], k).scatter_add_(1, into, raw)
         weight = torch.where(member, raw / total.gather(1, into).clamp_min(torch.finfo(torch.float32).tiny), 0.0)
-        zeros = torch.zeros(len(slot), k, dtype=torch.long, device=slot.device)
+        zeros = torch.zeros(slot.shape[0], k, dtype=torch.long, device=slot.device)
         # Only the anchor writes its position, so the slot stands exactly where its anchor stood. Everybody else
         # writes to one extra column that is cut off.
         seat = torch.where(kept, rank, k)
-        position = zeros.new_zeros(len(slot), k + 1).scatter_(1, seat, view.position)[:, :k]
+        position = zeros.new_zeros(slot.shape[0], k + 1).scatter_(1, seat, view.position)[:, :k]
         size = zeros.scatter_add(1, into, view.size * member)
-        valid = zeros.new_zeros(len(slot), k + 1).scatter_(1, seat, 1)[:, :k].bool()
+        valid = zeros.new_zeros(slot.shape[0], k + 1).scatter_(1, seat, 1)[:, :k].bool()
         return cls(slot=slot, weight=weight, position=position, size=size, valid=valid)
 
     @classmethod
@@ -162,10 +162,10 @@ class MergePlan:
             return self._merge_moved(work, self.seat, dtype).to(x.dtype).reshape(x.shape[0], self.slots, *x.shape[2:])
         # One extra slot collects the dropped tokens and is cut off.
         into = torch.where(self.slot >= 0, self.slot, self.slots)
-        flat = into + torch.arange(len(into), device=into.device)[:, None] * (self.slots + 1)
-        out = work.new_zeros(len(into) * (self.slots + 1), work.shape[-1], dtype=dtype)
+        flat = into + torch.arange(into.shape[0], device=into.device)[:, None] * (self.slots + 1)
+        out = work.new_zeros(into.shape[0] * (self.slots + 1), work.shape[-1], dtype=dtype)
         out.index_add_(0, flat.flatten(), (work.to(dtype) * self.weight[..., None].to(dtype)).flatten(0, 1))
-        out = out.view(len(into), self.slots + 1, -1)[:, : self.slots].to(x.dtype)
+        out = out.view(into.shape[0], self.slots + 1, -1)[:, : self.slots].to(x.dtype)
         return out.reshape(x.shape[0], self.slots, *x.shape[2:])
 
     def _merge_moved(self, x: Tensor, seat: Tensor, dtype: torch.dtype) -> Tensor:
@@ -173,7 +173,7 @@ class MergePlan:
 
         That is the weighted sum, since the shares of a slot sum to one; only those who go cost more than a copy.
         """
-        b, n, flat = len(x), x.shape[1], x.flatten(0, 1)
+        b, n, flat = x.shape[0], x.shape[1], x.flatten(0, 1)
         row = torch.arange(b, device=x.device)[:, None]
         out = flat.index_select(0, (seat + row * n).flatten()).to(dtype)
         if self.moved is not None:
@@ -216,7 +216,7 @@ class MergePlan:
         if bool((member & ~view.valid).any()) or bool(((self.slot < -1) | (self.slot >= self.slots)).any()):
             raise ValueError("slot: padding may not enter a slot, and slots must lie in 0..K-1")
         into = self.slot.clamp_min(0)
-        zeros = torch.zeros(len(into), self.slots, device=into.device)
+        zeros = torch.zeros(into.shape[0], self.slots, device=into.device)
         crowd = zeros.scatter_add(1, into, member.float())
         if bool(((crowd > 0) != self.valid).any()):
             raise ValueError("valid: a slot is valid exactly when it has a member")
@@ -230,7 +230,7 @@ class MergePlan:
             raise ValueError("size: a slot's size must be the sum of its members' sizes")
         if bool((view.protected & view.valid & (~member | (crowd.gather(1, into) != 1))).any()):
             raise ValueError("protected: a protected token must be alone in its slot")
-        for row in range(len(into)):
+        for row in range(into.shape[0]):
             places = self.position[row][self.valid[row]]
             if bool((places[1:] <= places[:-1]).any()):
                 raise ValueError("position: slots must be in rising order of position")

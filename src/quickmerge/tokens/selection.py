@@ -42,7 +42,7 @@ class Selection:
     @property
     def mask(self) -> Tensor:
         """``(B, N)`` bool: who was chosen."""
-        none = torch.zeros(len(self.order), self.tokens + 1, dtype=torch.bool, device=self.order.device)
+        none = torch.zeros(self.order.shape[0], self.tokens + 1, dtype=torch.bool, device=self.order.device)
         return none.scatter(1, torch.where(self.order < 0, self.tokens, self.order), True)[:, : self.tokens]
 
 
@@ -87,7 +87,7 @@ def cover(
     x, free = unit(x, open_), _all_open(x, open_)
     weight = _weight(saliency, alpha, free)
     if steps == 0:
-        order = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
+        order = torch.zeros(x.shape[0], 0, dtype=torch.long, device=x.device)
     elif lazy:
         rows = zip(x, weight, free, limit.tolist(), strict=True)
         order = torch.stack([_lazy(similarity(a), b, c, steps, int(most)) for a, b, c, most in rows])
@@ -120,7 +120,7 @@ def disperse(x: Tensor, count: int | Tensor, open_: Tensor | None = None, object
     steps, limit = _limits(x, count, open_)
     x, free = unit(x, open_), _all_open(x, open_)
     gram = x @ x.transpose(1, 2) if steps * GRAM_PAYS > x.shape[1] else None
-    rows = torch.arange(len(x), device=x.device)
+    rows = torch.arange(x.shape[0], device=x.device)
     # sum_j cos(x_i, x_j) = x_i . sum_j x_j, where tokens that are not open are zero
     near = (x @ x.sum(1)[..., None])[..., 0]
     order = []
@@ -133,7 +133,7 @@ def disperse(x: Tensor, count: int | Tensor, open_: Tensor | None = None, object
             near = row
         else:
             near = near + row if objective == "sum" else torch.maximum(near, row)
-    chosen = torch.stack(order, 1) if order else torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
+    chosen = torch.stack(order, 1) if order else torch.zeros(x.shape[0], 0, dtype=torch.long, device=x.device)
     return Selection(_cut(chosen, limit), x.shape[1])
 
 
@@ -178,7 +178,7 @@ def _gain(similar: Tensor, covered: Tensor) -> Tensor:
 
 def _greedy(similar: Tensor, weight: Tensor, free: Tensor, steps: int) -> Tensor:
     """``(B, steps)``: every gain in every step."""
-    rows = torch.arange(len(similar), device=similar.device)
+    rows = torch.arange(similar.shape[0], device=similar.device)
     covered, order = torch.zeros_like(similar[:, 0]), []
     for _ in range(steps):
         score = _gain(similar, covered[:, None]).double() * weight
@@ -218,7 +218,7 @@ def _weight(saliency: Tensor | None, alpha: float, free: Tensor) -> Tensor:
     if saliency is None or alpha == 0:
         return torch.ones(free.shape, dtype=torch.float64, device=free.device)
     a = torch.where(free, saliency.detach().double(), 0.0)
-    largest = a.max(-1, keepdim=True).values if a.shape[1] else a.new_ones(len(a), 1)
+    largest = a.max(-1, keepdim=True).values if a.shape[1] else a.new_ones(a.shape[0], 1)
     return torch.where(largest > 0, a / torch.where(largest > 0, largest, 1.0), 1.0).pow(alpha)
 
 

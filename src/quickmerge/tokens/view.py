@@ -121,9 +121,9 @@ class TokenView:
             if self.text_valid is not None:
                 raise ValueError("text_valid must be left out where there is no text")
             return
-        if self.text.ndim != 3 or len(self.text) != len(self.hidden) or self.text.shape[1] == 0:
+        if self.text.ndim != 3 or self.text.shape[0] != self.hidden.shape[0] or self.text.shape[1] == 0:
             raise ValueError(
-                f"text must be ({len(self.hidden)}, text tokens, features) with a token at least, "
+                f"text must be ({self.hidden.shape[0]}, text tokens, features) with a token at least, "
                 f"got shape {tuple(self.text.shape)}"
             )
         shape = self.text.shape[:2]
