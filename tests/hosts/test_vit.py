@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from vision_zoo import DEPTH, VISION_ZOO, build, pixels, tome_by_hand
+from vision_zoo import DEPTH, IMAGE, VISION_ZOO, build, pixels, tome_by_hand
 
 import quickmerge as qm
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
@@ -339,6 +340,102 @@ def test_compiles_as_one_graph_and_exports_without_harm(name: str, untouched: Ca
         got = exported[0] if isinstance(exported, (tuple, list)) else exported.last_hidden_state
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         assert torch.equal(model(x).last_hidden_state, want)
+
+
+class Pooled(nn.Module):
+    """What an exporter takes: a module from a tensor to a tensor."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).last_hidden_state  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dinov2", pytest.param("siglip", marks=pytest.mark.slow)])
+def test_exports_with_any_batch(name: str) -> None:
+    model = Pooled(build(name, num_hidden_layers=2))
+    shapes = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
+    with qm.reduce(model.model, qm.ToMe(), Removal(R)):
+        made = torch.export.export(model, (pixels(name, 3),), dynamic_shapes=shapes).module()
+        for rows in (1, 2, 5):
+            x = pixels(name, rows, seed=rows)
+            torch.testing.assert_close(made(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.slow  # three graphs
+def test_compiles_for_every_size_of_image() -> None:
+    """How many tokens there are is a number to the compiler: over a symbol it would look for its bounds for hours."""
+    torch._dynamo.reset()
+    model = build("dinov2", num_hidden_layers=2)
+    with qm.reduce(model, qm.ToMe(), Removal(R)):
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        for size in (IMAGE, 32, 64, IMAGE):
+            x = pixels("dinov2", size=size)
+            torch.testing.assert_close(compiled(x).last_hidden_state, model(x).last_hidden_state)
+
+
+def test_the_number_of_tokens_is_known_to_a_compiler() -> None:
+    """What makes the sizes after the first one come back, in the small: a graph for each size, not one for all."""
+    torch._dynamo.reset()
+    encoder = find_encoder(build("dinov2"))
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def tokens(x: Tensor) -> Tensor:
+        _, height, width = encoder.grid(x)
+        return x.flatten(1)[:, : height * width] + height * width
+
+    compiled = torch.compile(tokens, fullgraph=True, backend=backend)
+    for size in (48, 32, 64):
+        assert torch.equal(compiled(pixels("dinov2", size=size)), tokens(pixels("dinov2", size=size)))
+    assert len(graphs) == 3
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+def test_a_trace_is_refused(name: str, untouched: Callable[[Any], Any]) -> None:
+    model, x = Pooled(untouched(build(name))), pixels(name)
+    with (
+        qm.reduce(model.model, qm.ToMe(), Removal(R)),
+        pytest.raises(QuickmergeError, match=r"can't be traced by torch\.jit inside a quickmerge run.*torch\.export"),
+    ):
+        torch.jit.trace(model, x, check_trace=False)
+    torch.jit.trace(model, x, check_trace=False)
+
+
+def test_two_threads_on_one_run_do_not_mix() -> None:
+    model = build("vit")
+    images = [pixels("vit", 1, seed=seed, size=IMAGE) for seed in range(2)]
+    with qm.reduce(model, qm.ToMe(), Removal(R)):
+        want = [output(model, x) for x in images]
+        got: list[list[Tensor]] = [[], []]
+        halfway = threading.Barrier(2, timeout=30)
+
+        def meet(*_: Any) -> None:
+            halfway.wait()
+
+        handle = model.layers[1].register_forward_pre_hook(meet)
+
+        def look(index: int) -> None:
+            got[index].append(output(model, images[index]))
+
+        threads = [threading.Thread(target=look, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        handle.remove()
+    assert all(torch.equal(mine[0], other) for mine, other in zip(got, want, strict=True))
 
 
 @pytest.mark.slow

@@ -163,6 +163,38 @@ def test_planning_by_shapes_compiles_whole(name: str) -> None:
         torch.testing.assert_close(got, want)
 
 
+class Planned(torch.nn.Module):
+    """A plan from tensors alone, and what it makes of the tokens."""
+
+    def __init__(self, reducer: Reducer, view: TokenView) -> None:
+        super().__init__()
+        self.reducer, self.grid = reducer, view.grid
+
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+        traces = (AttentionTrace(q, k, v, 0.5),)
+        seen = TokenView(x, position=position, attention=traces, grid=self.grid, layer=6, depth=12, prefix=1)
+        plan = self.reducer.plan(seen)
+        return plan.slot, plan.size, plan.position, self.reducer.combine(seen, plan, x)
+
+
+@LAWFUL
+def test_planning_exports_with_any_batch(name: str) -> None:
+    """A batch of another size than the example's is planned as it would be without an export."""
+
+    def inputs(rows: int) -> tuple[Tensor, ...]:
+        view = make(rows, 37, 1, 0)
+        trace = view.attention[0]
+        return view.hidden, trace.query, trace.key, trace.value, view.position
+
+    planned = Planned(made(name, Count(9)), make(3, 37, 1, 0))
+    batch = torch.export.Dim("batch", min=1, max=64)
+    shapes = {key: {0: batch} for key in ("x", "q", "k", "v", "position")}
+    exported = torch.export.export(planned, inputs(3), dynamic_shapes=shapes).module()
+    for rows in (1, 2, 7):
+        for got, want in zip(exported(*inputs(rows)), planned(*inputs(rows)), strict=True):
+            torch.testing.assert_close(got, want)
+
+
 @LAWFUL
 def test_planning_changes_nothing_that_it_reads_and_repeats_itself(name: str) -> None:
     view, reducer = make(2, 37, 1, 0, merged=True), made(name, Count(9))

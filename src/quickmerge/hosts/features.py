@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.hosts.attachment import stand_in
 from quickmerge.hosts.tower import TowerWatch
 from quickmerge.hosts.tower_tokens import Grid, Seen, joined
 from quickmerge.hosts.vlm_structure import Vlm
@@ -60,7 +61,7 @@ class FeatureWatch:
             name = f"get_{kind}_features"
             made = getattr(self.vlm.base, name, None)
             if made is not None:
-                undo.append(_put_in_place(self.vlm.base, name, self._in_front(kind, made)))
+                undo.append(stand_in(self.vlm.base, name, self._in_front(kind, made)))
         return undo
 
     def start(self) -> None:
@@ -134,20 +135,6 @@ class FeatureWatch:
             size = int(self.vlm.base.image_seq_len)
             return [Piece(size)] * (vectors.shape[:-1].numel() // size)
         return [Piece(len(vectors))]
-
-
-def _put_in_place(module: Any, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute of a module itself; returns how to undo it: what it had of its own, such as a wrapper that a
-    user put there, is there again, and what it had of its class is its class's again."""
-    own = vars(module)
-    before = {name: own[name]} if name in own else {}
-    own[name] = value
-
-    def undo() -> None:
-        own.pop(name, None)
-        own.update(before)
-
-    return undo
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.hosts.attachment import PerThread, refuse_tracing, stand_in
 from quickmerge.hosts.level import Level, full_length, spread
 from quickmerge.hosts.timm_encoder import RUN, TimmEncoder, find_timm_encoder
 from quickmerge.hosts.vision_run import Call, VisionRun, schedule_for
@@ -57,30 +58,21 @@ class TimmCall(Call):
 
 
 class TimmRun(VisionRun):
-    """A run on a model of timm. A copy of a model that is inside a run is inside a run of its own."""
+    """A run on a model of timm."""
 
     encoder: TimmEncoder
-    _active: TimmCall | None
+    _called = PerThread(bool)
+    _unpooled = PerThread(bool)
 
     def __init__(
         self, encoder: TimmEncoder, reducer: Reducer, schedule: Removal | tuple[int, ...] | None, *, unmerge: bool
     ) -> None:
         super().__init__(encoder, reducer, schedule, unmerge=unmerge)
-        self._called = False
-        self._unpooled = False
         self._inputs = WeakTensorKeyDictionary()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy is made of: no forward that has begun."""
-        return {**self.__dict__, "call": None, "_active": None, "_inputs": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _inputs=WeakTensorKeyDictionary())
 
     def _attach(self) -> None:
         base: Any = self.encoder.base
-        setattr(base, RUN, self)
-        self._undo.append(partial(delattr, base, RUN))
+        self._undo.append(stand_in(base, RUN, self))
         self._note(base.register_forward_pre_hook(self._before_model))
         self._note(base.patch_embed.register_forward_pre_hook(self._before_pixels))
         self._note(base.blocks.register_forward_pre_hook(self._before_list))
@@ -103,6 +95,7 @@ class TimmRun(VisionRun):
         self._called = True
 
     def _before_pixels(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        refuse_tracing(self._name)
         pooled = self._called
         self._called = self._unpooled = False
         if not (isinstance(args[0], Tensor) and args[0].ndim == 4):

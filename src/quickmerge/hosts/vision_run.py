@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.hosts.attachment import Attachment
+from quickmerge.hosts.attachment import Attachment, PerThread
 from quickmerge.hosts.encoder import Block, Encoder, prefix_of
 from quickmerge.hosts.level import Level, after
 from quickmerge.hosts.summary import VisionStats
@@ -93,6 +93,8 @@ class VisionRun(Attachment):
     that the last forward left. Subclasses know how a library's models hand over pixels, attention and tokens.
     """
 
+    _active: PerThread[Call | None] = PerThread(lambda: None)
+
     def __init__(
         self, encoder: Encoder, reducer: Reducer, schedule: Removal | tuple[int, ...] | None, *, unmerge: bool = False
     ) -> None:
@@ -102,7 +104,6 @@ class VisionRun(Attachment):
         self.schedule = schedule
         self.unmerge = unmerge
         self.call: Call | None = None
-        self._active: Call | None = None
 
     # Attaching --------------------------------------------------------------------------------------------------
 

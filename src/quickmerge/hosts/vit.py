@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.hosts.attachment import refuse_tracing
 from quickmerge.hosts.attention import AttentionFunction, watch_modules
 from quickmerge.hosts.encoder import Encoder, find_encoder, pixels_of
 from quickmerge.hosts.level import full_length, pick, rotary, spread
@@ -64,6 +65,7 @@ class TransformersRun(VisionRun):
     # One forward ------------------------------------------------------------------------------------------------
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        refuse_tracing(self._name)
         pixels = pixels_of(args, kwargs)
         masked = self._signature.bind_partial(*args, **kwargs).arguments.get("bool_masked_pos")
         if masked is not None:

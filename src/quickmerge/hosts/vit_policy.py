@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
-from quickmerge.hosts.attachment import Attachment
+from quickmerge.hosts.attachment import Attachment, refuse_tracing
 from quickmerge.hosts.attention import AttentionFunction, watch_modules
 from quickmerge.hosts.encoder import Encoder, find_encoder, pixels_of, prefix_of
 from quickmerge.tokens.policy import fill_dropped, key_bias, masked_softmax
@@ -121,6 +121,7 @@ class PolicyRun(Attachment):
     # One forward ------------------------------------------------------------------------------------------------
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refuse_tracing(self._name)
         self._state = Forward(self.encoder.grid(pixels_of(args, kwargs)))
 
     def _before_block(self, index: int) -> Callable[..., None]:

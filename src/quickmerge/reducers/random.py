@@ -41,8 +41,8 @@ class Random(ScoreReducer):
 def draw(seed: int, length: int) -> Tensor:
     """The first ``length`` numbers in [0, 1) that ``seed`` gives; the same ones however many are asked for.
 
-    They are those of ``torch.rand`` with a generator of this seed, made without torch: an exporter would write down that
-    numbers are drawn, and not which.
+    They are those of ``torch.rand`` with a generator of this seed, made without torch: an exporter would write down
+    that numbers are drawn, and not which.
     """
     bits = np.random.RandomState(seed % 2**32).randint(0, 2**32, length, np.uint32)
     return torch.tensor((bits % 2**24 / 2**24).tolist())
