@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ __all__ = [
     "UnknownModelError",
     "UnknownReducerError",
     "UnsupportedModelError",
+    "as_index",
     "door",
     "first_sentence",
     "near_match",
@@ -110,10 +112,29 @@ def near_match(given: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
-def whole_number(name: str, value: object, least: int = 1) -> None:
-    """Raise ValueError unless ``value`` is a whole number of at least ``least``; ``name`` is what it was given for."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def as_index(value: object) -> int | None:
+    """``value`` as a Python int if it counts as a whole number, as those of numpy do and True and False don't."""
+    if type(value) is int:
+        return value
+    # Arrays and tensors of truth values have an index too.
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def whole_number(name: str, value: object, least: int = 1) -> int:
+    """``value`` as a Python int; ``name`` is what it was given for.
+
+    Raises:
+        ValueError: unless it is a whole number (see `as_index`) of at least ``least``.
+    """
+    number = as_index(value)
+    if number is None or number < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number
 
 
 def number_at_least(name: str, value: object, least: float) -> None:

@@ -74,8 +74,8 @@ def kmeans(
     Raises:
         ValueError: if ``clusters`` or ``iterations`` is no whole number of at least 1 or 0.
     """
-    whole_number("clusters", clusters)
-    whole_number("iterations", iterations, 0)
+    clusters = whole_number("clusters", clusters)
+    iterations = whole_number("iterations", iterations, 0)
     r, length, d = keys.shape
     x = keys.detach().to(torch.promote_types(keys.dtype, torch.float32))
     if r * length == 0:

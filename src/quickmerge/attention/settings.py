@@ -80,7 +80,7 @@ class Multipole:
 
     def __post_init__(self) -> None:
         for name, least in self.LEAST.items():
-            whole_number(name, getattr(self, name), least)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         for name, allowed in (("select", SELECTS), ("space", SPACES)):
             given = getattr(self, name)
             if given not in allowed:

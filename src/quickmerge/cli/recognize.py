@@ -69,7 +69,7 @@ def recognize(
     if not 0 <= minimum < 1:
         raise QuickmergeError(f"--minimum must be a probability in [0, 1), got {minimum:g}")
     with one_sentence():
-        whole_number("--top", top)
+        top = whole_number("--top", top)
     check_output(json)
     less = None if reducer is None else parse_reducer(reducer, KEEP if keep is None else keep, "vision")
     given = None if labels is None else read_labels(labels)

@@ -51,15 +51,15 @@ class CalmAutoencoderConfig(PretrainedConfig):  # type: ignore[misc]
     def __post_init__(self, **kwargs: Any) -> None:
         import_module("quickmerge.continuous.autoencoder")  # so that AutoModel knows the model of what it has read
         for name in ("patch", "latent", "width"):
-            whole_number(name, getattr(self, name))
-        whole_number("vocab_size", self.vocab_size, 2)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        object.__setattr__(self, "vocab_size", whole_number("vocab_size", self.vocab_size, 2))
         if self.inner is None:
             self.inner = max(1, 5 * self.width // 2)
-        whole_number("inner", self.inner)
+        object.__setattr__(self, "inner", whole_number("inner", self.inner))
         if self.pad_token_id is None:
             self.pad_token_id = self.vocab_size - 1
         for name in ("pad_token_id", "eos_token_id"):
-            whole_number(name, getattr(self, name), 0)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 0))
             if getattr(self, name) >= self.vocab_size:
                 raise ValueError(f"{name} must be below vocab_size ({self.vocab_size}), got {getattr(self, name)}")
         if self.pad_token_id == self.eos_token_id:

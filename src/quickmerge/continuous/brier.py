@@ -280,7 +280,7 @@ def _by_group(table: NDArray[Any], groups: Sequence[int] | Tensor | None) -> tup
 
 def _resampled(sums: NDArray[Any], counts: NDArray[Any], resamples: int, seed: int) -> NDArray[Any]:
     """Means ``(resamples, 4)`` over groups that are drawn with replacement."""
-    whole_number("resamples", resamples)
+    resamples = whole_number("resamples", resamples)
     random = np.random.default_rng(seed)
     out = []
     for start in range(0, resamples, block := max(1, AT_ONCE // (8 * len(counts)))):

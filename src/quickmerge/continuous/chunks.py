@@ -65,7 +65,7 @@ def chunk_prompts(
     Raises:
         QuickmergeError: for shapes that don't fit, or a prompt without a token.
     """
-    whole_number("patch", patch)
+    patch = whole_number("patch", patch)
     if input_ids.ndim != 2:
         raise QuickmergeError(f"input_ids must be (prompts, tokens), got the shape {tuple(input_ids.shape)}")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -91,6 +91,6 @@ def real_chunks(chunks: Tensor, pad: int) -> Tensor:
 
 
 def _check(patch: int, phase: int) -> None:
-    whole_number("patch", patch)
+    patch = whole_number("patch", patch)
     if isinstance(phase, bool) or not isinstance(phase, int) or not 0 <= phase < patch:
         raise ValueError(f"phase must be a whole number from 0 to {patch - 1}, got {phase!r}")

@@ -65,8 +65,8 @@ class CalmConfig(PretrainedConfig):  # type: ignore[misc]
         if self.head not in CALM_HEADS:
             near = near_match(str(self.head), CALM_HEADS)
             raise ValueError(f"head must be one of {', '.join(CALM_HEADS)}, got {self.head!r}{near}")
-        whole_number("samples", self.samples, 2 if self.head == "energy" else 1)
-        whole_number("targets", self.targets)
+        object.__setattr__(self, "samples", whole_number("samples", self.samples, 2 if self.head == "energy" else 1))
+        object.__setattr__(self, "targets", whole_number("targets", self.targets))
         check_alpha(self.alpha)
         if clash := {"samples", "alpha"} & set(self.head_settings or {}):
             raise ValueError(f"head_settings must leave out {min(clash)}, which is a setting of its own")

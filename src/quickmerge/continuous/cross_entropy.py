@@ -58,7 +58,7 @@ class Negatives:
     """
 
     def __init__(self, counts: Tensor, draws: int) -> None:
-        whole_number("draws", draws)
+        draws = whole_number("draws", draws)
         if counts.ndim != 1 or not len(counts) or bool((counts < 0).any()) or not bool(counts.sum() > 0):
             raise ValueError(f"counts must be a row of frequencies, got the shape {tuple(counts.shape)}")
         share = counts.double() ** 0.75

@@ -50,8 +50,8 @@ def discrete_terms(
         QuickmergeError: a place has nothing before it or fewer than four tokens from it on.
         ValueError: ``paths`` or ``at_once`` is no whole number of at least 1.
     """
-    whole_number("paths", paths)
-    whole_number("at_once", at_once)
+    paths = whole_number("paths", paths)
+    at_once = whole_number("at_once", at_once)
     length = len(window)
     if len(places) == 0 or int(places.min()) < 1 or int(places.max()) > length - GRAMS:
         raise QuickmergeError(f"places must be from 1 to {length - GRAMS} in a window of {length} tokens, got {places}")

@@ -42,7 +42,7 @@ def generate_chunks(
     config = model.config
     ids = input_ids.to(model.device)
     valid = _valid(ids, attention_mask, config.pad_token_id, config.vocab_size)
-    whole_number("max_new_tokens", max_new_tokens)
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
     draw = _drawer(model, temperature, method, batch_samples, most_draws)
     ends = _ends(eos, config.eos_token_id)
     filler = pad if pad is not None else ends[0] if ends else config.pad_token_id
@@ -105,8 +105,8 @@ def _drawer(
         raise ValueError(
             f"temperature_method must be one of {', '.join(METHODS)}, got {method!r}{near_match(str(method), METHODS)}"
         )
-    whole_number("batch_samples", batch_samples)
-    whole_number("most_draws", most_draws)
+    batch_samples = whole_number("batch_samples", batch_samples)
+    most_draws = whole_number("most_draws", most_draws)
 
     def sharpened(states: Tensor, generator: torch.Generator | None) -> Tensor:
         def sampler(count: int) -> Tensor:
@@ -150,10 +150,8 @@ def _valid(ids: Tensor, mask: Tensor | None, pad: int, vocabulary: int) -> Tenso
 
 
 def _ends(given: int | Sequence[int] | None, own: int) -> list[int]:
-    ends = [own] if given is None else [given] if isinstance(given, int) else list(given)
-    for end in ends:
-        whole_number("eos_token_id", end, 0)
-    return ends
+    ends = [own] if given is None else list(given) if isinstance(given, Sequence) else [given]
+    return [whole_number("eos_token_id", end, 0) for end in ends]
 
 
 def _noise(
@@ -162,7 +160,7 @@ def _noise(
     if seed is not None:
         if generator is not None:
             raise QuickmergeError("either generator or seed must be given, got both")
-        whole_number("seed", seed, 0)
+        seed = whole_number("seed", seed, 0)
         return torch.Generator(device).manual_seed(seed)
     if generator is None or isinstance(generator, torch.Generator):
         return generator

@@ -47,9 +47,9 @@ def calm_terms(
             can't go on from places inside a text (sliding windows, states) and chunks are shorter than four tokens.
         ValueError: a number is out of range.
     """
-    whole_number("samples", samples, 2)
-    whole_number("paths", paths)
-    whole_number("at_once", at_once)
+    samples = whole_number("samples", samples, 2)
+    paths = whole_number("paths", paths)
+    at_once = whole_number("at_once", at_once)
     patch = int(model.config.patch)
     chunks = -(-GRAMS // patch)
     truth = window[: len(window) // patch * patch].view(-1, patch).to(model.device)

@@ -119,7 +119,7 @@ def exact(
         ValueError: ``most_draws`` is no whole number of at least 1.
     """
     n, a = split_inverse(temperature)
-    whole_number("most_draws", most_draws)
+    most_draws = whole_number("most_draws", most_draws)
     rows: list[_Row] = []
     made, size = 0, n + (a > 0)
     last: Tensor | None = None
@@ -220,7 +220,7 @@ def batch(sampler: Sampler, temperature: float, count: int = 200, *, generator: 
             f"temperature must be 1/n for a whole n with the batch method (1, 0.5, 1/3...), got {temperature:g}: use "
             "the exact method for others"
         )
-    whole_number("count", count)
+    count = whole_number("count", count)
     chunks = _drawn(sampler, count, None)
     times = torch.stack([(chunks == chunk).all(-1).sum(0) for chunk in chunks])  # (N, B): how often each value came
     level = times.amax(0).clamp_max(n)  # (B,)

@@ -67,11 +67,11 @@ class SpeculativeDecoding:
     def __init__(self, drafter: Drafter, *, nodes: int = 32, tree: str | int = "auto") -> None:
         if not isinstance(drafter, Drafter):
             raise ValueError(f"drafter must be a quickmerge.decoding.Drafter, got {type(drafter).__name__}")
-        whole_number("nodes", nodes)
+        nodes = whole_number("nodes", nodes)
         if tree != "auto":
             if isinstance(tree, str):
                 raise ValueError(f"tree must be 'auto' or a whole number of at least 1, got {tree!r}")
-            whole_number("tree", tree)
+            tree = whole_number("tree", tree)
         self.drafter = drafter
         self.nodes = nodes if isinstance(tree, str) else tree
         self.auto = isinstance(tree, str)

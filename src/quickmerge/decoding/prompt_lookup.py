@@ -36,8 +36,8 @@ class PromptLookup(Drafter):
     """
 
     def __init__(self, *, ngram: int = 3, length: int = 10) -> None:
-        whole_number("ngram", ngram)
-        whole_number("length", length)
+        ngram = whole_number("ngram", ngram)
+        length = whole_number("length", length)
         self.ngram = ngram
         self.length = length
         self._texts: list[_Text] = []

@@ -132,7 +132,7 @@ def best_first(root: int, ranked: Ranked, nodes: int) -> Tree:
     Raises:
         ValueError: if ``nodes`` is not a whole number of at least 1, or children are not in falling order.
     """
-    whole_number("nodes", nodes)
+    nodes = whole_number("nodes", nodes)
     tokens, parent, prob = [root], [0], [1.0]
     queue: list[tuple[float, int, int, tuple[int, ...], Children, int]] = []
     count = itertools.count()

@@ -69,8 +69,10 @@ def brier_text(
         QuickmergeError: no document is long enough for one place.
         ValueError: a number is out of range.
     """
-    for name, value in (("length", length), ("context", context), ("limit", limit), *(("patch", p) for p in patches)):
-        whole_number(name, value)
+    length, context, limit = (
+        whole_number(name, value) for name, value in (("length", length), ("context", context), ("limit", limit))
+    )
+    patches = [whole_number("patch", patch) for patch in patches]
     step = math.lcm(GRAMS, *patches)  # outcomes of different places have no token in common
     reach = max([GRAMS, *(-(-GRAMS // patch) * patch for patch in patches)])
     begin = -(-context // step) * step

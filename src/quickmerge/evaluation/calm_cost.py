@@ -66,7 +66,7 @@ def writing_cost(model: Any, context: float, draws: int = 1) -> TokenCost:
         ValueError: a number is out of range.
     """
     number_at_least("context", context, 0)
-    whole_number("draws", draws)
+    draws = whole_number("draws", draws)
     if not is_calm(model):
         body, head = _ends(model)
         return TokenCost(2.0 * matrix_weights(body), _attention(model.config, context + 1), 2.0 * head)
@@ -85,7 +85,7 @@ def training_cost(model: Any, length: int) -> TokenCost:
         UnsupportedModelError: the model has matrices that are no linear layers.
         ValueError: the length is no whole number of at least 1.
     """
-    whole_number("length", length)
+    length = whole_number("length", length)
     if not is_calm(model):
         body, output = _ends(model)
         attention = BACKWARD * _attention(model.config, (length + 1) / 2)

@@ -49,8 +49,8 @@ def measure_speed(
         QuickmergeError: there are too few prompts.
         ValueError: a number is out of range.
     """
-    for name, value in (("new", new), ("rounds", rounds), *(("batch", batch) for batch in batches)):
-        whole_number(name, value)
+    new, rounds = whole_number("new", new), whole_number("rounds", rounds)
+    batches = [whole_number("batch", batch) for batch in batches]
     if len(prompts) < max(batches):
         raise QuickmergeError(
             f"prompts must be at least {max(batches)}, as many as the largest batch, got {len(prompts)}"

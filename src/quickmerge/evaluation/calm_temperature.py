@@ -58,8 +58,7 @@ def temperature_rows(
         QuickmergeError: a temperature is not in (0, 1].
         ValueError: a number is out of range.
     """
-    for name, value in (("places", places), ("count", count), ("pilot", pilot)):
-        whole_number(name, value)
+    places, count, pilot = whole_number("places", places), whole_number("count", count), whole_number("pilot", pilot)
     ways = [(t, "exact") for t in temperatures]
     ways += [(t, "batch") for t in temperatures if split_inverse(t)[1] == 0 and t != 1]  # at 1 one draw does
     states, truth = _states(model, text, places)

@@ -42,8 +42,8 @@ def functional_linearity(
         ValueError: for a number out of range, or images of a single token.
         UnsupportedModelError: if the model is no vision transformer that is known.
     """
-    whole_number("pairs", pairs)
-    whole_number("steps", steps, 2)
+    pairs = whole_number("pairs", pairs)
+    steps = whole_number("steps", steps, 2)
     encoder = find_encoder(model)
     inputs: list[Tensor] = []
 

@@ -99,7 +99,7 @@ def document_prompts(documents: Sequence[Source], count: int) -> list[Prompt]:
         ValueError: ``count`` is no whole number of at least 1.
         QuickmergeError: no document suits any task.
     """
-    whole_number("count", count)
+    count = whole_number("count", count)
     suited: dict[str, list[Source]] = {}
     for name, task in TASKS.items():
         by_kind = [sorted((d for d in documents if d.kind == kind), key=lambda d: d.name) for kind in task.about]

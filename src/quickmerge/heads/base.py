@@ -35,8 +35,8 @@ class VectorHead(nn.Module, ABC):
 
     def __init__(self, context: int, width: int) -> None:
         super().__init__()
-        whole_number("context", context)
-        whole_number("width", width)
+        context = whole_number("context", context)
+        width = whole_number("width", width)
         self.context = context
         self.width = width
 

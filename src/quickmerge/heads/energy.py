@@ -138,11 +138,11 @@ class EnergyHead(SamplingHead):
         alpha: float = 1.0,
     ) -> None:
         super().__init__(context, width)
-        whole_number("noise", noise)
-        whole_number("blocks", blocks)
+        noise = whole_number("noise", noise)
+        blocks = whole_number("blocks", blocks)
         if hidden is not None:
-            whole_number("hidden", hidden, LEAST)
-        whole_number("samples", samples, 2)
+            hidden = whole_number("hidden", hidden, LEAST)
+        samples = whole_number("samples", samples, 2)
         check_alpha(alpha)
         self.noise = noise
         self.samples = samples
@@ -162,7 +162,7 @@ class EnergyHead(SamplingHead):
         ValueError for a wrong shape or dtype of the context or a count below 1.
         """
         self.check_context(context)
-        whole_number("count", count)
+        count = whole_number("count", count)
         dtype = result_dtype(context)
         inside = self.last.weight.dtype
         # Noise in the dtype of results and then rounded, so that a bfloat16 head sees the draws of a float32 one.

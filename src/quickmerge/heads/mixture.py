@@ -34,7 +34,7 @@ class MixtureHead(VectorHead):
 
     def __init__(self, context: int, width: int, *, components: int = 8, floor: float = 0.05) -> None:
         super().__init__(context, width)
-        whole_number("components", components)
+        components = whole_number("components", components)
         check_floor(floor)
         self.components = components
         self.floor = float(floor)

@@ -91,11 +91,11 @@ class DenoisingHead(SamplingHead):
         steps: int,
     ) -> None:
         super().__init__(context, width)
-        whole_number("blocks", blocks)
+        blocks = whole_number("blocks", blocks)
         if hidden is not None:
-            whole_number("hidden", hidden, 3)
-        whole_number("samples", samples)
-        whole_number("steps", steps)
+            hidden = whole_number("hidden", hidden, 3)
+        samples = whole_number("samples", samples)
+        steps = whole_number("steps", steps)
         if steps > STEPS:
             raise ValueError(f"steps must be a whole number of at least 1 and at most {STEPS}, got {steps}")
         self.samples = samples
@@ -130,7 +130,7 @@ class DenoisingHead(SamplingHead):
     def draws(self, context: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
         """``count`` independent draws for each position, ``(count, ..., D)``; as `SamplingHead.draws`."""
         self.check_context(context)
-        whole_number("count", count)
+        count = whole_number("count", count)
         dtype = result_dtype(context)
         x = normal((count, *context.shape[:-1], self.width), dtype, context.device, generator)
         return self.walk(x, context, generator)

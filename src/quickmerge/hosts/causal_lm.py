@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from quickmerge.errors import whole_number
+from quickmerge.errors import as_index, whole_number
 from quickmerge.hosts.attachment import Attachment, PerThread
 from quickmerge.hosts.attention import AttentionFunction, check_free, watch
 from quickmerge.hosts.rows import MIN_TOKENS
@@ -52,25 +52,25 @@ def reduce_lm(
     if mode == "prefix":
         check_free(model, decoder.attentions, PrefixRun)
         schedule = layer if isinstance(layer, Schedule) else Schedule.of(layer, len(decoder))
-        whole_number("sinks", sinks, 0)
-        whole_number("recent", recent, 1)
-        whole_number("min_tokens", min_tokens, 0)
+        sinks = whole_number("sinks", sinks, 0)
+        recent = whole_number("recent", recent, 1)
+        min_tokens = whole_number("min_tokens", min_tokens, 0)
         if isinstance(reducer.budget, ReadingBudget):
             raise ValueError(f"keep must be a budget for whole prompts in prefix mode, got {reducer.budget!r}")
         reducer.check(model, schedule.layers, mode)
         return PrefixRun(decoder, reducer, schedule, sinks=sinks, recent=recent, protect=protect, min_tokens=min_tokens)
     if mode == "block_causal":
         reads = reducer.budget.layer if isinstance(reducer.budget, ReadingBudget) else 0
-        first = reads if layer is None else layer
-        if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < len(decoder):
+        first = reads if layer is None else as_index(layer)
+        if first is None or not 0 <= first < len(decoder):
             raise ValueError(f"layer must be one block in 0..{len(decoder) - 1} in block_causal mode, got {layer!r}")
         if protect is not None:
             raise ValueError("protect must be None in block_causal mode, got a function")
         if min_tokens != MIN_TOKENS:
             raise ValueError(f"min_tokens is for prefix mode and must be left out in {mode} mode, got {min_tokens!r}")
-        whole_number("sinks", sinks, 0)
-        whole_number("chunk", chunk, 2)
-        whole_number("window", window, 1)
+        sinks = whole_number("sinks", sinks, 0)
+        chunk = whole_number("chunk", chunk, 2)
+        window = whole_number("window", window, 1)
         reducer.check(model, (first,), mode)
         return BlockCausalRun(decoder, reducer, first, sinks=sinks, chunk=chunk, window=window)
     raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")

@@ -30,6 +30,7 @@ from quickmerge.tokens.budget import Count
 from quickmerge.tokens.plan import MergePlan
 from quickmerge.tokens.removal import Removal, removal_for
 from quickmerge.tokens.saliency import AttentionTrace
+from quickmerge.tokens.schedule import layers_of
 from quickmerge.tokens.view import TokenView
 
 
@@ -75,7 +76,7 @@ def schedule_for(
     if layer is None:
         layer = reducer.stages(len(encoder))
     if layer is not None and not isinstance(layer, Removal):
-        blocks = tuple(layer) if isinstance(layer, Sequence) else (layer,)
+        blocks = layers_of(layer)
         if not encoder.has_rising(blocks):
             raise ValueError(f"layer must be rising blocks in 0..{len(encoder) - 1} or a Removal, got {layer!r}")
     elif layer is None and not isinstance(reducer.keep, (int, float)):

@@ -30,6 +30,7 @@ from quickmerge.hosts.vlm_structure import Vlm, find_vlm
 from quickmerge.models.compat import cache_name, given_cache
 from quickmerge.reducers.base import Reducer
 from quickmerge.tokens.plan import MergePlan
+from quickmerge.tokens.schedule import layers_of
 from quickmerge.tokens.view import TokenView
 
 POSITIONS = ("kept", "consecutive")
@@ -49,7 +50,7 @@ def reduce_vlm(
     vlm = find_vlm(model, shared=True)
     check_free(model, vlm.decoder.attentions, VlmRun)
     depth = len(vlm.decoder)
-    layers = (0,) if layer is None else tuple(layer) if isinstance(layer, Sequence) else (layer,)
+    layers = (0,) if layer is None else layers_of(layer)
     lowest = vlm.deepstack or 1
     whole = all(isinstance(x, int) and not isinstance(x, bool) and (x == 0 or lowest <= x < depth) for x in layers)
     if not layers or not whole or any(a >= b for a, b in pairwise(layers)):

@@ -122,8 +122,8 @@ def calibrate_surprise(
     Raises:
         QuickmergeError: if there are fewer than two chunks.
     """
-    whole_number("group", group)
-    whole_number("chunk", chunk, 2 * group)
+    group = whole_number("group", group)
+    chunk = whole_number("chunk", chunk, 2 * group)
     found: list[Tensor] = []
     for states in hidden:
         memory = SlotCache()

@@ -53,8 +53,8 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         for name in ("features", "width", "layers", "heads"):
-            whole_number(name, getattr(self, name))
-        whole_number("pool", self.pool, 0)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        object.__setattr__(self, "pool", whole_number("pool", self.pool, 0))
         if self.width % (2 * self.heads) or (self.pool and self.width % self.pool):
             raise ValueError(
                 f"width must be a multiple of pool and of twice heads, got width={self.width}, pool={self.pool} "

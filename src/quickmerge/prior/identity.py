@@ -99,7 +99,7 @@ def _whole(model: nn.Module) -> str:
 
 def _digest(values: Tensor) -> bytes:
     digest = hashlib.sha256()
-    for piece in values.reshape(-1).split(PIECE):
+    for piece in torch.split(values.reshape(-1), PIECE):
         digest.update(_bytes(piece))
     return digest.digest()
 

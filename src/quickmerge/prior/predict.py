@@ -77,7 +77,7 @@ def sample(
         QuickmergeError: if the prior does not generate.
         ValueError: if the tokens do not fit the prior, or a number is out of range.
     """
-    whole_number("start", start, 0)
+    start = whole_number("start", start, 0)
     check_temperature(temperature)
     layout = layout_of(prior, view, plan)
     given = plan.valid & (plan.valid.long().cumsum(-1) <= start)

@@ -29,7 +29,7 @@ def closed_set(recognizer: Recognizer, prefix: Prefix, labels: Sequence[str], *,
         ValueError: for a chunk that is no whole number of at least 1.
         QuickmergeError: there is no label, or one that can't be used.
     """
-    whole_number("chunk", chunk)
+    chunk = whole_number("chunk", chunk)
     if isinstance(labels, str) or not labels:
         raise QuickmergeError(f"labels must hold at least one label, got {labels!r}")
     codec, tree = recognizer.labels, Tree(recognizer, prefix)

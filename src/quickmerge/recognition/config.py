@@ -50,8 +50,8 @@ class RecognizerConfig:
         for name in ("prompt", "separator"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name} must be some text, got {getattr(self, name)!r}")
-        whole_number("image_size", self.image_size)
-        whole_number("skip", self.skip, 0)
+        object.__setattr__(self, "image_size", whole_number("image_size", self.image_size))
+        object.__setattr__(self, "skip", whole_number("skip", self.skip, 0))
         if self.mask not in MASKS:
             raise ValueError(
                 f"mask must be one of {', '.join(MASKS)}, got {self.mask!r}{near_match(str(self.mask), MASKS)}"

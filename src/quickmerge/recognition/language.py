@@ -27,7 +27,7 @@ def cut(language: PreTrainedModel, blocks: int) -> PreTrainedModel:
         UnsupportedModelError: it is no causal language model, its blocks can't be found, or its attention is not one
             that takes a mask of any shape.
     """
-    whole_number("blocks", blocks)
+    blocks = whole_number("blocks", blocks)
     if not isinstance(language, PreTrainedModel):
         raise UnsupportedModelError(f"language must be a transformers PreTrainedModel, got {type(language).__name__}")
     name, stack = find_stack(language)

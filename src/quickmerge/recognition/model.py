@@ -213,7 +213,7 @@ class Recognizer(nn.Module):
         """
         from quickmerge.recognition import decode
 
-        whole_number("top", top)
+        top = whole_number("top", top)
         if method not in METHODS:
             raise ValueError(
                 f"method must be one of {', '.join(METHODS)}, got {method!r}{near_match(str(method), METHODS)}"

@@ -80,8 +80,8 @@ def branches(
     minimum: float = 0.0,
 ) -> Branches:
     """One-shot sampling before labels are made of its tokens; arguments as for `one_shot`."""
-    whole_number("k", k)
-    whole_number("max_tokens", max_tokens)
+    k = whole_number("k", k)
+    max_tokens = whole_number("max_tokens", max_tokens)
     check_share("minimum", minimum)
     if layout not in LAYOUTS:
         raise ValueError(

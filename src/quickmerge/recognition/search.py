@@ -128,8 +128,8 @@ def best_sequences(
     most: int = 1000,
 ) -> list[list[tuple[float, tuple[int, ...]]]]:
     """The k most probable token sequences of labels, with their log-probabilities; arguments as for `best_first`."""
-    for name, value in (("k", k), ("width", width), ("max_tokens", max_tokens), ("most", most)):
-        whole_number(name, value)
+    k, width = whole_number("k", k), whole_number("width", width)
+    max_tokens, most = whole_number("max_tokens", max_tokens), whole_number("most", most)
     check_share("minimum", minimum)
     floor = math.log(minimum) if minimum else -math.inf
     tree, sep = Tree(recognizer, prefix), recognizer.labels.sep

@@ -95,7 +95,7 @@ def beam(
 def beam_ids(recognizer: Recognizer, prefix: Prefix, labels: int | None, width: int, max_tokens: int) -> list[Written]:
     """The tokens of the best sequence of `beam` and their log-probabilities."""
     _check(labels, max_tokens)
-    whole_number("width", width)
+    width = whole_number("width", width)
     tree, codec, ends = Tree(recognizer, prefix), recognizer.labels, _ends(recognizer)
     count, device = len(prefix.embeds), recognizer.device
     finished: list[list[Written]] = [[] for _ in range(count)]
@@ -164,9 +164,9 @@ def _mean(tokens: Written) -> float:
 
 
 def _check(labels: int | None, max_tokens: int) -> None:
-    whole_number("max_tokens", max_tokens)
+    max_tokens = whole_number("max_tokens", max_tokens)
     if labels is not None:
-        whole_number("labels", labels)
+        labels = whole_number("labels", labels)
 
 
 def _ends(recognizer: Recognizer) -> set[int]:

@@ -17,6 +17,7 @@ from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.hosts.encoder import find_encoder, prefix_of
 from quickmerge.hosts.vit import reduce_vit
 from quickmerge.reducers.base import Reducer
+from quickmerge.tokens.schedule import layers_of
 
 __all__ = ["check_layers", "encoder_of", "front", "look", "prepare", "width"]
 
@@ -45,7 +46,7 @@ def check_layers(vision: PreTrainedModel, layers: int | Sequence[int] | None) ->
     """
     if layers is None:
         return None
-    asked = (layers,) if isinstance(layers, int) else tuple(layers)
+    asked = layers_of(layers)
     depth = len(find_encoder(vision))
     whole = all(isinstance(x, int) and not isinstance(x, bool) and -depth - 1 <= x <= depth for x in asked)
     found = tuple(x % (depth + 1) for x in asked) if whole else ()

@@ -39,8 +39,8 @@ class Attention(ScoreReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole_number("layers", self.layers)
-        whole_number("window", self.window)
+        object.__setattr__(self, "layers", whole_number("layers", self.layers))
+        object.__setattr__(self, "window", whole_number("window", self.window))
 
     @property
     def probes(self) -> int:  # noqa: D102

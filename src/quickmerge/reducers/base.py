@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from quickmerge.tokens.budget import Budget, as_budget, fixed_count, lowest, sel
 from quickmerge.tokens.plan import MergePlan
 from quickmerge.tokens.saliency import AttentionTrace
 from quickmerge.tokens.view import TokenView
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class ScoreReducer(Reducer):
         return MergePlan.from_anchors(view, select(score, self.budget.count(view, score), view))
 
 
-def moved(network: nn.Module, device: torch.device) -> nn.Module:
+def moved(network: Network, device: torch.device) -> Network:
     """``network`` where it is on ``device`` already, else a copy that is."""
     return network if all(p.device == device for p in network.parameters()) else deepcopy(network).to(device)
 

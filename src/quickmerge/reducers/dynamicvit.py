@@ -62,9 +62,7 @@ class DynamicViT(Reducer):
                 f"loads them, got {type(given).__name__}"
             )
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-            for each in self.layers:
-                whole_number("layers", each, 0)
+            object.__setattr__(self, "layers", tuple(whole_number("layers", each, 0) for each in self.layers))
             rising = all(a < b for a, b in pairwise(self.layers))
             if len(self.layers) != len(given) or not rising:
                 raise ValueError(

@@ -24,7 +24,7 @@ class Predictor(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        whole_number("width", width, 4)
+        width = whole_number("width", width, 4)
         if width % 4:
             raise ValueError(f"width must be a multiple of 4, got {width}")
         self.width = width

@@ -56,8 +56,8 @@ class QuickMerge(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("layers", "window", "pool"):
-            whole_number(name, getattr(self, name))
-        whole_number("nearest", self.nearest, 0)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        object.__setattr__(self, "nearest", whole_number("nearest", self.nearest, 0))
         if self.pool % 2 == 0:
             raise ValueError(f"pool must be odd, got {self.pool}")
         for name in ("recency", "merge"):

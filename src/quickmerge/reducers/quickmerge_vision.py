@@ -53,7 +53,7 @@ class QuickMergeVision(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         number_at_least("alpha", self.alpha, 0)
-        whole_number("votes", self.votes)
+        object.__setattr__(self, "votes", whole_number("votes", self.votes))
         if self.operator not in OPERATORS:
             raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, got {self.operator!r}")
 

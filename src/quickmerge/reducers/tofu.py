@@ -47,7 +47,7 @@ class ToFu(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.switch is not None:
-            whole_number("switch", self.switch, 0)
+            object.__setattr__(self, "switch", whole_number("switch", self.switch, 0))
         if self.operator not in OPERATORS:
             raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, got {self.operator!r}")
         if not isinstance(self.weighted, bool):

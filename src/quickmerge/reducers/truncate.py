@@ -29,7 +29,7 @@ class Truncate(ScoreReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole_number("sinks", self.sinks, 0)
+        object.__setattr__(self, "sinks", whole_number("sinks", self.sinks, 0))
 
     def score(self, view: TokenView) -> Tensor:  # noqa: D102
         recency = torch.where(view.valid, view.position, 0).to(torch.float64)

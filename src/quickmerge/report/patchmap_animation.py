@@ -65,9 +65,9 @@ def video_animation(
     kind = suffix_among(path, (".gif", ".webp"))
     if not (isinstance(seconds_per_frame, (int, float)) and 0.02 <= seconds_per_frame <= 60):
         raise QuickmergeError(f"seconds_per_frame must be within 0.02..60, got {seconds_per_frame!r}")
-    whole_number("width", width, _NARROWEST)
+    width = whole_number("width", width, _NARROWEST)
     if max_bytes is not None:
-        whole_number("max_bytes", max_bytes)
+        max_bytes = whole_number("max_bytes", max_bytes)
     shown = chosen(stages, MOST_STAGES)
     clip = clip_of(frames, *shown)
     fills = [fill_of(clip, stage, alone) for stage in shown]

@@ -52,8 +52,8 @@ def merged_picture(
             another word.
         ValueError: width or max_stages is no whole number in its range.
     """
-    whole_number("width", width, 300)
-    whole_number("max_stages", max_stages)
+    width = whole_number("width", width, 300)
+    max_stages = whole_number("max_stages", max_stages)
     if max_stages > MOST_STAGES:
         raise QuickmergeError(f"max_stages must be at most {MOST_STAGES}, got {max_stages}")
     shown = chosen(stages, max_stages)

@@ -47,7 +47,7 @@ class PatchStage:
             raise QuickmergeError(f"groups must be whole numbers, got {groups.dtype}")
         if int(groups.min()) < -1:
             raise QuickmergeError(f"groups must be slots of at least 0, or -1 for dropped, got {int(groups.min())}")
-        whole_number("unplaced", self.unplaced, 0)
+        object.__setattr__(self, "unplaced", whole_number("unplaced", self.unplaced, 0))
         self._keep("groups", groups)
         if self.ranks is None:
             return

@@ -50,8 +50,8 @@ def video_strip(
             more patches along a side than frames have pixels; alone is another word.
         ValueError: width or max_frames is no whole number in its range.
     """
-    whole_number("width", width, 300)
-    whole_number("max_frames", max_frames)
+    width = whole_number("width", width, 300)
+    max_frames = whole_number("max_frames", max_frames)
     if max_frames > MOST_FRAMES:
         raise QuickmergeError(f"max_frames must be at most {MOST_FRAMES}, got {max_frames}")
     (shown,) = chosen([stage], 1)  # refuses what is none

@@ -103,7 +103,7 @@ class Count:
     tokens: int
 
     def __post_init__(self) -> None:
-        whole_number("tokens", self.tokens)
+        object.__setattr__(self, "tokens", whole_number("tokens", self.tokens))
 
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
         return clamp_count(torch.full_like(view.length, self.tokens), view)

@@ -30,13 +30,11 @@ class Removal:
 
     def __post_init__(self) -> None:
         if isinstance(self.r, Sequence):
-            object.__setattr__(self, "r", tuple(self.r))
-            for each in self.r:
-                whole_number("r", each, 0)
+            object.__setattr__(self, "r", tuple(whole_number("r", each, 0) for each in self.r))
             if self.inflection:
                 raise ValueError(f"inflection must be 0 where r is a list, got {self.inflection!r}")
         else:
-            whole_number("r", self.r, 0)
+            object.__setattr__(self, "r", whole_number("r", self.r, 0))
         if not (isinstance(self.inflection, (int, float)) and -1 <= self.inflection <= 1):
             raise ValueError(f"inflection must be a number in [-1, 1], got {self.inflection!r}")
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
+from quickmerge.errors import as_index
 from quickmerge.tokens.budget import Budget, Remaining, as_budget
 
 FIRST_DEPTH = 4 / 15
@@ -16,6 +19,12 @@ LAST_DEPTH = 5 / 6
 
 LAST_DECAY = 0.15
 """What the default's last merge keeps of what the first one left."""
+
+
+def layers_of(layer: int | Sequence[int]) -> tuple[Any, ...]:
+    """One block or a list of blocks as a tuple, whole numbers as Python's own; anything else stays as it was given."""
+    given = tuple(layer) if isinstance(layer, Sequence) else (layer,)
+    return tuple(x if (index := as_index(x)) is None else index for x in given)
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,11 @@ class Schedule:
     decay: float = 0.7
 
     def __post_init__(self) -> None:
-        whole = all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in self.layers)
-        rising = all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False))
-        if not self.layers or not whole or not rising:
+        layers = [x for x in map(as_index, self.layers) if x is not None and x >= 1]
+        rising = all(a < b for a, b in pairwise(layers))
+        if not layers or len(layers) != len(self.layers) or not rising:
             raise ValueError(f"layer must be rising whole numbers of at least 1, got {list(self.layers)}")
+        object.__setattr__(self, "layers", tuple(layers))
         if not (isinstance(self.decay, (int, float)) and 0 < self.decay <= 1):
             raise ValueError(f"decay must be a number in (0, 1], got {self.decay!r}")
 
@@ -69,8 +79,7 @@ class Schedule:
             first = min(depth - 1, max(1, math.floor(FIRST_DEPTH * depth + 0.5)))
             last = math.floor(LAST_DEPTH * depth + 0.5)
             return cls((first, last), LAST_DECAY) if first < last < depth else cls((first,))
-        layers = tuple(layer) if isinstance(layer, Sequence) else (layer,)
-        schedule = cls(layers)
+        schedule = cls(layers_of(layer))
         schedule.check(depth)
         return schedule
 

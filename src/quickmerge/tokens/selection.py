@@ -233,7 +233,7 @@ def _limits(x: Tensor, count: int | Tensor, open_: Tensor | None) -> tuple[int, 
     if isinstance(count, Tensor):
         limit = torch.minimum(count.clamp_min(0), there)
         return int(limit.max()), limit
-    whole_number("count", count, 0)
+    count = whole_number("count", count, 0)
     return min(count, n), there.clamp_max(count)
 
 

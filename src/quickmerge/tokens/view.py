@@ -151,7 +151,7 @@ class TokenView:
     def _fill_prefix(self, shape: torch.Size, device: torch.device) -> None:
         if self.valid is not None or self.protected is not None:
             raise ValueError("valid and protected must be left out where prefix is given")
-        whole_number("prefix", self.prefix, 0)
+        object.__setattr__(self, "prefix", whole_number("prefix", self.prefix, 0))
         index = torch.arange(shape[1], device=device).expand(shape)
         object.__setattr__(self, "protected", index < self.prefix)
         if self.position is None:

@@ -46,7 +46,7 @@ def align_words(recognizer: Recognizer, dataset: LabelledScenes, *, pictures: in
     Raises:
         QuickmergeError: if no picture has objects, or the tokens are no square grid.
     """
-    whole_number("pictures", pictures)
+    pictures = whole_number("pictures", pictures)
     chosen = placed_pictures(dataset.pictures, pictures)
     fitted = fitted_of(chosen)
     words = Words(recognizer.labels.tokenizer, recognizer.language.get_input_embeddings().weight.float())

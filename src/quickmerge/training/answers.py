@@ -144,7 +144,7 @@ def train_vlm(
     Raises:
         QuickmergeError, ValueError: for anything that does not fit; see `quickmerge.training.train`.
     """
-    whole_number("align", align, 0)
+    align = whole_number("align", align, 0)
     fingerprint = {
         "model": model_hash(model), "align": align, "warmup_language": warmup_language, "language_rate": language_rate,
     }  # fmt: skip

@@ -77,8 +77,8 @@ class CalmTexts(Dataset[Tensor]):
         passage: int = LONG,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        whole_number("patch", patch)
-        whole_number("chunks", chunks)
+        patch = whole_number("patch", patch)
+        chunks = whole_number("chunks", chunks)
         if phase is not None and (isinstance(phase, bool) or not isinstance(phase, int) or not 0 <= phase < patch):
             raise ValueError(f"phase must be a whole number from 0 to {patch - 1} or None, got {phase!r}")
         self.patch, self.chunks, self.phase = patch, chunks, phase

@@ -81,7 +81,7 @@ def train_tokenizer(documents: Sequence[Path | str], size: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    whole_number("vocabulary", size, 257)
+    size = whole_number("vocabulary", size, 257)
 
     def texts() -> Iterator[str]:
         for source in documents:

@@ -61,9 +61,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "save_every", "log_every"):
-            whole_number(name, getattr(self, name))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         for name in ("warmup", "seed"):
-            whole_number(name, getattr(self, name), 0)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 0))
         if self.warmup > self.steps:
             raise ValueError(f"warmup must be at most steps ({self.steps}), got {self.warmup}")
         _number("learning_rate", self.learning_rate, "above 0", lambda value: value > 0)

@@ -52,7 +52,7 @@ class DraftTexts:
         most: int | None = None,
         seed: int = 0,
     ) -> None:
-        whole_number("length", length, 3)
+        length = whole_number("length", length, 3)
         self._ids: list[NDArray[np.int32]] = []
         self._first: list[int] = []  # feature that counts
         if windows is not None:

@@ -102,9 +102,7 @@ def _end_with(model: LlavaForConditionalGeneration, end: int) -> None:
 
 
 def _depths(layers: Sequence[int], blocks: int) -> list[int]:
-    chosen = list(layers)
-    for each in chosen:
-        whole_number("each of layers", each, 0)
+    chosen = [whole_number("each of layers", each, 0) for each in layers]
     if not chosen or len(set(chosen)) != len(chosen) or max(chosen) > blocks:
         raise QuickmergeError(f"layers must be different whole numbers from 0 to {blocks}, got {layers!r}")
     return chosen

@@ -164,7 +164,7 @@ class PriorText(Objective):
         memory: dict[bytes, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        whole_number("context", context)
+        context = whole_number("context", context)
         if not keeps or any(not 0 < keep < 1 for keep in keeps):
             raise ValueError(f"keeps must be shares in (0, 1), got {list(keeps)}")
         start, end = temperature

@@ -120,7 +120,7 @@ class AskedPictures(Dataset[Row]):
         questions: int | None = 10,
     ) -> None:
         if questions is not None:
-            whole_number("questions", questions)
+            questions = whole_number("questions", questions)
         asked = [picture for picture in pictures if picture.questions]
         if not asked:
             raise QuickmergeError("pictures must hold at least one with a question, got none")

@@ -173,7 +173,7 @@ def train_recognizer(
         QuickmergeError, ValueError: for anything that does not fit; see `quickmerge.training.train`.
     """
     loss = LabelLoss(recognizer, objective=objective)
-    whole_number("align", align, 0)
+    align = whole_number("align", align, 0)
     known = {"model": model_hash(recognizer), "objective": objective, "align": align, **(fingerprint or {})}
     if align and not resume:  # a checkpoint holds what came of it
         align_words(recognizer, dataset, pictures=align)

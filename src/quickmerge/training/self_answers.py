@@ -65,8 +65,8 @@ class Asking:
 
     def __post_init__(self) -> None:
         for name in ("passage", "tokens", "batch"):
-            whole_number(name, getattr(self, name))
-        whole_number("seed", self.seed, 0)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        object.__setattr__(self, "seed", whole_number("seed", self.seed, 0))
         number_at_least("temperature", self.temperature, 0)
 
 
@@ -111,7 +111,7 @@ def write_answers(
     Raises:
         QuickmergeError: the texts do not make so many prompts, the file was made otherwise, or can't be written.
     """
-    whole_number("count", count)
+    count = whole_number("count", count)
     passages = TextWindows(tokenizer, documents, asking.passage, held_out=held_out)
     if count > len(passages):
         raise QuickmergeError(

@@ -61,8 +61,8 @@ def embeddings_from_text(
         QuickmergeError: if the texts hold no two tokens.
         ValueError: for a setting out of range.
     """
-    whole_number("width", width)
-    whole_number("window", window)
+    width = whole_number("width", width)
+    window = whole_number("window", window)
     number_at_least("smoothing", smoothing, 0)
     size = max(tokenizer.get_vocab().values()) + 1
     ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for text in texts for part in _parts(text))

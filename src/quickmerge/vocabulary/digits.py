@@ -79,11 +79,10 @@ def digit_report(
     tried = _default_numbers(seed) if numbers is None else list(numbers)
     if not tried:
         raise QuickmergeError("numbers must hold at least one number, got none")
-    for number in tried:
-        try:
-            whole_number("each of numbers", number, 0)
-        except ValueError as error:
-            raise QuickmergeError(str(error)) from None
+    try:
+        tried = [whole_number("each of numbers", number, 0) for number in tried]
+    except ValueError as error:
+        raise QuickmergeError(str(error)) from None
     cuts = [
         [cut_number(tokenizer, vocabulary, number) for number in tried]
         for tokenizer, vocabulary in ((one, read_vocabulary(one)) for one in (base_tokenizer, donor_tokenizer))

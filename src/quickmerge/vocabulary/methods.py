@@ -46,7 +46,7 @@ def check_method(method: str, k: int | None, *, vectors: bool) -> None:
         )
     if k is not None:
         try:
-            whole_number("k", k)
+            k = whole_number("k", k)
         except ValueError as error:
             raise QuickmergeError(str(error)) from None
         if method not in ("auto", "omp", "omp-raw", "nearest"):

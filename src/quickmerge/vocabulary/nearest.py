@@ -49,7 +49,7 @@ class Nearest:
     centre: bool = False
 
     def __post_init__(self) -> None:
-        whole_number("k", self.k)
+        object.__setattr__(self, "k", whole_number("k", self.k))
         for word, given, allowed in (("weights", self.weights, self.WEIGHTS), ("metric", self.metric, self.METRICS)):
             if given not in allowed:
                 hint = near_match(str(given), allowed)

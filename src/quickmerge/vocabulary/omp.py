@@ -95,7 +95,7 @@ def omp_path(
     """
     targets, atoms = _checked(targets, atoms, ks, selection)
     number_at_least("tolerance", tolerance, 0)
-    whole_number("memory", memory)
+    memory = whole_number("memory", memory)
     length = atoms.norm(dim=1)
     live = (length > torch.finfo(atoms.dtype).tiny).nonzero().flatten()
     if len(live) < len(atoms):
@@ -105,7 +105,7 @@ def omp_path(
     if batch is None:
         each = table.per_residual + (2 * most * width + most**2 + 6 * width) * atoms.element_size()
         batch = max(1, min(LARGEST_BATCH, memory // each))
-    whole_number("batch", batch)
+    batch = whole_number("batch", batch)
 
     found = {
         k: Sparse(torch.full((len(targets), k), -1, device=atoms.device), atoms.new_zeros(len(targets), k)) for k in ks
@@ -135,7 +135,7 @@ def _checked(targets: Tensor, atoms: Tensor, ks: Sequence[int], selection: str) 
     if not ks:
         raise QuickmergeError("ks must name at least one k, got none")
     for k in ks:
-        whole_number("k", k)
+        k = whole_number("k", k)
         if k > len(atoms):
             raise QuickmergeError(f"k must be at most the number of atoms, {len(atoms)}, got {k}")
     dtype = torch.promote_types(torch.promote_types(targets.dtype, atoms.dtype), torch.float32)

@@ -87,12 +87,12 @@ def new_size(
     Raises:
         QuickmergeError: both are given, or ``vocab_size`` has no room for the tokenizer.
     """
-    for name, value in (("vocab_size", vocab_size), ("pad_to_multiple_of", pad_to_multiple_of)):
-        if value is not None:
-            try:
-                whole_number(name, value)
-            except ValueError as error:
-                raise QuickmergeError(str(error)) from None
+    try:
+        vocab_size = None if vocab_size is None else whole_number("vocab_size", vocab_size)
+        if pad_to_multiple_of is not None:
+            pad_to_multiple_of = whole_number("pad_to_multiple_of", pad_to_multiple_of)
+    except ValueError as error:
+        raise QuickmergeError(str(error)) from None
     if vocab_size is not None and pad_to_multiple_of is not None:
         raise QuickmergeError(
             f"give either vocab_size or pad_to_multiple_of, got {vocab_size} and {pad_to_multiple_of}"

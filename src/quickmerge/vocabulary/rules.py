@@ -84,7 +84,7 @@ class Omp:
     correct_mean: bool = True
 
     def __post_init__(self) -> None:
-        whole_number("k", self.k)
+        object.__setattr__(self, "k", whole_number("k", self.k))
         if self.selection not in SELECTIONS:
             hint = near_match(str(self.selection), SELECTIONS)
             raise QuickmergeError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}{hint}")

@@ -120,7 +120,7 @@ def choose(
     """
     anchors, _ = aligned(anchors, anchors, rows)
     rows = at_least_float32(rows)
-    whole_number("held_out", held_out, 2)
+    held_out = whole_number("held_out", held_out, 2)
     if rules is not None and not rules:
         raise QuickmergeError("rules must hold at least one rule, got none")
     for name, given in (("pieces", pieces), ("kinds", kinds)):

@@ -71,11 +71,11 @@ class GumihoConfig:
 
     def __post_init__(self) -> None:
         for name in ("features", "embedding", "vocabulary"):
-            whole_number(name, getattr(self, name))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         for name in ("serial", "serial_layers", "heads"):
-            whole_number(name, getattr(self, name), 0)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 0))
         if self.draft_vocabulary is not None:
-            whole_number("draft_vocabulary", self.draft_vocabulary)
+            object.__setattr__(self, "draft_vocabulary", whole_number("draft_vocabulary", self.draft_vocabulary))
             if self.draft_vocabulary > self.vocabulary:
                 raise ValueError(
                     f"draft_vocabulary must be at most the {self.vocabulary} tokens of the model, "
@@ -91,8 +91,8 @@ class GumihoConfig:
         if self.serial:
             self._check_layers()
         if self.heads:
-            whole_number("mlp_depth", self.mlp_depth, 2)
-            whole_number("mlp_width", self.mlp_width)
+            object.__setattr__(self, "mlp_depth", whole_number("mlp_depth", self.mlp_depth, 2))
+            object.__setattr__(self, "mlp_width", whole_number("mlp_width", self.mlp_width))
         if self.activation not in ACTIVATIONS:
             known = near_match(str(self.activation), ACTIVATIONS)
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}{known}")
@@ -103,7 +103,7 @@ class GumihoConfig:
 
     def _check_layers(self) -> None:
         for name in ("attention_heads", "key_value_heads", "head_width", "inner"):
-            whole_number(name, getattr(self, name))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if self.attention_heads % self.key_value_heads:
             raise ValueError(
                 f"key_value_heads must divide attention_heads ({self.attention_heads}), got {self.key_value_heads}"

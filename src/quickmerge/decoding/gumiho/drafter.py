@@ -55,7 +55,7 @@ class Gumiho(Drafter):
     def __init__(
         self, network: GumihoNetwork, *, dtype: torch.dtype | str | None = None, beam: int = 8, fta: str = "off"
     ) -> None:
-        whole_number("beam", beam)
+        beam = whole_number("beam", beam)
         found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
             raise ValueError(f"dtype must be a floating-point type of torch or its name, or None, got {dtype!r}")

@@ -15,7 +15,5 @@ def height_and_width(size: Size, name: str = "size") -> tuple[int, int]:
     Raises:
         ValueError: not one or two whole numbers of at least 1.
     """
-    height, width = (size, size) if isinstance(size, int) else size
-    whole_number(name, height)
-    whole_number(name, width)
-    return height, width
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return whole_number(name, height), whole_number(name, width)

@@ -25,7 +25,7 @@ class Passages:
     """
 
     def __init__(self, documents: Iterable[Ids], n: int = LONG) -> None:
-        whole_number("n", n)
+        n = whole_number("n", n)
         self.n = n
         # A fixed draw: a hash only has to spread, and the passages it finds are compared token by token.
         self._factors = np.random.default_rng(0).integers(1, 2**63, size=n, dtype=np.uint64)

@@ -50,10 +50,9 @@ class TextWindows(Dataset[Tensor]):
         passage: int = LONG,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        whole_number("length", length)
-        whole_number("stride", length if stride is None else stride)
+        length = whole_number("length", length)
         self.length = length
-        self.stride = length if stride is None else stride
+        self.stride = length if stride is None else whole_number("stride", stride)
         self._tokenizer = tokenizer
         self._documents = documents
         self._held_out = Passages(held_out, passage)

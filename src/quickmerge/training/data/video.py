@@ -48,8 +48,8 @@ class VideoClips(Dataset[Tensor]):
         *,
         cache_bytes: int = 4 << 30,
     ) -> None:
-        whole_number("frames", frames)
-        whole_number("stride", stride)
+        frames = whole_number("frames", frames)
+        stride = whole_number("stride", stride)
         if fps is not None and not 0 < fps < 1000:
             raise ValueError(f"fps must be between 0 and 1000 frames a second, got {fps!r}")
         self.height, self.width = height_and_width(size)
