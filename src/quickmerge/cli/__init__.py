@@ -52,4 +52,4 @@ _register()
 
 def main() -> None:
     """Run the command line; anything wrong with what was given is one sentence on stderr and exit code 2."""
-    end(lambda: app(standalone_mode=False))
+    end(lambda: app(prog_name="quickmerge", standalone_mode=False))
