@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 # errors only: the steps are announced here
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
-.PHONY: help setup demo test lint slow bench clean
+.PHONY: help setup demo test lint slow fuzz bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    set up, then answer a question about the shipped document with fewer tokens"
 	@echo "make test    set up, then check style and types and run the tests"
 	@echo "make slow    set up, then run the slow tests"
+	@echo "make fuzz    set up, then open a thousand hostile files and folders (ten minutes)"
 	@echo "make bench   set up, gather the benchmark documents, then measure"
 	@echo "make clean   remove the environment and what the tools left"
 
@@ -46,6 +47,9 @@ test: lint
 
 slow: setup
 	@$(BIN)/python -m pytest -q -m slow
+
+fuzz: setup
+	@$(BIN)/python tests/fuzz/run.py
 
 bench: setup
 	@$(BIN)/python benchmarks/documents.py
