@@ -1,0 +1,41 @@
+"""Tables of what hostile inputs came to: each takes the rows of a list in a result file and gives headers and cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+Table = tuple[list[str], list[list[str]]]
+
+WORDS = {
+    "model": "folders of language models", "prior": "priors", "heads": "draft heads", "calm": "CALMs",
+    "recognizer": "recognizers", "predictor": "DynamicViT predictors", "vit": "vision transformers",
+    "vlm": "vision-language models", "picture": "pictures", "video": "videos and playlists", "text": "text files",
+    "typed": "texts on the command line", "name": "names of files and models", "prompts": "lists of prompts",
+    "labels": "lists of labels", "annotations": "annotations of pictures", "output": "places to write to",
+    "option": "options out of range",
+}  # fmt: skip
+
+
+def inputs(rows: Sequence[Row]) -> Table:
+    """How many inputs of each kind ended how, and what the dearest cost."""
+    headers = ["input", "tried", "right work", "one sentence", "anything else", "longest", "most memory"]
+    total: Row = {"group": "all", "seconds": max(r["seconds"] for r in rows), "megabytes": max(
+        r["megabytes"] for r in rows), **{key: sum(r[key] for r in rows) for key in ("inputs", "right", "sentence")}}  # fmt: skip
+    body = [
+        [
+            WORDS.get(r["group"], r["group"]),
+            f"{r['inputs']:,}",
+            f"{r['right']:,}",
+            f"{r['sentence']:,}",
+            f"{r['inputs'] - r['right'] - r['sentence']:,}",
+            f"{r['seconds']:.1f} s",
+            f"{r['megabytes']:,.0f} MB",
+        ]
+        for r in [*sorted(rows, key=lambda r: list(WORDS).index(r["group"])), total]
+    ]
+    return headers, body
+
+
+TRUST: dict[str, tuple[str, str, Callable[[Sequence[Row]], Table]]] = {"fuzz": ("fuzz", "rows", inputs)}
