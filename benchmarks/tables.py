@@ -21,6 +21,7 @@ from calm_tables import CALM
 from gumiho_tables import GUMIHO
 from multipole_tables import MULTIPOLE
 from transplant_tables import TRANSPLANT
+from trust_tables import TRUST
 
 from quickmerge.evaluation.recovery import bootstrap
 
@@ -583,7 +584,7 @@ TABLES: dict[str, Callable[[], str]] = {
         subsets,
     )
 }
-TABLES |= {name: partial(made_of, *of) for name, of in (MULTIPOLE | GUMIHO | CALM | TRANSPLANT).items()}
+TABLES |= {name: partial(made_of, *of) for name, of in (MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST).items()}
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ __all__ = [
     "DamagedWeightsError",
     "FetchError",
     "QuickmergeError",
+    "QuickmergeWarning",
     "UnknownModelError",
     "UnknownReducerError",
     "UnsupportedModelError",
@@ -29,6 +30,10 @@ __all__ = [
 
 class QuickmergeError(ValueError):
     """Something that the caller gave or has cannot be used; the message says what, and what would do."""
+
+
+class QuickmergeWarning(UserWarning):
+    """Something that works, but perhaps not as was meant."""
 
 
 class UnsupportedModelError(QuickmergeError):

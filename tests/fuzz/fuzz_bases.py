@@ -11,6 +11,8 @@ COMMANDS: dict[str, list[list[str]]] = {
     "model": [
         ["show", "--text", TEXT, "--model", "{it}", "--limit", "64"],
         ["generate", "--prompt", TEXT, "--model", "{it}", "--max-new-tokens", "2"],
+        ["show", "--text", TEXT, "--model", "{it}", "--limit", "64", "--html", "{out}/p.html",
+         "--picture", "{out}/p.svg"],
         ["plan", "--model", "{it}", "--tokens", "64"],
         ["generate", "--prompt", TEXT, "--model", "{it}", "--max-new-tokens", "2", "--drafter", "lookup"],
         ["generate", "--prompt", TEXT, "--model", "{it}", "--max-new-tokens", "2", "--attention", "multipole"],

@@ -22,8 +22,8 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
 CONCAT = b"ffconcat version 1.0\nfile /etc/passwd\nfile clip.mp4\n"
 NAMES = [
-    "gpj.\u202eexe.png", "\x1b[31mred.png", "a\nb.png", "[red]x[/red].png", "[/].png", ":smile:.png", "-rf.png",
-    "\udcff\udcfe.png", " .png", "<script>alert(1)</script>.png", "%s%n.png", "{0}.png", "a" * 250 + ".png", "\u200b.png",
+    "gpj.\u202eexe.png", "\x1b[31mred.png", "a\nb.png", "[red]x[bold].png", "[link=x]y.png", ":smile:.png", "-rf.png",
+    "\udcff\udcfe.png", " .png", "<script>alert(1)<.png", "%s%n.png", "{0}.png", "a" * 250 + ".png", "\u200b.png",
     "\x07\x08.png", "\x9b31m.png", "&amp;.png", "שלום.png", "\u2028.png",
 ]  # fmt: skip
 TEXTS: dict[str, bytes] = {

@@ -28,7 +28,7 @@ for folder in (HERE, HERE.parent, HERE.parent / "recognition", HERE.parents[1] /
 from fuzz_bases import COMMANDS, build  # noqa: E402
 from fuzz_corpus import fields, folder_case, tokenizers, weights, wholes  # noqa: E402
 from fuzz_files import lists, names, outputs, pictures, texts, videos  # noqa: E402
-from fuzz_worker import Case, Ending, judge  # noqa: E402
+from fuzz_worker import MEMORY, SECONDS, Case, Ending, judge  # noqa: E402
 
 
 def corpus(base: Path, seed: int, each: int) -> list[Case]:
@@ -129,20 +129,43 @@ def main() -> int:
         print(f"{ending.kind}: {ending.name}\n    {ending.told[-300:]}")
     tell(endings)
     if asked.json is not None:
-        asked.json.write_text(json.dumps([vars(ending) for ending in endings], indent=1))
+        asked.json.write_text(json.dumps(results(endings, asked.seed), indent=1) + "\n")
     few = not asked.quick and not asked.only and len(endings) < asked.least
     if few:
         print(f"only {len(endings)} inputs in the time there was; {asked.least} are wanted")
     return 1 if bad or wrong or few else 0
 
 
+def group(ending: Ending) -> str:
+    """What kind of input it was."""
+    return ending.name.split(":")[0].split(",")[0].split(" ")[0]
+
+
+def results(endings: list[Ending], seed: int) -> dict[str, object]:
+    """What the page on trust is made of."""
+    from quickmerge.evaluation.bench import environment
+
+    rows = []
+    for name in sorted({group(ending) for ending in endings}):
+        mine = [ending for ending in endings if group(ending) == name]
+        kinds = Counter(ending.kind for ending in mine)
+        rows.append({
+            "group": name, "inputs": len(mine), "right": kinds["right"], "sentence": kinds["sentence"],
+            "others": {kind: count for kind, count in kinds.items() if kind not in ("right", "sentence")},
+            "seconds": round(max(ending.seconds for ending in mine), 2),
+            "megabytes": round(max(ending.megabytes for ending in mine), 1),
+        })  # fmt: skip
+    limits = {"seconds": SECONDS, "bytes": MEMORY}
+    return {"rows": rows, "meta": {"seed": seed, "limits": limits, "environment": environment()}}
+
+
 def tell(endings: list[Ending]) -> None:
     """Print the counts, and what was dearest."""
     table: dict[str, Counter[str]] = {}
     for ending in endings:
-        table.setdefault(ending.name.split(":")[0].split(",")[0].split(" ")[0], Counter())[ending.kind] += 1
-    for group, counts in sorted(table.items()):
-        print(f"{group:12} " + ", ".join(f"{count} {kind}" for kind, count in counts.most_common()))
+        table.setdefault(group(ending), Counter())[ending.kind] += 1
+    for name, counts in sorted(table.items()):
+        print(f"{name:12} " + ", ".join(f"{count} {kind}" for kind, count in counts.most_common()))
     if endings:
         slow, large = max(endings, key=lambda e: e.seconds), max(endings, key=lambda e: e.megabytes)
         print(f"dearest: {slow.seconds:.1f} s ({slow.name}), {large.megabytes:.0f} MB ({large.name})")

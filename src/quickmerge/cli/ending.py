@@ -6,10 +6,11 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from quickmerge.errors import QuickmergeError, first_sentence
+from quickmerge.errors import QuickmergeError, QuickmergeWarning, first_sentence
 from quickmerge.printable import clean, clean_name
 
 __all__ = ["Ending", "end"]
@@ -28,6 +29,14 @@ class Ending:
     debug = False
 
 
+def _warned(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: object) -> None:
+    """What libraries warn each other's programmers of is not for who reads answers; what we warn of is."""
+    if issubclass(category, QuickmergeWarning):
+        print(f"quickmerge: {clean_name(message)}", file=sys.stderr)
+    elif _debugs():
+        print(clean_name(f"{filename}:{lineno}: {category.__name__}: {message}"), file=sys.stderr)
+
+
 def end(command: Callable[[], object]) -> NoReturn:
     """Run a command and leave the process with its code.
 
@@ -38,7 +47,13 @@ def end(command: Callable[[], object]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what an old terminal has no letter for is no reason to break off
             stream.reconfigure(errors="backslashreplace")
-    sys.exit(_code(command))
+    before = warnings.showwarning
+    warnings.showwarning = _warned
+    try:
+        code = _code(command)
+    finally:
+        warnings.showwarning = before
+    sys.exit(code)
 
 
 def _code(command: Callable[[], object]) -> int:
@@ -60,7 +75,7 @@ def _code(command: Callable[[], object]) -> int:
 
 def _told(error: Exception) -> int:
     sentence = _sentence(error)
-    if sentence is None or Ending.debug or os.environ.get("QUICKMERGE_DEBUG", "0") not in ("", "0"):
+    if sentence is None or _debugs():
         trace = "".join(traceback.format_exception(error))
         print(clean(trace), end="", file=sys.stderr)
     if sentence is None:
@@ -69,6 +84,10 @@ def _told(error: Exception) -> int:
     if sentence:
         print(f"quickmerge: {sentence}", file=sys.stderr)
     return WRONG
+
+
+def _debugs() -> bool:
+    return Ending.debug or os.environ.get("QUICKMERGE_DEBUG", "0") not in ("", "0")
 
 
 def _sentence(error: Exception) -> str | None:

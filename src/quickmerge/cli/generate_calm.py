@@ -69,10 +69,11 @@ def generate_calm(
     text = "\n\n".join(part for part in parse_question(prompt, file) if part.strip())
     quiet()
     from quickmerge.continuous.store import load_calm
-    from quickmerge.evaluation.first_tokens import check_room
+    from quickmerge.evaluation.first_tokens import check_room, first_tokens
 
     lm, tokenizer = load_calm(model)
     check_room(lm, tokenizer, "the text", text, max_new_tokens)
+    first_tokens(tokenizer, text, 1)  # at least one has to be there
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
     print(text if raw else clean(text), end="", flush=True)
     began = time.perf_counter()

@@ -85,10 +85,10 @@ def answer(
     text, where = chat(tokenizer, document, prompt)
     check_room(model, tokenizer, "the text", text, max_new_tokens)
     encoded = tokenizer(text, return_tensors="pt", return_offsets_mapping=True, add_special_tokens=False)
-    start, end = encoded.pop("offset_mapping")[0].T
-    inside = (start >= where.start) & (end <= where.stop)
     ids = encoded["input_ids"].to(model.device)
     check_fits(model, "the text", ids, max_new_tokens)
+    start, end = encoded.pop("offset_mapping")[0].unbind(-1)
+    inside = (start >= where.start) & (end <= where.stop)
 
     def protect(_: Tensor) -> Tensor:
         return (~inside).to(ids.device).expand_as(ids) if document else torch.zeros_like(ids, dtype=torch.bool)
@@ -117,6 +117,8 @@ def _inside(*runs: AbstractContextManager[Any]) -> Iterator[None]:
 
 def check_fits(model: Any, what: str, ids: Tensor, max_new_tokens: int) -> None:
     """Raise QuickmergeError unless a model has positions for ``ids (1, N)``, made of ``what``, and an answer."""
+    if not ids.numel():
+        raise QuickmergeError(f"{what} must have some tokens, got none: the template or the tokenizer drops all of it")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and ids.shape[1] + max_new_tokens > limit:
         raise QuickmergeError(

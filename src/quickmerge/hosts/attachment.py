@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.errors import QuickmergeError, QuickmergeWarning, UnsupportedModelError
 
 T = TypeVar("T")
 
@@ -314,5 +314,6 @@ def _tell_unused(call: str, name: str) -> None:
     warnings.warn(
         f"a run made by {call} on {name} was never entered, so it has done nothing: write "
         f"`with {call}(...):` around what shall run inside, or call its attach() first",
+        QuickmergeWarning,
         stacklevel=3,
     )

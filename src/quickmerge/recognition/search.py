@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from quickmerge.errors import whole_number
+from quickmerge.errors import QuickmergeWarning, whole_number
 from quickmerge.recognition.guess import Guess, check_share, ranked
 from quickmerge.recognition.model import Prefix, Recognizer
 from quickmerge.recognition.tree import Tree
@@ -148,6 +148,7 @@ def best_sequences(
         warnings.warn(
             f"best_first gave up after {most} nodes: its labels are the best of those found, and there may be better "
             "ones; raise minimum or most",
+            QuickmergeWarning,
             stacklevel=3,
         )
     return [heapq.nlargest(k, search.done) for search in searches]
