@@ -27,3 +27,10 @@ def test_results_name_versions_and_hardware_and_no_machine_path() -> None:
         environment = data.get("environment") or data["meta"]["environment"]
         assert environment["torch"] and environment["transformers"] and environment["cpu"]
         assert "/tmp/" not in text and "/home/" not in text and "/root/" not in text
+
+
+def test_the_layout_names_every_package() -> None:
+    layout = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Layout")[1]
+    packages = {path.parent.name for path in (ROOT / "src" / "quickmerge").glob("*/__init__.py")}
+    named = {line.split("`")[1].rstrip("/") for line in layout.splitlines() if line.startswith("| `")}
+    assert named == packages

@@ -121,7 +121,7 @@ class PrefixRun(Run):
         min_tokens: int = 0,
     ) -> None:
         super().__init__(decoder, reducer)
-        whole_number("min_tokens", min_tokens, 0)
+        min_tokens = whole_number("min_tokens", min_tokens, 0)
         self.schedule = schedule
         stages = [] if schedule is None else schedule.stages(reducer.keep, len(decoder))
         self.stages = {s.layer: s.keep for s in stages}

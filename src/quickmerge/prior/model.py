@@ -31,9 +31,10 @@ class Prior(nn.Module):
     """A light autoregressive model over merged slots (QuickMerge++, arXiv 2508.13204).
 
     A causal transformer reads the slots in order of position. What it has read up to slot k serves three ends: a
-    correction of slot k in front of some blocks of the language model (`align`), the distribution of slot k+1
-    (`next_loss`, `sample_next`), and how surprising that slot was (`surprise`). The paper's network, losses and
-    training are not public in any detail; these are ours.
+    correction of slot k in front of some blocks of the language model (`align`); the distribution of slot k+1
+    (`next_loss`; `quickmerge.prior.predict` has its mean and draws from it, for priors that generate); and how
+    surprising a chunk of slots was (`quickmerge.prior.budget.surprise`). The paper's network, losses and training are
+    not public in any detail; these are ours.
 
     Args:
         config: its shape.
