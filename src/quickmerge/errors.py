@@ -20,6 +20,7 @@ __all__ = [
     "UnknownReducerError",
     "UnsupportedModelError",
     "as_index",
+    "check_text",
     "door",
     "first_sentence",
     "near_match",
@@ -115,6 +116,16 @@ def near_match(given: str, allowed: Iterable[str]) -> str:
     by_lower = {word.lower(): word for word in allowed}
     close = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=0.6)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise QuickmergeError unless ``value`` is a text of whole characters, which tokenizers and files can hold."""
+    if not isinstance(value, str):
+        raise QuickmergeError(f"{name} must be a text, got a {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise QuickmergeError(f"{name} must be a text of whole characters, got half of one in {value!r}") from None
 
 
 def as_index(value: object) -> int | None:

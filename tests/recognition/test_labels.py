@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from recognition_samples import NAMES, PROMPT, pieces, words
 from strategies import prop
+from tokenizer_samples import byte_level, from_words, sentencepiece_bpe
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.recognition import LabelCodec
+from quickmerge.vocabulary.alphabets import printable_bytes
 
 KINDS = ("words", "bytes", "metaspace", "wordpiece")
+BYTES = {byte: ord(character) for character, byte in printable_bytes().items()}
+LEADS = (
+    b"\xd7", b"\xc2", b"\xf0\x90", b"\xe2\x80", b"\xc3\x97", b"\xc3\xa9", b"\x80", b"\xff", b"\xe2\x82\xac",
+    b"\xf0\x9f\x98",
+)  # fmt: skip
 THINGS = [*NAMES, "red car", "traffic lights", "sunflower pot", "sunlight"]
 
 
@@ -113,6 +121,75 @@ def test_another_separator_can_be_used() -> None:
 def test_a_separator_that_the_tokenizer_does_not_know_is_told() -> None:
     with pytest.raises(QuickmergeError, match="separator must be one token of its own"):
         codec("words", separator=";")
+
+
+def of_script(letters: str) -> st.SearchStrategy[str]:
+    return st.text(letters, min_size=1, max_size=6)
+
+
+SCRIPTS = {
+    "Hebrew": "אבגדהוזחט", "Arabic": "ابتثجحخدذ", "Cyrillic": "абвгдежзи", "Greek": "αβγδεζηθι", "Armenian": "աբգդեզ",
+    "Georgian": "აბგდევზ", "Devanagari": "अआइईकखग", "Bengali": "অআইঈকখগ", "Tamil": "அஆஇஈகஙச", "Thai": "กขฃคฅฆง",
+    "Khmer": "កខគឃង", "Tibetan": "ཀཁགང", "Ethiopic": "ሀለሐመ", "Cherokee": "ᎠᎡᎢᎣ", "Han": "猫犬山川",
+    "kana": "あいうアイウ", "Hangul": "고양이개",
+    "Syriac": "ܐܒܓܕ", "Thaana": "ހށނރ", "N'Ko": "ߊߋߌߍ", "Gothic": "𐌰𐌱𐌲", "cuneiform": "𒀀𒀁𒀂",
+    "hieroglyphs": "𓀀𓀁𓀂", "Adlam": "𞤀𞤁𞤂", "rare Han": "𠀀𠀁𪛖", "Vai": "ꔀꔁꔂ", "Deseret": "𐐀𐐁𐐂", "Latin": "æœþđŋ",
+}  # fmt: skip
+EVERY = {
+    "byte-level": LabelCodec(byte_level(), "the cat and", ","),
+    "byte-level, hardly trained": LabelCodec(byte_level(300), "the cat and", ","),
+    "SentencePiece": LabelCodec(sentencepiece_bpe(), "the cat and", ","),
+    "SentencePiece, in front of the first": LabelCodec(sentencepiece_bpe(way="metaspace"), "the cat and", ","),
+}
+STARTS = {kind: made.starts(len(made.tokenizer)) for kind, made in EVERY.items()}
+
+
+@pytest.mark.parametrize("kind", EVERY)
+@prop(60)
+@given(st.one_of(*map(of_script, SCRIPTS.values()), st.text(st.characters(categories=("L",)), min_size=1, max_size=6)))
+def test_a_label_of_letters_of_any_script_can_be_said(kind: str, label: str) -> None:
+    made, starts = EVERY[kind], STARTS[kind]
+    ids = made.ids(label)
+    assert bool(starts[ids[0]])
+    assert not set(ids) & {made.sep, *made.special.tolist()}
+    assert made.text(ids) == label
+
+
+@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_letter_of_a_script_can_begin_a_label(kind: str, script: str) -> None:
+    assert all(bool(STARTS[kind][EVERY[kind].ids(letter)[0]]) for letter in SCRIPTS[script])
+
+
+def test_bytes_that_begin_no_letter_begin_no_label() -> None:
+    """Of a byte-level piece the bytes are judged, and not the letters that stand for them."""
+    words = {"Ġ" + "".join(chr(BYTES[b]) for b in data): index for index, data in enumerate(LEADS)}
+    made = LabelCodec(from_words({**words, "Ġcat": len(words)}), "cat", ",")
+    starts = made.starts(len(made.tokenizer))
+    said = {data: bool(starts[index]) for index, data in enumerate(LEADS)}
+    assert {data for data, begins in said.items() if begins} == {b"\xd7", b"\xc2", b"\xf0\x90", b"\xc3\xa9"}
+
+
+@pytest.mark.parametrize("label", ["a\ud800", "\udfff", 7, None, b"cat", ["cat"]])
+def test_a_label_that_is_no_text_is_told(label: Any) -> None:
+    for made in (codec("bytes"), EVERY["SentencePiece"]):
+        with pytest.raises(QuickmergeError, match=r"^a label must be a text"):
+            made.encode([[label]])
+        with pytest.raises(QuickmergeError, match=r"^a label must be a text"):
+            made.ids(label)
+
+
+@pytest.mark.parametrize("name", ["prompt", "separator"])
+def test_settings_that_are_no_text_are_told(name: str) -> None:
+    with pytest.raises(QuickmergeError, match=rf"^{name} must be a text of whole characters, got half of one in"):
+        codec("bytes", **{name: "a\ud800"})
+
+
+def test_labels_and_ids_of_numpy_are_taken() -> None:
+    made = codec("bytes")
+    packed = made.encode(np.array([["cat", "dog"], ["cat", "red car"]]))  # type: ignore[arg-type]
+    assert torch.equal(packed.ids, made.encode([["cat", "dog"], ["cat", "red car"]]).ids)
+    assert made.text(np.array(made.ids("red car"))) == "red car"  # type: ignore[arg-type]
 
 
 def test_a_prompt_of_nothing_is_told() -> None:

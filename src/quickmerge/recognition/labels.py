@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, check_text
+from quickmerge.vocabulary.alphabets import from_byte_level
 
 __all__ = ["LabelCodec", "Packed"]
 
 PROBES = ("cat", "red car", "traffic lights")
 """Labels behind which the separator has to be one and the same token."""
-MARKERS = ("Ġ", "▁")
+BYTE_LEVEL = "Ġ"
+MARKERS = (BYTE_LEVEL, "▁")
 """How pieces that begin a word are marked: by byte-level tokenizers, and by those of SentencePiece."""
 CONTINUES = "##"
 """How WordPiece marks pieces that go on with a word."""
@@ -64,6 +67,8 @@ class LabelCodec:
     """
 
     def __init__(self, tokenizer: Any, prompt: str, separator: str) -> None:
+        check_text("prompt", prompt)
+        check_text("separator", separator)
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.separator = separator
@@ -85,13 +90,13 @@ class LabelCodec:
         Raises:
             QuickmergeError: there is no image, an image has no label, or a label is empty or holds the separator.
         """
-        if not labels:
+        if not len(labels):
             raise QuickmergeError("labels must hold a list for at least one image, got none")
         rows = []
         for index, names in enumerate(labels):
             if isinstance(names, str):
                 raise QuickmergeError(f"labels must hold a list of labels for each image, got the text {names!r}")
-            if not names:
+            if not len(names):
                 raise QuickmergeError(f"labels must name at least one label for each image, got none for image {index}")
             rows.append([self.ids(name) for name in dict.fromkeys(self.normal(name) for name in names)])
         width = max(sum(len(label) + 1 for label in row) for row in rows)
@@ -115,6 +120,7 @@ class LabelCodec:
         """
         name = self.normal(label)
         if name not in self._known:
+            check_text("a label", label)
             if not name:
                 raise QuickmergeError(f"labels must not be empty, got {label!r}")
             found = tuple(self._behind(" " + name))
@@ -127,7 +133,13 @@ class LabelCodec:
 
     @staticmethod
     def normal(label: str) -> str:
-        """A label with one space wherever it has white space, and none around it."""
+        """A label with one space wherever it has white space, and none around it.
+
+        Raises:
+            QuickmergeError: it is no text.
+        """
+        if not isinstance(label, str):
+            raise QuickmergeError(f"a label must be a text, got a {type(label).__name__}")
         return " ".join(label.split())
 
     # Tokens to labels -------------------------------------------------------------------------------------------
@@ -145,9 +157,10 @@ class LabelCodec:
     def starts(self, vocabulary: int) -> Tensor:
         """``(vocabulary,)`` bool: tokens that can begin a label.
 
-        Those are pieces that begin a word, and whose first character is a letter or a digit: no separator, no special
-        token, no continuation of a word, and none of the rows that a model has beyond its tokenizer. White space alone
-        is one only where it is what comes before a digit.
+        Those are pieces that begin a word, and whose first character is a letter or a digit of any script: no
+        separator, no special token, no continuation of a word, and none of the rows that a model has beyond its
+        tokenizer. Of a piece that ends within its first character the bytes are judged: one that some letter or digit
+        begins with can begin a label. White space alone is one where the tokenizer cuts it from some letter or digit.
         """
         pieces = self.tokenizer.convert_ids_to_tokens(list(range(min(vocabulary, len(self.tokenizer)))))
         sample = self.tokenizer.convert_ids_to_tokens(self.ids(PROBES[0])[:1])[0]
@@ -156,8 +169,18 @@ class LabelCodec:
         for index, piece in enumerate(pieces):
             if piece is None or not piece.startswith(marker) or piece.startswith(CONTINUES):
                 continue
-            found[index] = piece[len(marker) : len(marker) + 1].isalnum()
-        found[self.ids("7")[0]] = True  # some tokenizers cut a digit from the space before it
+            rest = piece[len(marker) :]
+            data = from_byte_level(rest) if marker == BYTE_LEVEL else None
+            found[index] = rest[:1].isalnum() if data is None else _begins_word(data)
+        alone = self.tokenizer.convert_tokens_to_ids(marker) if marker else None
+        # Some tokenizers cut a digit from the space before it, and most do so with letters of scripts that they have
+        # hardly seen. What is no letter or digit of theirs may follow too: it is a rare thing to say.
+        for character in ("7", *_letters_of_all_scripts()):
+            first = self._tokens(f"{self.prompt} {character}")[len(self.prompt_ids) :][:1]
+            if character == "7" or first == [alone]:
+                found[first] = True
+            if character != "7" and first == [alone]:
+                break
         found[self.special[self.special < vocabulary]] = False
         found[self.sep] = False
         return found
@@ -189,3 +212,36 @@ class LabelCodec:
                 f"tokenizer ({type(self.tokenizer).__name__}): give another, such as a comma or a semicolon"
             )
         return found[0]
+
+
+def _begins_word(data: bytes) -> bool:
+    """Whether a text that begins with these bytes can begin with a letter or a digit."""
+    for length in range(1, 5):
+        try:
+            return data[:length].decode().isalnum()
+        except UnicodeDecodeError:
+            continue
+    return data in _beginnings()
+
+
+@cache
+def _beginnings() -> frozenset[bytes]:
+    """The first bytes of every letter and digit in UTF-8, one to three of them, without the last."""
+    found = set()
+    for code in range(0x80, sys.maxunicode + 1):
+        character = chr(code)
+        if character.isalnum():
+            data = character.encode()
+            found.update(data[:length] for length in range(1, len(data)))
+    return frozenset(found)
+
+
+@cache
+def _letters_of_all_scripts() -> tuple[str, ...]:
+    """A letter for each two bytes that letters begin with in UTF-8, so that each script has some of its own."""
+    found: dict[bytes, str] = {}
+    for code in range(sys.maxunicode + 1):
+        character = chr(code)
+        if character.isalpha():
+            found.setdefault(character.encode()[:2], character)
+    return tuple(found.values())
