@@ -114,7 +114,7 @@ def near_match(given: str, allowed: Iterable[str]) -> str:
         `" (did you mean 'quickmerge'?)"` for the closest word, or `""` when none is close.
     """
     by_lower = {word.lower(): word for word in allowed}
-    close = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(given).lower(), by_lower, n=1, cutoff=0.6)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 

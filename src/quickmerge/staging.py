@@ -66,9 +66,15 @@ class Stage:
         gone = self.folder / "gone"
         with contextlib.suppress(OSError):
             os.rename(self.old, gone)
-        for path in (gone, self.new):
-            shutil.rmtree(path, ignore_errors=True)
-        shutil.rmtree(self.folder, ignore_errors=True)  # the mark goes last
+        with contextlib.suppress(OSError):
+            # the mark goes last, so that a stage is known for what it is to the end
+            for name in sorted(os.listdir(self.folder), key=lambda name: name == self.mark.name):
+                path = self.folder / name
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+            self.folder.rmdir()
 
 
 def new_stage(parent: Path, name: str, ending: str = STAGE) -> Stage:

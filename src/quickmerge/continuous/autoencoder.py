@@ -15,6 +15,7 @@ from quickmerge.continuous.cross_entropy import Negatives, linear_cross_entropy,
 from quickmerge.continuous.free_bits import free_bits, kl_by_dimension
 from quickmerge.errors import QuickmergeError
 from quickmerge.models.compat import ModelOutput, own_model
+from quickmerge.models.part import Signed
 
 __all__ = ["CalmAutoencoder", "CalmAutoencoderOutput"]
 
@@ -109,7 +110,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 @own_model(_initialise)
-class CalmAutoencoder(PreTrainedModel):  # type: ignore[misc]
+class CalmAutoencoder(Signed, PreTrainedModel):  # type: ignore[misc]
     """Autoencoder of CALM (arXiv 2510.27688): K tokens to one vector and back, whatever stands around them.
 
     The embeddings of the tokens are the output matrix too. A token that training hides from the encoder is

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from quickmerge.errors import number_at_least, whole_number
+from quickmerge.models.part import HASH
 
 __all__ = ["CalmAutoencoderConfig"]
 
@@ -70,4 +71,5 @@ class CalmAutoencoderConfig(PretrainedConfig):  # type: ignore[misc]
                 raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
         for name in ("kl_weight", "kl_floor", "norm_eps"):
             number_at_least(name, getattr(self, name), 0)
+        kwargs.pop(HASH, None)  # of the weights it was read beside; what is saved has its own
         super().__post_init__(**kwargs)

@@ -11,6 +11,7 @@ from quickmerge.continuous.autoencoder_config import CalmAutoencoderConfig
 from quickmerge.errors import near_match, whole_number
 from quickmerge.heads import HEADS, SamplingHead
 from quickmerge.heads.energy import check_alpha
+from quickmerge.models.part import HASH
 
 __all__ = ["CALM_HEADS", "CalmConfig"]
 
@@ -72,6 +73,7 @@ class CalmConfig(PretrainedConfig):  # type: ignore[misc]
             raise ValueError(f"head_settings must leave out {min(clash)}, which is a setting of its own")
         usual = {"blocks": max(1, self.backbone.num_hidden_layers // 4)}
         self.head_settings = {**usual, **(self.head_settings or {})}
+        kwargs.pop(HASH, None)  # of the weights it was read beside; what is saved has its own
         super().__post_init__(**kwargs)
 
     @property

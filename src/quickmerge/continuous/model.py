@@ -19,6 +19,7 @@ from quickmerge.continuous.generation import generate_chunks
 from quickmerge.errors import QuickmergeError
 from quickmerge.heads import SamplingHead, make_head
 from quickmerge.models.compat import ModelOutput, cache_argument, either_cache, own_model, returned_cache
+from quickmerge.models.part import Signed
 
 if TYPE_CHECKING:
     from quickmerge.models.compat import BaseStreamer
@@ -56,7 +57,7 @@ class CalmOutput(ModelOutput):  # type: ignore[misc]
 
 # The embedding and the head stay as they make themselves; backbone and autoencoder have their own rules.
 @own_model(attention=True)
-class CalmForCausalLM(PreTrainedModel):  # type: ignore[misc]
+class CalmForCausalLM(Signed, PreTrainedModel):  # type: ignore[misc]
     """Continuous autoregressive language model (arXiv 2510.27688).
 
     A causal transformer reads one vector for every K tokens. Of its output at chunk i a head draws, from noise, the

@@ -14,6 +14,7 @@ from quickmerge.errors import DamagedWeightsError, UnknownModelError
 from quickmerge.models.headers import REMEDY, Held, check_floats, check_safetensors, read_header
 from quickmerge.models.paths import CONFIG_BYTES, check_regular, read_json
 from quickmerge.models.sizes import check_integers
+from quickmerge.together import complete
 
 __all__ = ["check_files", "check_model_folder", "check_safetensors", "held_by", "weight_files"]
 
@@ -42,6 +43,7 @@ def check_model_folder(folder: Path) -> None:
             numbers, or a part of them is missing.
         UnsupportedModelError: the config asks for more than the weights hold.
     """
+    complete(folder)
     check_files(folder)
     if not (folder / CONFIG).is_file():
         raise UnknownModelError(f"the folder {folder} is not a model folder: it has no config.json")

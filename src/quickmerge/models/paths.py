@@ -85,7 +85,7 @@ def read_json(path: Path, most: int = CONFIG_BYTES, remedy: str = "copy or downl
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise DamagedWeightsError(f"{path} is damaged ({first_sentence(error)}): {remedy}") from None
+        raise DamagedWeightsError(f"{path} is damaged (it must be JSON: {first_sentence(error)}): {remedy}") from None
     if not isinstance(data, dict):
         raise DamagedWeightsError(f"{path} is damaged (it must hold an object, got {type(data).__name__}): {remedy}")
     level: list[Any] = [data]

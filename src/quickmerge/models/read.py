@@ -17,6 +17,7 @@ from quickmerge.models.compat import causal_lm_names
 from quickmerge.models.console import transformers_silenced
 from quickmerge.models.finite import check_finite
 from quickmerge.models.folder import CONFIG, held_by
+from quickmerge.models.part import HASH, check_hashes
 from quickmerge.models.paths import read_json
 from quickmerge.models.sizes import check_build, check_integers
 
@@ -177,6 +178,9 @@ def read_weights(
     except Exception as error:  # building by a config raises whatever its values lead to
         raise UnsupportedModelError(f"{source} cannot be built by its config.json ({first_sentence(error)})") from error
     check_finite(source, [*model.named_parameters(), *model.named_buffers()], "copy or download its weights again")
+    folder = Path(source)
+    if folder.is_dir():
+        check_hashes(folder, read_json(folder / CONFIG).get(HASH))
     lacking = sorted(info["missing_keys"]) + sorted(str(entry) for entry in info.get("mismatched_keys") or [])
     return model, lacking
 

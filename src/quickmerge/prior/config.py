@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from quickmerge.errors import QuickmergeError, near_match, whole_number
+from quickmerge.errors import QuickmergeError, first_sentence, near_match, whole_number
 from quickmerge.heads import HEADS
+from quickmerge.models.part import read_settings
 
 KIND = "quickmerge-prior"
 DIRECTIONS = ("forward", "both")
@@ -98,19 +99,21 @@ class PriorConfig:
         Raises:
             QuickmergeError: if the file is not there, or is not a prior's.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise QuickmergeError(f"{path} can't be read ({error.strerror}): a prior's folder has one") from None
-        except ValueError:
-            raise QuickmergeError(f"{path} must be JSON, got something else") from None
-        if not isinstance(data, dict) or data.pop("kind", None) != KIND:
+        return cls.from_data(read_settings(path), path)
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any], path: Path) -> PriorConfig:
+        """From the content of a config.json; ``path`` is named in errors, which are those of `read`."""
+        data = dict(data)
+        if data.pop("kind", None) != KIND:
             raise QuickmergeError(f'{path} must belong to a prior ("kind": "{KIND}"), got the config of something else')
         known = {f.name for f in fields(cls)}
+        if not isinstance(data.get("trained_for", {}), dict):
+            raise QuickmergeError(f"{path}: trained_for must be an object, got {data['trained_for']!r}")
         if unknown := sorted(set(data) - known):
             raise QuickmergeError(f"{path} has the unknown entry {unknown[0]!r}{near_match(unknown[0], known)}")
-        data["depths"] = tuple(data.get("depths", ()))
         try:
+            data["depths"] = tuple(data.get("depths", ()))
             return cls(**data)
-        except (TypeError, ValueError) as error:
-            raise QuickmergeError(f"{path}: {error}") from error
+        except Exception as error:  # a value of the wrong kind leads to errors of any kind
+            raise QuickmergeError(f"{path}: {first_sentence(error)}") from error

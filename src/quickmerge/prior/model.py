@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.files import write_bytes
 from quickmerge.heads import make_head
-from quickmerge.models.folder import check_safetensors
+from quickmerge.models.part import CONFIG, WEIGHTS, open_part, save_part
 from quickmerge.prior.config import PriorConfig
 from quickmerge.prior.losses import next_slot_loss
 from quickmerge.prior.network import SlotCache, SlotTransformer
@@ -21,7 +20,6 @@ from quickmerge.prior.slots import SlotEncoder, spans
 from quickmerge.tokens.plan import MergePlan
 from quickmerge.tokens.view import TokenView
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORWARD, BACKWARD = 0, 1
 NEARNESS = (0.25, 4.0, 4.0, 0.02)
 """Where training begins: a cell aside costs what four frames do. The best of sixteen pairs on ten training clips."""
@@ -155,7 +153,7 @@ class Prior(nn.Module):
     # Files ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
-        """Write model.safetensors and config.json into ``folder``, each whole or not at all; other files stay.
+        """Write model.safetensors and config.json into ``folder``, both or neither; other files stay.
 
         Args:
             folder: where to; made if need be.
@@ -164,9 +162,8 @@ class Prior(nn.Module):
         Raises:
             QuickmergeError: if the disk is full or not writable; what was there before is still there.
         """
-        state = {name: t.detach().to(dtype or t.dtype).cpu().contiguous() for name, t in self.state_dict().items()}
-        write_bytes(Path(folder) / WEIGHTS, save(state, metadata={"format": "pt"}))
-        write_bytes(Path(folder) / CONFIG, self.config.to_json().encode())
+        state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in self.state_dict().items()}
+        save_part(folder, json.loads(self.config.to_json()), state, write_bytes)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Prior:
@@ -175,32 +172,9 @@ class Prior(nn.Module):
         Raises:
             QuickmergeError: if the folder holds no prior, or its weights are damaged or do not fit its config.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise QuickmergeError(f"prior must be a folder with {CONFIG} and {WEIGHTS}, got {folder}")
-        prior = cls(PriorConfig.read(folder / CONFIG))
-        path = folder / WEIGHTS
-        if not path.is_file():
-            raise QuickmergeError(f"prior must be a folder with {CONFIG} and {WEIGHTS}, {path} is missing")
-        check_safetensors(path)
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise QuickmergeError(f"{path} is damaged ({error}): train or copy the prior again") from None
-        wanted = prior.state_dict()
-        for name in sorted(set(wanted) ^ set(state)):
-            side = "lacks" if name in wanted else "has the unknown entry"
-            raise QuickmergeError(f"{path} does not fit its {CONFIG}: it {side} {name}")
-        for name, tensor in state.items():
-            if tensor.shape != wanted[name].shape:
-                raise QuickmergeError(
-                    f"{path} does not fit its {CONFIG}: {name} must have shape {tuple(wanted[name].shape)}, "
-                    f"got {tuple(tensor.shape)}"
-                )
-            if not bool(tensor.isfinite().all()):
-                raise QuickmergeError(f"{path} is damaged: {name} holds values that are not finite")
-        prior.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-        return prior.eval()
+        part = open_part("prior", folder, f"prior must be a folder with {CONFIG} and {WEIGHTS}")
+        config = PriorConfig.from_data(part.config, part.folder / CONFIG)
+        return part.fill(lambda: cls(config))
 
     @property
     def bytes(self) -> int:

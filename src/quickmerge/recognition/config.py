@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from quickmerge.errors import QuickmergeError, near_match, whole_number
+from quickmerge.models.part import read_settings
 
 __all__ = ["KIND", "MASKS", "RecognizerConfig"]
 
@@ -85,14 +85,11 @@ class RecognizerConfig:
         Raises:
             QuickmergeError: if the file is not there, or is not a recognizer's.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError:
-            raise QuickmergeError(f"model must be a folder that holds a recognizer, but there is no {path}") from None
-        except ValueError:
-            raise QuickmergeError(f"{path} is damaged: it is no JSON; train or copy the recognizer again") from None
-        if not isinstance(data, dict) or data.get("kind") != KIND:
-            found = data.get("kind") or data.get("model_type") if isinstance(data, dict) else None
+        if not path.exists():
+            raise QuickmergeError(f"model must be a folder that holds a recognizer, but there is no {path}")
+        data = read_settings(path)
+        if data.get("kind") != KIND:
+            found = data.get("kind") or data.get("model_type")
             raise QuickmergeError(
                 f"model must be a folder that holds a recognizer, but {path} is of {found or 'something else'}: "
                 "`quickmerge train recognizer` makes one"

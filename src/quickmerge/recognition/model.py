@@ -238,7 +238,7 @@ class Recognizer(nn.Module):
         """
         from quickmerge.recognition.store import save
 
-        save(self, Path(folder))
+        save(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Recognizer:
@@ -249,4 +249,4 @@ class Recognizer(nn.Module):
         """
         from quickmerge.recognition.store import load
 
-        return load(Path(folder))
+        return load(folder)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +13,20 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 from quickmerge.errors import QuickmergeError
 from quickmerge.files import write_json
 from quickmerge.models.console import transformers_silenced
-from quickmerge.models.folder import check_model_folder, check_safetensors
+from quickmerge.models.finite import check_finite
+from quickmerge.models.folder import check_files, check_model_folder
+from quickmerge.models.headers import check_floats, read_header
+from quickmerge.models.part import CONFIG, HASH, WEIGHTS, check_hashes, file_hash
+from quickmerge.models.paths import local_path, read_json
 from quickmerge.models.read import damaged, first_sentence, read_config, read_weights
 from quickmerge.recognition.config import RecognizerConfig
+from quickmerge.together import complete, write_together
 
 if TYPE_CHECKING:
     from quickmerge.recognition.model import Recognizer
 
 __all__ = ["load", "save"]
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 VISION, LANGUAGE, TOKENIZER = "vision", "language", "tokenizer"
 """The tokenizer lies apart: beside a language model, transformers may open it as the one that is usual for its kind."""
 OWN = ("projector.weight", "boundary")
@@ -32,24 +34,17 @@ OWN = ("projector.weight", "boundary")
 OPTIONS: dict[str, Any] = {"dtype": "auto"}
 
 
-def save(recognizer: Recognizer, folder: Path) -> None:
-    """Write a recognizer among other files of a folder; see `Recognizer.save_pretrained`.
+STALE = re.compile(
+    r"(vision|language)/model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+    r"|tokenizer/(tokenizer\.json|tokenizer_config\.json|added_tokens\.json|special_tokens_map\.json|vocab\.json"
+    r"|merges\.txt|chat_template\.jinja)"
+)
+"""What a recognizer that is replaced may have had that the new one has not, and that would be read with it."""
 
-    Everything is written aside first. Then config.json, without which there is no recognizer, goes; the parts are
-    moved in; the new config.json comes last. So what can be loaded is always whole.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob(".recognizer.*.tmp"):
-            shutil.rmtree(left_over, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(dir=folder, prefix=".recognizer.", suffix=".tmp"))
-        try:
-            _fill(recognizer, work)
-            _move_in(work, folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise QuickmergeError(f"{folder} can't be written ({getattr(error, 'strerror', None) or error})") from error
+
+def save(recognizer: Recognizer, folder: Path | str) -> None:
+    """Write a recognizer among other files of a folder, whole or not at all; see `Recognizer.save_pretrained`."""
+    write_together(local_path("folder", folder), lambda work: _fill(recognizer, work), STALE)
 
 
 def _fill(recognizer: Recognizer, work: Path) -> None:
@@ -59,35 +54,26 @@ def _fill(recognizer: Recognizer, work: Path) -> None:
         recognizer.labels.tokenizer.save_pretrained(work / TOKENIZER)
     own = {name: value for name, value in recognizer.state_dict().items() if name in OWN}
     save_file({name: value.cpu().contiguous() for name, value in own.items()}, work / WEIGHTS, {"format": "pt"})
-    write_json(work / CONFIG, recognizer.config.to_json())
-    for path in work.rglob("*"):
-        if path.is_file():
-            path.chmod(0o644)  # weights are written for the owner alone
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    hashes = {path.relative_to(work).as_posix(): file_hash(path) for path in sorted(work.rglob("*.safetensors"))}
+    write_json(work / CONFIG, {**recognizer.config.to_json(), HASH: hashes})
 
 
-def _move_in(work: Path, folder: Path) -> None:
-    (folder / CONFIG).unlink(missing_ok=True)
-    for name in (VISION, LANGUAGE, TOKENIZER):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (VISION, LANGUAGE, TOKENIZER, WEIGHTS, CONFIG):
-        os.replace(work / name, folder / name)
-
-
-def load(folder: Path) -> Recognizer:
+def load(given: Path | str) -> Recognizer:
     """Read a recognizer; see `Recognizer.from_pretrained`."""
     from quickmerge.recognition.model import Recognizer
 
+    folder = local_path("model", given)
     if not folder.is_dir():
         raise QuickmergeError(f"model must be a folder that holds a recognizer, got {folder}, which is none")
+    complete(folder)
     config = RecognizerConfig.read(folder / CONFIG)
     for name in (VISION, LANGUAGE):
         check_model_folder(folder / name)
+    check_files(folder / TOKENIZER)
     path = folder / WEIGHTS
-    if not path.is_file():
+    if not path.exists():
         raise QuickmergeError(f"{path} is missing: train or copy the recognizer again")
-    check_safetensors(path)
+    check_floats(path, read_header(path))
     vision = _read_vision(folder / VISION)
     language = _read_language(folder / LANGUAGE)
     tokenizer = _read_tokenizer(folder / TOKENIZER)
@@ -100,8 +86,8 @@ def load(folder: Path) -> Recognizer:
     for name in sorted({*OWN, *own}):
         if name not in own or name not in OWN or own[name].shape != wanted[name].shape:
             raise damaged(str(folder), f"{name} does not fit {CONFIG}")
-        if not bool(own[name].isfinite().all()):
-            raise damaged(str(folder), f"{name} holds values that are not finite")
+    check_finite(str(path), own.items())
+    check_hashes(folder, read_json(folder / CONFIG).get(HASH))
     recognizer.load_state_dict(own, strict=False)
     return recognizer.eval()
 

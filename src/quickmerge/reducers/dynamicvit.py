@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -10,20 +9,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from quickmerge.errors import QuickmergeError, whole_number
-from quickmerge.files import write_bytes, write_json
-from quickmerge.models.folder import check_safetensors
+from quickmerge.errors import QuickmergeError, door, whole_number
+from quickmerge.models.part import CONFIG, WEIGHTS, open_part, save_part
 from quickmerge.reducers.base import Reducer, moved
 from quickmerge.reducers.predictor import Predictor
 from quickmerge.tokens.budget import fixed_count, lowest, select
 from quickmerge.tokens.plan import MergePlan
 from quickmerge.tokens.view import TokenView
 
-CONFIG, WEIGHTS, BACKBONE = "config.json", "model.safetensors", "backbone"
+BACKBONE = "backbone"
 KIND = "quickmerge-dynamicvit"
 
 
@@ -159,22 +155,20 @@ class DynamicViT(Reducer):
     # Files ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write model.safetensors and config.json into ``folder``, each whole or not at all; other files stay.
+        """Write model.safetensors and config.json into ``folder``, both or neither; other files stay.
 
         Raises:
             QuickmergeError: if the disk is full or not writable, or ``keep`` is not a number.
         """
         if not isinstance(self.keep, (int, float)):
             raise QuickmergeError(f"keep must be a number in (0, 1] to be saved, got {self.keep!r}")
-        state = {name: t.detach().cpu().contiguous() for name, t in self.predictors.state_dict().items()}
         first = self.predictors[0]
         assert isinstance(first, Predictor)
         config = {
             "kind": KIND, "width": first.width, "stages": len(self.predictors), "keep": self.keep,
             "layers": None if self.layers is None else list(self.layers), "trained_for": dict(self.trained_for),
         }  # fmt: skip
-        write_bytes(Path(folder) / WEIGHTS, save(state, metadata={"format": "pt"}))
-        write_json(Path(folder) / CONFIG, config)
+        save_part(folder, config, self.predictors.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, keep: Any = None) -> DynamicViT:
@@ -190,31 +184,18 @@ class DynamicViT(Reducer):
         Raises:
             QuickmergeError: if the folder holds none, or the files are damaged or do not fit each other.
         """
-        folder = Path(folder)
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise QuickmergeError(
-                    f"dynamicvit must be a folder with {CONFIG} and {WEIGHTS}, {folder} has no {name}"
-                )
-        config = _read_config(folder / CONFIG)
-        path = folder / WEIGHTS
-        check_safetensors(path)
-        try:
+        part = open_part("dynamicvit", folder, f"dynamicvit must be a folder with {CONFIG} and {WEIGHTS}")
+        config, path = part.config, part.folder / CONFIG
+        if config.get("kind") != KIND:
+            raise QuickmergeError(f"{path} must be of kind {KIND}, got {config.get('kind')}")
+        with door(f"{part.folder} holds no predictors that can be used"):
             width, stages = config["width"], config["stages"]
-            predictors = nn.ModuleList(Predictor(width) for _ in range(stages))
-            state = load_file(path)
-            predictors.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-            if any(not bool(tensor.isfinite().all()) for tensor in state.values()):
-                raise QuickmergeError(f"{path} is damaged: it holds values that are not finite")
-            predictors.eval().requires_grad_(False)
+            whole_number("width", width)
+            whole_number("stages", stages)
+            predictors = part.fill(lambda: nn.ModuleList(Predictor(width) for _ in range(stages)))
             share = config["keep"] if keep is None else keep
             layers = None if config["layers"] is None else tuple(config["layers"])
-            return cls(share, predictors, layers, config["trained_for"])
-        except QuickmergeError:
-            raise
-        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            told = " ".join(str(error).split())
-            raise QuickmergeError(f"{folder} holds no predictors that can be used ({told})") from None
+            return cls(share, predictors.requires_grad_(False), layers, config["trained_for"])
 
 
 def even_stages(depth: int, stages: int) -> tuple[int, ...]:
@@ -230,13 +211,3 @@ def even_stages(depth: int, stages: int) -> tuple[int, ...]:
 
 def _listed(layers: tuple[int, ...]) -> str:
     return ",".join(map(str, layers))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise QuickmergeError(f"{path} can't be understood: {error}") from None
-    if not isinstance(config, dict) or config.get("kind") != KIND:
-        raise QuickmergeError(f"{path} must be of kind {KIND}, got {config.get('kind') if config else config!r}")
-    return config

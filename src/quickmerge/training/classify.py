@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import os
-import tempfile
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
-from quickmerge.files import settle
 from quickmerge.hosts.encoder import find_encoder
 from quickmerge.prior.identity import model_hash
+from quickmerge.together import write_together
 from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
 from quickmerge.training.objective import Dataset, Objective
@@ -182,27 +180,22 @@ def check_share(name: str, value: object, least: float) -> None:
         raise ValueError(f"{name} must be a number in [{least:g}, 1], got {value!r}")
 
 
+STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+
 def save_model(folder: Path, model: PreTrainedModel, processor: Any) -> None:
-    """Save a model and its processor among other files of a folder, each file whole or not at all; weights first.
+    """Save a model and its processor among other files of a folder, all of their files or none.
 
     Raises:
-        QuickmergeError: if the disk is full or not writable.
+        QuickmergeError: if the disk is full or not writable; what was there before is still there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        settle(folder)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".model.", suffix=".tmp") as work:
-            model.save_pretrained(work)
-            if processor is not None:
-                processor.save_pretrained(work)
-            for path in sorted(Path(work).iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-                path.chmod(0o644)  # weights are written for the owner alone
-                os.replace(path, folder / path.name)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise QuickmergeError(f"{folder} can't be written ({reason})") from error
+
+    def fill(work: Path) -> None:
+        model.save_pretrained(work)
+        if processor is not None:
+            processor.save_pretrained(work)
+
+    write_together(folder, fill, STALE)
 
 
 def evaluate(model: PreTrainedModel, dataset: Dataset, batch: int = 16) -> float:

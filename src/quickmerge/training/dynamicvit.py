@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -13,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quickmerge.files import write_folder
 from quickmerge.hosts.encoder import find_encoder
 from quickmerge.hosts.vit_policy import policy_vit
 from quickmerge.prior.identity import model_hash
 from quickmerge.reducers.dynamicvit import BACKBONE, DynamicViT, even_stages
 from quickmerge.reducers.predictor import Predictor
+from quickmerge.together import write_together
 from quickmerge.tokens.policy import gumbel_keep
 from quickmerge.training.classify import accuracy, check_classifier, check_share, classify, save_model, with_data
 from quickmerge.training.config import TrainingConfig
@@ -30,6 +31,8 @@ UNTRAINED = ("cls_token", "class_embedding", "distillation_token", "position_emb
 """Ends of the names of what stays as it was: class tokens and position embeddings."""
 
 PREDICTORS, NETWORK = "predictors", "backbone"
+STALE = re.compile(rf"{BACKBONE}/(model(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index\.json)")
+"""What an earlier backbone may have had that the new one has not."""
 
 
 @dataclass(frozen=True)
@@ -208,14 +211,19 @@ def train_dynamicvit(
 
     def finish(folder: Path) -> None:
         trained = objective.settings.backbone_rate > 0
-        if trained:
-            write_folder(folder / BACKBONE, lambda work: save_model(work, model, processor))
         known = {
             "model": BACKBONE if trained else name, "base": name, "hash": model_hash(model), "base_hash": base,
             "settings": chosen, "steps": config.steps,
         }  # fmt: skip
         predictors = deepcopy(objective.predictors).eval().requires_grad_(False)
-        DynamicViT(keep, predictors, objective.layers, known).save_pretrained(folder)
+        method = DynamicViT(keep, predictors, objective.layers, known)
+
+        def fill(work: Path) -> None:
+            if trained:
+                save_model(work / BACKBONE, model, processor)
+            method.save_pretrained(work)
+
+        write_together(folder, fill, STALE)
 
     fingerprint = with_data({"model": base, **chosen}, dataset)
     return train(objective, dataset, config, out, resume=resume, fingerprint=fingerprint, finish=finish)

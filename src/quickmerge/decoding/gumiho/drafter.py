@@ -98,7 +98,7 @@ class Gumiho(Drafter):
         Raises:
             QuickmergeError: if the folder holds no draft heads, or its weights are damaged or do not fit its config.
         """
-        return cls(load(Path(folder)), **settings)
+        return cls(load(folder), **settings)
 
     def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors into ``folder``; nothing of the target is among them.
@@ -110,7 +110,7 @@ class Gumiho(Drafter):
         Raises:
             QuickmergeError: if the disk is full or not writable; what was there before is still there.
         """
-        save(self.network, Path(folder), dtype)
+        save(self.network, folder, dtype)
 
     @property
     def config(self) -> GumihoConfig:
