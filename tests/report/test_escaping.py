@@ -76,6 +76,21 @@ def test_token_map_gives_the_document_back_and_nothing_of_it_is_markup(
     assert "".join(parsed.document) == "".join(clean(text) for text in texts)
 
 
+TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f"
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="gpj.exe <>\n" + TURNS, min_size=1))
+def test_names_and_labels_show_what_turns_the_direction_of_reading(text: str) -> None:
+    cells = cells_for(["a", "b"])
+    made = page(text, [
+        heading(text), table([text, "x"], [[text, text]], caption=text), cards([(text, text, text)]), details(text, ""),
+        token_map_html(cells, title=text, caption=text),
+    ], subtitle=text)  # fmt: skip
+    assert not set(made) & set(TURNS)
+    assert all(f"\\u{ord(letter):04x}" in made for letter in set(text) & set(TURNS))
+
+
 @settings(deadline=None)
 @given(ANY_TEXT)
 def test_no_block_lets_text_become_markup(text: str) -> None:
