@@ -34,11 +34,11 @@ class Terminal(Console):
     def __init__(self, *, stderr: bool = False, file: TextIO | None = None, soft_wrap: bool = False) -> None:
         super().__init__(stderr=stderr, file=file, soft_wrap=soft_wrap, markup=False, emoji=False)
 
-    def render_str(self, text: str, **settings: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **settings: Any) -> Text:
         """A string as rich prints it, cleaned and never parsed."""
         return super().render_str(clean(text), **{**settings, "markup": False, "emoji": False})
 
-    def status(self, status: Any, **settings: Any) -> Status:  # type: ignore[override]
+    def status(self, status: Any, **settings: Any) -> Status:
         """A spinner beside a sentence."""
         return super().status(plain(status) if isinstance(status, str) else status, **settings)
 

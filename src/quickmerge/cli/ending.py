@@ -29,7 +29,14 @@ class Ending:
     debug = False
 
 
-def _warned(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: object) -> None:
+def _warned(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: object = None,
+) -> None:
     """What libraries warn each other's programmers of is not for who reads answers; what we warn of is."""
     if issubclass(category, QuickmergeWarning):
         print(f"quickmerge: {clean_name(message)}", file=sys.stderr)

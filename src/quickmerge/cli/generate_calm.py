@@ -101,7 +101,7 @@ def _streamer(raw: bool) -> Any:
     """Transformers' streamer, which prints a text while it is written; cleaned, unless it is wanted ``raw``."""
     from transformers import TextStreamer
 
-    class Cleaned(TextStreamer):
+    class Cleaned(TextStreamer):  # type: ignore[misc]
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             super().on_finalized_text(clean(text), stream_end)
 
