@@ -97,9 +97,14 @@ def _is_free(stage: Stage) -> bool:
 
 def _stale(folder: Path, files: list[str], stale: re.Pattern[str]) -> list[str]:
     places = {PurePosixPath(name).parent for name in files} | {PurePosixPath()}
+    places |= {PurePosixPath(entry) for entry in os.listdir(folder) if (folder / entry).is_dir()}
     found = [place / entry for place in sorted(places) if (folder / place).is_dir()
              for entry in sorted(os.listdir(folder / place))]  # fmt: skip
-    return [str(path) for path in found if stale.fullmatch(str(path)) and str(path) not in files]
+    return [
+        str(path)
+        for path in found
+        if stale.fullmatch(str(path)) and str(path) not in files and not (folder / path).is_dir()
+    ]
 
 
 def _move_in(stage: Stage, folder: Path) -> None:
@@ -114,6 +119,9 @@ def _move_in(stage: Stage, folder: Path) -> None:
         path = _place(folder, name)
         if not path.is_dir():
             path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if path.parent != folder:
+                    path.parent.rmdir()  # which an empty folder alone lets happen
     for name in files:
         source, path = stage.new / PurePosixPath(name), _place(folder, name)
         try:

@@ -158,3 +158,27 @@ def test_nothing_of_the_users_is_overwritten(base: Checkpoint, tmp_path: Path) -
     check_out(tmp_path / "out", base.folder)
     check_out(tmp_path / "new" / "out")
     assert builtins.sorted(names(tmp_path)) == ["base", "file", "new", "out"]
+
+
+def test_what_the_user_put_beside_or_into_a_transplant_stays(base: Checkpoint, tmp_path: Path) -> None:
+    out, own = tmp_path / "out", tmp_path / ".out.transplant"
+    own.mkdir()
+    (own / "precious").write_text("mine")
+    for attempt in (lambda: check_out(out), lambda: write(base, out)):
+        with pytest.raises(QuickmergeError, match="is in the way"):
+            attempt()
+    assert names(own) == ["precious"]
+    (own / "precious").unlink()
+    side = {"more.safetensors": (tensor_piece("x", torch.arange(3)),)}
+    write(base, out, side=side)
+    (out / "notes.txt").write_text("mine")
+    (out / "model-00001-of-00099.safetensors").write_bytes(b"of an earlier one")
+    check_out(out)
+    write(base, out, rows=7)
+    assert tensors(out)[NAME].shape == (7, 32) and (out / "notes.txt").read_text() == "mine"
+    assert not (out / "model-00001-of-00099.safetensors").exists() and not (out / "transplant").exists()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    write(base, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "real" / MANIFEST).is_file()
+    assert names(tmp_path / "disk") == ["real"]

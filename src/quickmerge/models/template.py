@@ -49,7 +49,7 @@ def apply_chat_template(owner: Any, conversation: Sequence[Any], **settings: Any
         UnsupportedModelError: the template is too long, fails, takes too long, or makes far more text than it is given.
     """
     template = settings.get("chat_template") or getattr(owner, "chat_template", None)
-    parts = list(template.values()) if isinstance(template, dict) else [template]
+    parts: list[Any] = list(template.values()) if isinstance(template, dict) else [template]
     if not all(isinstance(part, str) for part in parts):
         raise UnsupportedModelError(f"the chat template must be text, got {type(template).__name__}")
     if sum(len(part) for part in parts) > TEMPLATE_BYTES:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.files import write_folder, write_json
+from quickmerge.files import follow, write_folder, write_json
+from quickmerge.together import write_together
 from quickmerge.vocabulary.checkpoint import INDEX, Checkpoint
 from quickmerge.vocabulary.stream import Piece, copy_piece, file_sha256, write_safetensors
 
@@ -24,6 +26,12 @@ SIDE = "transplant"
 """The folder of side files. Some programs read every safetensors file that lies beside the weights: not these."""
 JOURNAL = "progress.json"
 LOCK = "lock"
+STALE = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|transplant/.*|additional_chat_templates/.*"
+    r"|(tokenizer|tokenizer_config|added_tokens|special_tokens_map|vocab|generation_config)\.json|merges\.txt"
+    r"|chat_template\.jinja|tokenizer\.model"
+)
+"""What an earlier transplant may have had that the new one has not, and that would be read with it."""
 RESERVE = 2**20
 """Bytes that the small files may take, for the check of what is free."""
 
@@ -45,6 +53,7 @@ def check_out(out: Path, *others: Path) -> None:
     with _told(out, None):
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         probe = _work(out)
+        _check_work(probe)
         existed = probe.is_dir()
         probe.mkdir(exist_ok=True)
         if not existed:
@@ -88,6 +97,7 @@ def write_model(
     files |= {f"{SIDE}/{name}": list(pieces) for name, pieces in (side or {}).items()}
     sizes = {name: sum(piece.size for piece in pieces) for name, pieces in files.items()}
     work = _work(out)
+    _check_work(work)
     with _told(out, work):
         work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(work / LOCK, timeout=0)
@@ -110,14 +120,24 @@ def write_model(
             if checkpoint.sharded:
                 _write_index(work, checkpoint, files)
             finish(work, {name: done["files"][name] for name in files})
-            write_folder(out, lambda folder: _move(work, folder))
+            if out.is_dir() and any(out.iterdir()):
+                write_together(out, lambda folder: _move(work, folder), STALE)  # the user may have put files there
+            else:
+                write_folder(out, lambda folder: _move(work, folder))
         finally:
             lock.release()
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _work(out: Path) -> Path:
-    return out.absolute().parent / f".{out.name}.transplant"
+    out = follow(out)  # beside what a link leads to, which may be on another disk
+    return out.parent / f".{out.name}.transplant"
+
+
+def _check_work(work: Path) -> None:
+    """Leave alone what has the name of our work by chance: ours holds a lock from its first moment."""
+    if work.exists() and (not work.is_dir() or (any(work.iterdir()) and not (work / LOCK).exists())):
+        raise QuickmergeError(f"{work} is in the way, and is no unfinished transplant: move it")
 
 
 def _fingerprint(checkpoint: Checkpoint, replaced: Mapping[str, Piece]) -> str:
