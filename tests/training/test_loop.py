@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path, monk
     assert same(objective, whole)
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, raised: type[BaseException]
@@ -154,6 +156,41 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     train(whole, Points(), settings(), tmp_path / "whole")
     train(objective, Points(), settings(), tmp_path / "out", resume=True)
     assert same(objective, whole)
+
+
+def test_two_runs_at_once_into_one_folder_are_refused(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second() -> None:
+        try:
+            train(Small(), Points(), settings(), tmp_path / "out", resume=True)
+        except QuickmergeError as error:
+            refused.append(str(error))
+
+    def on_step(done: int, _: Any) -> None:
+        if done == 6:  # there is a checkpoint that a second run could go on from
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+
+    whole, objective = Small(), Small()
+    train(objective, Points(), settings(), tmp_path / "out", on_step=on_step)
+    train(whole, Points(), settings(), tmp_path / "whole")
+    assert len(refused) == 1 and f"out must be written by one run at a time, but process {os.getpid()}" in refused[0]
+    assert same(objective, whole)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoints", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_modes_of_checkpoints_are_what_the_umask_asks_for(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        train(Small(), Points(), settings(steps=2), tmp_path / "out")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out").rglob("*"):
+        wanted = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert path.stat().st_mode & 0o777 == wanted, path
 
 
 def test_an_empty_dataset_and_nothing_to_train_are_refused(tmp_path: Path) -> None:

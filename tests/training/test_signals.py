@@ -6,6 +6,8 @@ import pytest
 
 from quickmerge.training.signals import LateSignals
 
+pytestmark = pytest.mark.usefixtures("heard")
+
 
 def test_a_first_signal_is_noted_and_a_second_ctrl_c_interrupts() -> None:
     before = signal.getsignal(signal.SIGINT)
@@ -38,3 +40,14 @@ def test_other_threads_may_train() -> None:
     thread.start()
     thread.join()
     assert entered == [None]
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with LateSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        signals.received = None
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

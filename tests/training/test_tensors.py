@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from training_samples import Small, same
 
 from quickmerge.errors import QuickmergeError
@@ -45,6 +47,31 @@ def test_model_and_optimizer_come_back() -> None:
     load_optimizer(adamw, trained_parameters(other), tensors, "here")
     again = optimizer_tensors(adamw, trained_parameters(other))
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items()) and len(again) == 12
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", [{}, {"fused": True}, {"capturable": True}])
+def test_the_state_lies_where_torchs_own_loader_puts_it(device: str, kind: dict[str, bool]) -> None:
+    """A pretended GPU: shapes, types and devices are as there, and torch refuses there what lies on another one."""
+    if device == "cpu" and "capturable" in kind:
+        pytest.skip("torch captures on accelerators only")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def made() -> tuple[nn.Parameter, torch.optim.AdamW]:
+            parameter = nn.Parameter(torch.zeros(3, 3, device=device))
+            return parameter, torch.optim.AdamW([{"params": [parameter], "group": "all"}], **kind)
+
+        (first, before), (second, after), (third, theirs) = made(), made(), made()
+        first.grad = torch.ones_like(first)
+        before.step()
+        load_optimizer(after, {"p": second}, optimizer_tensors(before, {"p": first}), "here")
+        theirs.load_state_dict(before.state_dict())
+        for key, value in theirs.state[third].items():
+            assert after.state[second][key].device == value.device == before.state[first][key].device, key
+            assert after.state[second][key].dtype == value.dtype
+        assert after.param_groups[0]["group"] == "all"
+        second.grad = torch.ones_like(second)
+        after.step()
 
 
 @pytest.mark.parametrize(

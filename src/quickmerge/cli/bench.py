@@ -15,7 +15,7 @@ from quickmerge.cli.common import (
     Alone,
     add_prior,
     check_output,
-    load_model,
+    load_writer,
     one_sentence,
     parse_keeps,
     parse_layer,
@@ -194,7 +194,7 @@ def bench(
     paths = [*(text or []), *(more or [])]
     # no token that matters stands further on, see split_document
     texts = [read_text(path, first=256 * (context + target + LEAST)) for path in paths]
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_writer(model)
     # Documents sorted into several folders are told apart by the folder's name in the tables.
     parents = [path.absolute().parent.name for path in paths]
     kinds = parents if len(set(parents)) > 1 else [None] * len(paths)

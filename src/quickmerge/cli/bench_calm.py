@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quickmerge.cli.common import check_output, load_model, one_sentence, progress, quiet, read_text, write_json
+from quickmerge.cli.common import check_output, load_writer, one_sentence, progress, quiet, read_text, write_json
 from quickmerge.cli.generate_calm import is_calm
 from quickmerge.errors import QuickmergeError
 from quickmerge.printable import clean_name
@@ -105,7 +105,7 @@ def open_models(folders: dict[str, str]) -> tuple[dict[str, Any], Any]:
     loaded: dict[str, Any] = {}
     common = None
     for name, folder in folders.items():
-        model, tokenizer = load_calm(folder) if is_calm(folder) else load_model(folder)
+        model, tokenizer = load_calm(folder) if is_calm(folder) else load_writer(folder)
         common = common or tokenizer
         if tokenizer.get_vocab() != common.get_vocab():
             raise QuickmergeError(

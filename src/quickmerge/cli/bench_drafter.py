@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quickmerge.cli.common import Alone, check_output, load_model, one_sentence, progress, write_json
+from quickmerge.cli.common import Alone, check_output, load_writer, one_sentence, progress, write_json
 from quickmerge.cli.generate_drafter import drafter_name, load_drafter, parse_tree
 from quickmerge.errors import QuickmergeError
 from quickmerge.printable import clean_name
@@ -43,7 +43,7 @@ def bench_drafter(
         raise QuickmergeError(f"--drafter must give each drafter a name of its own, got {twice[0]!r} for two ways")
     arms = [DraftArm(name, load_drafter(source), nodes) for name, source in zip(names, given, strict=True)]
     asked = _prompts(prompts)[:limit]
-    lm, tokenizer = load_model("smollm2-135m" if model is None else model)
+    lm, tokenizer = load_writer("smollm2-135m" if model is None else model)
     with progress() as bar, one_sentence(Alone.writing(lm, tokenizer)):
         task = bar.add_task("measuring", total=(1 + len(arms)) * len(asked) * len(temperatures))
 
@@ -71,9 +71,11 @@ def parse_temperatures(text: str) -> list[float]:
         temperatures = [float(part) for part in text.split(",")]
     except ValueError:
         raise QuickmergeError(f"--temperature must be numbers with commas (0,1), got {text!r}") from None
+    from quickmerge.models.generation import check_temperature
+
     for temperature in temperatures:
-        if not 0 <= temperature < float("inf"):
-            raise QuickmergeError(f"--temperature must be at least 0, got {temperature:g}")
+        if temperature != 0:
+            check_temperature("--temperature", temperature)
     return temperatures
 
 

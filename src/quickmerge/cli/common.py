@@ -167,6 +167,22 @@ def load_model(name: str) -> tuple[Any, Any]:
     return load(name)
 
 
+def load_writer(name: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a command that lets the model write; what its folder asks for beyond that is told."""
+    model, tokenizer = load_model(name)
+    take_generation(model)
+    return model, tokenizer
+
+
+def take_generation(model: Any) -> None:
+    """Leave out, and tell, what a model's own generation config would change unasked; before anything is written."""
+    from quickmerge.models.generation import own_generation
+    from quickmerge.training.progress import say
+
+    for sentence in own_generation(model):
+        say(sentence)
+
+
 def quiet() -> None:
     """Keep transformers' bars and notices out of the output."""
     from quickmerge.models.compat import library_logging

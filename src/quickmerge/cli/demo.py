@@ -15,7 +15,7 @@ from quickmerge.cli.common import (
     REDUCER,
     Alone,
     check_output,
-    load_model,
+    load_writer,
     one_sentence,
     parse_layer,
     parse_reducer,
@@ -45,7 +45,7 @@ def demo(
     check_output(json, out)
     method, depth = parse_reducer(reducer, keep), parse_layer(layer)
     console = Terminal()
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_writer(model)
     document, question = demo_document(), demo_question()
     with progress() as bar, one_sentence(Alone.writing(lm, tokenizer)):
         task = bar.add_task("warming up", total=2 * ROUNDS + 4)

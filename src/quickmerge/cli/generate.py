@@ -18,7 +18,7 @@ from quickmerge.cli.common import (
     Alone,
     add_prior,
     check_output,
-    load_model,
+    load_writer,
     parse_layer,
     parse_question,
     parse_reducer,
@@ -121,6 +121,10 @@ def generate(
         raise QuickmergeError("--temperature-method is for a CALM: give the folder of one as --model")
     if sample and temperature == 0:
         raise QuickmergeError("--temperature must be above 0 with --sample, got 0")
+    if temperature:
+        from quickmerge.models.generation import check_temperature
+
+        check_temperature("--temperature", temperature)
     sample, temperature = sample or bool(temperature), temperature or None
     if drafter is not None:
         from quickmerge.cli.generate_drafter import generate_drafter
@@ -170,7 +174,7 @@ def generate(
 
     method = parse_reducer(reducer, keep)
     method = method if prior is None else add_prior(method, prior)
-    lm, tokenizer = load_model(model)
+    lm, tokenizer = load_writer(model)
     results = print_answers(
         method, compare,
         lambda way: answer(

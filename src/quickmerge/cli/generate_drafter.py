@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quickmerge.cli.answers import print_answers
-from quickmerge.cli.common import Alone, check_output, load_model, one_sentence, parse_question, write_json
+from quickmerge.cli.common import Alone, check_output, load_writer, one_sentence, parse_question, write_json
 from quickmerge.errors import QuickmergeError, near_match
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def generate_drafter(
     document, prompt = parse_question(prompt, file)
     name = "smollm2-135m" if model is None else model
     arm = DraftArm(drafter_name(drafter), load_drafter(drafter), nodes)
-    lm, tokenizer = load_model(name)
+    lm, tokenizer = load_writer(name)
     alone, errors = Alone.writing(lm, tokenizer), Terminal(stderr=True)
     with errors.status("measuring what a pass costs (once)"), one_sentence(alone):
         ids = prompt_ids(lm, tokenizer, document, prompt, max_new_tokens)

@@ -13,7 +13,7 @@ from quickmerge.cli.common import (
     Alone,
     add_prior,
     check_output,
-    load_model,
+    load_writer,
     one_sentence,
     parse_layer,
     parse_question,
@@ -63,7 +63,7 @@ def generate_multipole(
     depth = parse_layer(layer)
     document, prompt = parse_question(prompt, file)
     name = "smollm2-135m" if model is None else model
-    lm, tokenizer = load_model(name)
+    lm, tokenizer = load_writer(name)
 
     def ask(way: Multipole | None) -> Answer:
         return answer(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quickmerge.cli.common import MODEL, load_model, one_sentence, progress, quiet, read_text
+from quickmerge.cli.common import MODEL, load_writer, one_sentence, progress, quiet, read_text
 from quickmerge.errors import QuickmergeError
 from quickmerge.printable import clean_name
 
@@ -110,7 +110,7 @@ def gumiho(
     with one_sentence():
         weights = LossWeights(token=token_loss, heads=heads_loss, wait=wait)
         asking = Asking(passage, answer_tokens, temperature, at_once, settings.seed)
-        lm, tokenizer = load_model(model)
+        lm, tokenizer = load_writer(model)
         documents = _documents(data or [], column)
         held = [read_text(path) for path in held_out or []]
         texts = _texts(

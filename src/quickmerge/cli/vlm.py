@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quickmerge.cli.common import quiet
+from quickmerge.cli.common import quiet, take_generation
 from quickmerge.errors import QuickmergeError
 
 
@@ -32,7 +32,9 @@ def load_vlm(name: str) -> tuple[Any, Any]:
     from quickmerge.models.vlm import load_vlm as load
 
     quiet()
-    return load(name)
+    vlm, processor = load(name)
+    take_generation(vlm)
+    return vlm, processor
 
 
 def check_needs_no_question(reducer: str) -> None:

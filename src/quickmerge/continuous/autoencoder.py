@@ -13,6 +13,7 @@ from quickmerge.continuous.autoencoder_config import CalmAutoencoderConfig
 from quickmerge.continuous.chunks import real_chunks
 from quickmerge.continuous.cross_entropy import Negatives, linear_cross_entropy, sampled_cross_entropy
 from quickmerge.continuous.free_bits import free_bits, kl_by_dimension
+from quickmerge.continuous.graph import nothing_of
 from quickmerge.errors import QuickmergeError
 from quickmerge.models.compat import ModelOutput, own_model
 from quickmerge.models.part import Signed
@@ -212,6 +213,8 @@ class CalmAutoencoder(Signed, PreTrainedModel):  # type: ignore[misc]
         if self.training and config.token_dropout:
             hidden = torch.rand(chunks.shape, device=x.device) < config.token_dropout
             x = torch.where(hidden[..., None], self.hidden_token, x)
+        elif self.training:
+            x = x + nothing_of(self).to(x.dtype)  # the hidden token keeps its place in the graph
         mean, log_std = self._posterior(x)
         z = self.draw(mean, log_std)[0] if noise else mean
         rows = self.read(F.dropout(z, config.latent_dropout, self.training)).flatten(0, 1)

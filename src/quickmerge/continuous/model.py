@@ -16,6 +16,7 @@ from quickmerge.continuous.chunks import real_chunks
 from quickmerge.continuous.config import CalmConfig
 from quickmerge.continuous.embedding import ChunkEmbedding
 from quickmerge.continuous.generation import generate_chunks
+from quickmerge.continuous.graph import nothing_of
 from quickmerge.errors import QuickmergeError
 from quickmerge.heads import SamplingHead, make_head
 from quickmerge.models.compat import ModelOutput, cache_argument, either_cache, own_model, returned_cache
@@ -268,7 +269,7 @@ class CalmForCausalLM(Signed, PreTrainedModel):  # type: ignore[misc]
         chunks = self._pieces(ids)[:, 1:][counts]
         context = states[:, :-1][counts]
         if not len(chunks):
-            return states.sum() * 0, counts.sum()  # every parameter keeps its place in the graph
+            return nothing_of(self).to(states.dtype), counts.sum()
         targets = self.draw_targets(chunks, self.config.targets)
         return self.head.loss(context, targets, many_targets=True).mean(), counts.sum()
 

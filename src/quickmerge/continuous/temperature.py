@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from quickmerge.errors import QuickmergeError, whole_number
+from quickmerge.models.generation import COOLEST
 
 __all__ = ["Drawn", "Sampler", "batch", "batch_weights", "exact", "expected_draws", "split_inverse"]
 
@@ -57,12 +58,17 @@ def split_inverse(temperature: float) -> tuple[int, float]:
     """``1 / T = n + a`` as ``(n, a)``.
 
     Raises:
-        QuickmergeError: the temperature is not in (0, 1].
+        QuickmergeError: the temperature is not in [1e-4, 1].
     """
     number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-    if not number or not 0 < temperature <= 1 or not math.isfinite(1 / temperature):
+    if not number or not 0 < temperature <= 1:
         raise QuickmergeError(
             f"temperature must be a number in (0, 1] for a model that only gives samples, got {temperature!r}"
+        )
+    if temperature < COOLEST:
+        raise QuickmergeError(
+            f"temperature must be at least {COOLEST:g} for a model that only gives samples, got {temperature!r}: "
+            "1 / temperature draws must agree"
         )
     inverse = 1 / temperature
     if abs(inverse - round(inverse)) <= NEAR * inverse:
@@ -82,7 +88,7 @@ def expected_draws(probabilities: Tensor, temperature: float, *, early: bool = T
         early: an attempt ends at the first draw that differs; False for n draws in every attempt.
 
     Raises:
-        QuickmergeError: the temperature is not in (0, 1].
+        QuickmergeError: the temperature is not in [1e-4, 1].
     """
     n, a = split_inverse(temperature)
     p = probabilities.double().flatten()

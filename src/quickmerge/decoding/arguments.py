@@ -16,6 +16,7 @@ from quickmerge.models.compat import (
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from quickmerge.models.generation import check_temperature
 
 __all__ = ["check_arguments"]
 
@@ -51,6 +52,8 @@ def check_arguments(
             raise QuickmergeError(f"{name} must be False with speculative decoding, got True")
     if config.use_cache is False or model_kwargs.get("use_cache") is False:
         raise QuickmergeError("use_cache must be True with speculative decoding, got False")
+    if config.do_sample and config.temperature is not None:
+        check_temperature("temperature", config.temperature)
     if config.prefill_chunk_size is not None:
         raise QuickmergeError(f"prefill_chunk_size must be left out, got {config.prefill_chunk_size}")
     if handed.synced_gpus:

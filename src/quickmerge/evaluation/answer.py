@@ -17,6 +17,7 @@ from quickmerge.evaluation.first_tokens import check_room
 from quickmerge.hosts import Run, observe, reduce
 from quickmerge.hosts.rows import MIN_TOKENS
 from quickmerge.hosts.summary import RunStats
+from quickmerge.models.generation import check_temperature
 from quickmerge.models.template import apply_chat_template
 from quickmerge.reducers import Reducer
 from quickmerge.tokens.plan import MergePlan
@@ -150,6 +151,8 @@ def respond(
         temperature: of the sampling; None leaves it to the model's generation config.
         seed: for that.
     """
+    if temperature is not None:
+        check_temperature("temperature", temperature)
     torch.manual_seed(seed)
     clock = FirstToken()
     with torch.inference_mode(), run:

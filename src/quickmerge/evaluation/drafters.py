@@ -15,6 +15,7 @@ from quickmerge.decoding.cost import measure
 from quickmerge.decoding.target import check_target
 from quickmerge.evaluation.answer import chat, check_fits
 from quickmerge.evaluation.first_tokens import check_room
+from quickmerge.models.generation import check_temperature
 
 __all__ = ["PLAIN", "TRANSFORMERS_LOOKUP", "DraftArm", "Written", "prepare", "prompt_ids", "write"]
 
@@ -160,6 +161,7 @@ def write(
         engine = SpeculativeDecoding(arm.drafter, tree=arm.tree)
         given["custom_generate"] = engine
     if temperature is not None:
+        check_temperature("temperature", temperature)
         given["temperature"] = temperature
     passes = 0
 

@@ -19,6 +19,7 @@ from quickmerge.models.headers import check_floats, read_header
 from quickmerge.models.part import CONFIG, HASH, WEIGHTS, check_hashes, file_hash
 from quickmerge.models.paths import local_path, read_json
 from quickmerge.models.read import damaged, first_sentence, read_config, read_weights
+from quickmerge.models.saved import save_parts
 from quickmerge.recognition.config import RecognizerConfig
 from quickmerge.together import complete, write_together
 
@@ -49,8 +50,8 @@ def save(recognizer: Recognizer, folder: Path | str) -> None:
 
 def _fill(recognizer: Recognizer, work: Path) -> None:
     with transformers_silenced():
-        recognizer.vision.save_pretrained(work / VISION)
-        recognizer.language.save_pretrained(work / LANGUAGE)
+        save_parts(work / VISION, recognizer.vision)
+        save_parts(work / LANGUAGE, recognizer.language)
         recognizer.labels.tokenizer.save_pretrained(work / TOKENIZER)
     own = {name: value for name, value in recognizer.state_dict().items() if name in OWN}
     save_file({name: value.cpu().contiguous() for name, value in own.items()}, work / WEIGHTS, {"format": "pt"})

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import LlavaForConditionalGeneration
 
 from quickmerge.errors import UnsupportedModelError, whole_number
+from quickmerge.locks import sole_writer
 from quickmerge.models.compat import attention_implementation
 from quickmerge.prior.identity import model_hash
 from quickmerge.tokens.packing import additive, packed_mask, packed_positions
@@ -156,8 +158,9 @@ def train_vlm(
         result = train(
             objective, dataset, config, out, collate=pack, resume=resume, fingerprint=with_data(fingerprint, dataset)
         )
-    if result.finished:
-        save_model(Path(out), model.eval(), processor)
+    if result.finished and PartialState().is_main_process:
+        with sole_writer(Path(out)):
+            save_model(Path(out), model.eval(), processor)
     return result
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.hosts.encoder import find_encoder
+from quickmerge.models.saved import save_parts
 from quickmerge.prior.identity import model_hash
 from quickmerge.together import write_together
 from quickmerge.training.config import TrainingConfig
@@ -186,14 +187,14 @@ STALE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.in
 def save_model(folder: Path, model: PreTrainedModel, processor: Any) -> None:
     """Save a model and its processor among other files of a folder, all of their files or none.
 
+    Paths of the disk are left out of the configuration.
+
     Raises:
         QuickmergeError: if the disk is full or not writable; what was there before is still there.
     """
 
     def fill(work: Path) -> None:
-        model.save_pretrained(work)
-        if processor is not None:
-            processor.save_pretrained(work)
+        save_parts(work, model, processor)
 
     write_together(folder, fill, STALE)
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from quickmerge.hosts.encoder import find_encoder
 from quickmerge.hosts.vit_policy import policy_vit
+from quickmerge.models.saved import model_label
 from quickmerge.prior.identity import model_hash
 from quickmerge.reducers.dynamicvit import BACKBONE, DynamicViT, even_stages
 from quickmerge.reducers.predictor import Predictor
@@ -212,8 +213,8 @@ def train_dynamicvit(
     def finish(folder: Path) -> None:
         trained = objective.settings.backbone_rate > 0
         known = {
-            "model": BACKBONE if trained else name, "base": name, "hash": model_hash(model), "base_hash": base,
-            "settings": chosen, "steps": config.steps,
+            "model": BACKBONE if trained else model_label(name), "base": model_label(name), "hash": model_hash(model),
+            "base_hash": base, "settings": chosen, "steps": config.steps,
         }  # fmt: skip
         predictors = deepcopy(objective.predictors).eval().requires_grad_(False)
         method = DynamicViT(keep, predictors, objective.layers, known)

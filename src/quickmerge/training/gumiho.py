@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from quickmerge.decoding.gumiho import Gumiho, GumihoNetwork, LossWeights, gumiho_losses
 from quickmerge.decoding.gumiho.ends import Ends, check_target
 from quickmerge.errors import QuickmergeError, number_at_least
+from quickmerge.models.saved import model_label
 from quickmerge.prior.identity import model_hash
 from quickmerge.training.config import TrainingConfig
 from quickmerge.training.data.images import evenly
@@ -135,7 +136,7 @@ def train_gumiho(
         QuickmergeError, ValueError: for anything that does not fit; see `quickmerge.training.train`.
     """
     check_target(model)
-    trained_for = {"model": name, "hash": model_hash(model)}
+    trained_for = {"model": model_label(name), "hash": model_hash(model)}
     if config.precision == "bf16":
         model.to(torch.bfloat16)
     embedding = model.get_input_embeddings().weight

@@ -7,6 +7,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import default_collate
 import quickmerge
 from quickmerge.errors import QuickmergeError
 from quickmerge.files import settle
+from quickmerge.locks import sole_writer
 from quickmerge.training import checkpoint
 from quickmerge.training.config import TrainingConfig
 from quickmerge.training.metrics import Meter, append_line, cut_after
@@ -95,8 +97,8 @@ def train(
 
     Raises:
         QuickmergeError: the dataset is empty, nothing is trained, `out` does not fit `resume`, a resumed run differs
-            from what it was, the loss or the gradient is not finite, or the disk is full. The last checkpoint is
-            kept in any case.
+            from what it was, another run writes `out` at the same time, the loss or the gradient is not finite, or
+            the disk is full. The last checkpoint is kept in any case.
     """
     out = Path(out)
     if len(dataset) == 0:
@@ -104,15 +106,17 @@ def train(
     if not trained_parameters(objective):
         raise QuickmergeError("objective must have a parameter that requires a gradient, got none")
     run = _Run(objective, dataset, config, out, collate or default_collate, fingerprint)
-    training = objective.training
-    objective.train()
-    try:
-        run.begin(resume)
-        result = run.go(on_step)
-    finally:
-        objective.train(training)
-    if result.finished and finish is not None:
-        on_main(run.accelerator, lambda: finish(out))
+    with ExitStack() as held:
+        on_main(run.accelerator, lambda: held.enter_context(sole_writer(out)))
+        training = objective.training
+        objective.train()
+        try:
+            run.begin(resume)
+            result = run.go(on_step)
+        finally:
+            objective.train(training)
+        if result.finished and finish is not None:
+            on_main(run.accelerator, lambda: finish(out))
     return result
 
 

@@ -17,6 +17,7 @@ from quickmerge.errors import whole_number
 from quickmerge.hosts import reduce
 from quickmerge.hosts.structure import find_decoder
 from quickmerge.models.compat import cache_argument
+from quickmerge.models.saved import model_label
 from quickmerge.prior.budget import calibrate_surprise
 from quickmerge.prior.config import PriorConfig
 from quickmerge.prior.identity import model_hash
@@ -328,8 +329,8 @@ def train_prior_text(
                 f"depths must lie in {schedule.layers[0]}..{len(decoder) - 1}, where slots are, got {depth}"
             )
     trained_for = {
-        "model": settings["name"], "hash": settings["hash"], "layers": list(schedule.layers), "decay": schedule.decay,
-        "keeps": list(keeps), "context": context, "reducer": dict(reducer or {}),
+        "model": model_label(settings["name"]), "hash": settings["hash"], "layers": list(schedule.layers),
+        "decay": schedule.decay, "keeps": list(keeps), "context": context, "reducer": dict(reducer or {}),
     }  # fmt: skip
     torch.manual_seed(config.seed)
     prior = Prior(PriorConfig(features=decoder.config.hidden_size, depths=chosen, trained_for=trained_for, **shape))

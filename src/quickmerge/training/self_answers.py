@@ -13,6 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, number_at_least, whole_number
+from quickmerge.locks import LOCK, sole_writer
+from quickmerge.models.generation import check_temperature
 from quickmerge.models.template import apply_chat_template
 from quickmerge.prior.identity import hash_like, model_hash
 from quickmerge.training.data.held_out import Ids
@@ -68,6 +70,8 @@ class Asking:
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0))
         number_at_least("temperature", self.temperature, 0)
+        if self.temperature:
+            check_temperature("temperature", self.temperature)
 
 
 def prompt_of(tokenizer: Any, passage: str, number: int) -> list[int]:
@@ -119,17 +123,19 @@ def write_answers(
             "texts, or ask for fewer or about shorter passages"
         )
     head = {"model": model_hash(model), "texts": passages.fingerprint(), **vars(asking)}
-    done = _resume(path, head, asking.batch)
-    order = torch.randperm(len(passages), generator=torch.Generator().manual_seed(asking.seed)).tolist()
-    for start in range(done, count, asking.batch):
-        numbers = range(start, min(start + asking.batch, len(passages)))
-        prompts = [prompt_of(tokenizer, tokenizer.decode(passages[order[number]]), number) for number in numbers]
-        torch.manual_seed(stable_hash("answers", asking.seed, start))
-        answers = _generate(model, tokenizer, prompts, asking)
-        rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
-        _append(path, rows)
-        if progress is not None:
-            progress(min(start + len(rows), count), count)
+    # Two that add to one file would mix their answers.
+    with sole_writer(path, path.with_name(f".{path.name}{LOCK}")):
+        done = _resume(path, head, asking.batch)
+        order = torch.randperm(len(passages), generator=torch.Generator().manual_seed(asking.seed)).tolist()
+        for start in range(done, count, asking.batch):
+            numbers = range(start, min(start + asking.batch, len(passages)))
+            prompts = [prompt_of(tokenizer, tokenizer.decode(passages[order[number]]), number) for number in numbers]
+            torch.manual_seed(stable_hash("answers", asking.seed, start))
+            answers = _generate(model, tokenizer, prompts, asking)
+            rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+            _append(path, rows)
+            if progress is not None:
+                progress(min(start + len(rows), count), count)
 
 
 @torch.no_grad()

@@ -25,7 +25,9 @@ class LateSignals:
 
     def __enter__(self) -> LateSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self.CAUGHT}
+            # What is ignored stays ignored: shells start programs in the background so.
+            caught = [number for number in self.CAUGHT if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in caught}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

@@ -64,11 +64,14 @@ def load_optimizer(
     moments = {f"{name}.{key}": parameter for name, parameter in begun.items() for key in MOMENTS}
     steps = {f"{name}.step": torch.zeros((), dtype=torch.float32) for name in begun}
     _check({**moments, **steps}, tensors, where)
-    for name, parameter in begun.items():
-        optimizer.state[parameter] = {
-            "step": tensors[f"{name}.step"].clone(),  # AdamW counts on the CPU
-            **{key: tensors[f"{name}.{key}"].to(parameter.device, copy=True) for key in MOMENTS},
-        }
+    grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    index = {id(parameter): i for i, parameter in enumerate(grouped)}
+    state = {
+        index[id(parameter)]: {key: tensors[f"{name}.{key}"].clone() for key in ("step", *MOMENTS)}
+        for name, parameter in begun.items()
+    }
+    # torch knows where each must be: AdamW counts steps on the CPU, but where it is fused on the parameter's device.
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _live(objective: nn.Module) -> dict[str, Tensor]:

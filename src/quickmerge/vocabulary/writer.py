@@ -15,6 +15,7 @@ from typing import Any
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.files import follow, write_folder, write_json
+from quickmerge.locks import sole_writer
 from quickmerge.together import write_together
 from quickmerge.vocabulary.checkpoint import INDEX, Checkpoint
 from quickmerge.vocabulary.stream import Piece, copy_piece, file_sha256, write_safetensors
@@ -88,8 +89,6 @@ def write_model(
         QuickmergeError: the disk is full or not writable, or another run writes here. Nothing is at ``out`` then but
             what was there before.
     """
-    from filelock import FileLock, Timeout
-
     files: dict[str, list[Piece]] = {
         name: [replaced.get(entry.name, copy_piece(entry)) for entry in entries]
         for name, entries in checkpoint.files.items()
@@ -100,12 +99,7 @@ def write_model(
     _check_work(work)
     with _told(out, work):
         work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(work / LOCK, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise QuickmergeError(f"out must be written by one run at a time, but another one writes {out}") from None
-        try:
+        with sole_writer(out, work / LOCK):
             done = _resume(work, _fingerprint(checkpoint, replaced))
             todo = {name: pieces for name, pieces in files.items() if name not in done["files"]}
             if total is not None:
@@ -124,9 +118,7 @@ def write_model(
                 write_together(out, lambda folder: _move(work, folder), STALE)  # the user may have put files there
             else:
                 write_folder(out, lambda folder: _move(work, folder))
-        finally:
-            lock.release()
-        shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _work(out: Path) -> Path:
