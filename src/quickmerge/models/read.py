@@ -177,11 +177,17 @@ def read_weights(
         raise QuickmergeError(f"{source} cannot be loaded as asked ({first_sentence(error)})") from error
     except Exception as error:  # building by a config raises whatever its values lead to
         raise UnsupportedModelError(f"{source} cannot be built by its config.json ({first_sentence(error)})") from error
-    check_finite(source, [*model.named_parameters(), *model.named_buffers()], "copy or download its weights again")
+    lacking = sorted(info["missing_keys"]) + sorted(str(entry) for entry in info.get("mismatched_keys") or [])
+    # What is missing is told as that: it may hold whatever was in the memory.
+    there = [
+        (name, value)
+        for name, value in [*model.named_parameters(), *model.named_buffers()]
+        if name not in info["missing_keys"]
+    ]
+    check_finite(source, there, "copy or download its weights again")
     folder = Path(source)
     if folder.is_dir():
         check_hashes(folder, read_json(folder / CONFIG).get(HASH))
-    lacking = sorted(info["missing_keys"]) + sorted(str(entry) for entry in info.get("mismatched_keys") or [])
     return model, lacking
 
 
