@@ -23,15 +23,16 @@ _MINE = threading.local()  # the locks that this thread holds, so that a part of
 
 
 @contextmanager
-def sole_writer(target: Path, lock: Path | None = None) -> Iterator[None]:
+def sole_writer(target: Path, lock: Path | None = None, *, keep: bool = False) -> Iterator[None]:
     """Be the only process and thread that writes ``target`` within the block.
 
-    The lock is a file that says which process holds it. It is gone when the block ends; one that a kill has left is
-    taken over. Where a system has no such locks, as Windows has none, nothing is kept apart.
+    The lock is a file that says which process holds it. It is gone when the block ends, or free; one that a kill has
+    left is taken over. Where a system has no such locks, as Windows has none, nothing is kept apart.
 
     Args:
         target: what is written: a folder, which is made, or a file.
         lock: the file to lock; default ``.quickmerge-lock`` in the folder ``target``.
+        keep: leave the file where it is in the end.
 
     Raises:
         QuickmergeError: somebody else writes it, which is named; or the disk is full or not writable.
@@ -50,8 +51,9 @@ def sole_writer(target: Path, lock: Path | None = None) -> Iterator[None]:
     finally:
         mine.remove(path)
         # Deleted while it is held: whoever opened it meanwhile finds that it has no name any more, and begins anew.
-        with contextlib.suppress(OSError):
-            path.unlink()
+        if not keep:
+            with contextlib.suppress(OSError):
+                path.unlink()
         os.close(handle)
         for folder in made:
             with contextlib.suppress(OSError):

@@ -99,7 +99,7 @@ def write_model(
     _check_work(work)
     with _told(out, work):
         work.mkdir(parents=True, exist_ok=True)
-        with sole_writer(out, work / LOCK):
+        with sole_writer(out, work / LOCK, keep=True):  # what a later run goes on from is known by it
             done = _resume(work, _fingerprint(checkpoint, replaced))
             todo = {name: pieces for name, pieces in files.items() if name not in done["files"]}
             if total is not None:
