@@ -17,6 +17,7 @@ from quickmerge.models.sentencepiece_file import sentencepiece_tokenizer
 from quickmerge.models.tiktoken_file import tiktoken_tokenizer
 from quickmerge.models.tokenizers import TOKENIZERS, prepare_tokenizer
 from quickmerge.vocabulary.special import roles_by_spelling
+from quickmerge.vocabulary.templates import of_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,8 +67,9 @@ def load_tokenizer(
         path = prepare_tokenizer(name, cache_folder(cache_dir), progress=progress)
     elif name in MODELS or name in SENTENCE_MODELS:
         path = prepare_embedded(name, cache_folder(cache_dir), progress=progress)
-    if name and path.is_dir():
-        path = _in_folder(path)
+    folder = path if name and path.is_dir() else None
+    if folder is not None:
+        path = _in_folder(folder)
     if pattern is not None and not _is_tiktoken(path):
         raise QuickmergeError(f"pattern is for a tiktoken file, which doesn't say how words are found; got {name}")
     if not name or not path.exists():
@@ -78,6 +80,8 @@ def load_tokenizer(
         raise UnsupportedModelError(
             f"{name} has a {type(tokenizer).__name__}, which runs in Python alone: give {ALLOWED}"
         )
+    if folder is not None and tokenizer.chat_template is None:
+        tokenizer.chat_template = of_folder(folder)
     return tokenizer
 
 

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
-from quickmerge.errors import DamagedWeightsError, QuickmergeError
+from quickmerge.errors import DamagedWeightsError, QuickmergeError, as_index
 from quickmerge.vocabulary.checkpoint import read_entries
+from quickmerge.vocabulary.stream import file_sha256
+from quickmerge.vocabulary.templates import Templates, as_templates
 from quickmerge.vocabulary.writer import MANIFEST, SIDE
 
 if TYPE_CHECKING:
@@ -25,6 +28,13 @@ if TYPE_CHECKING:
 __all__ = ["DROPPED", "ROWS", "Former", "origin_of", "read_former", "tensor_sha256", "vocabulary_sha256"]
 
 FORMAT = 1
+MOST_BYTES = 64 * 2**20
+"""Larger manifests are not read."""
+MOST_ROWS = 2**26
+"""Of a matrix; the largest vocabularies have some 2^18."""
+SETTINGS = ("config.json", "generation_config.json")
+CHANGED = ("vocab_size", "text_config", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+"""What a transplant changes in these, beside the ids of tokens with a role."""
 ROWS = "rows.safetensors"
 """``origin (V,)``: the base id that each row was copied from, or -1. ``kind (V,)``: its place in ``KINDS``."""
 DROPPED = "dropped_rows.safetensors"
@@ -46,6 +56,8 @@ class Former:
     """Former ids whose rows are in the side file."""
     settings: dict[str, dict[str, Any]]
     """By file, the settings that the transplant changed, as they were."""
+    template: tuple[Templates | None] | None = None
+    """The chat template that it had, or that it had none; None where an older release didn't write it down."""
 
     def restored(self, name: str, settings: dict[str, Any], size: int | None) -> dict[str, Any]:
         """A config with the former settings; ``size`` is its ``vocab_size``, None where it has none."""
@@ -83,19 +95,56 @@ def read_former(folder: Path) -> Former | None:
         if not (folder / SIDE / name).is_file():
             raise DamagedWeightsError(f"{folder / SIDE / name} is missing: copy the folder again")
         read_entries(folder / SIDE / name)
+    if path.stat().st_size > MOST_BYTES:
+        raise _altered(path, f"it is larger than {MOST_BYTES // 2**20} MB")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         number, base = data["format"], data["base"]
-        vocabulary, rows, settings = str(base["vocabulary_sha256"]), int(base["rows"]), dict(base["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedWeightsError(f"{path} is damaged (it is not a manifest of a transplant): copy it again") from error
+        vocabulary, rows, settings = str(base["vocabulary_sha256"]), as_index(base["rows"]), base["settings"]
+        hashes = {name: data["files"][f"{SIDE}/{name}"]["sha256"] for name in (ROWS, DROPPED)}
+        template = (as_templates(base["chat_template"], "chat_template"),) if "chat_template" in base else None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _altered(path, "it is not a manifest of a transplant") from error
     if number != FORMAT:
         raise QuickmergeError(f"{path} must be of format {FORMAT}, got {number}: a later release wrote it")
-    with safe_open(folder / SIDE / ROWS, framework="np") as file:
-        origin = file.get_tensor("origin")
-    with safe_open(folder / SIDE / DROPPED, framework="np") as file:
-        put_aside = file.get_tensor("ids")
-    return Former(folder, vocabulary, rows, origin, put_aside, settings)
+    _check_settings(path, settings)
+    for name, expected in hashes.items():
+        if file_sha256(folder / SIDE / name) != expected:
+            raise _altered(folder / SIDE / name, f"it is another file than {MANIFEST} says")
+    try:
+        with safe_open(folder / SIDE / ROWS, framework="np") as file:
+            origin = file.get_tensor("origin")
+        with safe_open(folder / SIDE / DROPPED, framework="np") as file:
+            put_aside = file.get_tensor("ids")
+            lengths = {name: file.get_slice(name).get_shape()[:1] for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, TypeError, KeyError) as error:
+        raise _altered(folder / SIDE, "a file of it is not what a transplant writes") from error
+    if rows is None or not 0 < rows <= MOST_ROWS:
+        raise _altered(path, f"base.rows must be a whole number from 1 to {MOST_ROWS}, got {rows!r}")
+    for name, ids, least in (("origin", origin, -1), ("ids", put_aside, 0)):
+        if ids.ndim != 1 or ids.dtype != np.int64 or bool(((ids < least) | (ids >= rows)).any()):
+            raise _altered(folder / SIDE, f"{name} must be ids from {least} to {rows - 1}")
+    if bool((np.diff(put_aside) <= 0).any()):
+        raise _altered(folder / SIDE / DROPPED, "ids must rise")
+    if any(length != [len(put_aside)] for length in lengths.values()):
+        raise _altered(folder / SIDE / DROPPED, "it must hold a row for each of its ids")
+    return Former(folder, vocabulary, rows, origin, put_aside, settings, template)
+
+
+def _check_settings(path: Path, settings: Any) -> None:
+    """Only what a transplant changes may come back, and into no other files."""
+    if not isinstance(settings, dict) or not set(settings) <= set(SETTINGS):
+        raise _altered(path, f"base.settings must be of {' and '.join(SETTINGS)}")
+    for name, values in settings.items():
+        if not isinstance(values, dict):
+            raise _altered(path, f"base.settings of {name} must be a JSON object")
+        for key in values:
+            if key not in CHANGED and not key.endswith(("_token_id", "_token_index", "_index")):
+                raise _altered(path, f"base.settings of {name} has {key!r}, which no transplant changes")
+
+
+def _altered(path: Path, why: str) -> DamagedWeightsError:
+    return DamagedWeightsError(f"{path} is damaged ({why}): copy the folder again")
 
 
 def origin_of(plan: Plan) -> NDArray[np.int64]:

@@ -7,12 +7,13 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quickmerge.errors import QuickmergeError, first_sentence
 from quickmerge.files import write_json
+from quickmerge.vocabulary.templates import ROLES, Template
+from quickmerge.vocabulary.templates import choose_template as choose_template
 
 __all__ = [
     "Template",
@@ -24,8 +25,6 @@ __all__ = [
     "write_tokenizer",
 ]
 
-ROLES = ("bos", "eos", "pad")
-"""What the tokenizer decides about, whatever the base's config said."""
 OPTIONAL = ("unk", "sep", "cls", "mask", "decoder_start", "forced_bos", "forced_eos")
 """Roles that a language model does without: they are left out where the new vocabulary has no such token."""
 LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
@@ -39,17 +38,6 @@ PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast"}
 # For some types of model transformers puts its own class in the place of the one that is named here, unless a class
 # from elsewhere is named, which it then leaves out for want of trust.
 TAKEN_AS_IT_IS = {**PLAIN, "auto_map": {"AutoTokenizer": [None, None]}}
-
-
-@dataclass(frozen=True)
-class Template:
-    """The chat template of the new model."""
-
-    text: str | None
-    source: str
-    """``"base"``, ``"tokenizer"`` or ``"none"``."""
-    why: str
-    """A clause that says why, for the report."""
 
 
 def former_ids(copied: Any, special: Mapping[int, tuple[int, ...]]) -> dict[int, int]:
@@ -98,7 +86,7 @@ def new_settings(
                 new[key] = _translated(value, ids)
                 if new[key] != value and len(new[key]) < len(value):
                     notes.append(f"{key}: {len(value) - len(new[key])} of {len(value)} have no counterpart")
-        elif role in ROLES:
+        elif role in ROLES:  # what the tokenizer decides about, whatever the base said
             found = [ids[one] for one in (value if isinstance(value, list) else [value]) if one in ids]
             own = [roles[role]] if role in roles else []
             every = list(dict.fromkeys([*own, *found]))
@@ -120,31 +108,6 @@ def new_settings(
         if role in roles and new.get(key) is None:
             new[key] = roles[role]
     return new, notes
-
-
-def choose_template(base: Any, tokenizer: Any) -> Template:
-    """Keep the base's chat template if the new vocabulary has its markers, since the body was trained on it.
-
-    Args:
-        base: the base's tokenizer.
-        tokenizer: the new one.
-    """
-    ours, theirs = base.chat_template, tokenizer.chat_template
-    if not isinstance(ours, str):
-        kept = theirs if isinstance(theirs, str) else None
-        return Template(kept, "tokenizer" if kept else "none", "the base has no template")
-    markers = [str(t) for t in base.added_tokens_decoder.values() if t.special and str(t) in ours]
-    there = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    lacking = [marker for marker in markers if marker not in there]
-    # names of roles that the template reads are spelled out by the tokenizer that applies it
-    lacking += [
-        f"{role}_token" for role in ROLES
-        if re.search(rf"\b{role}_token\b", ours) and getattr(tokenizer, f"{role}_token", None) is None
-    ]  # fmt: skip
-    if not lacking:
-        return Template(ours, "base", "the new vocabulary has all of its markers")
-    why = f"the new vocabulary lacks {', '.join(lacking[:3])} of the base's template"
-    return Template(theirs, "tokenizer", why) if isinstance(theirs, str) else Template(None, "none", why)
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, base: Any, template: Template) -> None:

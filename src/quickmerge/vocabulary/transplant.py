@@ -22,8 +22,8 @@ from quickmerge.vocabulary.plan import Plan, make_plan, new_size, return_plan, s
 from quickmerge.vocabulary.rebuild import Made, Maker, check_clip, rebuild
 from quickmerge.vocabulary.report import Report
 from quickmerge.vocabulary.segments import Segmenter
-from quickmerge.vocabulary.settings import Template, choose_template
 from quickmerge.vocabulary.source import model_folder
+from quickmerge.vocabulary.templates import Template, choose_template, of_tokenizer
 from quickmerge.vocabulary.tokens import Vocabulary, read_vocabulary
 from quickmerge.vocabulary.write import Transplant, write_transplant
 from quickmerge.vocabulary.writer import check_out
@@ -156,8 +156,7 @@ def transplant(
         )  # fmt: skip
     template = choose_template(old_tokenizer, new_tokenizer)
     if way_back:
-        own = new_tokenizer.chat_template if isinstance(new_tokenizer.chat_template, str) else None
-        template = Template(own, "tokenizer" if own else "none", "the vocabulary is the model's former one")
+        template = _former_template(former, new_tokenizer)
     work = Transplant(
         base=os.fspath(base), donor=None if donor is None else os.fspath(donor), tokenizer_name=os.fspath(wanted),
         folder=folder, checkpoint=checkpoint, matrices=matrices, plan=plan, made=made,
@@ -198,6 +197,12 @@ def _plan(
     usual = 0 if vectors is None else vectors.rows
     size = new_size(theirs.size, vocab_size=vocab_size, pad_to_multiple_of=pad, usual=usual)
     return make_plan(matching, theirs, ours, size=size, base_rows=base_rows), False
+
+
+def _former_template(former: Former | None, tokenizer: Any) -> Template:
+    """On the way back the template that the model had, whatever lies beside the tokenizer that was given."""
+    own = of_tokenizer(tokenizer) if former is None or former.template is None else former.template[0]
+    return Template(own, "none" if own is None else "tokenizer", "the vocabulary is the model's former one")
 
 
 def _check_choosing(method: str, choose_by: str, choose_on: Sequence[str] | None) -> None:

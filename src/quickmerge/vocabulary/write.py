@@ -33,6 +33,7 @@ from quickmerge.vocabulary.settings import (
     write_tokenizer,
 )
 from quickmerge.vocabulary.stream import Piece, tensor_piece
+from quickmerge.vocabulary.templates import of_tokenizer
 from quickmerge.vocabulary.tokens import Vocabulary
 from quickmerge.vocabulary.writer import MANIFEST, write_model
 
@@ -201,7 +202,7 @@ def _manifest(
         "base": {
             "name": work.base, "rows": matrices.rows, "vocabulary_sha256": vocabulary_sha256(work.ours),
             "tensors": {entry.name: tensor_sha256(entry.chunks) for entry in entries},
-            "settings": work.changed(settings),
+            "settings": work.changed(settings), "chat_template": of_tokenizer(work.old_tokenizer),
         },
         "donor": work.donor,
         "tokenizer": {"name": work.tokenizer_name, "vocabulary_sha256": vocabulary_sha256(work.theirs)},
