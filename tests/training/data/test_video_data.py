@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,89 @@ def test_a_small_cache_lets_go_of_the_video_used_longest_ago(video: Path, tmp_pa
     clips = VideoClips([video, other], 8, 3, cache_bytes=1)
     assert [numbers(clip) for clip in clips][-2:] == [[6, 7, 8], [0, 1, 2]]
     assert list(clips._cache) == [1]
+
+
+def test_of_a_video_larger_than_the_cache_a_part_is_held(video: Path) -> None:
+    room = 3 * 8 * 8 * 2 * 2  # two clips of two frames
+    clips = VideoClips([video], 8, 2, cache_bytes=room)
+    whole = VideoClips([video], 8, 2)
+    assert len(clips) == 5
+    for at in (3, 4, 0, 1, 4, 2):
+        assert torch.equal(clips[at], whole[at])
+        assert sum(held.numel() for _, held in clips._cache.values()) <= room
+
+
+def test_no_more_is_decoded_than_was_asked_for(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = VideoClips([video], 8, 2, stride=2)[0]
+    clips, run, frames = VideoClips([video], 8, 2, stride=2), subprocess.run, []
+
+    def counted(command: list[str], **settings: Any) -> Any:
+        frames.append(int(command[command.index("-frames:v") + 1]))
+        return run(command, **settings)
+
+    monkeypatch.setattr(subprocess, "run", counted)
+    assert torch.equal(clips[0], want)
+    assert frames == [4, 2]
+
+
+def test_what_would_read_other_files_or_never_end_is_not_opened(video: Path, tmp_path: Path) -> None:
+    """Playlists and the like name further files; ffmpeg would find out by content what a file is, whatever its name."""
+    lists = {
+        "hls": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{video}\n#EXT-X-ENDLIST\n",
+        "concat": f"ffconcat version 1.0\nfile {video}\n",
+        "dash": f"<?xml version='1.0'?><MPD xmlns='urn:mpeg:dash:schema:mpd:2011'><BaseURL>{video}</BaseURL></MPD>",
+        "sdp": "v=0\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
+        "picture": "P6 2 2 255\n............",
+        "lavfi": "color=red",
+    }
+    for name, text in lists.items():
+        path = tmp_path / f"{name}.mp4"
+        path.write_text(text)
+        with pytest.raises(QuickmergeError, match="its content is of none of the kinds AVI, FLV, GIF, Matroska"):
+            VideoClips([path], 8, 2)[0]
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path in (tmp_path / "pipe.mp4", Path("/dev/zero")):
+        with pytest.raises(QuickmergeError, match="can't be read as a video: it is no regular file"):
+            VideoClips([path], 8, 2)[0]
+
+
+def test_a_container_that_names_another_file_does_not_get_it(video: Path, tmp_path: Path) -> None:
+    """A playlist inside of a file that begins like a video."""
+    path = tmp_path / "a.avi"
+    path.write_bytes(b"RIFF\0\0\0\0AVI #EXTM3U\n#EXTINF:9,\n" + str(video).encode() + b"\n#EXT-X-ENDLIST\n")
+    with pytest.raises(QuickmergeError, match=r"a\.avi can't be read as a video: ."):
+        VideoClips([path], 8, 2)[0]
+
+
+def test_frames_of_too_many_pixels_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "wide.avi"
+    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    made = ["-f", "lavfi", "-i", "color=black:s=8192x4096:d=0.1:r=20", "-c:v", "mjpeg", "-q:v", "31"]
+    subprocess.run([ffmpeg, "-v", "error", *made, str(path)], check=True)
+    with pytest.raises(QuickmergeError, match=r"wide\.avi can't be read as a video: ."):
+        VideoClips([path], 8, 2)[0]
+
+
+def test_a_video_that_takes_too_long_is_given_up(video: Path, tmp_path: Path) -> None:
+    slow = tmp_path / "ffmpeg"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    clips = VideoClips([video], 8, 2, seconds=0.2)
+    clips._ffmpeg = str(slow)
+    with pytest.raises(QuickmergeError, match="it takes longer than 0.2 seconds, give a shorter one"):
+        clips[0]
+
+
+def test_a_small_file_of_many_frames_takes_little_memory(tmp_path: Path) -> None:
+    """Hours of one colour are some kilobytes; only the frames of a clip are ever held."""
+    path = tmp_path / "still.mp4"
+    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    made = ["-f", "lavfi", "-i", "color=red:s=32x32:d=400:r=25", "-g", "10000"]
+    subprocess.run([ffmpeg, "-v", "error", *made, str(path)], check=True)
+    assert path.stat().st_size < 500_000
+    clips = VideoClips([path], 64, 4, cache_bytes=1 << 20)
+    assert clips[0].shape == (4, 3, 64, 64)
+    assert sum(held.numel() for _, held in clips._cache.values()) == 4 * 3 * 64 * 64
 
 
 def test_short_videos_are_skipped_and_counted(video: Path, tmp_path: Path) -> None:
