@@ -79,14 +79,6 @@ def test_of_threads_one_writes_at_a_time_and_none_is_lost(tmp_path: Path) -> Non
     assert not (out / LOCK).exists()
 
 
-def test_a_part_of_a_job_need_not_know_of_the_whole(tmp_path: Path) -> None:
-    with sole_writer(tmp_path / "out"), sole_writer(tmp_path / "out"):
-        (tmp_path / "out" / "file").touch()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
-    with sole_writer(tmp_path / "out"):
-        pass
-
-
 def test_what_was_there_stays_and_what_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     with sole_writer(tmp_path / "kept"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +18,10 @@ __all__ = ["LOCK", "sole_writer"]
 LOCK = ".quickmerge-lock"
 """Name of the lock of a folder that is being written."""
 
-_MINE = threading.local()  # the locks that this thread holds, so that a part of a job need not know of the whole
-
 
 @contextmanager
 def sole_writer(target: Path, lock: Path | None = None, *, keep: bool = False) -> Iterator[None]:
-    """Be the only process and thread that writes ``target`` within the block.
+    """Be the only one, of all processes and threads, that writes ``target`` within the block.
 
     The lock is a file that says which process holds it. It is gone when the block ends, or free; one that a kill has
     left is taken over. Where a system has no such locks, as Windows has none, nothing is kept apart.
@@ -38,18 +35,12 @@ def sole_writer(target: Path, lock: Path | None = None, *, keep: bool = False) -
         QuickmergeError: somebody else writes it, which is named; or the disk is full or not writable.
     """
     path = Path(os.path.realpath(target / LOCK if lock is None else lock))
-    mine: set[Path] = _MINE.__dict__.setdefault("held", set())
-    if path in mine:
-        yield
-        return
     with told(target):
         made = _make(path.parent)
         handle = _take(path, target)
-    mine.add(path)
     try:
         yield
     finally:
-        mine.remove(path)
         # Deleted while it is held: whoever opened it meanwhile finds that it has no name any more, and begins anew.
         if not keep:
             with contextlib.suppress(OSError):
