@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["clean", "clean_name"]
+__all__ = ["clean", "clean_name", "half_character"]
 
 _C0 = {code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)}
 _C1 = dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
@@ -44,6 +44,14 @@ def clean_name(value: object) -> str:
     text = value if isinstance(value, str) else str(value)
     joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
     return _HIDDEN.sub(lambda found: _escape(ord(found[0])), joined)
+
+
+def half_character(text: str) -> int | None:
+    """Where a text has half of a surrogate pair, which is no text and which no tokenizer takes; None if nowhere.
+
+    An argument that is no UTF-8 comes to Python with such halves in it, and JSON can hold them.
+    """
+    return next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
 
 
 def _escape(code: int) -> str:

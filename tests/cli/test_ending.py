@@ -205,3 +205,24 @@ def test_a_model_that_ignores_what_it_returns_is_read_all_the_same(run, tiny_fol
     config = json.loads((tiny_folder / "config.json").read_text())
     (tiny_folder / "config.json").write_text(json.dumps({**config, "return_dict": False}))
     assert run("show", "--text", "the sea " * 20, "--model", tiny_folder)[0] == 0
+
+
+def test_half_characters_are_refused_wherever_json_can_bring_them(run, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "the \\ud800 sea"}\n')
+    code, _, err = run("bench", "--drafter", "lookup", "--prompts", tmp_path / "p.jsonl", "--model", tiny_folder)
+    assert code == 2 and "half a character in the prompt on line 1" in err and err.count("\n") == 1
+    assert run("generate", "--prompt", "the \udcff sea", "--model", tiny_folder)[2].count("\n") == 1
+
+
+def test_chatter_of_libraries_stays_out(capsys) -> None:
+    import logging
+    import warnings
+
+    from quickmerge.errors import QuickmergeWarning
+
+    def command() -> None:
+        logging.getLogger("PIL.somewhere").error("\x1b[31mmore samples")
+        warnings.warn("theirs", UserWarning, stacklevel=1)
+        warnings.warn("ours\x1b", QuickmergeWarning, stacklevel=1)
+
+    assert ended(command, capsys) == (0, "quickmerge: ours\\x1b\n")

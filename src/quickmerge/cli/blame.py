@@ -46,6 +46,19 @@ class Alone:
         return cls(model, run)
 
     @classmethod
+    def backbone(cls, model: Any) -> Alone:
+        """A CALM, which is ours but for the model of transformers that reads the chunks: that reads two."""
+
+        def run() -> None:
+            import torch
+
+            width = model.config.backbone.hidden_size
+            with torch.inference_mode():
+                model.backbone(inputs_embeds=torch.zeros(1, 2, width, device=model.device), use_cache=True)
+
+        return cls(model, run)
+
+    @classmethod
     def seeing(cls, model: Any, processor: Any, image: Image.Image) -> Alone:
         """A vision model: its processor prepares an image, and it looks at that."""
 

@@ -14,6 +14,7 @@ from quickmerge.files import MOST_TEXT
 from quickmerge.files import check_output as check_output
 from quickmerge.files import read_text as read_text
 from quickmerge.files import write_json as write_file
+from quickmerge.printable import half_character
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -60,7 +61,7 @@ def check_text(option: str, text: str) -> str:
     """
     if not text.strip("\ufeff \t\r\n"):
         raise QuickmergeError(f"{option} must hold some text, got an empty one")
-    half = next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+    half = half_character(text)
     if half is not None:
         raise QuickmergeError(f"{option} must be UTF-8 text, got other bytes at character {half}")
     return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -54,12 +55,14 @@ def end(command: Callable[[], object]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what an old terminal has no letter for is no reason to break off
             stream.reconfigure(errors="backslashreplace")
-    before = warnings.showwarning
+    before = warnings.showwarning, logging.lastResort
     warnings.showwarning = _warned
+    if not _debugs():
+        logging.lastResort = logging.NullHandler()  # type: ignore[assignment]
     try:
         code = _code(command)
     finally:
-        warnings.showwarning = before
+        warnings.showwarning, logging.lastResort = before
     sys.exit(code)
 
 

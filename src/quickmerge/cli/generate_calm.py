@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quickmerge.cli.common import check_output, one_sentence, parse_question, quiet, write_json
+from quickmerge.cli.common import Alone, check_output, one_sentence, parse_question, quiet, write_json
 from quickmerge.errors import QuickmergeError, near_match
 from quickmerge.printable import clean
 
@@ -77,7 +77,7 @@ def generate_calm(
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
     print(text if raw else clean(text), end="", flush=True)
     began = time.perf_counter()
-    with one_sentence():
+    with one_sentence(Alone.backbone(lm)):
         out = lm.generate(
             ids, max_new_tokens=max_new_tokens, temperature=1.0 if temperature is None else temperature, seed=seed,
             streamer=_streamer(raw)(tokenizer, skip_prompt=True, skip_special_tokens=True), **settings,

@@ -31,6 +31,15 @@ def first_tokens(tokenizer: Any, text: str, limit: int) -> list[int]:
     return ids[:limit]
 
 
+def _positions(model: Any) -> Any:
+    """Tokens that a model has positions for; of a CALM, those of the chunks that its backbone has positions for."""
+    backbone = getattr(model.config, "backbone", None)
+    if backbone is None:
+        return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    chunks = getattr(backbone, "max_position_embeddings", None)
+    return chunks * model.config.patch if isinstance(chunks, int) else None
+
+
 def check_room(model: Any, tokenizer: Any, what: str, text: str, max_new_tokens: int) -> None:
     """Before a long text is tokenised: raise QuickmergeError if a model has too few positions for it and an answer.
 
@@ -41,7 +50,7 @@ def check_room(model: Any, tokenizer: Any, what: str, text: str, max_new_tokens:
         text: all that the model is to read.
         max_new_tokens: of the answer.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = _positions(model)
     if not isinstance(limit, int) or len(text) <= CHARACTERS * limit:
         return
     room = max(0, limit - max_new_tokens)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from quickmerge.errors import QuickmergeError, whole_number
 from quickmerge.files import read_text
+from quickmerge.printable import half_character
 
 __all__ = ["TASKS", "Prompt", "Source", "Task", "document_prompts", "passage", "read_prompts"]
 
@@ -181,5 +182,7 @@ def read_prompts(path: Path) -> list[Prompt]:
                 f'{path} must hold an object such as {{"prompt": "...", "kind": "..."}} on each line, '
                 f"got {line.strip()[:60]!r} on line {number}"
             )
+        if half_character(text) is not None:
+            raise QuickmergeError(f"{path} must hold UTF-8 text, got half a character in the prompt on line {number}")
         prompts.append(Prompt(text, kind))
     return prompts

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.printable import half_character
 
 __all__ = ["ANNOTATIONS", "Annotated", "Question", "read_annotated"]
 
@@ -147,6 +148,8 @@ def _word(value: Any, what: str) -> str:
     """A string, without the spaces around it, which no answer should have to match."""
     if not isinstance(value, str) or not value.strip():
         raise QuickmergeError(f"{what} must be a string that is not empty, got {_told(value)}")
+    if half_character(value) is not None:
+        raise QuickmergeError(f"{what} must be text, got half a character in {_told(value)}")
     return value.strip()
 
 
