@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # errors only: the steps are announced here
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
-.PHONY: help setup demo test lint slow fuzz bench clean
+.PHONY: help setup demo test lint slow fuzz bench compat clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test    set up, then check style and types and run the tests"
 	@echo "make slow    set up, then run the slow tests"
 	@echo "make fuzz    set up, then open a thousand hostile files and folders (ten minutes)"
+	@echo "make compat  try the built wheel with the oldest and the newest transformers, in environments of their own"
 	@echo "make bench   set up, gather the benchmark documents, then measure"
 	@echo "make clean   remove the environment and what the tools left"
 
@@ -50,6 +51,10 @@ slow: setup
 
 fuzz: setup
 	@$(BIN)/python tests/fuzz/run.py
+# Pythons besides the one of the environment; torch for them may be a build for CUDA of several gigabytes:
+# make compat PYTHONS="python3.12 python3.13"
+compat: setup
+	@$(BIN)/python tests/smoke/environments.py $(if $(PYTHONS),--pythons $(PYTHONS))
 
 bench: setup
 	@$(BIN)/python benchmarks/documents.py
