@@ -51,6 +51,7 @@ slow: setup
 
 fuzz: setup
 	@$(BIN)/python tests/fuzz/run.py
+
 # Pythons besides the one of the environment; torch for them may be a build for CUDA of several gigabytes:
 # make compat PYTHONS="python3.12 python3.13"
 compat: setup
