@@ -88,7 +88,7 @@ def full(step: Step, python: str, wheel: Path, work: Path) -> None:
     ).strip()
     home, over = work / f"newest-{name}", work / f"oldest-{name}"
     inside = home / "bin" / "python"
-    pip = [inside, "-m", "pip", "install", "-q"]
+    pip = [inside, "-m", "pip", "install", "-q", "--no-compile"]
     if not (
         step.run(f"Python {name}: a new environment with {TORCH}", [python, "-m", "venv", home])
         and step.run(f"Python {name}: {TORCH}", [*pip, TORCH])

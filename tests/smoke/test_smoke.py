@@ -36,9 +36,9 @@ def test_prefix(family: str, attn: str) -> None:
     inputs = {"attention_mask": mask, "position_ids": position}
     with torch.no_grad():
         plain = model(ids, **inputs).logits
-        with qm.reduce(model, qm.QuickMerge(keep=1.0), layer=2, recent=4):
+        with qm.reduce(model, qm.QuickMerge(keep=1.0), layer=2, recent=4, min_tokens=0):
             assert torch.equal(model(ids, **inputs).logits, plain)
-        with qm.reduce(model, qm.QuickMerge(keep=0.5), layer=2, recent=4) as run:
+        with qm.reduce(model, qm.QuickMerge(keep=0.5), layer=2, recent=4, min_tokens=0) as run:
             out = model(ids, **inputs)
             assert stored(held(out))[-1] < LONG == stored(held(out))[0]
             written = generate(model, ids, attention_mask=mask)
@@ -51,8 +51,9 @@ def test_prefix(family: str, attn: str) -> None:
 @pytest.mark.parametrize("more", [{"num_beams": 2}, {"do_sample": True}], ids=["beams", "sampling"])
 def test_prefix_in_the_ways_of_generate(more: dict[str, Any]) -> None:
     model = build("llama")
-    with torch.no_grad(), qm.reduce(model, qm.ToMe(keep=0.5), layer=2, recent=4):
+    with torch.no_grad(), qm.reduce(model, qm.ToMe(keep=0.5), layer=2, recent=4, min_tokens=0) as run:
         assert generate(model, tokens(2, LONG), **more).sequences.shape == (2, LONG + 4)
+    assert run.summary().tokens_per_layer[-1] < LONG
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
@@ -163,8 +164,9 @@ def test_a_step_of_training(tmp_path: Path) -> None:
 def test_loading_a_folder(tiny_folder: Path) -> None:
     model, tokenizer = qm.load(tiny_folder)
     ids = tokenizer("the sea the sea " * 12, return_tensors="pt").input_ids
-    with torch.no_grad(), qm.reduce(model, qm.QuickMerge(keep=0.5), layer=1, recent=4):
+    with torch.no_grad(), qm.reduce(model, qm.QuickMerge(keep=0.5), layer=1, recent=4, min_tokens=0) as run:
         assert model.generate(ids, max_new_tokens=3, min_new_tokens=3).shape[1] == ids.shape[1] + 3
+    assert run.summary().tokens_per_layer[-1] < ids.shape[1]
 
 
 def test_the_zoo_covers_what_is_promised() -> None:
