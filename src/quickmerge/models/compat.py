@@ -46,6 +46,7 @@ Model = TypeVar("Model")
 __all__ = [
     "CACHE_NAMES",
     "CONFIG_NOTES",
+    "CONFIG_PLACES",
     "CONFIG_TABLE",
     "NEWEST",
     "OLDEST",
@@ -371,6 +372,10 @@ def bare_model_class(config: Any) -> Any:
 
 CONFIG_TABLE = "transformers.models.auto.configuration_auto"
 """The module that holds the table of model types."""
+
+CONFIG_PLACES = ("_name_or_path", "name_or_path")
+"""Entries that say where a model was read from; transformers leaves them out of a saved configuration, but not out of
+those inside it."""
 
 CONFIG_NOTES = ("transformers_version", "_name_or_path", "dtype", "architectures")
 """Entries of a saved configuration that say where it comes from, and nothing of what a model computes."""

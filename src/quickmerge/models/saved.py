@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from quickmerge.models.compat import CONFIG_PLACES
+
 __all__ = ["model_label", "save_parts"]
 
 CONFIG = "config.json"
-PLACES = ("_name_or_path", "name_or_path")
-"""Where a model was read from. transformers leaves it out of a configuration, but not out of those inside it."""
 
 
 def save_parts(folder: Path, *parts: Any) -> None:
@@ -33,7 +33,7 @@ def save_parts(folder: Path, *parts: Any) -> None:
 
 def _without_places(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_places(item) for key, item in value.items() if key not in PLACES}
+        return {key: _without_places(item) for key, item in value.items() if key not in CONFIG_PLACES}
     return [_without_places(item) for item in value] if isinstance(value, list) else value
 
 

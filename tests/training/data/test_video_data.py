@@ -170,7 +170,7 @@ def test_a_video_that_takes_too_long_is_given_up(video: Path, tmp_path: Path) ->
     slow.chmod(0o755)
     clips = VideoClips([video], 8, 2, seconds=0.2)
     clips._ffmpeg = str(slow)
-    with pytest.raises(QuickmergeError, match="it takes longer than 0.2 seconds, give a shorter one"):
+    with pytest.raises(QuickmergeError, match=r"it takes longer than 0\.2 seconds, give a shorter one"):
         clips[0]
 
 
