@@ -160,6 +160,14 @@ def write_json(path: Path | None, data: Any) -> None:
         write_file(path, data)
 
 
+def check_model(name: str) -> None:
+    """Look at a model's folder before anything that takes seconds to import; raises what loading it would raise."""
+    from quickmerge.models import MODELS, find_model
+
+    if name not in MODELS:
+        find_model(name)
+
+
 def load_model(name: str) -> tuple[Any, Any]:
     """Model and tokenizer, the libraries' own chatter kept quiet."""
     quiet()

@@ -17,6 +17,7 @@ from quickmerge.cli.common import (
     TOKENS,
     Alone,
     add_prior,
+    check_model,
     check_output,
     load_writer,
     parse_layer,
@@ -169,6 +170,7 @@ def generate(
     check_output(json)
     depth = parse_layer(layer)
     document, prompt = parse_question(prompt, file)
+    check_model(model)
     # what takes seconds to import comes after what can be told at once
     from quickmerge.evaluation.answer import answer
 

@@ -13,6 +13,7 @@ from quickmerge.cli.common import (
     MIN_TOKENS,
     TOKENS,
     Alone,
+    check_model,
     check_output,
     check_text,
     load_model,
@@ -101,6 +102,7 @@ def show(
         raise QuickmergeError(f"--picture must end in .png or .svg, got {picture.name!r}")
     depth = parse_layer(layer)
     content = check_text("--text", str(text)) if file is None else read_text(file, first=BYTES * limit + 2**16)
+    check_model(model)
     # what takes seconds to import comes after what can be told at once
     from quickmerge.hosts.summary import layer_runs
     from quickmerge.report import token_map_figure, token_map_html, token_map_text, write_page
