@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quickmerge.attention import Multipole, MultipoleStats, multipole
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, check_text
 from quickmerge.evaluation.first_tokens import check_room
 from quickmerge.hosts import Run, observe, reduce
 from quickmerge.hosts.rows import MIN_TOKENS
@@ -48,6 +48,8 @@ def chat(tokenizer: Any, document: str, prompt: str) -> tuple[str, slice]:
 
     Document and prompt go into one user message where the tokenizer has a chat template, else one after the other.
     """
+    for name, given in (("document", document), ("prompt", prompt)):
+        check_text(name, given)
     content = f"{document}\n\n{prompt}" if document else prompt
     text = content
     if getattr(tokenizer, "chat_template", None):
