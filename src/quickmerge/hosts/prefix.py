@@ -224,6 +224,7 @@ class PrefixRun(Run):
             state = self._resume(cache, len(ids))
             new = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
             new = new if mask is None else mask[:, -ids.shape[1] :].bool()
+            self._check_seam(mask)
             self._now = PrefixCall(False, state, new, segments=dict(state.segments))
             return {CALL: self._now}
         check_fillable(cache)
@@ -241,6 +242,17 @@ class PrefixRun(Run):
             raise QuickmergeError(
                 "attention_mask must pad on the left for generate, got padding on the right, behind which no text can "
                 "go on: set the tokenizer's padding_side to 'left'"
+            )
+
+    def _check_seam(self, mask: Tensor | None) -> None:
+        """Refuse to read on behind padding where a window is measured in columns, as models do."""
+        if mask is None or not any(self.decoder.windows):
+            return
+        there = mask.bool()
+        if bool((there[:, :-1] & ~there[:, 1:]).any()):
+            raise QuickmergeError(
+                "attention_mask must pad on the left where a model with sliding windows reads on behind a prompt, "
+                "got padding in between, which would count as part of the window"
             )
 
     def _resume(self, cache: Cache, rows: int) -> PromptState:
