@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from typing import Any
 
 import pytest
 import torch
 from caches import held, past
+from torch import Tensor
 from vlm_zoo import (
     BOS,
     DEPTH,
@@ -287,3 +290,52 @@ def test_words_of_the_question_are_those_behind_the_picture() -> None:
     with qm.reduce(model, METHODS["trimtokenator"]) as run, torch.no_grad():
         model(**{**inputs, "input_ids": ids})
     assert torch.equal(run.images[0].view.text[0], model.get_input_embeddings()(torch.tensor([5, 6])))
+
+
+@pytest.mark.parametrize(("family", "name", "layer"), [("llava", "scope", 0), ("qwen2_vl", "quickmerge", [0, 1])])
+def test_threads_share_a_run(family: str, name: str, layer: Any) -> None:
+    model = model_of(family)
+    asked = [prompt(model, [[which]], seed=which) for which in (0, 1, 2)]
+
+    def work(i: int) -> Tensor:
+        return write(model, asked[i], 4)
+
+    with qm.reduce(model, METHODS[name], layer):
+        wanted = [work(i) for i in range(3)]
+    found: dict[int, list[Tensor]] = {i: [] for i in range(3)}
+    start = threading.Barrier(3)
+    with qm.reduce(model, METHODS[name], layer):
+
+        def loop(i: int) -> None:
+            start.wait()
+            for _ in range(4):
+                found[i].append(work(i))
+
+        threads = [threading.Thread(target=loop, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for i in range(3):
+        assert len(found[i]) == 4, "a thread died"
+        assert all(torch.equal(each, wanted[i]) for each in found[i])
+
+
+# Where nothing is shortened behind the projector, Qwen2-VL counts by what it keeps of the last prompt, in its order.
+@pytest.mark.parametrize(("family", "layer"), [("llava", 0), ("llava", 1), ("qwen2_vl", 0)])
+def test_a_copied_cache_whose_rows_moved_goes_on_as_rows_of_their_own(family: str, layer: int) -> None:
+    model = model_of(family)
+    asked = [row_of(model, [[0], [1]], i) for i in range(2)]
+    both = prompt(model, [[0], [1]])
+    new = torch.tensor([[5], [6]])
+    with torch.no_grad(), qm.reduce(model, METHODS["scope" if layer == 0 else "quickmerge"], layer):
+        wanted = []
+        for i, inputs in enumerate(asked):
+            cache = held(model(**inputs))
+            seen = torch.cat([inputs["attention_mask"], torch.ones(1, 1, dtype=torch.long)], 1)
+            wanted.append(model(new[i : i + 1], attention_mask=seen, **past(cache)).logits)
+        cache = copy.deepcopy(held(model(**both)))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        seen = torch.cat([both["attention_mask"].flip(0), torch.ones(2, 1, dtype=torch.long)], 1)
+        found = model(new.flip(0), attention_mask=seen, **past(cache)).logits.flip(0)
+    torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.hosts.attachment import PerThread
 from quickmerge.hosts.attention import check_free
 from quickmerge.hosts.features import FeatureWatch
 from quickmerge.hosts.generation import setting
@@ -87,6 +89,7 @@ class VlmRun(PrefixRun):
 
     mode = "visual"
     stats: VisualStats
+    _turns = PerThread(int)
 
     def __init__(self, vlm: Vlm, reducer: Reducer, layers: tuple[int, ...], *, positions: str) -> None:
         self.vlm, self.positions = vlm, positions
@@ -101,6 +104,7 @@ class VlmRun(PrefixRun):
         self._outer = inspect.signature(vlm.base.forward)
         self._special = special_ids(vlm)
         self._call: dict[str, Any] = {}
+        self._turn = threading.RLock()
 
     def _stats(self) -> VisualStats:
         return VisualStats(mode=self.mode, reducer=repr(self.reducer), reducer_bytes=self.reducer.weights_bytes)
@@ -116,8 +120,9 @@ class VlmRun(PrefixRun):
         super()._attach()
         self._undo.extend(self.tower.attach())
         self._undo.extend(self.features.attach())
+        self._turn = threading.RLock()
         self._note(self.vlm.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
-        self._note(self.vlm.base.register_forward_hook(self._after_base))
+        self._note(self.vlm.base.register_forward_hook(self._after_base, always_call=True))
 
     def _around_generate(self, given: dict[str, Any], call: Callable[[], Any]) -> Any:
         for name in ("assistant_model", "prompt_lookup_num_tokens"):
@@ -126,7 +131,9 @@ class VlmRun(PrefixRun):
                     f"{name} must be left out inside a quickmerge run of a vision-language model: drafted tokens "
                     "don't fit a shortened prompt"
                 )
-        return super()._around_generate(given, call)
+        # It asks the tower for features in front of any forward, in some releases.
+        with self._turn:
+            return super()._around_generate(given, call)
 
     def _tell_drafts(self, args: tuple[Any, ...], kwargs: dict[str, Any], drafts: int) -> Any:
         raise QuickmergeError(
@@ -137,12 +144,19 @@ class VlmRun(PrefixRun):
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = dict(self._outer.bind_partial(*args, **kwargs).arguments)
         inputs.update(inputs.pop("kwargs", {}))
+        # What the tower tells of pictures is noted on the run, for one forward at a time: threads take turns.
+        self._turn.acquire()
+        self._turns += 1
         self._call = inputs
         self.features.start()
 
     def _after_base(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._turns:
+            return  # it failed before its turn
         self._call = {}
         self.features.start()
+        self._turns -= 1
+        self._turn.release()
 
     # Reading a prompt -------------------------------------------------------------------------------------------
 
