@@ -79,3 +79,39 @@ def test_other_storage_is_refused(tmp_path: Path, weights: bytes, said: str) -> 
     (tmp_path / "model.onnx").write_bytes(onnx_file([weights], []))
     with pytest.raises(UnsupportedModelError, match=said):
         read_onnx(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    "shape", [[10**9, 10**9], [2**64 - 1], [2**64 - 1, 4], [2**69], [1] * 100, [3], [0], [2, 2, 2]]
+)
+def test_counts_that_lie_are_damage(shape: list[int], tmp_path: Path) -> None:
+    """Four numbers, whatever the file says of them; nothing is allocated for what is not there."""
+    lying = b"".join(field(1, axis) for axis in shape) + field(2, 1) + field(8, "w") + field(9, b"\0" * 16)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(onnx_file([lying], []))
+    with pytest.raises(DamagedWeightsError, match=r"model\.onnx is damaged \(.*\): download it again") as told:
+        read_onnx(path)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("length", [2**31, 2**62, 2**63 - 1])
+def test_lengths_that_lie_are_damage(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(varint(7 << 3 | 2) + varint(length) + b"abc")
+    with pytest.raises(DamagedWeightsError, match="it is cut off"):
+        read_onnx(path)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_damage(bad: float, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(onnx_file([tensor("w", np.array([1, bad], np.float32))], []))
+    with pytest.raises(DamagedWeightsError, match="'w' holds numbers that are not finite"):
+        read_onnx(path)
+
+
+def test_a_tensor_that_is_there_twice_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(onnx_file([tensor("w", np.ones(2, np.float32)), tensor("w", np.zeros(2, np.float32))], []))
+    with pytest.raises(DamagedWeightsError, match="the tensor 'w' twice"):
+        read_onnx(path)

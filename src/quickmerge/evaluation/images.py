@@ -36,13 +36,13 @@ def read_labelled(folder: Path) -> list[LabelledImage]:
     """
     if not folder.is_dir():
         raise QuickmergeError(f"there is no folder {folder}: give one that holds a folder for each class")
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes = [path for path in _listed(folder) if path.is_dir() and not path.name.startswith(".")]
     if len(classes) < 2:
         held = f"only the class {classes[0].name!r}" if classes else "no folder"
         raise QuickmergeError(f"{folder} must hold a folder for each of at least 2 classes, got {held}")
     found: list[LabelledImage] = []
     for one in classes:
-        images = sorted(path for path in one.iterdir() if path.suffix.lower() in IMAGES and path.name[0] != ".")
+        images = [path for path in _listed(one) if path.suffix.lower() in IMAGES and path.name[0] != "."]
         if not images:
             raise QuickmergeError(f"the folder {one} of the class {one.name!r} holds no image ({' '.join(IMAGES)})")
         found += [LabelledImage(path, one.name) for path in images]
@@ -50,6 +50,13 @@ def read_labelled(folder: Path) -> list[LabelledImage]:
         with opened(image.path) as file:
             file.verify()
     return found
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise QuickmergeError(f"the folder {folder} can't be read: {error.strerror or error}") from None
 
 
 def load_batch(paths: Sequence[Path], processor: Any) -> Tensor:

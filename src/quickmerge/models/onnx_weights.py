@@ -62,8 +62,12 @@ def read_onnx(path: Path) -> OnnxWeights:
                     nodes += _matmul(_message(value))
                 elif kind == 5:
                     name, tensor = _tensor(_message(value))
+                    if name in tensors:
+                        raise ValueError(f"it holds the tensor {name!r} twice")
+                    if not np.isfinite(tensor).all():
+                        raise ValueError(f"its tensor {name!r} holds numbers that are not finite")
                     tensors[name] = tensor
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, OverflowError, MemoryError) as error:
         if isinstance(error, UnsupportedModelError):
             raise
         raise DamagedWeightsError(f"{path} is damaged ({error}): download it again") from error

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -78,7 +79,8 @@ def load(given: Path | str) -> Recognizer:
     vision = _read_vision(folder / VISION)
     language = _read_language(folder / LANGUAGE)
     tokenizer = _read_tokenizer(folder / TOKENIZER)
-    recognizer = Recognizer(vision.requires_grad_(False), language, tokenizer, config)
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is filled at once, and leaves no trace
+        recognizer = Recognizer(vision.requires_grad_(False), language, tokenizer, config)
     try:
         own = load_file(path)
     except SafetensorError as error:

@@ -132,3 +132,24 @@ def test_anything_is_either_read_or_told(tmp_path_factory, entry) -> None:
     else:
         assert read.path.is_file() and (read.labels or read.questions)
         assert all(q.kind and q.question and q.answer for q in read.questions)
+
+
+@pytest.mark.parametrize(
+    "box", ["[0, 0, 1e400, 1]", "[0, 0, NaN, 1]", f"[0, 0, {10**400}, 1]", "[true, 0, 2, 2]", "[0, 0, 2e9, 1]"]
+)
+def test_a_box_of_no_places_is_told(folder, box: str) -> None:
+    line = f'{{"image": "a.png", "labels": ["cat"], "objects": [{{"text": "a", "box": {box}}}]}}'
+    with pytest.raises(QuickmergeError, match=r"box in line 1 of .*annotations\.jsonl must be the left, top"):
+        read_annotated(write(folder, line))
+
+
+@pytest.mark.parametrize("key", ["labels", "question", "answer", "text"])
+def test_half_a_character_is_told(folder, key: str) -> None:
+    half = "a\\ud800"
+    entry = {
+        "labels": f'"labels": ["{half}"]', "question": f'"questions": [{{"question": "{half}", "answer": "b"}}]',
+        "answer": f'"questions": [{{"question": "b", "answer": "{half}"}}]',
+        "text": f'"labels": ["c"], "objects": [{{"text": "{half}", "box": [0, 0, 1, 1]}}]',
+    }  # fmt: skip
+    with pytest.raises(QuickmergeError, match=r"line 1 of .*annotations\.jsonl must be text, got half a character in"):
+        read_annotated(write(folder, f'{{"image": "a.png", {entry[key]}}}'))

@@ -17,6 +17,8 @@ ANNOTATIONS = "annotations.jsonl"
 """The file beside the pictures, one line of JSON a picture."""
 OTHER = "other"
 """The kind of a question that names none."""
+FARTHEST = 1e9
+"""No image has so many pixels on a side; numbers beyond it, and those that are none, are no places in one."""
 FORM = '{"image": "a.png", "labels": ["cat"], "questions": [{"question": "Where is it?", "answer": "left"}]}'
 
 
@@ -122,7 +124,7 @@ def _placed(entry: Any, where: str) -> Placed:
     if not isinstance(entry, dict):
         raise QuickmergeError(f"each of objects in {where} must be a JSON object, got {_told(entry)}")
     box = entry.get("box")
-    numbers = isinstance(box, list) and all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in box)
+    numbers = isinstance(box, list) and all(type(n) in (int, float) and abs(n) <= FARTHEST for n in box)
     if not isinstance(box, list) or not numbers or len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
         raise QuickmergeError(
             f"box in {where} must be the left, top, right and bottom of an object in pixels, got {_told(box)}"
