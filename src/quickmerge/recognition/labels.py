@@ -227,7 +227,7 @@ def _begins_word(data: bytes) -> bool:
 @cache
 def _beginnings() -> frozenset[bytes]:
     """The first bytes of every letter and digit in UTF-8, one to three of them, without the last."""
-    found = set()
+    found: set[bytes] = set()
     for code in range(0x80, sys.maxunicode + 1):
         character = chr(code)
         if character.isalnum():
