@@ -10,5 +10,5 @@ from quickmerge.evaluation.answer import chat
 
 @pytest.mark.parametrize(("document", "prompt", "name"), [("a\ud800", "b", "document"), ("a", "\udfff", "prompt")])
 def test_half_a_character_is_refused(document: str, prompt: str, name: str) -> None:
-    with pytest.raises(QuickmergeError, match=f"^{name} must be a text of whole characters, got half of one"):
+    with pytest.raises(QuickmergeError, match=rf"^{name} must be a text of whole characters, got half of one"):
         chat(None, document, prompt)
