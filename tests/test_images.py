@@ -294,3 +294,9 @@ def test_a_garbled_image_is_read_or_told(kind: str, data: st.DataObject) -> None
             assert open_image(io.BytesIO(bytes(whole)), "it").mode == "RGB"
         except QuickmergeError as error:
             assert str(error).startswith("it can't be read as an image: ") and "\n" not in str(error)
+
+
+def test_half_a_character_in_a_question_is_told() -> None:
+    _, processor = vlm_samples.tiny_vlm()
+    with pytest.raises(QuickmergeError, match="question must be a text of whole characters, got half of one"):
+        ask_inputs(processor, [Image.new("RGB", (8, 8))], "what is \ud800 ?")

@@ -142,3 +142,10 @@ def test_an_altered_side_file_is_told(name: str, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(DamagedWeightsError, match="it is another file than"):
         transplant(tmp_path / "mean", None, base, tmp_path / "back")
+
+
+@pytest.mark.parametrize("given", [{"text": ["a \ud800"]}, {"choose_on": ["\udfff"]}, {"special": {"</s>": "\ud800"}}])
+def test_texts_with_half_a_character_are_told(given: dict[str, Any], tmp_path: Path) -> None:
+    name = next(iter(given))
+    with pytest.raises(QuickmergeError, match=f"^{name} must be a text of whole characters, got half of one"):
+        transplant(tmp_path, None, tmp_path, tmp_path / "out", **given)

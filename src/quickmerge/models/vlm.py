@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.errors import QuickmergeError, UnsupportedModelError, check_text
 from quickmerge.models.embedded import MODELS, VISION_MODELS
 from quickmerge.models.load import load_from
 from quickmerge.models.read_vlm import read_vlm
@@ -79,6 +79,7 @@ def ask_inputs(processor: ProcessorMixin, images: Sequence[Image.Image], questio
     from quickmerge.images import upright
 
     token = getattr(processor, "image_token", None)
+    check_text("question", question)
     if not question.strip():
         raise QuickmergeError("question must hold some text, got none")
     if token and str(token) in question:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quickmerge.data import demo_document
-from quickmerge.errors import QuickmergeError, first_sentence, near_match
+from quickmerge.errors import QuickmergeError, check_text, first_sentence, near_match
 from quickmerge.vocabulary.checkpoint import open_checkpoint
 from quickmerge.vocabulary.digits import digit_report
 from quickmerge.vocabulary.donor import Donor, read_donor
@@ -100,6 +100,13 @@ def transplant(
     given = donor is not None or bool(text)
     check_method(method, k, vectors=given)
     _check_choosing(method, choose_by, choose_on)
+    for name, texts in (
+        ("text", text),
+        ("choose_on", choose_on),
+        ("special", [*(special or {}), *(special or {}).values()]),
+    ):
+        for one in texts or ():
+            check_text(name, one)
     check_clip(clip)
     if tokenizer is None and donor is None:
         raise QuickmergeError("give tokenizer, or a donor that has one, got neither")
