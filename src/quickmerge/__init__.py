@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from quickmerge.hosts import Run as Run
     from quickmerge.hosts import VisionRun as VisionRun
     from quickmerge.hosts import VlmRun as VlmRun
+    from quickmerge.hosts import detach as detach
     from quickmerge.hosts import reduce as reduce
     from quickmerge.models import load as load
     from quickmerge.models import load_vision as load_vision
@@ -65,7 +66,7 @@ _HOME = {
     "decoding": ("PromptLookup", "SpeculativeDecoding"),
     "decoding.gumiho": ("Gumiho",),
     "errors": ("QuickmergeError",),
-    "hosts": ("Run", "VisionRun", "VlmRun", "reduce"),
+    "hosts": ("Run", "VisionRun", "VlmRun", "detach", "reduce"),
     "models": ("load", "load_vision", "load_vlm"),
     "prior": ("Prior", "QuickMergePrior", "Surprise"),
     "recognition": ("Recognizer",),

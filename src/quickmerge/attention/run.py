@@ -21,8 +21,9 @@ from quickmerge.attention.summary import MultipoleStats
 from quickmerge.attention.tally import Tally
 from quickmerge.attention.upkeep import refresh
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, near_match
-from quickmerge.hosts.attachment import Attachment, PerThread
+from quickmerge.hosts.attachment import Attachment, PerThread, refuse_tracing
 from quickmerge.hosts.attention import AttentionFunction, check_free, proportional_attention, watch
+from quickmerge.hosts.kinds import check_kind, unwrapped
 from quickmerge.hosts.structure import Decoder, find_decoder
 from quickmerge.hosts.vlm_structure import VLM_FAMILIES, find_vlm_decoder, holds_vlm
 from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache, without_cache
@@ -45,31 +46,34 @@ def multipole(model: PreTrainedModel, settings: Multipole | None = None, **optio
 
     Args:
         model: a causal LM of one of the proven families (`quickmerge.hosts.FAMILIES`), or a vision-language model of
-            one of `quickmerge.hosts.VLM_FAMILIES`.
+            one of `quickmerge.hosts.VLM_FAMILIES`; it may be wrapped as for `quickmerge.reduce`.
         settings: of the method. Default: ``Multipole()``.
         **options: settings by name, in place of those: ``multipole(model, budget=128)``.
 
     Returns:
-        A `MultipoleRun`: enter it with ``with``; afterwards ask it for its ``summary()``.
+        A `MultipoleRun`: enter it with ``with``, or call its ``attach()`` and later ``detach()``; afterwards ask it for
+        its ``summary()``.
 
     Raises:
         UnsupportedModelError: for a model that can't be served, naming its class.
-        ValueError: for a setting that there isn't, or that is out of range.
+        QuickmergeError: for a setting that there isn't; ValueError for one that is out of range.
     """
+    model = unwrapped(model)
     if settings is not None and not isinstance(settings, Multipole):
-        raise ValueError(f"settings must be a Multipole such as Multipole(budget=128), got {settings!r}")
+        raise QuickmergeError(f"settings must be a Multipole such as Multipole(budget=128), got {settings!r}")
     allowed = [f.name for f in fields(Multipole)]
     for name in options:
         if name not in allowed:
-            raise ValueError(f"settings must be of {', '.join(allowed)}, got {name!r}{near_match(name, allowed)}")
+            raise QuickmergeError(f"settings must be of {', '.join(allowed)}, got {name!r}{near_match(name, allowed)}")
     told = replace(settings or Multipole(), **options)
+    check_kind(model, language=True)
     decoder = find_vlm_decoder(model) if holds_vlm(model) else find_decoder(model, shared=True)
     if told.space == "windowed" and holds_vlm(model) and VLM_FAMILIES[model.config.model_type].mrope:
         raise UnsupportedModelError(
             f"space must be 'rotated' for {type(model).__name__}, whose visual tokens have places in a grid"
         )
     check_free(model, decoder.attentions, MultipoleRun)
-    return MultipoleRun(decoder, told)
+    return MultipoleRun(decoder, told).warn_if_unused("quickmerge.multipole")
 
 
 class MultipoleRun(Attachment):
@@ -97,7 +101,7 @@ class MultipoleRun(Attachment):
                 "attention needs blocks with full attention"
             )
         if settings.first > full[-1]:
-            raise ValueError(
+            raise QuickmergeError(
                 f"first must be at most {full[-1]}, the last block of {self._name} with full attention, "
                 f"got {settings.first}"
             )
@@ -130,6 +134,7 @@ class MultipoleRun(Attachment):
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         inputs.update(inputs.pop("kwargs", {}))
+        refuse_tracing(self._name)
         mask = inputs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise QuickmergeError("attention_mask must be a 2-D padding mask inside a quickmerge run, got another kind")

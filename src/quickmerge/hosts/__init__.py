@@ -1,6 +1,7 @@
 """Where a reducer acts in a real model. A host knows models and no method."""
 
 from quickmerge.hosts.attach import reduce
+from quickmerge.hosts.attachment import detach
 from quickmerge.hosts.causal_lm import Run
 from quickmerge.hosts.encoder import VISION_FAMILIES, Encoder, find_encoder
 from quickmerge.hosts.observe import observe
@@ -19,6 +20,7 @@ __all__ = [
     "VisionRun",
     "Vlm",
     "VlmRun",
+    "detach",
     "find_decoder",
     "find_encoder",
     "find_vlm",

@@ -8,8 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quickmerge.errors import QuickmergeError
+from quickmerge.hosts.attachment import Attachment
 from quickmerge.hosts.causal_lm import reduce_lm
 from quickmerge.hosts.encoder import holds_encoder
+from quickmerge.hosts.kinds import check_kind, unwrapped
 from quickmerge.hosts.rows import MIN_TOKENS
 from quickmerge.hosts.timm_encoder import holds_timm
 from quickmerge.hosts.timm_vit import reduce_timm
@@ -69,7 +72,8 @@ def reduce(
     Args:
         model: a causal LM of one of the proven families (`quickmerge.hosts.FAMILIES`), or a vision transformer of one
             (`quickmerge.hosts.VISION_FAMILIES`), or timm's ``VisionTransformer`` or a module that holds one, or a
-            vision-language model of one of `quickmerge.hosts.VLM_FAMILIES`.
+            vision-language model of one of `quickmerge.hosts.VLM_FAMILIES`. It may be wrapped by PEFT, `torch.compile`
+            (a language model then runs as it was written while it is inside), or `DistributedDataParallel`.
         reducer: the method, with its ``keep``.
         layer: in ``prefix`` mode the first block that reads the reduced sequence, 1..L-1; a list of such blocks
             or a `Schedule` merges at several depths. Default: blocks 4/15 and 5/6 of the way up (8 and 25 of
@@ -101,11 +105,13 @@ def reduce(
             had been shorter from the first (LLaVA, LLaVA-NeXT, Idefics3 and SmolVLM only).
 
     Returns:
-        A `Run`, a `VisionRun` or a `VlmRun`: enter it with ``with``; afterwards ask it for its ``summary()``.
+        A `Run`, a `VisionRun` or a `VlmRun`: enter it with ``with``, or call its ``attach()`` and later ``detach()``;
+        afterwards ask it for its ``summary()``. A run that is never entered does nothing, and warns of it when it goes.
+        Copies and pickles of the model that are made inside are of the plain model.
 
     Raises:
         UnsupportedModelError: for a model that can't be served, naming its class.
-        ValueError: for a setting out of range.
+        QuickmergeError: for a setting out of range; a ValueError, as all of these.
     """
     text: dict[str, Any] = {
         "mode": mode,
@@ -116,29 +122,44 @@ def reduce(
         "chunk": chunk,
         "window": window,
     }
+    model = unwrapped(model)
+    check_kind(model)
+    run = _run(model, reducer, layer, text, unmerge=unmerge, positions=positions)
+    return run.warn_if_unused("quickmerge.reduce")
+
+
+def _run(
+    model: Any, reducer: Reducer, layer: Any, text: dict[str, Any], *, unmerge: bool, positions: str
+) -> Attachment:
     if holds_vlm(model):
         for name, value in (text | {"unmerge": unmerge}).items():
             if value != (TEXT_ONLY | {"unmerge": False})[name]:
-                raise ValueError(f"{name} must be left out for {type(model).__name__}, whose visual tokens are reduced")
+                raise QuickmergeError(
+                    f"{name} must be left out for {type(model).__name__}, whose visual tokens are reduced"
+                )
         if isinstance(layer, (Schedule, Removal)):
-            raise ValueError(
+            raise QuickmergeError(
                 f"layer must be a block or a list of blocks for visual tokens, got a {type(layer).__name__}"
             )
         return reduce_vlm(model, reducer, layer, positions=positions)
     if positions != "kept":
-        raise ValueError(f"positions is for vision-language models and must be left out for {type(model).__name__}")
+        raise QuickmergeError(
+            f"positions is for vision-language models and must be left out for {type(model).__name__}"
+        )
     timm = holds_timm(model)
     if timm or holds_encoder(model):
         for name, value in text.items():
             if value != TEXT_ONLY[name]:
-                raise ValueError(f"{name} is for language models and must be left out for {type(model).__name__}")
+                raise QuickmergeError(f"{name} is for language models and must be left out for {type(model).__name__}")
         if isinstance(layer, Schedule):
-            raise ValueError(
+            raise QuickmergeError(
                 "layer must be a block, a list of blocks or a Removal in a vision transformer, got a Schedule"
             )
         return (reduce_timm if timm else reduce_vit)(model, reducer, layer, unmerge=unmerge)
     if unmerge:
-        raise ValueError(f"unmerge is for vision transformers and must be False for {type(model).__name__}")
+        raise QuickmergeError(f"unmerge is for vision transformers and must be False for {type(model).__name__}")
     if isinstance(layer, Removal):
-        raise ValueError("layer must be a block, a list of blocks or a Schedule in a language model, got a Removal")
+        raise QuickmergeError(
+            "layer must be a block, a list of blocks or a Schedule in a language model, got a Removal"
+        )
     return reduce_lm(model, reducer, layer, **text)

@@ -38,6 +38,22 @@ class Watcher(Protocol):
         ...
 
 
+class Ours(str):
+    """The name of one of our attention functions, which in a copy, or out of a pickle, is that of the one behind it."""
+
+    def _behind(self) -> str:
+        return self.removeprefix(PREFIX)
+
+    def __copy__(self) -> str:
+        return self._behind()
+
+    def __deepcopy__(self, memo: Any) -> str:
+        return self._behind()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type[str], tuple[str]]:
+        return str, (self._behind(),)
+
+
 _WATCHED: WeakKeyDictionary[nn.Module, tuple[tuple[Watcher, int], ...]] = WeakKeyDictionary()
 """For each module who watches it, and as which layer. The first is asked first."""
 
@@ -118,7 +134,7 @@ def watch_modules(
     implementation = attention_implementation(model.config if config is None else config).removeprefix(PREFIX)
     for each in IMPLEMENTATIONS:
         register_attention(PREFIX + each, _front(each), like=each)
-    model.set_attn_implementation(PREFIX + implementation)
+    model.set_attn_implementation(Ours(PREFIX + implementation))
     for layer, module in enumerate(attentions):
         others, own = _WATCHED.get(module, ()), ((watcher, layer),)
         _WATCHED[module] = others + own if computes(watcher) else own + others

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from quickmerge.errors import as_index, whole_number
-from quickmerge.hosts.attachment import Attachment, PerThread
+from quickmerge.hosts.attachment import Attachment, PerThread, refuse_tracing
 from quickmerge.hosts.attention import AttentionFunction, check_free, watch
 from quickmerge.hosts.rows import MIN_TOKENS
 from quickmerge.hosts.structure import Decoder, find_decoder
@@ -45,10 +45,10 @@ def reduce_lm(
 
     if not isinstance(reducer, Reducer):
         raise ValueError(f"reducer must be a quickmerge reducer such as QuickMerge(keep=0.4), got {reducer!r}")
+    decoder = find_decoder(model, shared=mode == "prefix")
     if "text" not in reducer.places:
         kind = "vision transformers" if "vision" in reducer.places else "the visual tokens of a vision-language model"
         raise ValueError(f"reducer {reducer.name} is for {kind}, and {type(model).__name__} is a language model alone")
-    decoder = find_decoder(model, shared=mode == "prefix")
     if mode == "prefix":
         check_free(model, decoder.attentions, PrefixRun)
         schedule = layer if isinstance(layer, Schedule) else Schedule.of(layer, len(decoder))
@@ -152,6 +152,8 @@ class Run(Attachment):
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         inputs.update(inputs.pop("kwargs", {}))
+        if self.watches_attention:
+            refuse_tracing(self._name)
         cache = given_cache(inputs)
         self._fresh = cache is None or cache.get_seq_length() == 0
         if self._fresh:

@@ -95,6 +95,12 @@ def load_from(
     Raises:
         What `load` raises, and what ``read`` does.
     """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        what = type(name_or_path).__name__
+        raise UnsupportedModelError(
+            f"name_or_path must be a name, a folder or a hub id, got {what}: a model that is there already goes "
+            "straight to quickmerge.reduce or quickmerge.multipole"
+        )
     name = os.fspath(name_or_path)
     placement = check_device(device)
     options: dict[str, Any] = {"dtype": check_dtype(dtype)}
