@@ -16,44 +16,46 @@ from transformers import DynamicCache
 
 import quickmerge as qm
 
+THREADS, ROUNDS = 3, 3
 
-@pytest.mark.parametrize("more", [{}, {"space": "windowed"}, {"coarse": 0.1}], ids=["rotated", "windowed", "coarse"])
+
+@pytest.mark.parametrize("more", [{}, {"space": "windowed"}], ids=["rotated", "windowed"])
 @torch.no_grad()
 def test_threads_do_not_read_one_another_s_caches(more: dict[str, Any]) -> None:
-    model = model_of()
-    texts = [tokens(1 + i % 2, 60 + 11 * i, i) for i in range(4)]
+    model = model_of(num_hidden_layers=2)
+    texts = [tokens(1 + i % 2, 50 + 5 * i, i) for i in range(THREADS)]
 
     def work(i: int) -> list[Tensor]:
         with torch.no_grad():
             cache = DynamicCache(config=model.config)
             prompt = read(model, texts[i][:, :40], cache, 40)
             after = read(model, texts[i][:, 40:], cache, 1 + i)
-            written = generate(model, texts[i], 5)
+            written = generate(model, texts[i], 3)
         return [prompt, after, written.sequences, *written.logits]
 
-    found: dict[int, list[list[Tensor]]] = {i: [] for i in range(4)}
+    found: dict[int, list[list[Tensor]]] = {i: [] for i in range(THREADS)}
     failed: list[BaseException] = []
-    start = threading.Barrier(4)
+    start = threading.Barrier(THREADS)
 
     def loop(i: int) -> None:
         try:
             start.wait()
-            for _ in range(4):
+            for _ in range(ROUNDS):
                 found[i].append(work(i))
                 str(run.summary())
         except BaseException as error:
             failed.append(error)
 
     with qm.multipole(model, **SMALL | more) as run:
-        wanted = [work(i) for i in range(4)]
-        threads = [threading.Thread(target=loop, args=(i,)) for i in range(4)]
+        wanted = [work(i) for i in range(THREADS)]
+        threads = [threading.Thread(target=loop, args=(i,)) for i in range(THREADS)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     assert not failed, failed
     for i, rounds in found.items():
-        assert len(rounds) == 4
+        assert len(rounds) == ROUNDS
         for result in rounds:
             assert all(torch.equal(a, b) for a, b in zip(result, wanted[i], strict=True)), i
     assert run.summary().decode_steps > 0

@@ -241,6 +241,7 @@ class Logits(nn.Module):
         return logits
 
 
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and asks modules for deprecated things
 @pytest.mark.parametrize("kind", RUNS)
 @torch.no_grad()
 def test_tracing_a_language_model_inside_is_refused(kind: str) -> None:

@@ -129,12 +129,12 @@ def test_what_wraps_a_model_is_taken_for_it(wrap: str, run: str) -> None:
     model, ids = build("llama"), tokens(1, 300)
     wrapped = WRAPS[wrap](model)
     with torch.no_grad():
-        plain = generate(model, ids, 4)
+        plain = generate(model, ids, 2)
         with RUNS[run](model):
-            wanted = generate(model, ids, 4)
+            wanted = generate(model, ids, 2)
         assert not torch.equal(wanted.logits[-1], plain.logits[-1])
         with RUNS[run](wrapped):
-            found = generate(model if wrap == "parallel" else wrapped, ids, 4)
+            found = generate(model if wrap == "parallel" else wrapped, ids, 2)
             read = wrapped(ids).logits
             assert torch.equal(read, model(ids).logits)
             with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is already inside a quickmerge run"):
