@@ -26,7 +26,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.hosts.attachment import stand_in
 
 RUNS: dict[str, Callable[[Any], Any]] = {
-    "prefix": lambda model: qm.reduce(model, qm.Uniform(keep=0.5), layer=2),
+    "prefix": lambda model: qm.reduce(model, qm.Uniform(keep=0.5), layer=2, min_tokens=0),
     "block_causal": lambda model: qm.reduce(model, qm.QuickMerge(keep=0.5), mode="block_causal", chunk=8, window=4),
     "multipole": lambda model: qm.multipole(model, budget=8, sink=2, interval=4, block=16),
 }
@@ -55,7 +55,7 @@ def vit() -> Any:
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_may_begin_and_end_without_a_block(kind: str, untouched: Callable[[Any], Any]) -> None:
-    model, ids = untouched(build("llama")), tokens(1, 300)
+    model, ids = untouched(build("llama")), tokens(1, 80)
     with RUNS[kind](model):
         wanted = generate(model, ids, 3)
     run = RUNS[kind](model)
@@ -71,7 +71,7 @@ def test_a_run_may_begin_and_end_without_a_block(kind: str, untouched: Callable[
 
 @pytest.mark.parametrize("part", ["model", "base", "head", "around"])
 def test_a_run_that_nobody_holds_can_be_left(part: str) -> None:
-    model, ids = build("llama"), tokens(1, 300)
+    model, ids = build("llama"), tokens(1, 80)
     plain = model(ids).logits
     RUNS["multipole"](model).attach()
     RUNS["prefix"](model).attach()
@@ -89,7 +89,7 @@ def test_other_models_are_not_left() -> None:
         assert qm.detach(two) == 0
         assert qm.detach(seen) == 1
         assert_detached(seen, "sdpa")
-        assert one(tokens(1, 300)).logits.shape[1] == 150
+        assert one(tokens(1, 80)).logits.shape[1] == 40
     with pytest.raises(QuickmergeError, match=r"model must be a torch\.nn\.Module, got str"):
         qm.detach("smollm2-135m")  # type: ignore[arg-type]
 
@@ -113,9 +113,7 @@ def test_one_hook_that_cannot_be_removed_keeps_none_of_the_others() -> None:
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_that_was_never_entered_says_so_once(kind: str) -> None:
     model = build("llama")
-    with pytest.warns(
-        UserWarning, match="on LlamaForCausalLM was never entered, so it has done nothing"
-    ):
+    with pytest.warns(UserWarning, match="on LlamaForCausalLM was never entered, so it has done nothing"):
         RUNS[kind](model)
         gc.collect()
     with warnings.catch_warnings():
@@ -151,7 +149,7 @@ def test_it_says_so_at_the_end_of_a_program_too() -> None:
 @pytest.mark.parametrize("kind", RUNS)
 @torch.no_grad()
 def test_a_copy_made_inside_is_the_plain_model(kind: str, how: str, untouched: Callable[[Any], Any]) -> None:
-    model, ids = build("llama"), tokens(1, 300)
+    model, ids = build("llama"), tokens(1, 80)
     plain = model(ids).logits
     model.model.layers[1].register_forward_hook(note)
     table = dict(copyreg.dispatch_table)
@@ -192,7 +190,7 @@ def test_so_is_one_of_a_vision_model(how: str) -> None:
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_files_written_inside_are_the_plain_model_s(kind: str, tmp_path: Path) -> None:
-    model, ids = build("llama"), tokens(1, 300)
+    model, ids = build("llama"), tokens(1, 80)
     plain, names = model(ids).logits, list(model.state_dict())
     with RUNS[kind](model):
         assert list(model.state_dict()) == names

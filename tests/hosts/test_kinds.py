@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[Any, str, str]] = {
     "swin": (
         swin,
         "SwinModel .*is a vision model, which is not supported",
-        "vision transformers of beit, .* and of timm",
+        "vision transformers of beit",
     ),
     "resnet": (resnet, "ResNetForImageClassification .*is a vision model", "vision transformers of beit"),
     "whisper": (whisper, "WhisperForConditionalGeneration .*is an audio model", "decoder-only language models of"),
@@ -117,7 +117,7 @@ WRAPS: dict[str, Any] = {
     "both": lambda model: torch.compile(Adapted(model), backend="eager"),
 }
 RUNS: dict[str, Any] = {
-    "prefix": lambda model: qm.reduce(model, qm.Uniform(keep=0.5), layer=2),
+    "prefix": lambda model: qm.reduce(model, qm.Uniform(keep=0.5), layer=2, min_tokens=0),
     "block_causal": lambda model: qm.reduce(model, qm.QuickMerge(keep=0.5), mode="block_causal", chunk=8, window=4),
     "multipole": lambda model: qm.multipole(model, budget=8, sink=2, interval=4, block=16),
 }
@@ -126,7 +126,7 @@ RUNS: dict[str, Any] = {
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_what_wraps_a_model_is_taken_for_it(wrap: str, run: str) -> None:
-    model, ids = build("llama"), tokens(1, 300)
+    model, ids = build("llama"), tokens(1, 80)
     wrapped = WRAPS[wrap](model)
     with torch.no_grad():
         plain = generate(model, ids, 2)
@@ -152,9 +152,10 @@ def test_a_model_on_several_devices_at_once_is_refused() -> None:
         qm.reduce(wrapped, qm.Uniform())
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks models for what transformers deprecates
 def test_a_model_of_peft() -> None:
     peft = pytest.importorskip("peft")
-    model, ids = build("llama"), tokens(1, 300)
+    model, ids = build("llama"), tokens(1, 80)
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
     )
@@ -162,13 +163,13 @@ def test_a_model_of_peft() -> None:
         plain = adapted(ids).logits[:, -1]
         with adapted.disable_adapter():
             assert not torch.allclose(plain, adapted(ids).logits[:, -1])
-        with qm.reduce(adapted, qm.Uniform(keep=0.5), layer=2) as run:
+        with qm.reduce(adapted, qm.Uniform(keep=0.5), layer=2, min_tokens=0) as run:
             reduced = adapted(ids).logits[:, -1]
-            assert run.summary().tokens_per_layer[-1] == 150
+            assert run.summary().tokens_per_layer[-1] == 40
             out = adapted.generate(ids, max_new_tokens=2, do_sample=False)
-        with qm.reduce(model, qm.Uniform(keep=0.5), layer=2):
+        with qm.reduce(model, qm.Uniform(keep=0.5), layer=2, min_tokens=0):
             assert torch.equal(model(ids).logits[:, -1], reduced)
-        assert out.shape == (1, 302) and not torch.allclose(reduced, plain)
+        assert out.shape == (1, 82) and not torch.allclose(reduced, plain)
         with qm.multipole(adapted, budget=8):
-            assert generate(adapted, ids, 2).sequences.shape == (1, 302)
+            assert generate(adapted, ids, 2).sequences.shape == (1, 82)
         assert torch.equal(adapted(ids).logits[:, -1], plain)

@@ -271,7 +271,7 @@ def stand_in(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
 
 def refuse_tracing(name: str) -> None:
     """Raise QuickmergeError if `torch.jit.trace` is looking on at the model called ``name``."""
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise QuickmergeError(
             f"{name} can't be traced by torch.jit inside a quickmerge run, since what is merged depends on the input "
             "and a trace would hold on to what was merged of its example; leave the run first, or use torch.export, "

@@ -44,8 +44,8 @@ def unwrapped(model: Any) -> Any:
             model = model.module
         elif isinstance(model._modules.get("_orig_mod"), nn.Module):
             model = model._modules["_orig_mod"]
-        elif not isinstance(model, PreTrainedModel) and callable(getattr(model, "get_base_model", None)):
-            model = model.get_base_model()
+        elif not isinstance(model, PreTrainedModel) and callable(inner := getattr(model, "get_base_model", None)):
+            model = inner()
         else:
             return model
     return model
