@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 # errors only: the steps are announced here
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
-.PHONY: help setup demo test lint slow fuzz bench compat clean
+.PHONY: help setup demo test lint slow kills fuzz bench compat clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    set up, then answer a question about the shipped document with fewer tokens"
 	@echo "make test    set up, then check style and types and run the tests"
 	@echo "make slow    set up, then run the slow tests"
+	@echo "make kills   set up, then kill commands 216 times and look at what they leave"
 	@echo "make fuzz    set up, then open a thousand hostile files and folders (ten minutes)"
 	@echo "make compat  try the built wheel with the oldest and the newest transformers, in environments of their own"
 	@echo "make bench   set up, gather the benchmark documents, then measure"
@@ -56,6 +57,9 @@ fuzz: setup
 # make compat PYTHONS="python3.12 python3.13"
 compat: setup
 	@$(BIN)/python tests/smoke/environments.py $(if $(PYTHONS),--pythons $(PYTHONS))
+
+kills: setup
+	@$(BIN)/python tests/kills/killed.py 216
 
 bench: setup
 	@$(BIN)/python benchmarks/documents.py

@@ -136,7 +136,7 @@ def test_what_fails_at_the_end_leaves_the_old_folder(base: Checkpoint, tmp_path:
 
 def test_one_run_at_a_time(base: Checkpoint, tmp_path: Path) -> None:
     def again(folder: Path, files: Any) -> None:
-        with pytest.raises(QuickmergeError, match=r"must be written by one run at a time, but process \d+ \(this one\) writes it"):
+        with pytest.raises(QuickmergeError, match=r"one run at a time, but process \d+ \(this one\) writes it"):
             write(base, tmp_path / "out")
         finish(folder, files)
 
