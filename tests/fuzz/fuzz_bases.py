@@ -35,6 +35,16 @@ COMMANDS: dict[str, list[list[str]]] = {
 }  # fmt: skip
 """By kind of folder: commands that open it, as ``{it}``; the sound folders lie in ``{base}``."""
 
+OTHERS = [
+    ["bench", "--drafter", "lookup", "--prompts", "{base}/prompts.jsonl", "--model", "{base}/model", "--limit", "1",
+     "--max-new-tokens", "2"],
+    ["recognize", "{base}/photo.png", "--model", "{base}/recognizer", "--labels", "{base}/labels.txt"],
+    ["bench", "--image", "{base}/annotated", "--model", "{base}/vlm", "--reducer", "random", "--keep", "0.5"],
+    ["show", "--video", "{base}/clip.mp4", "--model", "{base}/vit", "--frames", "2", "--stride", "1", "--picture",
+     "{out}/p.png"],
+]  # fmt: skip
+"""Further commands that hostile files are given to."""
+
 
 def build(base: Path) -> None:
     """Make every sound thing in an empty folder, one by one."""

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 for folder in (HERE, HERE.parent, HERE.parent / "recognition", HERE.parents[1] / "src"):
     sys.path.insert(0, str(folder))
 
-from fuzz_bases import COMMANDS, build  # noqa: E402
+from fuzz_bases import COMMANDS, OTHERS, build  # noqa: E402
 from fuzz_corpus import fields, folder_case, tokenizers, weights, wholes  # noqa: E402
 from fuzz_files import lists, names, outputs, pictures, texts, videos  # noqa: E402
 from fuzz_worker import MEMORY, SECONDS, Case, Ending, judge  # noqa: E402
@@ -52,7 +52,7 @@ def warm(base: Path) -> list[str]:
     wrong, here = [], Path.cwd()
     (base / "out").mkdir()
     os.chdir(base / "out")
-    for kind, commands in COMMANDS.items():
+    for kind, commands in {**COMMANDS, "model and file": OTHERS}.items():
         for argv in commands:
             words = {"it": base / kind, "base": base, "out": base / "out"}
             sys.argv = ["quickmerge", *(part.format(**words) for part in argv)]

@@ -9,10 +9,11 @@ from transformers import AutoTokenizer
 
 from quickmerge.continuous.config import CalmConfig
 from quickmerge.continuous.model import CalmForCausalLM
-from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.errors import QuickmergeError, UnsupportedModelError, door
 from quickmerge.models.console import transformers_silenced
 from quickmerge.models.folder import check_model_folder
-from quickmerge.models.read import damaged, first_sentence, read_config, read_weights
+from quickmerge.models.read import damaged, read_config, read_weights
+from quickmerge.models.tried import tried
 
 __all__ = ["load_calm"]
 
@@ -41,10 +42,8 @@ def load_calm(folder: Path | str, **options: Any) -> tuple[CalmForCausalLM, Any]
                 f"model must be a folder that holds a CALM, but {folder} holds a {config.model_type}: "
                 "`quickmerge train calm` makes one"
             )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # transformers raises whatever its parsers raise
-            raise UnsupportedModelError(f"{folder} has no usable tokenizer ({first_sentence(error)})") from error
+        with door(f"{folder} has no usable tokenizer", UnsupportedModelError):
+            tokenizer = tried(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
         model, lacking = read_weights(CalmForCausalLM, str(folder), config, {"dtype": "float32", **options})
     if lacking:
         raise damaged(str(folder), f"{len(lacking)} tensors are missing, {lacking[0]} first")

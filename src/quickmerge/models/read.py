@@ -11,6 +11,7 @@ from quickmerge.errors import (
     QuickmergeError,
     UnknownModelError,
     UnsupportedModelError,
+    door,
     first_sentence,
 )
 from quickmerge.models.compat import causal_lm_names
@@ -20,6 +21,7 @@ from quickmerge.models.folder import CONFIG, held_by
 from quickmerge.models.part import HASH, check_hashes
 from quickmerge.models.paths import read_json
 from quickmerge.models.sizes import check_build, check_integers
+from quickmerge.models.tried import tried
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -119,10 +121,8 @@ def check_causal(source: str, config: PretrainedConfig) -> None:
 def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its parsers raise
-        raise UnsupportedModelError(f"{source} has no usable tokenizer ({first_sentence(error)})") from error
+    with door(f"{source} has no usable tokenizer", UnsupportedModelError):
+        tokenizer: PreTrainedTokenizerBase = tried(AutoTokenizer.from_pretrained(source, trust_remote_code=False))
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

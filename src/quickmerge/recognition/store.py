@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, door
 from quickmerge.files import write_json
 from quickmerge.models.console import transformers_silenced
 from quickmerge.models.finite import check_finite
@@ -19,8 +19,9 @@ from quickmerge.models.folder import check_files, check_model_folder
 from quickmerge.models.headers import check_floats, read_header
 from quickmerge.models.part import CONFIG, HASH, WEIGHTS, check_hashes, file_hash
 from quickmerge.models.paths import local_path, read_json
-from quickmerge.models.read import damaged, first_sentence, read_config, read_weights
+from quickmerge.models.read import damaged, read_config, read_weights
 from quickmerge.models.saved import save_parts
+from quickmerge.models.tried import tried
 from quickmerge.recognition.config import RecognizerConfig
 from quickmerge.together import complete, write_together
 
@@ -79,6 +80,11 @@ def load(given: Path | str) -> Recognizer:
     vision = _read_vision(folder / VISION)
     language = _read_language(folder / LANGUAGE)
     tokenizer = _read_tokenizer(folder / TOKENIZER)
+    rows = language.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise QuickmergeError(
+            f"{folder / TOKENIZER} must have at most the {rows} tokens of the language model, got {len(tokenizer)}"
+        )
     with torch.random.fork_rng(devices=[]):  # what is drawn here is filled at once, and leaves no trace
         recognizer = Recognizer(vision.requires_grad_(False), language, tokenizer, config)
     try:
@@ -118,8 +124,5 @@ def _read_language(folder: Path) -> PreTrainedModel:
 
 
 def _read_tokenizer(folder: Path) -> Any:
-    try:
-        with transformers_silenced():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its parsers raise
-        raise QuickmergeError(f"{folder} holds no tokenizer that can be read ({first_sentence(error)})") from error
+    with door(f"{folder} holds no tokenizer that can be read"), transformers_silenced():
+        return tried(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))

@@ -54,9 +54,7 @@ def draw_head(axes: Axes, slots: Slots, title: str, entries: list[Entry], theme:
     """Draw title, summary and legend across ``width`` points."""
     facts = summary(slots)
     room = width - 2 * MARGIN - _measure(facts, 10.5, bold=True) - 2 * CELL
-    words = drawable(one_line(title, 200))
-    while len(words) > 2 and _measure(words, 13, bold=True) > room:
-        words = words[:-2] + "…"
+    words = _fitting(drawable(one_line(title, 200)), room)
     common: dict[str, Any] = {"fontweight": "bold", "va": "center"}
     axes.text(MARGIN, _TITLE_Y, words, color=theme.ink, fontsize=13, family=heading_families(), **common)
     axes.text(width - MARGIN, _TITLE_Y, facts, color=theme.accent, fontsize=10.5, ha="right", **common)
@@ -68,6 +66,17 @@ def draw_head(axes: Axes, slots: Slots, title: str, entries: list[Entry], theme:
             chip(axes, x, y, sample, state, slot_color(0), _LEVEL, theme)
             write(axes, x, y, _SAMPLE, state, theme)
         axes.text(x + sample * CELL + _GAP, y, told, color=theme.muted, fontsize=9, va="center")
+
+
+def _fitting(words: str, room: float) -> str:
+    """Return as much of a title as fits into ``room`` points, with an ellipsis if that is not all."""
+    if _measure(words, 13, bold=True) <= room:
+        return words
+    low, high = 1, len(words)  # measuring is dear: a few times, not once a letter
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _measure(words[:middle] + "…", 13, bold=True) <= room else (low, middle)
+    return words[:low] + "…"
 
 
 def _measure(words: str, size: float, *, bold: bool = False) -> float:

@@ -16,6 +16,7 @@ from quickmerge.models.paths import check_regular, local_path
 from quickmerge.models.sentencepiece_file import sentencepiece_tokenizer
 from quickmerge.models.tiktoken_file import tiktoken_tokenizer
 from quickmerge.models.tokenizers import TOKENIZERS, prepare_tokenizer
+from quickmerge.models.tried import tried
 from quickmerge.vocabulary.special import roles_by_spelling
 from quickmerge.vocabulary.templates import of_folder
 
@@ -115,7 +116,7 @@ def _read(name: str, path: Path, pattern: str | None) -> PreTrainedTokenizerBase
         path = hub_folder(name, weights=False)
     check_files(path)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = tried(AutoTokenizer.from_pretrained(str(path), trust_remote_code=False))
     except Exception as error:  # transformers raises whatever its parsers raise
         if path.is_dir() and (path / "tokenizer.json").is_file():
             return _read_json(path / "tokenizer.json")

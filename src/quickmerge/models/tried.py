@@ -1,0 +1,25 @@
+"""A tokenizer is tried as soon as it is read: what its files hold wrongly comes out only when it is used."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+__all__ = ["tried"]
+
+T = TypeVar("T")
+WORDS = "The sea, 12."
+
+
+def tried(tokenizer: T) -> T:
+    """Give back a tokenizer of transformers that splits a text and puts it together again.
+
+    Raises:
+        ValueError: its longest text is no number. Whatever else its parts raise is raised as it is: call this where
+            reading it is turned into one sentence.
+    """
+    any_: Any = tokenizer
+    longest = any_.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)):
+        raise ValueError(f"model_max_length must be a number, got {longest!r}")
+    any_.decode(any_(WORDS, add_special_tokens=False, verbose=False)["input_ids"], skip_special_tokens=True)
+    return tokenizer
