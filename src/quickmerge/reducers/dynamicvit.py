@@ -189,9 +189,7 @@ class DynamicViT(Reducer):
         if config.get("kind") != KIND:
             raise QuickmergeError(f"{path} must be of kind {KIND}, got {config.get('kind')}")
         with door(f"{part.folder} holds no predictors that can be used"):
-            width, stages = config["width"], config["stages"]
-            whole_number("width", width)
-            whole_number("stages", stages)
+            width, stages = whole_number("width", config["width"]), whole_number("stages", config["stages"])
             predictors = part.fill(lambda: nn.ModuleList(Predictor(width) for _ in range(stages)))
             share = config["keep"] if keep is None else keep
             layers = None if config["layers"] is None else tuple(config["layers"])
