@@ -51,6 +51,8 @@ def test_what_is_known_is_not_read_again(encoder: SentenceEncoder) -> None:
 def test_what_is_no_text_or_no_encoder(encoder: SentenceEncoder, tmp_path: Path) -> None:
     with pytest.raises(QuickmergeError, match="got an empty one"):
         encoder(["red", "  "])
+    with pytest.raises(QuickmergeError, match="each of the texts to embed must be a text"):
+        encoder(["red", "a\ud800"])
     with pytest.raises(UnsupportedModelError, match=r"an embedded name \(minilm-l6\) or a folder, got 'minilm'"):
         SentenceEncoder.load("minilm")
     with pytest.raises(UnsupportedModelError, match="has no usable tokenizer"):

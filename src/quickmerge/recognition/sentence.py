@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.errors import QuickmergeError, UnsupportedModelError, check_text
 
 __all__ = ["SentenceEncoder"]
 
@@ -59,7 +59,7 @@ class SentenceEncoder:
         from quickmerge.models.cache import cache_folder
         from quickmerge.models.console import transformers_silenced
         from quickmerge.models.embedded import SENTENCE_MODELS, prepare_embedded
-        from quickmerge.models.folder import check_model_folder
+        from quickmerge.models.folder import check_files, check_model_folder
         from quickmerge.models.paths import local_path
         from quickmerge.models.read import first_sentence, read_config, read_weights
 
@@ -70,12 +70,13 @@ class SentenceEncoder:
             )
         source = str(prepare_embedded(name, cache_folder(cache_dir), progress=progress)) if name in SENTENCE_MODELS \
             else str(local_path("name_or_path", name))  # fmt: skip
-        check_model_folder(Path(source))
+        check_files(Path(source))
         with transformers_silenced():
             try:
                 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             except Exception as error:  # transformers raises whatever its parsers raise
                 raise UnsupportedModelError(f"{name} has no usable tokenizer ({first_sentence(error)})") from error
+            check_model_folder(Path(source))
             # A sentence encoder is saved without the pooler that BERT has, and none is used.
             model, lacking = read_weights(AutoModel, source, read_config(source), {"dtype": torch.float32})
         if any(not missing.startswith("pooler.") for missing in lacking):
@@ -86,9 +87,10 @@ class SentenceEncoder:
         """Unit vectors ``(n, D)``, float32 on the CPU, one a text.
 
         Raises:
-            QuickmergeError: a text is empty.
+            QuickmergeError: a text is empty, or no text of whole characters.
         """
         for text in texts:
+            check_text("each of the texts to embed", text)
             if not text.strip():
                 raise QuickmergeError("texts to embed must hold something each, got an empty one")
         new = sorted({text for text in texts if text not in self._known}, key=lambda text: (len(text), text))
