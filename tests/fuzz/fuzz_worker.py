@@ -121,7 +121,7 @@ def _wait(child: int, until: float) -> tuple[int, resource.struct_rusage]:
 
 
 def _kind(case: Case, status: int, out: str, err: str, work: Path) -> tuple[str, str]:
-    lines = [line for line in err.splitlines() if line.strip()]
+    lines = [line for line in err.splitlines() if line.strip() and not line.startswith("note: ")]
     told = lines[-1] if lines else ""
     if status == -1:
         return "hangs", told

@@ -84,3 +84,17 @@ def test_temperatures_that_nothing_can_be_sampled_at_are_refused() -> None:
     with pytest.raises(QuickmergeError, match="temperature must be a number of at least"):
         decoding = SpeculativeDecoding(PromptLookup(), tree=2)
         lm.generate(IDS, do_sample=True, max_new_tokens=3, custom_generate=decoding)
+
+
+def test_what_changes_nothing_is_not_told(tiny_llama) -> None:
+    config = tiny_llama.generation_config
+    for name, value in {
+        "output_attentions": False,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "use_cache": True,
+    }.items():
+        setattr(config, name, value)
+    assert own_generation(tiny_llama) == []
+    tiny_llama.generation_config.use_cache = False
+    assert "use_cache" in own_generation(tiny_llama)[0]

@@ -9,7 +9,7 @@ import typer
 
 from quickmerge.cli.blame import Alone as Alone
 from quickmerge.cli.blame import one_sentence as one_sentence
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, UnsupportedModelError, door
 from quickmerge.files import MOST_TEXT
 from quickmerge.files import check_output as check_output
 from quickmerge.files import read_text as read_text
@@ -188,7 +188,9 @@ def take_generation(model: Any) -> None:
     from quickmerge.models.generation import own_generation
     from quickmerge.training.progress import say
 
-    for sentence in own_generation(model):
+    with door("the model's generation_config.json can't be used", UnsupportedModelError):
+        told = own_generation(model)
+    for sentence in told:
         say(sentence)
 
 

@@ -19,6 +19,13 @@ SAMPLING = ("epsilon_cutoff", "eta_cutoff", "min_p", "temperature", "top_h", "to
 SILENT = ("do_sample", "max_length", "max_new_tokens", "transformers_version")
 """Settings that change nothing here, since the caller always says these things himself, or they say nothing."""
 
+NEUTRAL = {
+    "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "min_length": 0, "no_repeat_ngram_size": 0,
+    "repetition_penalty": 1.0, "length_penalty": 1.0, "encoder_repetition_penalty": 1.0, "diversity_penalty": 0.0,
+    "encoder_no_repeat_ngram_size": 0, "use_cache": True,
+}  # fmt: skip
+"""Values by which a setting changes nothing; so does False, but for ``use_cache``. Saved configs are full of them."""
+
 
 def own_generation(model: Any) -> list[str]:
     """Take from a model's ``generation_config`` what would change what our commands write without being asked to.
@@ -43,7 +50,7 @@ def own_generation(model: Any) -> list[str]:
         return []
     # What is not set is None.
     given = {name: value for name, value in vars(config).items() if value is not None and name not in SILENT}
-    given = {name: value for name, value in given.items() if (name, value) != ("use_cache", True) and name[0] != "_"}
+    given = {name: value for name, value in given.items() if name[0] != "_" and not _neutral(name, value)}
     kept = {name: value for name, value in given.items() if name in (*TOKENS, *SAMPLING)}
     if "temperature" in kept:
         check_temperature("temperature in the model's generation_config.json", kept["temperature"])
@@ -54,6 +61,12 @@ def own_generation(model: Any) -> list[str]:
     if used := [f"{name}={kept[name]}" for name in SAMPLING if name in kept]:
         told.append(f"note: where tokens are sampled, the model's generation_config sets {', '.join(used)}")
     return told
+
+
+def _neutral(name: str, value: Any) -> bool:
+    if value is False:
+        return name != "use_cache"
+    return name in NEUTRAL and type(value) in (bool, int, float) and value == NEUTRAL[name]
 
 
 def check_temperature(name: str, value: Any) -> None:
