@@ -17,7 +17,8 @@ from quickmerge.errors import (
 from quickmerge.models.compat import causal_lm_names
 from quickmerge.models.console import transformers_silenced
 from quickmerge.models.finite import check_finite
-from quickmerge.models.folder import CONFIG, held_by
+from quickmerge.models.folder import CONFIG, held_by, weight_files
+from quickmerge.models.headers import FLOATS, read_header
 from quickmerge.models.part import HASH, check_hashes
 from quickmerge.models.paths import read_json
 from quickmerge.models.sizes import check_build, check_integers
@@ -187,8 +188,22 @@ def read_weights(
     check_finite(source, there, "copy or download its weights again")
     folder = Path(source)
     if folder.is_dir():
-        check_hashes(folder, read_json(folder / CONFIG).get(HASH))
+        settings = read_json(folder / CONFIG)
+        if not isinstance(settings.get("quantization_config"), dict):
+            _check_parameters(folder, [name for name, _ in model.named_parameters()])
+        check_hashes(folder, settings.get(HASH))
     return model, lacking
+
+
+def _check_parameters(folder: Path, names: list[str]) -> None:
+    """See that no parameter was read from integers, which may lie beside the weights as counters and indices."""
+    ends = {name.split(".", 1)[-1] for name in names} | set(names)
+    for path in weight_files(folder):
+        for name, tensor in read_header(path).items():
+            if tensor.dtype not in FLOATS and (name in ends or name.split(".", 1)[-1] in ends):
+                raise DamagedWeightsError(
+                    f"{path} holds {name!r} as {tensor.dtype}, but weights must be one of {', '.join(FLOATS)}"
+                )
 
 
 def _check_build(auto: Any, source: str, config: PretrainedConfig) -> None:
