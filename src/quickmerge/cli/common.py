@@ -79,7 +79,7 @@ def parse_question(prompt: str, file: Path | None) -> tuple[str, str]:
     return document, prompt
 
 
-def told_min_tokens(given: int | None) -> dict[str, int]:
+def told_min_tokens(given: int | None) -> dict[str, Any]:
     """``--min-tokens`` as an argument, left out where nobody gave it."""
     return {} if given is None else {"min_tokens": given}
 

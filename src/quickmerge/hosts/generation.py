@@ -23,7 +23,7 @@ def watch_generate(model: nn.Module, around: Callable[[dict[str, Any], Callable[
     Returns:
         A function that undoes it.
     """
-    inner = model.generate
+    inner: Any = model.generate
     signature = inspect.signature(inner)
 
     @functools.wraps(inner)

@@ -70,7 +70,7 @@ def _carrying(kind: Any, name: str) -> Any:
     can become one of these while it stays the object that others hold.
     """
 
-    class Merged(kind):  # type: ignore[misc, valid-type]
+    class Merged(kind):  # type: ignore[misc]
         """See `quickmerge.hosts.merged_cache`."""
 
         prompt: PromptState | None = None
@@ -90,7 +90,7 @@ def _carrying(kind: Any, name: str) -> Any:
                     f"{cache_name()} holds a prompt that was merged inside quickmerge.reduce(...): go on with it in "
                     "such a block, of any reducer, or start with an empty cache"
                 )
-            return super().update(key_states, value_states, *args, **kwargs)
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
 
         def crop(self, tokens_to_remove: int) -> None:
             """Take back the last tokens, ``-tokens_to_remove`` of them.

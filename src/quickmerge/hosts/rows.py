@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,4 +132,5 @@ def pick_rows(view: TokenView, rows: Tensor) -> TokenView:
     traces = tuple(
         AttentionTrace(t.query[rows], t.key[rows], t.value[rows], t.scaling, t.window) for t in view.attention
     )
-    return replace(view, attention=traces, **{name: pick(getattr(view, name)) for name in names})
+    picked: dict[str, Any] = {name: pick(getattr(view, name)) for name in names}
+    return replace(view, attention=traces, **picked)
