@@ -213,13 +213,26 @@ def test_cropping_into_a_merged_prompt_is_refused_and_changes_nothing() -> None:
         cache = held(model(tokens(1, 40)))
         model(tokens(1, 3, 4), **past(cache))
         entries = stored(cache)
-        with pytest.raises(QuickmergeError, match=r"crop can take back the 3 tokens that were read since .* got -4"):
-            cache.crop(-4)
+        with pytest.raises(QuickmergeError, match=r"crop can take back 8 tokens here, .* got -9"):
+            cache.crop(-9)
         with pytest.raises(QuickmergeError, match="as a negative number"):
             cache.crop(10)
         assert stored(cache) == entries
         cache.crop(-3)
         assert stored(cache) == [n - 3 for n in entries]
+
+
+@pytest.mark.parametrize("name", REDUCERS)
+def test_the_recent_tokens_of_a_prompt_can_be_taken_back_and_read_again(name: str) -> None:
+    model = model_of("llama")
+    texts = rows()
+    more = tokens(3, 2, 8)
+    with torch.no_grad(), reduce(model, REDUCERS[name], **SETTINGS):
+        talk, again = Conversation(model, texts), Conversation(model, texts)
+        again.cache.crop(-5)
+        again.mask, again.position = again.mask[:, :-5], again.position[:, :-5]
+        close(again.read(torch.stack([text[-5:] for text in texts])), talk.logits[:, -5:])
+        close(again.read(more), talk.read(more))
 
 
 def test_a_cache_that_was_reset_is_empty_again() -> None:

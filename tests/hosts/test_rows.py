@@ -187,7 +187,7 @@ def test_the_last_tokens_whose_logits_are_wanted_are_read_behind_the_prompt(fami
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
-@pytest.mark.parametrize("drafter", ["prompt lookup", "assistant", "itself"])
+@pytest.mark.parametrize("drafter", ["prompt lookup", "assistant", "itself", "its lower blocks"])
 def test_assisted_decoding_writes_what_greedy_decoding_writes(family: str, drafter: str) -> None:
     model = model_of(family)
     phrase = tokens(1, 6, 3)
@@ -196,6 +196,7 @@ def test_assisted_decoding_writes_what_greedy_decoding_writes(family: str, draft
         "prompt lookup": {"prompt_lookup_num_tokens": 3},
         "assistant": {"assistant_model": build(family, seed=7, dtype=torch.float64)},
         "itself": {"assistant_model": model},
+        "its lower blocks": {"assistant_early_exit": 2},
     }[drafter]
     with torch.no_grad(), reduce(model, REDUCERS["tome"], [1, 3], sinks=2, recent=8):
         greedy = generate(model, ids, 16).sequences

@@ -161,7 +161,7 @@ def more_rows(model: Any) -> Any:
         (elsewhere, "was filled outside this run"),
         (other_layer, "vision_feature_layer must be the model's own inside a quickmerge run, -2, got -1"),
         (turn, "attention_mask must have a column for each of the|position_ids must go on behind the prompt"),
-        (cropped, "crop can take back the 0 tokens that were read since"),
+        (cropped, "crop can take back 0 tokens here"),
         (more_rows, "holds 1 rows that were merged here, got 2 rows"),
     ],
 )

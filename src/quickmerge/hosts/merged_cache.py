@@ -39,12 +39,14 @@ class PromptState:
     """Of a prompt that was read: its segments by first block, and whether their sizes count in attention.
 
     ``segments`` is empty where nothing was merged, for whatever reason. ``stats`` count what was read and written with
-    this cache.
+    this cache. ``tail`` tokens at the end of the prompt stand alone in every row and every block, so that they can be
+    taken back.
     """
 
     stats: RunStats
     proportional: bool
     segments: dict[int, Segment] = field(default_factory=dict)
+    tail: int = 0
 
     @property
     def merged(self) -> bool:
@@ -96,10 +98,10 @@ def _carrying(kind: Any, name: str) -> Any:
             """Take back the last tokens, ``-tokens_to_remove`` of them.
 
             Raises:
-                QuickmergeError: if that many were not read since a prompt that was merged.
+                QuickmergeError: if a prompt that was merged would be cut where tokens were merged.
             """
             if self.prompt is not None and self.prompt.merged and tokens_to_remove != 0:
-                since = self.get_seq_length() - self.floor
+                since = self.get_seq_length() - self.floor + self.prompt.tail
                 if tokens_to_remove > 0:
                     raise QuickmergeError(
                         f"crop must be told how many tokens to take back, as a negative number, where tokens were "
@@ -107,8 +109,9 @@ def _carrying(kind: Any, name: str) -> Any:
                     )
                 if -tokens_to_remove > since:
                     raise QuickmergeError(
-                        f"crop can take back the {since} tokens that were read since the prompt was merged, got "
-                        f"{tokens_to_remove}: a merged prompt can't be cut; read the shorter one into an empty cache"
+                        f"crop can take back {since} tokens here, those read since the prompt was merged and those at "
+                        f"its end that stayed alone, got {tokens_to_remove}: what was merged can't be cut; read the "
+                        "shorter prompt into an empty cache"
                     )
             super().crop(tokens_to_remove)
 

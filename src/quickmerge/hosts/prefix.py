@@ -288,8 +288,10 @@ class PrefixRun(Run):
         stats.rows, stats.tokens_in = len(told), float(length.float().mean())
         stats.min_tokens, stats.rows_short = self.min_tokens, int(short.sum())
         stats.rows_protected = int((shut & ~short).sum())
+        # Behind padding the recent tokens are not the last entries.
+        tail = min(self.recent, int(length.min()) - 1) if bool(told[:, -1].all()) else 0
         return PrefixCall(
-            True, PromptState(stats, self.reducer.proportional), valid, kept.protected, kept.exempt, length,
+            True, PromptState(stats, self.reducer.proportional, tail=tail), valid, kept.protected, kept.exempt, length,
             whole=short | shut, drafts=drafts,
         )  # fmt: skip
 
