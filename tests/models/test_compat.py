@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import inspect
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +47,19 @@ def test_who_names_no_cache_is_given_the_release_s_own() -> None:
     assert not compat.takes_cache(torch.nn.Linear(1, 1))
     assert compat.cache_argument(lambda **more: None, 1) == {compat.cache_name(): 1}
     assert compat.cache_name() in ("cache", "past_key_values")
+
+
+def test_who_was_asked_is_not_kept() -> None:
+    class Big:
+        def forward(self, cache: Any = None) -> None: ...
+
+    model = Big()
+    model.forward = functools.partial(Big.forward, model)  # type: ignore[method-assign]
+    assert list(compat.cache_argument(model, 1)) == ["cache"]
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_outputs_of_models_are_read_without_a_word(tiny_llama: Any, caplog: pytest.LogCaptureFixture) -> None:

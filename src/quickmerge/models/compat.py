@@ -16,6 +16,7 @@ from functools import cache as remembered
 from functools import wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
 
@@ -177,15 +178,17 @@ def takes_cache(taker: Any) -> bool:
     return _name_in(taker) is not None
 
 
+_NAMES: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+"""What functions that were asked call the cache. None of them is kept alive by it: a patched one may hold a model."""
+
+
 def _name_in(taker: Any) -> str | None:
     forward = getattr(taker, "forward", taker)
-    return _signature_name(getattr(forward, "__func__", forward))
-
-
-@remembered
-def _signature_name(function: Callable[..., Any]) -> str | None:
-    parameters = inspect.signature(function).parameters
-    return next((name for name in CACHE_NAMES if name in parameters), None)
+    function = getattr(forward, "__func__", forward)
+    if function not in _NAMES:
+        parameters = inspect.signature(function).parameters
+        _NAMES[function] = next((name for name in CACHE_NAMES if name in parameters), None)
+    return _NAMES[function]
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
