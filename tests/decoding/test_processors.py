@@ -29,7 +29,11 @@ def test_one_row_is_asked_about_as_it_is() -> None:
 @pytest.mark.parametrize("row", range(3))
 def test_a_row_gets_the_answer_for_its_number(row: int) -> None:
     mine, warm = ByNumber(), TemperatureLogitsWarper(2.0)
-    padding = RepetitionPenaltyLogitsProcessor(2.0, prompt_ignore_length=torch.tensor([0, 1, 2]))
+    try:
+        padding = RepetitionPenaltyLogitsProcessor(2.0, prompt_ignore_length=torch.tensor([0, 1, 2]))
+    except ValueError as error:
+        # Before one length a row was known there was nothing that could be asked about the wrong row.
+        pytest.skip(f"the installed transformers takes one length for all rows: {error}")
     made = for_row(LogitsProcessorList([mine, warm, padding]), row, 3)
     assert made[1] is warm
     ids, scores = torch.tensor([[1, 2, 3]]), torch.ones(1, 5)
