@@ -129,3 +129,10 @@ def test_settings_out_of_range_are_told() -> None:
     for name in ("ngram", "length"):
         with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
             PromptLookup(**{name: 0})
+
+
+@pytest.mark.parametrize("setting", ["ngram", "length"])
+def test_what_grows_with_a_setting_is_bounded(setting: str) -> None:
+    PromptLookup(**{setting: 1024})
+    with pytest.raises(ValueError, match=f"{setting} must be at most 1024, got 99999999999"):
+        PromptLookup(**{setting: 99_999_999_999})

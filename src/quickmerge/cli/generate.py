@@ -126,6 +126,8 @@ def generate(
         from quickmerge.models.generation import check_temperature
 
         check_temperature("--temperature", temperature)
+    if not -(2**63) <= seed < 2**63:
+        raise QuickmergeError(f"--seed must be a whole number of 64 bits, got {seed}")
     sample, temperature = sample or bool(temperature), temperature or None
     if drafter is not None:
         from quickmerge.cli.generate_drafter import generate_drafter

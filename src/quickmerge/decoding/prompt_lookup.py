@@ -17,6 +17,8 @@ __all__ = ["PromptLookup"]
 
 RECENT = 32
 """Earlier places that are looked at, the most recent ones."""
+MOST = 1024
+"""Longer runs and drafts gain nothing: what is kept of every place of a text grows with them."""
 
 
 class PromptLookup(Drafter):
@@ -32,12 +34,15 @@ class PromptLookup(Drafter):
         length: how many tokens are drafted behind one another at most.
 
     Raises:
-        ValueError: if either is not a whole number of at least 1.
+        ValueError: if either is not a whole number of 1 to `MOST`.
     """
 
     def __init__(self, *, ngram: int = 3, length: int = 10) -> None:
         ngram = whole_number("ngram", ngram)
         length = whole_number("length", length)
+        for name, value in (("ngram", ngram), ("length", length)):
+            if value > MOST:
+                raise ValueError(f"{name} must be at most {MOST}, got {value}")
         self.ngram = ngram
         self.length = length
         self._texts: list[_Text] = []

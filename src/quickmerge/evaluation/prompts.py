@@ -174,7 +174,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise QuickmergeError(f"{path} must hold JSON on each line, got something else on line {number}") from None
         text, kind = (entry.get("prompt"), entry.get("kind", "prompt")) if isinstance(entry, dict) else (None, "")
         if not isinstance(text, str) or not text.strip() or not isinstance(kind, str):
