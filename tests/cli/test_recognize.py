@@ -115,7 +115,7 @@ def bomb(path: Path, side: int = 40_000) -> Path:
     ("options", "message"),
     [
         (["NONE"], "none.png can't be read as an image: No such file or directory"),
-        (["TEXT"], "text.png can't be read as an image: its content is of no known image format"),
+        (["TEXT"], "text.png can't be read as an image: its content is of none of the formats AVIF, BMP"),
         (["CUT"], "cut.png can't be read as an image"),
         (["BOMB"], "bomb.png can't be read as an image: it has more than"),
         (["PHOTO", "--labels", "NONE"], "none.png can't be read: No such file or directory"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from quickmerge.errors import QuickmergeError, first_sentence, whole_number
+from quickmerge.errors import QuickmergeError, UnknownModelError, first_sentence, whole_number
 from quickmerge.files import read_text
 
 __all__ = ["END", "read_tokenizer", "train_tokenizer"]
@@ -49,9 +49,9 @@ def read_tokenizer(name: str) -> Any:
                 folder = folder if folder.is_dir() else hub_folder(name, weights=False)
                 check_files(folder)
                 tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except QuickmergeError:
-        raise
     except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
+        if isinstance(error, QuickmergeError) and not isinstance(error, UnknownModelError):
+            raise
         raise QuickmergeError(
             f"tokenizer must be a model's name, a folder or a tokenizer.json file, got {name!r} "
             f"({first_sentence(error)})"
