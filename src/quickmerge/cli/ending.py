@@ -58,7 +58,7 @@ def end(command: Callable[[], object]) -> NoReturn:
     before = warnings.showwarning, logging.lastResort
     warnings.showwarning = _warned
     if not _debugs():
-        logging.lastResort = logging.NullHandler()  # type: ignore[assignment]
+        logging.lastResort = logging.NullHandler()
     try:
         code = _code(command)
     finally:
