@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.models import cache_folder
-from quickmerge.models.cache import replacing_folder
+from quickmerge.models.download import replacing_folder
 
 ANNOTATIONS = "annotations.jsonl"
 

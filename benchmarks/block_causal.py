@@ -20,12 +20,12 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from quickmerge.cli.common import quiet, write_json
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.perplexity import token_nll
-from quickmerge.hosts import reduce
+from quickmerge.bench.environment import environment
+from quickmerge.bench.quality import token_nll
+from quickmerge.console.options import quiet, write_json
+from quickmerge.merge.attach import reduce
+from quickmerge.merge.reducers import make_reducer
 from quickmerge.models import cache_folder, load
-from quickmerge.reducers import make_reducer
 
 HERE = Path(__file__).parent
 

@@ -29,18 +29,15 @@ from documents import MANIFEST, SAY, is_whole
 from notes import Notes
 from rich.console import Console
 
-from quickmerge.cli.bench_calm import open_models, parse_models
-from quickmerge.cli.common import one_sentence, progress, quiet, write_json
-from quickmerge.cli.train_calm_stages import AE_CHUNKS
+from quickmerge.bench.environment import environment
+from quickmerge.calm.bench import calm_rows, calm_table, prompts_of
+from quickmerge.calm.cli import open_models, parse_models
+from quickmerge.calm.cli_train import AE_CHUNKS
+from quickmerge.calm.cost import autoencoder_training_cost, measure_speed, speed_rows, temperature_rows, training_cost
+from quickmerge.calm.evaluate import BrierText, brier_text, is_calm, text_terms
+from quickmerge.console.options import one_sentence, progress, quiet, write_json
 from quickmerge.errors import QuickmergeError
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.calm import BrierText, brier_text, is_calm, text_terms
-from quickmerge.evaluation.calm_bench import calm_rows, prompts_of
-from quickmerge.evaluation.calm_cost import autoencoder_training_cost, training_cost
-from quickmerge.evaluation.calm_speed import measure_speed, speed_rows
-from quickmerge.evaluation.calm_temperature import temperature_rows
 from quickmerge.models import cache_folder
-from quickmerge.report.bench_calm import calm_table
 
 HERE = Path(__file__).parent
 FIGURE = HERE.parent / "docs" / "images" / "calm.png"

@@ -26,14 +26,14 @@ from documents import SAY
 from rich.console import Console
 from rich.table import Table
 
-from quickmerge.cli.bench_calm import parse_models
-from quickmerge.cli.common import one_sentence, progress, quiet, write_json
-from quickmerge.cli.train_calm_stages import AE_CHUNKS, Sources
+from quickmerge.bench.environment import environment
+from quickmerge.bench.quality import bootstrap
+from quickmerge.calm.cli import parse_models
+from quickmerge.calm.cli_train import AE_CHUNKS, Sources
+from quickmerge.calm.evaluate import SIGMAS, AutoencoderScores, autoencoder_scores
+from quickmerge.calm.texts import document_chunks
+from quickmerge.console.options import one_sentence, progress, quiet, write_json
 from quickmerge.errors import QuickmergeError, whole_number
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.calm_autoencoder import SIGMAS, AutoencoderScores, autoencoder_scores
-from quickmerge.evaluation.recovery import bootstrap
-from quickmerge.training.calm_texts import document_chunks
 
 HERE = Path(__file__).parent
 

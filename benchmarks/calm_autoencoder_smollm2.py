@@ -22,14 +22,14 @@ import torch
 from documents import SAY
 from torch import Tensor, nn
 
-from quickmerge.cli.common import load_model, one_sentence, progress, quiet
-from quickmerge.continuous import CalmAutoencoder
+from quickmerge.calm import CalmAutoencoder
+from quickmerge.calm.texts import CalmTexts
+from quickmerge.calm.train import new_autoencoder, train_calm_autoencoder
+from quickmerge.console.options import load_model, one_sentence, progress, quiet
+from quickmerge.datasets import find_data
 from quickmerge.errors import QuickmergeError
 from quickmerge.models import cache_folder
 from quickmerge.training import TrainingConfig
-from quickmerge.training.calm_autoencoder import new_autoencoder, train_calm_autoencoder
-from quickmerge.training.calm_texts import CalmTexts
-from quickmerge.training.data import find_data
 
 SHAPE = {"width": 256, "latent": 128, "token_dropout": 0.05, "latent_dropout": 0.05}
 LOG_STD = -1.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from quickmerge.report.bench_calm import draw_cells, term_cells
+from quickmerge.calm.bench import draw_cells, term_cells
 
 Row = dict[str, Any]
 Table = tuple[list[str], list[list[str]]]

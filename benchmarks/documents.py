@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.models import cache_folder
-from quickmerge.models.cache import replacing_folder, writable
+from quickmerge.models.download import replacing_folder, writable
 from quickmerge.models.smollm2 import NAME, prepare
 
 PER_KIND = 12

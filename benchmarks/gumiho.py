@@ -26,17 +26,24 @@ from prompts import COUNT, SAY, held_out_prompts
 from rich.console import Console
 
 import quickmerge as qm
-from quickmerge.cli.common import one_sentence, progress, quiet, write_json
-from quickmerge.decoding.cost import measure as measure_cost
-from quickmerge.decoding.gumiho import Gumiho
+from quickmerge.bench.environment import environment
+from quickmerge.console.options import one_sentence, progress, quiet, write_json
+from quickmerge.datasets.prompts import Prompt
 from quickmerge.errors import QuickmergeError
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.drafters import TRANSFORMERS_LOOKUP, DraftArm, prepare
-from quickmerge.evaluation.drafters_bench import draft_records, draft_rows, paired_row, warm_up
-from quickmerge.evaluation.prompts import Prompt
 from quickmerge.models import cache_folder
-from quickmerge.prior.identity import model_hash
-from quickmerge.report.bench_drafters import drafters_table
+from quickmerge.models.identity import model_hash
+from quickmerge.speculative.bench import (
+    TRANSFORMERS_LOOKUP,
+    DraftArm,
+    draft_records,
+    draft_rows,
+    paired_row,
+    prepare,
+    warm_up,
+)
+from quickmerge.speculative.cost import measure as measure_cost
+from quickmerge.speculative.gumiho import Gumiho
+from quickmerge.speculative.report import drafters_table
 
 HERE = Path(__file__).parent
 TREES = (4, 8, 16, 32)

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from quickmerge.decoding.theory import expected_accepted
-from quickmerge.report.drawing import bare_axes, new_figure, note, plain_settings, save
-from quickmerge.report.palette import LIGHT, OTHERS
+from quickmerge.speculative.tree import expected_accepted
+from quickmerge.viz.drawing import LIGHT, OTHERS, bare_axes, new_figure, note, plain_settings, save
 
 OUT = Path(__file__).parent.parent / "docs" / "images" / "gumiho_theorem.png"
 EQUAL = (0.8,) * 7

@@ -28,9 +28,8 @@ from numpy.typing import NDArray
 from pictures import SAY, WHEELS, Item, Source, from_wheel, gather
 from PIL import Image
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, need
 from quickmerge.models import cache_folder
-from quickmerge.training.data.extra import need
 
 SEED = 0
 TRAIN, TEST = 2000, 1000

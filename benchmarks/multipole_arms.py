@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import quickmerge as qm
-from quickmerge.attention.clustering import bounds
-from quickmerge.attention.clusters import Clusters
-from quickmerge.hosts.attention import watch
-from quickmerge.hosts.structure import find_decoder
+from quickmerge.models.decoder import find_decoder, watch
+from quickmerge.multipole.clustering import bounds
+from quickmerge.multipole.clusters import Clusters
 
 ALL = 10**6
 """A budget that no context here exhausts."""
@@ -168,7 +167,7 @@ class Masked:
             self._undo()
 
     def attend(self, layer: int, call: Any, module: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """See `quickmerge.hosts.attention.Watcher`."""
+        """See `quickmerge.models.decoder.Watcher`."""
         query, key, value = args[:3]
         scaling = kwargs["scaling"]
         mask = causal(query.shape[2], key.shape[2]) & self.seen(query, key, scaling)

@@ -27,14 +27,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import quickmerge as qm
-from quickmerge.cli.common import progress, quiet, write_json
+from quickmerge.bench.environment import environment
+from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.errors import QuickmergeError
-from quickmerge.evaluation.bench import environment
-from quickmerge.hosts.attention import watch
-from quickmerge.hosts.structure import find_decoder
-from quickmerge.hosts.summary import cache_bytes
+from quickmerge.merge.summary import cache_bytes
 from quickmerge.models import cache_folder
 from quickmerge.models.compat import cache_argument
+from quickmerge.models.decoder import find_decoder, watch
 
 HERE = Path(__file__).parent
 
@@ -58,7 +57,7 @@ class Timed:
         self.seconds = 0.0
 
     def attend(self, layer: int, call: Any, module: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """See `quickmerge.hosts.attention.Watcher`."""
+        """See `quickmerge.models.decoder.Watcher`."""
         began = time.perf_counter()
         out = call(module, *args, **kwargs)
         self.seconds += time.perf_counter() - began

@@ -33,12 +33,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import quickmerge as qm
-from quickmerge.cli.common import progress, quiet, write_json
+from quickmerge.bench.environment import environment
+from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.errors import QuickmergeError
-from quickmerge.evaluation.bench import environment
 from quickmerge.models import cache_folder
 from quickmerge.models.compat import cache_argument
-from quickmerge.prior.identity import model_hash
+from quickmerge.models.identity import model_hash
 
 HERE = Path(__file__).parent
 PARTS = ("context", "retrieval", "generation")

@@ -28,10 +28,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import quickmerge as qm
-from quickmerge.attention.attend import attend_and_count
-from quickmerge.attention.clustering import cluster, extend
-from quickmerge.cli.common import progress, write_json
-from quickmerge.evaluation.bench import environment
+from quickmerge.bench.environment import environment
+from quickmerge.console.options import progress, write_json
+from quickmerge.multipole.attend import attend_and_count
+from quickmerge.multipole.clustering import cluster, extend
 
 HERE = Path(__file__).parent
 

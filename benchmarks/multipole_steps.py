@@ -9,7 +9,7 @@ import torch
 from multipole_arms import USUAL, Arm, Clustered, Dense, clustered
 
 import quickmerge as qm
-from quickmerge.attention import Clusters
+from quickmerge.multipole import Clusters
 
 Prepare = Callable[[qm.MultipoleCache, qm.Multipole], None]
 """What is done to the cache in front of every step."""

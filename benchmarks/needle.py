@@ -22,13 +22,15 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn.functional import cross_entropy
 
-from quickmerge.cli.common import add_prior, parse_layer, quiet, write_json
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.cost import model_shape
-from quickmerge.evaluation.recovery import continuation_logits
-from quickmerge.hosts import observe, reduce
+from quickmerge.bench.environment import environment
+from quickmerge.bench.quality import continuation_logits
+from quickmerge.console.options import parse_layer, quiet, write_json
+from quickmerge.merge.attach import reduce
+from quickmerge.merge.bench.cost import model_shape
+from quickmerge.merge.cli.options import add_prior
+from quickmerge.merge.observe import observe
+from quickmerge.merge.reducers import make_reducer
 from quickmerge.models import cache_folder, load
-from quickmerge.reducers import make_reducer
 
 HERE = Path(__file__).parent
 DEPTHS = (0.1, 0.3, 0.5, 0.7)

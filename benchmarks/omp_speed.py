@@ -24,10 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from quickmerge.cli.common import progress, write_json
-from quickmerge.evaluation.bench import environment
-from quickmerge.vocabulary.omp import Sparse, combine, omp
-from quickmerge.vocabulary.screening import fast_bfloat16
+from quickmerge.bench.environment import environment
+from quickmerge.console.options import progress, write_json
+from quickmerge.transplant.omp import Sparse, combine, fast_bfloat16, omp
 
 HERE = Path(__file__).parent
 BATCH = 256

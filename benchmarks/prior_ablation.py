@@ -21,15 +21,15 @@ from rich.console import Console
 from rich.progress import track
 
 import quickmerge as qm
-from quickmerge.cli.common import quiet
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.documents import split_document
-from quickmerge.evaluation.recovery import continuation_nll, document_nll, recovery
+from quickmerge.bench.environment import environment
+from quickmerge.bench.quality import continuation_nll, document_nll, recovery
+from quickmerge.console.options import quiet
+from quickmerge.datasets import TextWindows, find_data
+from quickmerge.datasets.text import split_document
+from quickmerge.merge.prior import Prior, QuickMergePrior
+from quickmerge.merge.prior.train_text import Weights, train_prior_text
 from quickmerge.models import cache_folder
-from quickmerge.prior import Prior, QuickMergePrior
 from quickmerge.training import TrainingConfig
-from quickmerge.training.data import TextWindows, find_data
-from quickmerge.training.prior_text import Weights, train_prior_text
 
 HERE = Path(__file__).parent
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -18,15 +18,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from quickmerge.cli.common import quiet, write_json
+from quickmerge.bench.environment import environment
+from quickmerge.bench.quality import token_nll
+from quickmerge.console.options import quiet, write_json
 from quickmerge.data import shipped_prior
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.perplexity import token_nll
-from quickmerge.hosts import reduce
+from quickmerge.merge.attach import reduce
+from quickmerge.merge.prior import Prior
+from quickmerge.merge.prior.budget import Surprise
+from quickmerge.merge.reducers import make_reducer
 from quickmerge.models import cache_folder, load
-from quickmerge.prior import Prior
-from quickmerge.prior.budget import Surprise
-from quickmerge.reducers import make_reducer
 
 HERE = Path(__file__).parent
 

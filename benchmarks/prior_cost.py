@@ -18,12 +18,12 @@ import torch
 from rich.progress import track
 
 import quickmerge as qm
-from quickmerge.cli.common import quiet
+from quickmerge.bench.environment import environment
+from quickmerge.console.options import quiet
 from quickmerge.data import demo_document, shipped_prior
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.cost import model_shape
-from quickmerge.hosts import observe
-from quickmerge.prior import Prior, QuickMergePrior
+from quickmerge.merge.bench.cost import model_shape
+from quickmerge.merge.observe import observe
+from quickmerge.merge.prior import Prior, QuickMergePrior
 
 HERE = Path(__file__).parent
 

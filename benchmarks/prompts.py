@@ -3,7 +3,7 @@
     python benchmarks/documents.py && python benchmarks/prompts.py [--count 96] [--out prompts.jsonl]
 
 No model trained here has seen the documents (see training_text.py). What is asked about them stands in
-quickmerge.evaluation.prompts. The same documents give the same prompts; the first N of them are as many of each kind.
+quickmerge.datasets.prompts. The same documents give the same prompts; the first N of them are as many of each kind.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from documents import MANIFEST, SAY, is_whole
 
+from quickmerge.datasets.prompts import Prompt, Source, document_prompts
 from quickmerge.errors import QuickmergeError
-from quickmerge.evaluation.prompts import Prompt, Source, document_prompts
 from quickmerge.files import write_bytes
 from quickmerge.models import cache_folder
 

@@ -33,14 +33,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quickmerge as qm
-from quickmerge.cli.common import progress, quiet, write_json
-from quickmerge.evaluation.bench import environment
+from quickmerge.bench.environment import environment
+from quickmerge.console.options import progress, quiet, write_json
+from quickmerge.datasets.annotated import read_annotated
 from quickmerge.models import cache_folder, load_vision
 from quickmerge.recognition import Recognizer
 from quickmerge.recognition.sentence import SentenceEncoder
+from quickmerge.recognition.train import LabelledScenes, pixel_format, read_features
 from quickmerge.training import TrainingConfig
-from quickmerge.training.data.annotated import read_annotated
-from quickmerge.training.recognizer import LabelledScenes, pixel_format, read_features
 
 HERE = Path(__file__).parent
 DEPTHS = (1, 3, 6)

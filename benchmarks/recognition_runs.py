@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quickmerge.cli.common import write_json
+from quickmerge.console.options import write_json
 from quickmerge.errors import QuickmergeError
 from quickmerge.recognition import Guess, Prefix, Recognizer, decode
 from quickmerge.recognition.metric import Encode, scores
+from quickmerge.recognition.train import LabelledScenes, train_recognizer
 from quickmerge.training import TrainingConfig
 from quickmerge.training.checkpoint import folders
-from quickmerge.training.recognizer import LabelledScenes, train_recognizer
 
 TOP = 10
 BATCH = 10

@@ -22,16 +22,16 @@ from rich.table import Table
 from scene_things import SHAPES
 from torch import Tensor
 
-from quickmerge.cli.common import quiet, write_json
+from quickmerge.bench.environment import environment
+from quickmerge.console.options import quiet, write_json
+from quickmerge.datasets.annotated import read_annotated
+from quickmerge.datasets.images import evenly
 from quickmerge.errors import QuickmergeError
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.images import evenly
+from quickmerge.merge.reducers import make_reducer
 from quickmerge.models import cache_folder
 from quickmerge.recognition import Recognizer
 from quickmerge.recognition.sentence import SentenceEncoder
-from quickmerge.reducers import make_reducer
-from quickmerge.training.data.annotated import read_annotated
-from quickmerge.training.recognizer import LabelledScenes, pixel_format
+from quickmerge.recognition.train import LabelledScenes, pixel_format
 
 HERE = Path(__file__).parent
 ARMS = [("full", 1.0), *((name, keep) for keep in (0.5, 0.25) for name in ("tome", "scope", "random"))]

@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import quickmerge as qm
-from quickmerge.cli.common import progress, write_json
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.images import load_batch
+from quickmerge.bench.environment import environment
+from quickmerge.console.options import progress, write_json
+from quickmerge.datasets.labelled import load_batch
+from quickmerge.merge.reducers.trimtokenator import alignment
+from quickmerge.merge.tokens.selection import cover, disperse
 from quickmerge.models import cache_folder
-from quickmerge.reducers.trimtokenator import alignment
-from quickmerge.tokens.selection import cover, disperse
 
 HERE = Path(__file__).parent
 SIDES = (336, 518)

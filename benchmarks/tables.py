@@ -23,7 +23,7 @@ from multipole_tables import MULTIPOLE
 from transplant_tables import TRANSPLANT
 from trust_tables import TRUST
 
-from quickmerge.evaluation.recovery import bootstrap
+from quickmerge.bench.quality import bootstrap
 
 HERE = Path(__file__).parent
 PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]

@@ -24,11 +24,11 @@ from documents import MANIFEST, MIN_TOKENS, SAY, is_whole, spread, trim, write
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from training_sources import SOURCES
 
+from quickmerge.datasets import Passages
 from quickmerge.errors import QuickmergeError
 from quickmerge.models import cache_folder
-from quickmerge.models.cache import replacing_folder, writable
+from quickmerge.models.download import replacing_folder, writable
 from quickmerge.models.smollm2 import NAME, prepare
-from quickmerge.training.data import Passages
 
 PER_KIND = 1_600_000
 ENOUGH = 1_200_000

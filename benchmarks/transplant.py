@@ -36,22 +36,20 @@ from transplant_tables import TRANSPLANT
 from transplant_texts import corpus, passages
 
 import quickmerge as qm
-from quickmerge.cli.common import one_sentence, progress, quiet, write_json
+from quickmerge.bench.environment import environment
+from quickmerge.bench.quality import bootstrap
+from quickmerge.console.options import one_sentence, progress, quiet, write_json
 from quickmerge.errors import QuickmergeError
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.recovery import bootstrap
 from quickmerge.models import cache_folder
-from quickmerge.prior.identity import model_hash
-from quickmerge.vocabulary import embeddings_from_text, load_tokenizer, match, read_vocabulary, transplant
-from quickmerge.vocabulary.digits import digit_report
-from quickmerge.vocabulary.donor import read_donor
-from quickmerge.vocabulary.judging import Exchanged, rebuild_by_text
-from quickmerge.vocabulary.methods import METHODS, NEEDS_VECTORS
-from quickmerge.vocabulary.plan import Plan, make_plan, new_size
-from quickmerge.vocabulary.quality import compare_logits, score_texts
-from quickmerge.vocabulary.rebuild import Made, Maker, rebuild
-from quickmerge.vocabulary.rows import assemble
-from quickmerge.vocabulary.segments import Segmenter
+from quickmerge.models.identity import model_hash
+from quickmerge.transplant import embeddings_from_text, load_tokenizer, match, read_vocabulary, transplant
+from quickmerge.transplant.choose import METHODS, NEEDS_VECTORS
+from quickmerge.transplant.choose_by_text import Exchanged, rebuild_by_text
+from quickmerge.transplant.donor import read_donor
+from quickmerge.transplant.matching import Segmenter, digit_report
+from quickmerge.transplant.quality import compare_logits, score_texts
+from quickmerge.transplant.rebuild import Made, Maker, rebuild
+from quickmerge.transplant.rows import Plan, assemble, make_plan, new_size
 
 HERE = Path(__file__).parent
 FIGURE = HERE.parent / "docs" / "images" / "transplant_hidden.png"

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quickmerge.report.drawing import bare_axes, new_figure, note, note_ends, plain_settings, save
-from quickmerge.report.palette import LIGHT, OTHERS
+from quickmerge.viz.drawing import LIGHT, OTHERS, bare_axes, new_figure, note, note_ends, plain_settings, save
 
 HERE = Path(__file__).parent
 

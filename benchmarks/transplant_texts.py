@@ -16,8 +16,8 @@ from pathlib import Path
 from document_sources import MissingSourceError, unpacked
 from documents import MANIFEST, is_whole
 
+from quickmerge.datasets.images import evenly
 from quickmerge.errors import QuickmergeError
-from quickmerge.evaluation.images import evenly
 from quickmerge.models import cache_folder
 
 PASSAGE = 500

@@ -19,15 +19,15 @@ from rich.console import Console
 from rich.progress import track
 
 import quickmerge as qm
-from quickmerge.cli.common import progress, quiet, write_json
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.images import evenly, load_batch, read_labelled
-from quickmerge.evaluation.probe import choose_probe
-from quickmerge.evaluation.vision_bench import arms, bench_images, look
+from quickmerge.bench.environment import environment
+from quickmerge.console.options import progress, quiet, write_json
+from quickmerge.datasets.images import evenly
+from quickmerge.datasets.labelled import load_batch, read_labelled
+from quickmerge.merge.bench.vision import arms, bench_images, look, vision_table
+from quickmerge.merge.bench.vision_cost import choose_probe
+from quickmerge.merge.reducers import make_reducer
 from quickmerge.models import cache_folder
-from quickmerge.models.vision import load_vision
-from quickmerge.reducers import make_reducer
-from quickmerge.report.bench_vision import vision_table
+from quickmerge.models.load_vision import load_vision
 
 HERE = Path(__file__).parent
 BATCH = 16

@@ -21,12 +21,12 @@ from rich.table import Table
 from torch import nn
 
 import quickmerge as qm
-from quickmerge.cli.common import progress, write_json
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.vision_bench import Arm, look, time_arms
-from quickmerge.evaluation.vision_cost import vision_shape
-from quickmerge.hosts import find_encoder
-from quickmerge.reducers.predictor import Predictor
+from quickmerge.bench.environment import environment
+from quickmerge.console.options import progress, write_json
+from quickmerge.merge.bench.vision import Arm, look, time_arms
+from quickmerge.merge.bench.vision_cost import vision_shape
+from quickmerge.merge.reducers.dynamicvit import Predictor
+from quickmerge.models.encoder import find_encoder
 
 HERE = Path(__file__).parent
 AIMS = {"tome, r = 8": 1.28, "tome, r = 13": 1.62, "tome, r = 16": 1.90, "dynamicvit, keep 0.7": 1.50}

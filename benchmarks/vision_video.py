@@ -20,17 +20,17 @@ from rich.table import Table
 from torch import Tensor
 
 import quickmerge as qm
-from quickmerge.cli.common import quiet, write_json
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.images import evenly
-from quickmerge.evaluation.vision_bench import interval
-from quickmerge.hosts.frames import encode_frames
+from quickmerge.bench.environment import environment
+from quickmerge.console.options import quiet, write_json
+from quickmerge.datasets import VideoClips
+from quickmerge.datasets.images import evenly
+from quickmerge.datasets.labelled import PixelFormat
+from quickmerge.merge.bench.vision import interval
+from quickmerge.merge.reducers.pooling import GridMerge
+from quickmerge.merge.tokens.saliency import AttentionTrace
+from quickmerge.merge.vision.vit import encode_frames
 from quickmerge.models import cache_folder
-from quickmerge.models.vision import load_vision
-from quickmerge.reducers.grid import GridMerge
-from quickmerge.tokens.saliency import AttentionTrace
-from quickmerge.training.data import VideoClips
-from quickmerge.training.data.labelled import PixelFormat
+from quickmerge.models.load_vision import load_vision
 
 HERE = Path(__file__).parent
 

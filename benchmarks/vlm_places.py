@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 import quickmerge as qm
-from quickmerge.cli.common import progress, quiet, write_json
+from quickmerge.bench.environment import environment
+from quickmerge.console.options import progress, quiet, write_json
+from quickmerge.datasets.annotated import read_annotated
+from quickmerge.datasets.images import evenly
 from quickmerge.errors import QuickmergeError
-from quickmerge.evaluation.answers_arms import AnswerArm
-from quickmerge.evaluation.answers_bench import answer_records, answer_rows
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.images import evenly
+from quickmerge.merge.bench.answers import AnswerArm
+from quickmerge.merge.bench.vlm import answer_records, answer_rows
 from quickmerge.models import cache_folder
-from quickmerge.training.data.annotated import read_annotated
 
 HERE = Path(__file__).parent
 

@@ -23,17 +23,16 @@ from pictures import SAY
 from rich.console import Console
 
 import quickmerge as qm
-from quickmerge.cli.common import progress, quiet, write_json
+from quickmerge.bench.environment import environment
+from quickmerge.console.options import progress, quiet, write_json
+from quickmerge.datasets.annotated import Annotated, read_annotated
+from quickmerge.datasets.images import evenly
 from quickmerge.errors import QuickmergeError
-from quickmerge.evaluation.answers_arms import answer_arms
-from quickmerge.evaluation.answers_bench import answer_records, answer_rows, time_answers
-from quickmerge.evaluation.bench import environment
-from quickmerge.evaluation.images import evenly
+from quickmerge.merge.bench.answers import answer_arms
+from quickmerge.merge.bench.vlm import answer_records, answer_rows, answers_table, time_answers
+from quickmerge.merge.reducers import VISUAL_TOKEN_REDUCERS, make_reducer
 from quickmerge.models import cache_folder
-from quickmerge.prior.identity import model_hash
-from quickmerge.reducers import VISUAL_TOKEN_REDUCERS, make_reducer
-from quickmerge.report.bench_answers import answers_table
-from quickmerge.training.data.annotated import Annotated, read_annotated
+from quickmerge.models.identity import model_hash
 
 HERE = Path(__file__).parent
 DTYPES = ("float32", "bfloat16")

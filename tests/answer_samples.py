@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from quickmerge.training.new_vlm import new_vlm
+from quickmerge.merge.train.new_vlm import new_vlm
 
 WORDS = "what where is the red star at left right top there a how many of yes no 0 1 2 3 ? user assistant :".split()  # noqa: SIM905
 

@@ -9,10 +9,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from quickmerge.continuous.autoencoder import CalmAutoencoder
-from quickmerge.continuous.autoencoder_config import CalmAutoencoderConfig
-from quickmerge.continuous.model import CalmForCausalLM
-from quickmerge.training.calm import new_calm
+from quickmerge.calm.autoencoder import CalmAutoencoder
+from quickmerge.calm.config import CalmAutoencoderConfig
+from quickmerge.calm.model import CalmForCausalLM
+from quickmerge.calm.train import new_calm
 
 WORDS = 24
 SIZE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

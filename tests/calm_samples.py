@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from quickmerge.continuous.config import CalmConfig
-from quickmerge.continuous.model import CalmForCausalLM
+from quickmerge.calm.config import CalmConfig
+from quickmerge.calm.model import CalmForCausalLM
 
 EOS, PAD, VOCABULARY = 1, 20, 21
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,3 +60,30 @@ def tiny_folder(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
     tiny_llama.save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def untouched() -> Iterator[Callable[[Any], Any]]:
+    """Models handed to it are checked after the test: no hook, no watcher, the attention they were built with."""
+    from hosts_zoo import assert_detached
+
+    seen: list[tuple[Any, str]] = []
+
+    def note(model: Any) -> Any:
+        seen.append((model, model.config._attn_implementation))
+        return model
+
+    yield note
+    for model, implementation in seen:
+        assert_detached(model, implementation)
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Python's own handlers, whoever started the tests: a shell's background jobs ignore Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

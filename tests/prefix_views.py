@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import KINDS, generator, numbers, seeds, up_to
 from torch import Tensor
 
-from quickmerge.tokens import AttentionTrace, TokenView
+from quickmerge.merge.tokens import AttentionTrace, TokenView
 
 LENGTHS = (2, 3, 16, 17, 197, 198, 257)
 PREFIXES = (0, 1, 2, 5)

@@ -16,8 +16,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quickmerge.tokens import AttentionTrace, Count, Entropy, Mass, MergePlan, Ratio, TokenView
-from quickmerge.tokens.budget import Budget
+from quickmerge.merge.tokens import AttentionTrace, Count, Entropy, Mass, MergePlan, Ratio, TokenView
+from quickmerge.merge.tokens.budget import Budget
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 HUGE = 1e30  # what padded places hold: squares of it overflow float32

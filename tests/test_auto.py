@@ -44,10 +44,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(
             "import quickmerge\nfrom transformers import AutoModelForCausalLM, AutoConfig", marks=pytest.mark.slow
         ),
-        "import quickmerge.continuous.config\nfrom transformers import AutoConfig",
-        "import quickmerge.continuous.autoencoder\nfrom transformers import AutoConfig",
+        "import quickmerge.calm.config\nfrom transformers import AutoConfig",
+        "import quickmerge.calm.autoencoder\nfrom transformers import AutoConfig",
         pytest.param(
-            "import quickmerge.continuous.autoencoder_config\nfrom transformers import AutoConfig",
+            "import quickmerge.calm.config\nfrom transformers import AutoConfig",
             marks=pytest.mark.slow,
         ),
     ],
@@ -73,7 +73,7 @@ class Broken:
 {imports}
 assert AutoConfig.for_model("llama").model_type == "llama"
 from transformers import AutoModel, PreTrainedModel
-assert not any(name == "quickmerge.continuous.config" for name in sys.modules)
+assert not any(name == "quickmerge.calm.config" for name in sys.modules)
 """
 
 
@@ -85,11 +85,11 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("imports", "broken", "error"),
     [
-        (BEFORE, "quickmerge.continuous.autoencoder_config", "ImportError"),
+        (BEFORE, "quickmerge.calm.config", "ImportError"),
         (BEFORE, "quickmerge.models.compat", "RuntimeError"),
-        pytest.param(BEFORE, "quickmerge.continuous.config", "AttributeError", marks=slow),
+        pytest.param(BEFORE, "quickmerge.calm.config", "AttributeError", marks=slow),
         pytest.param(BEFORE, "quickmerge.errors", "ImportError", marks=slow),
-        pytest.param(AFTER, "quickmerge.continuous.config", "ImportError", marks=slow),
+        pytest.param(AFTER, "quickmerge.calm.config", "ImportError", marks=slow),
         pytest.param(AFTER, "quickmerge.errors", "ImportError", marks=slow),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 import quickmerge as qm
 from quickmerge import errors
 from quickmerge.errors import QuickmergeError, as_index, near_match, whole_number
-from quickmerge.tokens import Removal, Schedule
+from quickmerge.merge.tokens import Removal, Schedule
 
 
 @pytest.mark.parametrize("name", [name for name in errors.__all__ if name.endswith("Error")])

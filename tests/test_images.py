@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
+from quickmerge.datasets import ImageFolder
 from quickmerge.errors import QuickmergeError
 from quickmerge.images import FORMATS, as_rgb, open_image, upright, upright_size
 from quickmerge.models import ask_inputs
-from quickmerge.training.data import ImageFolder
 
 SHAPE = (3, 5)
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from rich.progress import Progress
 from rich.table import Table
 
-from quickmerge.printable import clean, clean_name
-from quickmerge.report.text import escape_name
+from quickmerge.errors import clean, clean_name
 from quickmerge.terminal import PlainColumn, Terminal, plain
+from quickmerge.viz.format import escape_name
 
 HOSTILE = [
     "\x1b[31mred",

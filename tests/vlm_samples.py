@@ -13,7 +13,7 @@ import vision_samples
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from quickmerge.training.new_vlm import new_vlm
+from quickmerge.merge.train.new_vlm import new_vlm
 
 WORDS = (
     "what",

@@ -1,14 +1,19 @@
-"""Every error that quickmerge raises on purpose, each told in one sentence."""
+"""Make any text safe to show: valid UTF-8, no control characters.
+
+What a model writes, a tokenizer splits or a file is called is untrusted. A terminal obeys the control characters in
+it, and a page or a picture may not hold them. Every text of others goes through here before it is shown.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import math
 import operator
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-
-from quickmerge.printable import clean_name
+from types import ModuleType
 
 __all__ = [
     "CacheFolderError",
@@ -21,12 +26,67 @@ __all__ = [
     "UnsupportedModelError",
     "as_index",
     "check_text",
+    "clean",
+    "clean_name",
     "door",
     "first_sentence",
+    "half_character",
     "near_match",
+    "need",
     "number_at_least",
     "whole_number",
 ]
+
+
+_C0 = {code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)}
+_C1 = dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+_OTHER = {0x7F: 0x2421, 0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}
+# C0 controls become their visible pictures (U+2400..), so a reader sees that something was there.
+_TABLE = _C0 | _C1 | _OTHER
+_BREAKS = re.compile(r"\r\n")
+# In a name: line breaks, what turns the direction of reading, what can't be seen, and half characters.
+_HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff"
+    "\ud800-\udfff]"
+)
+
+
+def clean(value: object) -> str:
+    """Return ``value`` as text that any terminal, UTF-8 file, HTML page or SVG picture can hold.
+
+    Tabs and newlines stay, other control characters become visible pictures such as U+2400, surrogate pairs
+    are joined and lone surrogates become U+FFFD.
+    """
+    text = value if isinstance(value, str) else str(value)
+    joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return _BREAKS.sub("\n", joined).translate(_TABLE)
+
+
+def clean_name(value: object) -> str:
+    r"""Return a name or a message on one line, with whatever could hide or disguise a part of it as an escape.
+
+    A file may be called ``gpj.\u202eexe``: shown as it is, it would read ``exe.jpg`` from the right. Controls of the
+    direction of reading, invisible characters, control characters, line breaks and half characters are shown as
+    ``\u202e``, the way a string of Python is written.
+    """
+    text = value if isinstance(value, str) else str(value)
+    joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+    return _HIDDEN.sub(lambda found: _escape(ord(found[0])), joined)
+
+
+def half_character(text: str) -> int | None:
+    """Where a text has half of a surrogate pair, which is no text and which no tokenizer takes; None if nowhere.
+
+    An argument that is no UTF-8 comes to Python with such halves in it, and JSON can hold them.
+    """
+    return next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+
+
+def _escape(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+# Every error that quickmerge raises on purpose, each told in one sentence.
 
 
 class QuickmergeError(ValueError):
@@ -158,3 +218,28 @@ def number_at_least(name: str, value: object, least: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and value >= least):  # type: ignore[arg-type, operator]
         raise ValueError(f"{name} must be a number of at least {least:g}, got {value!r}")
+
+
+# Packages that only some readers need.
+
+
+def need(module: str, extra: str, what: str) -> ModuleType:
+    """Import an optional package.
+
+    Args:
+        module: the name that is imported.
+        extra: the extra of quickmerge that installs it.
+        what: what cannot be read without it, as the beginning of a sentence.
+
+    Raises:
+        QuickmergeError: it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:  # it is there, and something that it needs is not
+            raise
+        package = module.replace("_", "-")
+        raise QuickmergeError(
+            f"{what} need the package {package}, which is not installed: pip install quickmerge[{extra}]"
+        ) from None

@@ -9,9 +9,9 @@ from rich.progress import Task, TextColumn
 from rich.status import Status
 from rich.text import Text
 
-from quickmerge.printable import clean
+from quickmerge.errors import clean
 
-__all__ = ["PlainColumn", "Terminal", "plain"]
+__all__ = ["PlainColumn", "Terminal", "plain", "say"]
 
 
 def plain(text: object, style: str = "") -> Text:
@@ -52,3 +52,8 @@ class PlainColumn(TextColumn):
     def render(self, task: Task) -> Text:
         """The text of a task, cleaned."""
         return Text(clean(self.text_format.format(task=task)), style=self.style, justify=self.justify)
+
+
+def say(sentence: str) -> None:
+    """Print a sentence on stderr letter by letter, below the bar if there is one."""
+    Terminal(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)

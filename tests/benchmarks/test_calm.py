@@ -16,7 +16,7 @@ import pytest
 from calm_bench_samples import save, texts, tiny_calm, tiny_discrete
 from documents import MANIFEST
 
-from quickmerge.evaluation.calm_cost import autoencoder_training_cost, training_cost
+from quickmerge.calm.cost import autoencoder_training_cost, training_cost
 
 TIMED = ("per_second", "speedup")
 

@@ -16,9 +16,9 @@ import torch
 from calm_bench_samples import save, texts, words
 from documents import MANIFEST
 
-from quickmerge.continuous import CalmAutoencoder, CalmAutoencoderConfig
-from quickmerge.evaluation.calm_autoencoder import autoencoder_scores
-from quickmerge.training.calm_texts import document_chunks
+from quickmerge.calm import CalmAutoencoder, CalmAutoencoderConfig
+from quickmerge.calm.evaluate import autoencoder_scores
+from quickmerge.calm.texts import document_chunks
 
 CHUNKS = 5
 

@@ -18,9 +18,9 @@ import torch
 from documents import MANIFEST
 from transformers import AutoModelForCausalLM
 
-from quickmerge.decoding.gumiho import Gumiho
+from quickmerge.datasets.prompts import read_prompts
 from quickmerge.errors import QuickmergeError
-from quickmerge.evaluation.prompts import read_prompts
+from quickmerge.speculative.gumiho import Gumiho
 
 TIMED = {"seconds", "speedup", "speedup_low", "speedup_high", "per_second", "draft_share", "target_share", "faster"}
 

@@ -16,8 +16,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import quickmerge as qm
-from quickmerge.attention.attend import attend
-from quickmerge.attention.clustering import bounds, cluster
+from quickmerge.multipole.attend import attend
+from quickmerge.multipole.clustering import bounds, cluster
 
 ARGS = Namespace(batch=2, device="cpu", dtype="float32", rounds=2, updates=2, prefill=600, budget=32)
 SHAPE = script.Shape(6, 2, 16)

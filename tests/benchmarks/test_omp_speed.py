@@ -6,8 +6,7 @@ import torch
 from omp_speed import differences, plain_omp, products, speedup
 from strategies import generator
 
-from quickmerge.vocabulary.omp import omp
-from quickmerge.vocabulary.sparse import Sparse
+from quickmerge.transplant.omp import Sparse, omp
 
 
 def test_the_straightforward_form_is_matching_pursuit() -> None:

@@ -23,11 +23,11 @@ from recognition_runs import (
 )
 from scene_samples import small_recognizer, write_scenes
 
+from quickmerge.datasets.annotated import read_annotated
 from quickmerge.errors import QuickmergeError
-from quickmerge.reducers import make_reducer
+from quickmerge.merge.reducers import make_reducer
+from quickmerge.recognition.train import LabelledScenes, pixel_format, read_features
 from quickmerge.training import TrainingConfig
-from quickmerge.training.data.annotated import read_annotated
-from quickmerge.training.recognizer import LabelledScenes, pixel_format, read_features
 
 
 def encode(texts):

@@ -18,8 +18,8 @@ from scene_questions import candidates
 from scene_things import COLOURS, REGIONS, SHAPES, SIDE, Scene, draw_scene
 from scenes import main, pictures, scenes
 
+from quickmerge.datasets.annotated import read_annotated
 from quickmerge.errors import QuickmergeError
-from quickmerge.training.data.annotated import read_annotated
 
 
 def place(x: float, y: float) -> str:

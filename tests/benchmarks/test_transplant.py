@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tokenizer_samples import SENTENCES, byte_level
 from transplant_samples import model_folder, tokenizer_folder
 
-import quickmerge.vocabulary.transplant  # noqa: F401 (its name is also that of the function)
+import quickmerge.transplant.api  # noqa: F401 (its name is also that of the function)
 from quickmerge.errors import QuickmergeError
 
 LINES = [f"{SENTENCES[n % len(SENTENCES)]} It was {n} days ago." for n in range(60)]
@@ -55,7 +55,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
     monkeypatch.setattr(script, "CASES", (one, two))
     monkeypatch.setattr(transplant_texts, "PASSAGE", 60)
     monkeypatch.setattr(transplant_texts, "_paragraphs", lambda *_: RUSSIAN)
-    for module in (script, sys.modules["quickmerge.vocabulary.transplant"]):
+    for module in (script, sys.modules["quickmerge.transplant.api"]):
         monkeypatch.setattr(module, "digit_report", partial(module.digit_report, numbers=[7, 12, 345, 2024]))
     documents = gathered(tmp_path / "documents", "test", ["\n".join(LINES[n : n + 20]) for n in range(4)],
                          dev=["\n".join(LINES[n : n + 20]) for n in range(30, 32)])  # fmt: skip

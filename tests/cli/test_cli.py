@@ -153,7 +153,7 @@ def test_an_unsupported_architecture_is_named(run, tmp_path) -> None:
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
-    from quickmerge.cli.common import write_json
+    from quickmerge.console.options import write_json
 
     path = tmp_path / "out.json"
     write_json(path, {"a": 1})

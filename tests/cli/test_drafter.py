@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from quickmerge.decoding.gumiho import Gumiho
+from quickmerge.speculative.gumiho import Gumiho
 
 SHAPE = {"serial_layers": 1, "heads": 2, "mlp_depth": 2}
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from quickmerge.cli import app
-from quickmerge.cli.blame import Alone, one_sentence
-from quickmerge.cli.ending import end
+from quickmerge.console.ending import Alone, end, one_sentence
 from quickmerge.errors import DamagedWeightsError, QuickmergeError, UnsupportedModelError, door
 
 

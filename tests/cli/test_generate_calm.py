@@ -9,8 +9,8 @@ import pytest
 import torch
 from calm_samples import small_calm, words_tokenizer
 
-from quickmerge.cli.generate_calm import is_calm, parse_method
-from quickmerge.continuous.store import load_calm
+from quickmerge.calm.cli import is_calm, parse_method
+from quickmerge.calm.model import load_calm
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.models import load
 
@@ -81,7 +81,7 @@ def test_folders_are_told_apart_and_damage_is_told(folder, tiny_folder, tmp_path
         load_calm(tiny_folder)
     with pytest.raises(QuickmergeError, match="there is no folder"):
         load_calm(tmp_path / "none")
-    with pytest.raises(UnsupportedModelError, match=r"is a CALM.* open it with quickmerge.continuous.load_calm"):
+    with pytest.raises(UnsupportedModelError, match=r"is a CALM.* open it with quickmerge.calm.load_calm"):
         load(folder, progress=False)
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from quickmerge.attention import Multipole
 from quickmerge.cli.generate_multipole import parse_attention
 from quickmerge.errors import QuickmergeError
+from quickmerge.multipole import Multipole
 
 FAST = ["--max-new-tokens", "6", "--prompt", "sea the sea"]
 

@@ -188,7 +188,7 @@ def test_bad_training_settings_are_one_sentence(
 
 
 def test_features_that_do_not_fit_are_read_again(run, parts, scenes: Path, tmp_path: Path, monkeypatch) -> None:
-    from quickmerge.training import recognizer as training
+    from quickmerge.recognition import train as training
 
     monkeypatch.setattr(training, "SHARE_OF_MEMORY", 0.0)
     base = ["train", "recognizer", *parts, "--data", scenes, "--steps", 2, *SMALL]

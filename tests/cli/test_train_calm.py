@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quickmerge.continuous import CalmAutoencoder, CalmForCausalLM
+from quickmerge.calm import CalmAutoencoder, CalmForCausalLM
 
 SMALL = ["--patch", 2, "--chunks", 6, "--batch", 3, "--save-every", 2]
 CODER = ["--latent", 6, "--ae-width", 16]
@@ -80,7 +80,7 @@ def test_the_autoencoder_alone(run: Any, base: list[Any], tiny_folder: Path, tmp
 def test_large_vocabularies_are_sampled_and_it_is_said(
     run: Any, base: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quickmerge.cli import train_calm_stages
+    from quickmerge.calm import cli_train as train_calm_stages
 
     monkeypatch.setattr(train_calm_stages, "LARGE", 200)
     monkeypatch.setattr(train_calm_stages, "SAMPLED", 20)

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from transplant_samples import config_of, model_folder, tokenizer_folder
 
-from quickmerge.cli.transplant import parse_special
 from quickmerge.errors import QuickmergeError
-from quickmerge.vocabulary import writer
+from quickmerge.transplant import writer
+from quickmerge.transplant.cli import parse_special
 
 
 @pytest.fixture

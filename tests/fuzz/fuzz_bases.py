@@ -59,11 +59,10 @@ def build(base: Path) -> None:
     from torch import nn
     from transplant_samples import model_folder
 
-    from quickmerge.decoding.gumiho import Gumiho
-    from quickmerge.prior import Prior, PriorConfig
-    from quickmerge.prior.identity import model_hash
-    from quickmerge.reducers.dynamicvit import DynamicViT
-    from quickmerge.reducers.predictor import Predictor
+    from quickmerge.merge.prior import Prior, PriorConfig
+    from quickmerge.merge.reducers.dynamicvit import DynamicViT, Predictor
+    from quickmerge.models.identity import model_hash
+    from quickmerge.speculative.gumiho import Gumiho
 
     model_folder(base / "model")
     lm = hf.AutoModelForCausalLM.from_pretrained(base / "model")

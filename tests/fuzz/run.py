@@ -22,7 +22,7 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 HERE = Path(__file__).resolve().parent
-for folder in (HERE, HERE.parent, HERE.parent / "recognition", HERE.parents[1] / "src"):
+for folder in (HERE, HERE.parent, HERE.parent / "samples", HERE.parents[1] / "src"):
     sys.path.insert(0, str(folder))
 
 from fuzz_bases import COMMANDS, OTHERS, build  # noqa: E402
@@ -143,7 +143,7 @@ def group(ending: Ending) -> str:
 
 def results(endings: list[Ending], seed: int) -> dict[str, object]:
     """What the page on trust is made of."""
-    from quickmerge.evaluation.bench import environment
+    from quickmerge.bench.environment import environment
 
     rows = []
     for name in sorted({group(ending) for ending in endings}):

@@ -43,7 +43,7 @@ from pathlib import Path
 worker.SECONDS = {1 if kind == "hangs" else 30}
 from quickmerge.errors import QuickmergeError
 import quickmerge.cli as cli
-from quickmerge.cli.ending import end
+from quickmerge.console.ending import end
 def command():
     {body}
 cli.main = lambda: end(command)

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 import quickmerge as qm
-from quickmerge.attention import Multipole
-from quickmerge.attention.attend import attend
-from quickmerge.attention.clusters import Clusters
-from quickmerge.attention.kmeans import kmeans
-from quickmerge.continuous.brier import brier_terms
-from quickmerge.decoding.gumiho.network import ParallelHeads
-from quickmerge.decoding.tree import Tree, pack
-from quickmerge.heads.energy import energy_score
-from quickmerge.reducers.matching import match_down
-from quickmerge.reducers.predictor import Predictor
-from quickmerge.tokens.packing import packed_mask
-from quickmerge.tokens.policy import masked_softmax
-from quickmerge.tokens.selection import cover
-from quickmerge.training.dynamicvit_losses import feature_loss, logit_loss, ratio_loss
-from quickmerge.vocabulary.omp import omp
+from quickmerge.calm.brier import brier_terms
+from quickmerge.calm.heads.energy import energy_score
+from quickmerge.merge.reducers.dynamicvit import Predictor
+from quickmerge.merge.reducers.tome import match_down
+from quickmerge.merge.tokens.removal import masked_softmax
+from quickmerge.merge.tokens.selection import cover
+from quickmerge.merge.train.dynamicvit import feature_loss, logit_loss, ratio_loss
+from quickmerge.multipole import Multipole
+from quickmerge.multipole.attend import attend
+from quickmerge.multipole.clusters import Clusters
+from quickmerge.multipole.kmeans import kmeans
+from quickmerge.speculative.gumiho.network import ParallelHeads
+from quickmerge.speculative.tree import Tree, pack
+from quickmerge.training.packing import packed_mask
+from quickmerge.transplant.omp import omp
 
 HERE = Path(__file__).parent
 

@@ -5,7 +5,7 @@ import pytest
 
 from quickmerge.errors import CacheFolderError
 from quickmerge.models import cache_folder, load
-from quickmerge.models.cache import replacing_folder
+from quickmerge.models.download import replacing_folder
 from quickmerge.staging import new_stage
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from quickmerge.errors import DamagedWeightsError, FetchError
-from quickmerge.models import fetch
+from quickmerge.models import download as fetch
 
 
 @pytest.fixture(autouse=True)

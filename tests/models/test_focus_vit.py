@@ -10,7 +10,8 @@ from onnx_file import node, onnx_file, tensor
 from transformers import AutoImageProcessor, Dinov2Config, Dinov2Model
 
 from quickmerge.errors import DamagedWeightsError, FetchError, UnsupportedModelError
-from quickmerge.models import VISION_MODELS, focus_vit, load, load_vision, verify, wheel
+from quickmerge.models import VISION_MODELS, focus_vit, load, load_vision, verify
+from quickmerge.models import download as wheel
 
 SIZES = {"WIDTH": 12, "HEADS": 2, "LAYERS": 2, "PATCH": 4, "IMAGE": 12}
 LINEAR = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]

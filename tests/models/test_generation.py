@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from quickmerge.decoding import PromptLookup, SpeculativeDecoding
 from quickmerge.errors import QuickmergeError
 from quickmerge.models.generation import SAMPLING, TOKENS, check_temperature, own_generation
+from quickmerge.speculative import PromptLookup, SpeculativeDecoding
 
 IDS = torch.arange(3, 12)[None]
 UNASKED: dict[str, Any] = {

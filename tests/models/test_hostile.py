@@ -18,11 +18,17 @@ from safetensors.torch import load_file, save_file
 import quickmerge
 from quickmerge.errors import DamagedWeightsError, QuickmergeError, UnknownModelError, UnsupportedModelError
 from quickmerge.models import load, load_vision, load_vlm
-from quickmerge.models.finite import check_finite
 from quickmerge.models.folder import check_model_folder
-from quickmerge.models.headers import HEADER_BYTES, Held, read_header
-from quickmerge.models.paths import local_path, read_json
-from quickmerge.models.sizes import check_build, check_integers
+from quickmerge.models.weights import (
+    HEADER_BYTES,
+    Held,
+    check_build,
+    check_finite,
+    check_integers,
+    local_path,
+    read_header,
+    read_json,
+)
 
 SOURCE = Path(quickmerge.__file__).parent
 
@@ -81,7 +87,7 @@ def test_no_kind_of_auto_map_runs_code_though_the_user_types_yes(tiny_folder: Pa
     folders.append(generate)
     code = (
         "import sys, quickmerge as qm\n"
-        "from quickmerge.vocabulary.load_tokenizer import load_tokenizer\n"
+        "from quickmerge.transplant.donor import load_tokenizer\n"
         "from quickmerge.models import load_shape_only\n"
         "for folder in sys.argv[1:]:\n"
         "    for door in (qm.load, qm.load_vision, qm.load_vlm, load_tokenizer, load_shape_only):\n"

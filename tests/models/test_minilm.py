@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from quickmerge.errors import DamagedWeightsError, FetchError, UnsupportedModelError
-from quickmerge.models import load, load_vision, minilm, verify, wheel
+from quickmerge.models import download as wheel
+from quickmerge.models import load, load_vision, minilm, verify
 from quickmerge.models.embedded import SENTENCE_MODELS
 
 NAMES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

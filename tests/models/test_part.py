@@ -12,17 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import quickmerge as qm
-from quickmerge.continuous import CalmAutoencoder, CalmAutoencoderConfig
+from quickmerge.calm import CalmAutoencoder, CalmAutoencoderConfig
 from quickmerge.data import GUMIHOS, PRIORS, shipped_gumiho, shipped_prior
-from quickmerge.decoding.gumiho import Gumiho
-from quickmerge.decoding.gumiho.config import GumihoConfig
-from quickmerge.decoding.gumiho.network import GumihoNetwork
+from quickmerge.merge.prior import Prior
+from quickmerge.merge.prior.config import PriorConfig
+from quickmerge.merge.reducers.dynamicvit import DynamicViT, Predictor
 from quickmerge.models.part import CONFIG, HASH, WEIGHTS, file_hash
 from quickmerge.models.read import read_config, read_weights
-from quickmerge.prior import Prior
-from quickmerge.prior.config import PriorConfig
-from quickmerge.reducers.dynamicvit import DynamicViT
-from quickmerge.reducers.predictor import Predictor
+from quickmerge.speculative.gumiho import Gumiho
+from quickmerge.speculative.gumiho.config import GumihoConfig
+from quickmerge.speculative.gumiho.network import GumihoNetwork
 
 
 def prior(seed: int) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from quickmerge.models.saved import model_label, save_parts
+from quickmerge.models.part import model_label, save_parts
 
 
 def llava() -> LlavaForConditionalGeneration:

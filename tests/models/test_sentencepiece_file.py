@@ -10,8 +10,8 @@ import pytest
 from tokenizer_samples import SENTENCES
 
 from quickmerge.errors import UnsupportedModelError
-from quickmerge.models.sentencepiece_file import sentencepiece_tokenizer
-from quickmerge.vocabulary.tokens import read_vocabulary
+from quickmerge.models.tokenizers import sentencepiece_tokenizer
+from quickmerge.transplant.tokens import read_vocabulary
 
 
 def trained(path: Path, **settings: Any) -> Any:

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 import quickmerge
 from quickmerge.errors import UnsupportedModelError
-from quickmerge.models import template as limits
-from quickmerge.models.template import apply_chat_template
+from quickmerge.models import chat as limits
+from quickmerge.models.chat import apply_chat_template
 
 TURN = [{"role": "user", "content": "hi"}]
 GOOD = (

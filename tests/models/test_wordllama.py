@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from quickmerge.errors import DamagedWeightsError, FetchError
-from quickmerge.models import wheel, wordllama
+from quickmerge.models import download as wheel
+from quickmerge.models import wordllama
 
 
 @pytest.fixture

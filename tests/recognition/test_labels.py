@@ -14,8 +14,8 @@ from strategies import prop
 from tokenizer_samples import byte_level, from_words, sentencepiece_bpe
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.models.tokenizers import printable_bytes
 from quickmerge.recognition import LabelCodec
-from quickmerge.vocabulary.alphabets import printable_bytes
 
 KINDS = ("words", "bytes", "metaspace", "wordpiece")
 BYTES = {byte: ord(character) for character, byte in printable_bytes().items()}

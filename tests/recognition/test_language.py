@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.recognition.language import check_reading, cut, fork, read
-from quickmerge.tokens.packing import packed_mask, packed_positions
+from quickmerge.training.packing import packed_mask, packed_positions
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,

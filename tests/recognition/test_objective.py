@@ -17,8 +17,8 @@ from torch import Tensor
 from quickmerge.errors import QuickmergeError
 from quickmerge.recognition import LabelLoss, Recognizer
 from quickmerge.recognition.language import read
-from quickmerge.tokens.packing import packed_mask, packed_positions
 from quickmerge.training import TrainingConfig, train
+from quickmerge.training.packing import packed_mask, packed_positions
 
 FAMILIES = ("llama", "qwen2", "gemma3_text", "gpt_neox", "mistral")
 LABELS = [["red car", "cat", "traffic lights"], ["dog"], ["cat", "red traffic car lights"]]

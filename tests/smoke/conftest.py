@@ -5,14 +5,10 @@ A failure ends with the names that the release has changed.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-for folder in ("hosts", "decoding"):
-    sys.path.append(str(Path(__file__).parents[1] / folder))
 
 
 def pytest_report_header() -> str:
@@ -31,8 +27,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         return
     import transformers
 
-    from quickmerge.hosts.structure import FAMILIES
     from quickmerge.models.compat import NEWEST, OLDEST, changes
+    from quickmerge.models.decoder import FAMILIES
 
     found = changes(FAMILIES)
     terminalreporter.section(f"transformers {transformers.__version__}, tested were {OLDEST} to {NEWEST}")

@@ -17,8 +17,8 @@ from hosts_zoo import BOS, EOS, ZOO, build, generate, pad, stored, tokens
 from PIL import Image
 
 import quickmerge as qm
-from quickmerge.hosts.structure import FAMILIES
 from quickmerge.models.compat import changes
+from quickmerge.models.decoder import FAMILIES
 from quickmerge.training import TrainingConfig
 
 LONG, SHORT = 60, 41
@@ -143,7 +143,7 @@ def test_calm_reads_learns_and_writes(tmp_path: Path) -> None:
 
 
 def test_a_step_of_training(tmp_path: Path) -> None:
-    from quickmerge.training.dynamicvit import train_dynamicvit
+    from quickmerge.merge.train.dynamicvit import train_dynamicvit
 
     class Pictures:
         def __len__(self) -> int:

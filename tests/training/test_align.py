@@ -13,13 +13,13 @@ import vision_samples
 import vlm_samples
 from PIL import Image
 
+from quickmerge.datasets.annotated import Annotated, Placed, Question
+from quickmerge.datasets.labelled import PixelFormat
+from quickmerge.datasets.questions import AskedPictures
 from quickmerge.errors import QuickmergeError
+from quickmerge.merge.train.answers import scaled_inputs
+from quickmerge.merge.train.new_vlm import new_vlm
 from quickmerge.training.align import align_projector, patch_texts, word_embedding
-from quickmerge.training.answers import scaled_inputs
-from quickmerge.training.data.annotated import Annotated, Placed, Question
-from quickmerge.training.data.labelled import PixelFormat
-from quickmerge.training.new_vlm import new_vlm
-from quickmerge.training.questions import AskedPictures
 
 
 def picture(folder: Path, size: tuple[int, int], *objects: Placed) -> Annotated:

@@ -14,14 +14,12 @@ import torch
 from calm_samples import BACKBONES, HEADS, PAD, small_calm, some_ids, words_tokenizer
 from torch import Tensor
 
-from quickmerge.continuous.graph import nothing_of
-from quickmerge.prior import Prior, PriorConfig
-from quickmerge.training.calm import CalmText
-from quickmerge.training.calm_autoencoder import CalmAutoencoderTexts, new_autoencoder
-from quickmerge.training.calm_discrete import DiscreteTexts, new_discrete
-from quickmerge.training.calm_texts import CalmTexts
-from quickmerge.training.objective import Objective
-from quickmerge.training.prior_patches import PriorPatches
+from quickmerge.calm.autoencoder import nothing_of
+from quickmerge.calm.texts import CalmTexts
+from quickmerge.calm.train import CalmAutoencoderTexts, CalmText, DiscreteTexts, new_autoencoder, new_discrete
+from quickmerge.merge.prior import Prior, PriorConfig
+from quickmerge.merge.prior.train_patches import PriorPatches
+from quickmerge.training.config import Objective
 
 
 def one_chunk(rows: int = 2) -> Tensor:

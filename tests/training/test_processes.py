@@ -79,7 +79,7 @@ def test_sharding_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
-    script = [str(Path(__file__).parent / "launched.py"), str(tmp_path / "out")]
+    script = [str(Path(__file__).parents[1] / "samples" / "launched.py"), str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)

@@ -1,6 +1,7 @@
 import pytest
 
-from quickmerge.training.progress import say, shown
+from quickmerge.terminal import say
+from quickmerge.training.metrics import shown
 
 
 @pytest.mark.parametrize("visible", [True, False])

@@ -5,7 +5,7 @@ import pytest
 from training_samples import settings
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.training.resume import check_same, run_identity
+from quickmerge.training.loop import check_same, run_identity
 
 
 def identity(fingerprint: dict[str, Any] | None = None, items: int = 5, processes: int = 1, **changes: Any) -> Any:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from strategies import prop
 
 from quickmerge.training import TrainingConfig
-from quickmerge.training.schedule import learning_rate
+from quickmerge.training.step import learning_rate
 
 
 @st.composite

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from quickmerge.training.signals import LateSignals
+from quickmerge.training.loop import LateSignals
 
 pytestmark = pytest.mark.usefixtures("heard")
 

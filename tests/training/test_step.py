@@ -14,8 +14,8 @@ from training_samples import NamedPoints, Points, Small, lines, same, saved, set
 from quickmerge.errors import QuickmergeError
 from quickmerge.training import Objective, loop, train
 from quickmerge.training.checkpoint import load
-from quickmerge.training.processes import start
-from quickmerge.training.stream import Stream
+from quickmerge.training.metrics import Stream
+from quickmerge.training.step import start
 
 
 class Returning(Objective):

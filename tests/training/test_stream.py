@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import prop
 
-from quickmerge.training.stream import Stream, seed_generators, stable_hash
+from quickmerge.training.metrics import Stream, seed_generators, stable_hash
 
 sizes = st.integers(1, 40)
 small = st.integers(1, 5)

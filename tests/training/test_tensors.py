@@ -5,7 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from training_samples import Small, same
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.training.tensors import (
+from quickmerge.training.checkpoint import (
     load_model,
     load_optimizer,
     model_tensors,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from quickmerge.cli.ending import Ending, end
+from quickmerge.console.ending import Ending, end
 
 app = typer.Typer(
     name="quickmerge",
@@ -39,10 +39,16 @@ def options(
 
 
 def _register() -> None:
-    from quickmerge.cli import bench, demo, generate, ls, plan, recognize, show, train, transplant
+    from quickmerge.cli import bench, generate, ls, show, train
+    from quickmerge.merge.cli import demo, plan
+    from quickmerge.recognition import cli as recognition
+    from quickmerge.transplant import cli as transplant
 
-    for module in (demo, generate, bench, show, recognize, transplant, plan, ls):
-        name = module.__name__.rsplit(".", 1)[1]
+    commands: list[tuple[Any, str]] = [
+        (demo, "demo"), (generate, "generate"), (bench, "bench"), (show, "show"), (recognition, "recognize"),
+        (transplant, "transplant"), (plan, "plan"), (ls, "ls"),
+    ]  # fmt: skip
+    for module, name in commands:
         app.command(name, epilog=module.EXAMPLE)(getattr(module, name))
     app.add_typer(train.app)
 

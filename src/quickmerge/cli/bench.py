@@ -7,25 +7,23 @@ from typing import Annotated
 
 import typer
 
-from quickmerge.cli.bench_calm import has_calm
-from quickmerge.cli.common import (
+from quickmerge.calm.cli import has_calm
+from quickmerge.console.options import (
     JSON,
     LAYER,
     PRIOR,
     Alone,
-    add_prior,
     check_output,
     load_writer,
     one_sentence,
     parse_keeps,
     parse_layer,
-    parse_reducer,
     progress,
     read_text,
     write_json,
 )
-from quickmerge.errors import QuickmergeError
-from quickmerge.printable import clean_name
+from quickmerge.errors import QuickmergeError, clean_name
+from quickmerge.merge.cli.options import add_prior, parse_reducer
 
 EXAMPLE = (
     "Example: quickmerge bench --text a.txt b.txt --reducer quickmerge,tome,random --keep 0.2,0.42 --json out.json; "
@@ -141,7 +139,7 @@ def bench(
     draws alone tell, operations for a token, and tokens a second, beside ordinary language models.
     """
     if drafter is not None:
-        from quickmerge.cli.bench_drafter import bench_drafter
+        from quickmerge.speculative.cli import bench_drafter
 
         _only(context_, DRAFTER_OPTIONS, "--drafter")
         bench_drafter(
@@ -149,7 +147,7 @@ def bench(
         )  # fmt: skip
         return
     if has_calm(model):
-        from quickmerge.cli.bench_calm import bench_calm
+        from quickmerge.calm.cli import bench_calm
 
         assert model is not None
         _only(context_, CALM_OPTIONS, "a CALM")
@@ -170,7 +168,7 @@ def bench(
     if (image is None) == (not text):
         raise QuickmergeError("give either --text or --image, or --drafter, got " + ("both" if image else "neither"))
     if image is not None:
-        from quickmerge.cli.bench_vision import bench_images
+        from quickmerge.merge.cli.bench import bench_images
 
         for name, value in {"--prior": prior, "--layer": layer, "further files": more}.items():
             if value is not None:
@@ -179,11 +177,12 @@ def bench(
             image, "vit-small-14" if model is None else model, reducer, keep, limit, rounds, dynamicvit, out, json
         )
         return
-    from quickmerge.evaluation.bench import bench as measure
-    from quickmerge.evaluation.bench import environment
-    from quickmerge.evaluation.documents import LEAST, split_document
-    from quickmerge.report import bench_report, bench_table, write_page
+    from quickmerge.bench.environment import environment
+    from quickmerge.datasets.text import LEAST, split_document
+    from quickmerge.merge.bench.text import bench as measure
+    from quickmerge.merge.bench.text import bench_report, bench_table
     from quickmerge.terminal import Terminal
+    from quickmerge.viz.page import write_page
 
     check_output(json, out / "report.html" if out is not None else None)
     model, keeps = "smollm2-135m" if model is None else model, parse_keeps(keep or "0.2,0.42,0.6")

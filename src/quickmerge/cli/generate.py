@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from quickmerge.cli.answers import print_answers
-from quickmerge.cli.common import (
+from quickmerge.console.answers import print_answers
+from quickmerge.console.options import (
     JSON,
     LAYER,
     MIN_TOKENS,
@@ -16,17 +16,16 @@ from quickmerge.cli.common import (
     RAW,
     TOKENS,
     Alone,
-    add_prior,
     check_model,
     check_output,
     load_writer,
     parse_layer,
     parse_question,
-    parse_reducer,
     told_min_tokens,
     write_json,
 )
 from quickmerge.errors import QuickmergeError
+from quickmerge.merge.cli.options import add_prior, parse_reducer
 
 EXAMPLE = (
     'Example: quickmerge generate --file report.txt --prompt "Summarise." --keep 0.4 --compare; '
@@ -104,7 +103,7 @@ def generate(
     json: JSON = None,
 ) -> None:
     """Answer a prompt about a document or about images, which are read with fewer tokens."""
-    from quickmerge.cli.generate_calm import generate_calm, is_calm
+    from quickmerge.calm.cli import generate_calm, is_calm
 
     if is_calm(model):
         _without("a CALM", {
@@ -130,7 +129,7 @@ def generate(
         raise QuickmergeError(f"--seed must be a whole number of 64 bits, got {seed}")
     sample, temperature = sample or bool(temperature), temperature or None
     if drafter is not None:
-        from quickmerge.cli.generate_drafter import generate_drafter
+        from quickmerge.speculative.cli import generate_drafter
 
         _without("--drafter", {
             "--image": image or None, "--reducer": reducer, "--keep": keep, "--tokens": tokens, "--layer": layer,
@@ -144,7 +143,7 @@ def generate(
     if tree is not None:
         raise QuickmergeError("--tree is for drafted tokens: give --drafter too")
     if image:
-        from quickmerge.cli.generate_image import generate_image
+        from quickmerge.merge.cli.vlm import generate_image
 
         _without("--image", {
             "--file": file, "--prior": prior, "--min-tokens": min_tokens, "--attention": attention, "--budget": budget,
@@ -174,7 +173,7 @@ def generate(
     document, prompt = parse_question(prompt, file)
     check_model(model)
     # what takes seconds to import comes after what can be told at once
-    from quickmerge.evaluation.answer import answer
+    from quickmerge.merge.bench.answer import answer
 
     method = parse_reducer(reducer, keep)
     method = method if prior is None else add_prior(method, prior)

@@ -8,25 +8,24 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickmerge.cli.answers import print_answers
-from quickmerge.cli.common import (
+from quickmerge.console.answers import print_answers
+from quickmerge.console.options import (
     Alone,
-    add_prior,
     check_output,
     load_writer,
     one_sentence,
     parse_layer,
     parse_question,
-    parse_reducer,
     told_min_tokens,
     write_json,
 )
 from quickmerge.errors import QuickmergeError, near_match
+from quickmerge.merge.cli.options import add_prior, parse_reducer
 
 if TYPE_CHECKING:
-    from quickmerge.attention import Multipole
-    from quickmerge.evaluation.answer import Answer
-    from quickmerge.reducers import Reducer
+    from quickmerge.merge.bench.answer import Answer
+    from quickmerge.merge.reducers import Reducer
+    from quickmerge.multipole import Multipole
 
 NAME = "multipole"
 
@@ -52,7 +51,8 @@ def generate_multipole(
     json: Path | None,
 ) -> None:
     """Print the answer, and on stderr what was read and what it cost. Tokens are merged too if anything says how."""
-    from quickmerge.evaluation.answer import answer
+    from quickmerge.merge.bench.answer import answer
+    from quickmerge.multipole import multipole
 
     settings = parse_attention(attention, budget)
     check_output(json)
@@ -67,7 +67,8 @@ def generate_multipole(
 
     def ask(way: Multipole | None) -> Answer:
         return answer(
-            lm, tokenizer, document, prompt, None if way is None else method, depth, attention=way,
+            lm, tokenizer, document, prompt, None if way is None else method, depth,
+            attention=None if way is None else multipole(lm, way),
             max_new_tokens=max_new_tokens, sample=sample, temperature=temperature, seed=seed,
             **told_min_tokens(min_tokens),
         )  # fmt: skip
@@ -91,7 +92,7 @@ def parse_attention(text: str, budget: int | None) -> Multipole:
     Raises:
         QuickmergeError: it is another attention, or a setting is unknown, given twice, or out of range.
     """
-    from quickmerge.attention import Multipole
+    from quickmerge.multipole import Multipole
 
     name, *parts = re.split("[:,]", text)
     if name != NAME:

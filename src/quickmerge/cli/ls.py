@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from quickmerge.cli.common import JSON, check_output, write_json
+from quickmerge.console.options import JSON, check_output, write_json
 
 if TYPE_CHECKING:
     from quickmerge.terminal import Terminal
@@ -18,10 +18,12 @@ def ls(json: JSON = None) -> None:
     from rich.table import Table
 
     from quickmerge.data import GUMIHOS, PRIORS
-    from quickmerge.hosts import FAMILIES, VISION_FAMILIES, VLM_FAMILIES
+    from quickmerge.merge.reducers import PLACES, DynamicViT
     from quickmerge.models import MODELS, VISION_MODELS
+    from quickmerge.models.decoder import FAMILIES
     from quickmerge.models.embedded import SENTENCE_MODELS
-    from quickmerge.reducers import PLACES, DynamicViT
+    from quickmerge.models.encoder import VISION_FAMILIES
+    from quickmerge.models.vlm import VLM_FAMILIES
     from quickmerge.terminal import Terminal, plain
 
     found = [(place, name, cls) for place, table in PLACES.items() for name, cls in table.items()]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quickmerge.cli.common import (
+from quickmerge.console.options import (
     JSON,
     LAYER,
     MIN_TOKENS,
@@ -19,13 +19,12 @@ from quickmerge.cli.common import (
     load_model,
     one_sentence,
     parse_layer,
-    parse_reducer,
     read_text,
     told_min_tokens,
     write_json,
 )
-from quickmerge.errors import QuickmergeError
-from quickmerge.printable import clean_name
+from quickmerge.errors import QuickmergeError, clean_name
+from quickmerge.merge.cli.options import parse_reducer
 
 BYTES = 1024
 """Read of a file for each token that is shown: more than the longest tokens of any vocabulary have."""
@@ -85,8 +84,8 @@ def show(
         "--prompt": prompt, "--min-tokens": min_tokens,
     })  # fmt: skip
     if image is not None or video is not None:
-        from quickmerge.cli.show_vision import KEEP, show_image, show_video
-        from quickmerge.cli.show_vision import MODEL as SEEING
+        from quickmerge.merge.cli.show import KEEP, show_image, show_video
+        from quickmerge.merge.cli.show import MODEL as SEEING
 
         seeing = SEEING if model is None else model
         if image is not None:
@@ -104,11 +103,12 @@ def show(
     content = check_text("--text", str(text)) if file is None else read_text(file, first=BYTES * limit + 2**16)
     check_model(model)
     # what takes seconds to import comes after what can be told at once
-    from quickmerge.hosts.summary import layer_runs
-    from quickmerge.report import token_map_figure, token_map_html, token_map_text, write_page
-    from quickmerge.report.collect import token_cells
-    from quickmerge.report.page import page
+    from quickmerge.merge.collect import token_cells
+    from quickmerge.merge.summary import layer_runs
     from quickmerge.terminal import Terminal
+    from quickmerge.viz.page import page, write_page
+    from quickmerge.viz.tokenmap import token_map_html, token_map_text
+    from quickmerge.viz.tokenmap_figure import token_map_figure
 
     method = parse_reducer(reducer, keep)
     lm, tokenizer = load_model(model)

@@ -7,11 +7,9 @@ from quickmerge.errors import (
     UnknownModelError,
     UnsupportedModelError,
 )
-from quickmerge.models.cache import cache_folder
-from quickmerge.models.load import MODELS, find_model, load, verify
-from quickmerge.models.shape import load_shape_only
-from quickmerge.models.vision import VISION_MODELS, load_vision
-from quickmerge.models.vlm import ask_inputs, load_vlm
+from quickmerge.models.download import cache_folder
+from quickmerge.models.load import MODELS, find_model, load, load_shape_only, verify
+from quickmerge.models.load_vision import VISION_MODELS, ask_inputs, load_vision, load_vlm
 
 __all__ = [
     "MODELS",

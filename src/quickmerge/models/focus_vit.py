@@ -14,8 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quickmerge.models.console import saying, transformers_silenced
-from quickmerge.models.manifest import build_once, check_folder, folder_name, write_manifest
-from quickmerge.models.wheel import WheelFile, download_file, installed_file
+from quickmerge.models.download import (
+    WheelFile,
+    build_once,
+    check_folder,
+    download_file,
+    folder_name,
+    installed_file,
+    write_manifest,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

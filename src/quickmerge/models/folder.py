@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from quickmerge.errors import DamagedWeightsError, UnknownModelError
-from quickmerge.models.headers import REMEDY, Held, check_floats, check_safetensors, read_header
-from quickmerge.models.paths import CONFIG_BYTES, check_regular, read_json
-from quickmerge.models.sizes import check_integers
+from quickmerge.models.weights import (
+    CONFIG_BYTES,
+    REMEDY,
+    Held,
+    check_floats,
+    check_integers,
+    check_regular,
+    check_safetensors,
+    read_header,
+    read_json,
+)
 from quickmerge.together import complete
 
 __all__ = ["check_files", "check_model_folder", "check_safetensors", "held_by", "weight_files"]

@@ -1,17 +1,28 @@
-"""One way to load a model: an embedded name, a folder, or a hub id."""
+"""Checking how a model is asked to be loaded, before anything is read."""
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from quickmerge.errors import DamagedWeightsError, UnknownModelError, UnsupportedModelError, near_match
+from quickmerge.data import shipped_shape
+from quickmerge.errors import (
+    DamagedWeightsError,
+    QuickmergeError,
+    UnknownModelError,
+    UnsupportedModelError,
+    door,
+    first_sentence,
+    near_match,
+)
 from quickmerge.models import smollm2
-from quickmerge.models.cache import cache_folder
-from quickmerge.models.console import saying
+from quickmerge.models.compat import attention_names
+from quickmerge.models.console import saying, transformers_silenced
+from quickmerge.models.download import cache_folder
 from quickmerge.models.embedded import (
     MODELS,
     SENTENCE_MODELS,
@@ -20,17 +31,117 @@ from quickmerge.models.embedded import (
     embedded_folder,
     prepare_embedded,
 )
-from quickmerge.models.folder import check_model_folder
-from quickmerge.models.hub import hub_folder
-from quickmerge.models.options import check_attention, check_device, check_dtype
-from quickmerge.models.paths import local_path, shown
-from quickmerge.models.read import read
+from quickmerge.models.folder import CONFIG, check_files, check_model_folder
+from quickmerge.models.read import check_causal, read, read_config
+from quickmerge.models.weights import check_build, local_path, shown
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["MODELS", "find_model", "find_name", "load", "load_from", "verify"]
+__all__ = [
+    "MODELS",
+    "check_attention",
+    "check_device",
+    "check_dtype",
+    "find_model",
+    "find_name",
+    "hub_folder",
+    "load",
+    "load_from",
+    "load_shape_only",
+    "verify",
+]
+
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Give the torch dtype that is meant.
+
+    Raises:
+        QuickmergeError: it is not one that weights can be held in.
+    """
+    import torch
+
+    name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise QuickmergeError(f"dtype is {name!r}{near_match(name, DTYPES)}, but must be one of: {', '.join(DTYPES)}")
+    resolved: torch.dtype = getattr(torch, name)
+    return resolved
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Give the torch device that is meant.
+
+    Raises:
+        QuickmergeError: the words name no device, or this machine has none such.
+    """
+    import torch
+
+    try:
+        placement = torch.device(device)
+        torch.empty(0, device=placement)  # a name can be right and the device still absent
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        allowed = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            allowed.append("mps")
+        raise QuickmergeError(
+            f"device is {str(device)!r}, which this machine does not have; it has: {', '.join(allowed)}"
+        ) from error
+    return placement
+
+
+def check_attention(name: str) -> str:
+    """Give back the name of an attention implementation that transformers knows.
+
+    Raises:
+        QuickmergeError: it knows none of this name.
+    """
+    known = attention_names()
+    # a name with a slash is a kernel on the hub, which only transformers can look up
+    if name not in known and "/" not in name:
+        usual = [word for word in known if "paged" not in word]
+        raise QuickmergeError(
+            f"attn_implementation is {name!r}{near_match(name, known)}, but must be one of: {', '.join(usual)}"
+        )
+    return name
+
+
+# Fetching a model from the hub as files, which then pass the same checks as any folder.
+
+
+FILES = ("*.json", "*.model", "*.tiktoken", "*.jinja", "*.txt", "LICENSE*", "NOTICE*")
+"""What is fetched of a model besides its weights: its settings and its tokenizer."""
+OTHERS = ("onnx/*", "openvino/*", "original/*", "coreml/*", "*/*.safetensors", "consolidated*.safetensors")
+"""The same model for other programs, and other models that lie in folders of their own."""
+
+
+def hub_folder(name: str, *, weights: bool = True) -> Path:
+    """The folder in the hub's cache that holds a model's files, fetched if need be.
+
+    Args:
+        name: a hub id, ``"owner/name"``.
+        weights: whether its weights are wanted; only safetensors are fetched.
+
+    Raises:
+        UnknownModelError: there is no such model, or the hub can't be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted = [*FILES, *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=list(OTHERS)))
+    except (OSError, ValueError) as error:  # what the hub's client raises derives from these
+        raise UnknownModelError(
+            f"the hub has no model {name!r} that can be reached from here ({first_sentence(error)}): "
+            "check the id and the connection, or give a local model folder"
+        ) from error
+
+
+# One way to load a model: an embedded name, a folder, or a hub id.
+
 
 T = TypeVar("T")
 
@@ -193,3 +304,43 @@ def find_name(name: str, embedded: Mapping[str, str] = MODELS) -> str:
     if not HUB_ID.fullmatch(name) or owner in (".", "..") or len(name) > 200:
         raise UnknownModelError(f"there is no folder {shown(name)}: {allowed}")
     return name
+
+
+# A model without its weights: enough to count tokens, operations and bytes.
+
+
+def load_shape_only(name: str) -> PreTrainedModel:
+    """The model on the meta device: all shapes, no values, nothing but its config read.
+
+    Neither weights nor a cache are needed for an embedded model or a folder.
+
+    Raises:
+        UnknownModelError: there is no such model.
+        UnsupportedModelError: it is not a causal language model, or its config asks for sizes that no model has.
+        DamagedWeightsError: its config is damaged.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = shipped_shape(name) or _folder(name)
+    with transformers_silenced():
+        config = read_config(str(folder))
+        check_causal(str(folder), config)
+
+        def build() -> PreTrainedModel:
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+
+        check_build(str(folder / CONFIG), build, None)
+        with door(f"{folder / CONFIG} can't be used", UnsupportedModelError), torch.device("meta"):
+            return build()
+
+
+def _folder(name: str) -> Path:
+    found = find_name(name)
+    if not Path(found).is_dir():
+        return hub_folder(found, weights=False)
+    folder = Path(found)
+    check_files(folder)
+    if not (folder / CONFIG).exists():
+        raise UnknownModelError(f"the folder {folder} is not a model folder: it has no config.json")
+    return folder

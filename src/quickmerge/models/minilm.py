@@ -9,8 +9,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from quickmerge.models.manifest import build_once, check_folder, folder_name, write_manifest
-from quickmerge.models.wheel import WheelFile, download_files, installed_file
+from quickmerge.models.download import (
+    WheelFile,
+    build_once,
+    check_folder,
+    download_files,
+    folder_name,
+    installed_file,
+    write_manifest,
+)
 
 __all__ = ["DESCRIPTION", "FILES", "NAME", "check_folder", "folder_in", "prepare"]
 

@@ -1,13 +1,10 @@
-"""A trained part as a folder: config.json and model.safetensors, written together and known to belong together.
-
-The config holds the hash of the weights that it was written with. A pair that was put together by accident, by a copy
-that was cut short for example, is refused; a folder without a hash, of an earlier release, is taken as it is.
-"""
+"""Saving models of transformers: the same bytes, wherever on a disk the parts came from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +12,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from quickmerge.errors import DamagedWeightsError, QuickmergeError, door
 from quickmerge.files import write_bytes, write_json
-from quickmerge.models.finite import check_finite
-from quickmerge.models.headers import Held, check_floats, read_header
-from quickmerge.models.paths import local_path, read_json
-from quickmerge.models.sizes import check_build, check_integers
+from quickmerge.models.compat import CONFIG_PLACES
+from quickmerge.models.weights import (
+    Held,
+    check_build,
+    check_finite,
+    check_floats,
+    check_integers,
+    local_path,
+    read_header,
+    read_json,
+)
 from quickmerge.together import complete, write_together
 
 if TYPE_CHECKING:
     import os
 
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
 __all__ = [
     "CONFIG",
@@ -34,10 +39,48 @@ __all__ = [
     "Signed",
     "check_hashes",
     "file_hash",
+    "model_label",
     "open_part",
     "read_settings",
     "save_part",
+    "save_parts",
 ]
+
+
+def save_parts(folder: Path, *parts: Any) -> None:
+    """Save models, processors and tokenizers in ``folder``, without the paths of the user's disk.
+
+    Args:
+        folder: an empty folder.
+        parts: what has ``save_pretrained``; None is passed over.
+    """
+    for part in parts:
+        if part is not None:
+            part.save_pretrained(folder)
+    for path in folder.rglob(CONFIG):
+        given = json.loads(path.read_text(encoding="utf-8"))
+        cleaned = _without_places(given)
+        if cleaned != given:
+            # as transformers writes it
+            path.write_text(json.dumps(cleaned, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_places(item) for key, item in value.items() if key not in CONFIG_PLACES}
+    return [_without_places(item) for item in value] if isinstance(value, list) else value
+
+
+def model_label(name: str) -> str:
+    """What a model is called in a file that may be given away: its name, or of a whole path the last part."""
+    return Path(name).name or name if Path(name).is_absolute() else name
+
+
+# A trained part as a folder: config.json and model.safetensors, written together and known to belong together.
+#
+# The config holds the hash of the weights that it was written with. A pair that was put together by accident, by a copy
+# that was cut short for example, is refused; a folder without a hash, of an earlier release, is taken as it is.
+
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HASH = "weights_sha256"
@@ -212,3 +255,21 @@ def file_hash(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+STALE_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+
+def save_model(folder: Path, model: PreTrainedModel, processor: Any) -> None:
+    """Save a model and its processor among other files of a folder, all of their files or none.
+
+    Paths of the disk are left out of the configuration.
+
+    Raises:
+        QuickmergeError: if the disk is full or not writable; what was there before is still there.
+    """
+
+    def fill(work: Path) -> None:
+        save_parts(work, model, processor)
+
+    write_together(folder, fill, STALE_WEIGHTS)

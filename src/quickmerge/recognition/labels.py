@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quickmerge.errors import QuickmergeError, check_text
-from quickmerge.vocabulary.alphabets import from_byte_level
+from quickmerge.models.tokenizers import from_byte_level
 
 __all__ = ["LabelCodec", "Packed"]
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, whole_number
-from quickmerge.hosts.structure import IMPLEMENTATIONS, layer_window
 from quickmerge.models.compat import attention_implementation, cache_argument
-from quickmerge.tokens.packing import additive, packed_mask, packed_positions
+from quickmerge.models.decoder import IMPLEMENTATIONS, layer_window
+from quickmerge.training.packing import additive, packed_mask, packed_positions
 
 __all__ = ["check_reading", "cut", "fork", "read"]
 

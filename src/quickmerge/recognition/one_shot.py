@@ -1,22 +1,102 @@
-"""One-shot sampling: every label's first token from one distribution, then all labels completed side by side."""
+"""Reading many continuations of one prefix: each token once, behind a cache that all of them share.
+
+The newest tokens of all branches are fed as one sequence. A mask lets each see the prefix and its own branch, which
+is the mask of training again; nothing is copied, and a branch that is done costs nothing more.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from quickmerge.errors import near_match, whole_number
+from quickmerge.errors import QuickmergeError, near_match, whole_number
 from quickmerge.recognition.guess import Guess, check_share, ranked
-from quickmerge.recognition.language import read
-from quickmerge.recognition.model import Prefix, Recognizer
-from quickmerge.recognition.tree import Tree
-from quickmerge.tokens.packing import packed_mask, packed_positions
+from quickmerge.recognition.language import fork, read
+from quickmerge.recognition.network import Network, Prefix
+from quickmerge.training.packing import packed_mask, packed_positions
 
-__all__ = ["LAYOUTS", "Branches", "branches", "one_shot"]
+__all__ = ["LAYOUTS", "Branches", "Tree", "branches", "choose", "closed_set", "one_shot"]
+
+
+class Tree:
+    """A prefix that has been read, and the tokens read behind it.
+
+    Args:
+        recognizer: what reads.
+        prefix: of B images.
+    """
+
+    def __init__(self, recognizer: Network, prefix: Prefix) -> None:
+        self.recognizer = recognizer
+        self.prefix = prefix
+        self.cache = DynamicCache()
+        group = torch.zeros_like(prefix.valid, dtype=torch.long)
+        see = packed_mask(group, prefix.image, prefix.valid, bidirectional=recognizer.config.bidirectional)
+        self.position = packed_positions(group, prefix.valid)
+        last = torch.zeros_like(prefix.valid)
+        last[:, -1] = True
+        self.first = read(recognizer.language, prefix.embeds, see, self.position, rows=last, cache=self.cache)
+        """``(B, V)`` logits of the first token behind the prefix."""
+
+    def __len__(self) -> int:
+        """Tokens of every row in the cache: the column that the next token gets."""
+        return self.position.shape[1]
+
+    def fork(self) -> Tree:
+        """A tree that grows by itself from what has been read so far."""
+        other = Tree.__new__(Tree)
+        other.__dict__ = {**self.__dict__, "cache": fork(self.cache)}
+        return other
+
+    def grow(self, ids: Tensor, depth: Tensor, path: Tensor, real: Tensor) -> Tensor:
+        """Read one more token for each of W branches.
+
+        Args:
+            ids: ``(B, W)`` tokens; they get the columns from ``len(tree)`` on.
+            depth: ``(B, W)`` tokens between the prefix and each.
+            path: ``(B, W, T)`` columns of the tokens between, -1 where there are fewer than T.
+            real: ``(B, W)`` bool, False for padding.
+
+        Returns:
+            ``(R, V)`` logits of what follows each real token, in reading order.
+        """
+        columns, wide = len(self), ids.shape[1]
+        see = torch.zeros(*ids.shape, columns + wide + 1, dtype=torch.bool, device=ids.device)
+        see[..., : self.prefix.valid.shape[1]] = self.prefix.valid[:, None]
+        # a column more, cut off again, takes the -1
+        see.scatter_(2, torch.where(path < 0, columns + wide, path), True)
+        see = see[..., :-1]
+        itself = torch.arange(wide, device=ids.device)
+        see[:, itself, columns + itself] = True
+        return self._read(ids, see[:, None], self.prefix.length[:, None] + depth, real)
+
+    def pack(self, ids: Tensor, group: Tensor, rows: Tensor) -> Tensor:
+        """Read whole items ``ids (1, N)`` of ``group (1, N)`` at once behind every image.
+
+        Returns:
+            ``(R, V)`` logits of the rows ``(B, N)`` that are asked for.
+        """
+        count = len(self.prefix.valid)
+        own = packed_mask(group, torch.zeros_like(group, dtype=torch.bool))
+        before = self.prefix.valid[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
+        see = torch.cat([before, own.expand(count, -1, -1, -1)], -1)
+        position = packed_positions(group) + self.prefix.length[:, None]
+        return self._read(ids.expand(count, -1), see, position, rows)
+
+    def _read(self, ids: Tensor, see: Tensor, position: Tensor, rows: Tensor) -> Tensor:
+        language = self.recognizer.language
+        self.position = torch.cat([self.position, position], 1)
+        embeds = language.get_input_embeddings()(ids).to(self.prefix.embeds.dtype)
+        return read(language, embeds, see, position, rows=rows, cache=self.cache, key_position=self.position)
+
+
+# One-shot sampling: every label's first token from one distribution, then all labels completed side by side.
 
 
 @dataclass(frozen=True)
@@ -36,7 +116,7 @@ class Branches:
 
 
 def one_shot(
-    recognizer: Recognizer,
+    recognizer: Network,
     prefix: Prefix,
     k: int,
     *,
@@ -71,7 +151,7 @@ def one_shot(
 
 @torch.no_grad()
 def branches(
-    recognizer: Recognizer,
+    recognizer: Network,
     prefix: Prefix,
     k: int,
     *,
@@ -119,7 +199,7 @@ class _Steps(ABC):
     first: Tensor
     """``(B, V)`` logits behind the prefix."""
 
-    def __init__(self, recognizer: Recognizer, prefix: Prefix) -> None:
+    def __init__(self, recognizer: Network, prefix: Prefix) -> None:
         self.recognizer = recognizer
         self.prefix = prefix
 
@@ -131,7 +211,7 @@ class _Steps(ABC):
 class _InTree(_Steps):
     """All branches in one row."""
 
-    def __init__(self, recognizer: Recognizer, prefix: Prefix) -> None:
+    def __init__(self, recognizer: Network, prefix: Prefix) -> None:
         super().__init__(recognizer, prefix)
         self.tree = Tree(recognizer, prefix)
         self.first = self.tree.first
@@ -154,7 +234,7 @@ class _InTree(_Steps):
 class _InBatch(_Steps):
     """Every living branch in a row of its own, with its own copy of the prefix's cache."""
 
-    def __init__(self, recognizer: Recognizer, prefix: Prefix) -> None:
+    def __init__(self, recognizer: Network, prefix: Prefix) -> None:
         super().__init__(recognizer, prefix)
         self.tree = Tree(recognizer, prefix)
         self.first = self.tree.first
@@ -180,7 +260,7 @@ class _InBatch(_Steps):
 class _Uncached(_Steps):
     """Prefix and branches read anew in every step, finished ones too."""
 
-    def __init__(self, recognizer: Recognizer, prefix: Prefix) -> None:
+    def __init__(self, recognizer: Network, prefix: Prefix) -> None:
         super().__init__(recognizer, prefix)
         self.first = self._read(torch.zeros(len(prefix.embeds), 1, 0, dtype=torch.long, device=prefix.embeds.device))
 
@@ -202,3 +282,68 @@ class _Uncached(_Steps):
 
 
 LAYOUTS: dict[str, type[_Steps]] = {"tree": _InTree, "batch": _InBatch, "uncached": _Uncached}
+
+
+# Choosing among given labels: each label's exact probability, all of them packed behind one prefix.
+
+
+@torch.no_grad()
+def closed_set(recognizer: Network, prefix: Prefix, labels: Sequence[str], *, chunk: int = 256) -> Tensor:
+    """``log P(label | image)`` of every label with its closing separator: ``(B, n)``.
+
+    Args:
+        recognizer: what reads.
+        prefix: of B images.
+        labels: n labels.
+        chunk: how many tokens of labels are read at once. Fewer take less memory.
+
+    Raises:
+        ValueError: for a chunk that is no whole number of at least 1.
+        QuickmergeError: there is no label, or one that can't be used.
+    """
+    chunk = whole_number("chunk", chunk)
+    if isinstance(labels, str) or not labels:
+        raise QuickmergeError(f"labels must hold at least one label, got {labels!r}")
+    codec, tree = recognizer.labels, Tree(recognizer, prefix)
+    tokens = [(*codec.ids(label), codec.sep) for label in labels]
+    start = tree.first.log_softmax(-1)
+    device = start.device
+    out = start[:, torch.tensor([each[0] for each in tokens], device=device)]
+    for part in _parts(tokens, chunk):
+        group = torch.tensor([k for k, each in enumerate(part) for _ in tokens[each]], device=device)[None]
+        ids = torch.tensor([i for each in part for i in tokens[each]], device=device)[None]
+        # every row but those of separators predicts the next token of its label
+        inside = torch.cat([group[:, 1:] == group[:, :-1], group[:, :1] != group[:, :1]], 1)
+        logits = tree.fork().pack(ids, group + 1, inside.expand(len(start), -1))
+        logits = logits.view(len(start), -1, logits.shape[-1])
+        target, label = ids[:, 1:][inside[:, :-1]], group[inside]
+        log_p = logits.gather(-1, target.expand(len(start), -1)[..., None])[..., 0] - logits.logsumexp(-1)
+        out = out.index_add(1, torch.tensor(part, device=device)[label], log_p)
+    return out
+
+
+def choose(
+    recognizer: Network, prefix: Prefix, labels: Sequence[str], top: int | None = None, minimum: float = 0.0
+) -> list[list[Guess]]:
+    """The most probable of given labels, with their exact probabilities; a label that is there twice counts once.
+
+    Raises:
+        ValueError, QuickmergeError: as `closed_set`.
+    """
+    check_share("minimum", minimum)
+    names = list(dict.fromkeys(recognizer.labels.normal(label) for label in labels))
+    rows = closed_set(recognizer, prefix, names).tolist()
+    return [ranked(zip(names, row, strict=True), top, minimum) for row in rows]
+
+
+def _parts(tokens: list[tuple[int, ...]], chunk: int) -> Iterator[list[int]]:
+    """Labels by number, as many at once as ``chunk`` tokens hold, but one at least."""
+    part: list[int] = []
+    size = 0
+    for index, each in enumerate(tokens):
+        if part and size + len(each) > chunk:
+            yield part
+            part, size = [], 0
+        part.append(index)
+        size += len(each)
+    yield part

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from quickmerge.errors import QuickmergeWarning, whole_number
 from quickmerge.recognition.guess import Guess, check_share, ranked
-from quickmerge.recognition.model import Prefix, Recognizer
-from quickmerge.recognition.tree import Tree
+from quickmerge.recognition.network import Network, Prefix
+from quickmerge.recognition.one_shot import Tree
 
 __all__ = ["best_first", "best_sequences"]
 
@@ -85,7 +85,7 @@ class _Search:
 
 
 def best_first(
-    recognizer: Recognizer,
+    recognizer: Network,
     prefix: Prefix,
     k: int,
     *,
@@ -118,7 +118,7 @@ def best_first(
 
 @torch.no_grad()
 def best_sequences(
-    recognizer: Recognizer,
+    recognizer: Network,
     prefix: Prefix,
     k: int,
     *,
@@ -162,7 +162,7 @@ def _take(search: _Search, width: int) -> list[tuple[float, _Node, int]]:
 
 
 def _expand(
-    recognizer: Recognizer,
+    recognizer: Network,
     tree: Tree,
     searches: list[_Search],
     opened: list[list[tuple[float, _Node, int]]],

@@ -56,12 +56,12 @@ class SentenceEncoder:
         """
         from transformers import AutoModel, AutoTokenizer
 
-        from quickmerge.models.cache import cache_folder
         from quickmerge.models.console import transformers_silenced
+        from quickmerge.models.download import cache_folder
         from quickmerge.models.embedded import SENTENCE_MODELS, prepare_embedded
         from quickmerge.models.folder import check_files, check_model_folder
-        from quickmerge.models.paths import local_path
         from quickmerge.models.read import first_sentence, read_config, read_weights
+        from quickmerge.models.weights import local_path
 
         name = os.fspath(name_or_path)
         if name not in SENTENCE_MODELS and not local_path("name_or_path", name).is_dir():

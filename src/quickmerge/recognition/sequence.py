@@ -16,8 +16,8 @@ from torch import Tensor
 from quickmerge.errors import whole_number
 from quickmerge.recognition.guess import Guess
 from quickmerge.recognition.labels import LabelCodec
-from quickmerge.recognition.model import Prefix, Recognizer
-from quickmerge.recognition.tree import Tree
+from quickmerge.recognition.network import Network, Prefix
+from quickmerge.recognition.one_shot import Tree
 
 __all__ = ["beam", "beam_ids", "greedy", "greedy_ids"]
 
@@ -28,7 +28,7 @@ TIMES = 3
 
 
 def greedy(
-    recognizer: Recognizer, prefix: Prefix, labels: int | None = None, *, max_tokens: int = 64
+    recognizer: Network, prefix: Prefix, labels: int | None = None, *, max_tokens: int = 64
 ) -> list[list[Guess]]:
     """The labels of the sequence that always goes on with the most probable token, each once, in their order.
 
@@ -49,7 +49,7 @@ def greedy(
 
 
 @torch.no_grad()
-def greedy_ids(recognizer: Recognizer, prefix: Prefix, labels: int | None, max_tokens: int) -> list[Written]:
+def greedy_ids(recognizer: Network, prefix: Prefix, labels: int | None, max_tokens: int) -> list[Written]:
     """The tokens of `greedy` and their log-probabilities."""
     _check(labels, max_tokens)
     tree, codec, ends = Tree(recognizer, prefix), recognizer.labels, _ends(recognizer)
@@ -71,7 +71,7 @@ def greedy_ids(recognizer: Recognizer, prefix: Prefix, labels: int | None, max_t
 
 
 def beam(
-    recognizer: Recognizer, prefix: Prefix, labels: int | None = None, *, width: int = 3, max_tokens: int = 64
+    recognizer: Network, prefix: Prefix, labels: int | None = None, *, width: int = 3, max_tokens: int = 64
 ) -> list[list[Guess]]:
     """The labels of the best sequence that beam search finds, each once, in their order.
 
@@ -92,7 +92,7 @@ def beam(
 
 
 @torch.no_grad()
-def beam_ids(recognizer: Recognizer, prefix: Prefix, labels: int | None, width: int, max_tokens: int) -> list[Written]:
+def beam_ids(recognizer: Network, prefix: Prefix, labels: int | None, width: int, max_tokens: int) -> list[Written]:
     """The tokens of the best sequence of `beam` and their log-probabilities."""
     _check(labels, max_tokens)
     width = whole_number("width", width)
@@ -169,7 +169,7 @@ def _check(labels: int | None, max_tokens: int) -> None:
         labels = whole_number("labels", labels)
 
 
-def _ends(recognizer: Recognizer) -> set[int]:
+def _ends(recognizer: Network) -> set[int]:
     """The tokens that end a text."""
     settings = recognizer.language.generation_config or recognizer.language.config
     told = settings.eos_token_id
@@ -187,7 +187,7 @@ def _ended(codec: LabelCodec, tokens: Written, ends: set[int], labels: int | Non
     return max(said.values(), default=0) >= TIMES or (labels is not None and len(said) >= labels)
 
 
-def _guesses(recognizer: Recognizer, tokens: Written, labels: int | None) -> list[Guess]:
+def _guesses(recognizer: Network, tokens: Written, labels: int | None) -> list[Guess]:
     ids, log_p = [token for token, _ in tokens], [p for _, p in tokens]
     found: dict[str, float] = {}
     for label, p in _split(recognizer.labels, ids, log_p, _ends(recognizer)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -14,21 +14,17 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 from quickmerge.errors import QuickmergeError, door
 from quickmerge.files import write_json
 from quickmerge.models.console import transformers_silenced
-from quickmerge.models.finite import check_finite
 from quickmerge.models.folder import check_files, check_model_folder
-from quickmerge.models.headers import check_floats, read_header
-from quickmerge.models.part import CONFIG, HASH, WEIGHTS, check_hashes, file_hash
-from quickmerge.models.paths import local_path, read_json
-from quickmerge.models.read import damaged, read_config, read_weights
-from quickmerge.models.saved import save_parts
-from quickmerge.models.tried import tried
+from quickmerge.models.part import CONFIG, HASH, WEIGHTS, check_hashes, file_hash, save_parts
+from quickmerge.models.read import damaged, read_config, read_weights, tried
+from quickmerge.models.weights import check_finite, check_floats, local_path, read_header, read_json
 from quickmerge.recognition.config import RecognizerConfig
+from quickmerge.recognition.network import Network
 from quickmerge.together import complete, write_together
 
-if TYPE_CHECKING:
-    from quickmerge.recognition.model import Recognizer
-
 __all__ = ["load", "save"]
+
+N = TypeVar("N", bound=Network)
 
 VISION, LANGUAGE, TOKENIZER = "vision", "language", "tokenizer"
 """The tokenizer lies apart: beside a language model, transformers may open it as the one that is usual for its kind."""
@@ -45,12 +41,12 @@ STALE = re.compile(
 """What a recognizer that is replaced may have had that the new one has not, and that would be read with it."""
 
 
-def save(recognizer: Recognizer, folder: Path | str) -> None:
+def save(recognizer: Network, folder: Path | str) -> None:
     """Write a recognizer among other files of a folder, whole or not at all; see `Recognizer.save_pretrained`."""
     write_together(local_path("folder", folder), lambda work: _fill(recognizer, work), STALE)
 
 
-def _fill(recognizer: Recognizer, work: Path) -> None:
+def _fill(recognizer: Network, work: Path) -> None:
     with transformers_silenced():
         save_parts(work / VISION, recognizer.vision)
         save_parts(work / LANGUAGE, recognizer.language)
@@ -61,10 +57,8 @@ def _fill(recognizer: Recognizer, work: Path) -> None:
     write_json(work / CONFIG, {**recognizer.config.to_json(), HASH: hashes})
 
 
-def load(given: Path | str) -> Recognizer:
-    """Read a recognizer; see `Recognizer.from_pretrained`."""
-    from quickmerge.recognition.model import Recognizer
-
+def load(kind: type[N], given: Path | str) -> N:
+    """Read a recognizer of a kind; see `Recognizer.from_pretrained`."""
     folder = local_path("model", given)
     if not folder.is_dir():
         raise QuickmergeError(f"model must be a folder that holds a recognizer, got {folder}, which is none")
@@ -86,7 +80,7 @@ def load(given: Path | str) -> Recognizer:
             f"{folder / TOKENIZER} must have at most the {rows} tokens of the language model, got {len(tokenizer)}"
         )
     with torch.random.fork_rng(devices=[]):  # what is drawn here is filled at once, and leaves no trace
-        recognizer = Recognizer(vision.requires_grad_(False), language, tokenizer, config)
+        recognizer = kind(vision.requires_grad_(False), language, tokenizer, config)
     try:
         own = load_file(path)
     except SafetensorError as error:

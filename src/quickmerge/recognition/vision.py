@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
-from quickmerge.hosts.encoder import find_encoder, prefix_of
-from quickmerge.hosts.vit import reduce_vit
-from quickmerge.reducers.base import Reducer
-from quickmerge.tokens.schedule import layers_of
+from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.tokens.budget import layers_of
+from quickmerge.merge.vision.vit import reduce_vit
+from quickmerge.models.encoder import find_encoder, prefix_of
 
 __all__ = ["check_layers", "encoder_of", "front", "look", "prepare", "width"]
 

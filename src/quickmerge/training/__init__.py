@@ -1,7 +1,29 @@
 """Training: one loop for everything that learns, whose runs can be killed at any moment and resumed exactly."""
 
-from quickmerge.training.config import TrainingConfig
-from quickmerge.training.loop import TrainingResult, train
-from quickmerge.training.objective import Dataset, Objective
+from __future__ import annotations
 
-__all__ = ["Dataset", "Objective", "TrainingConfig", "TrainingResult", "train"]
+from typing import TYPE_CHECKING
+
+from quickmerge._lazy import lazy
+
+if TYPE_CHECKING:
+    from quickmerge.training.config import Dataset as Dataset
+    from quickmerge.training.config import Objective as Objective
+    from quickmerge.training.config import TrainingConfig as TrainingConfig
+    from quickmerge.training.loop import TrainingResult as TrainingResult
+    from quickmerge.training.loop import train as train
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "config": (
+            "Dataset",
+            "Objective",
+            "TrainingConfig",
+        ),
+        "loop": (
+            "TrainingResult",
+            "train",
+        ),
+    },
+)

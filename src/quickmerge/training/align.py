@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
+from quickmerge.datasets.images import evenly, upright_size
+from quickmerge.datasets.questions import AskedPictures
 from quickmerge.errors import QuickmergeError
-from quickmerge.training.data.images import evenly, upright_size
-from quickmerge.training.questions import AskedPictures
 
 if TYPE_CHECKING:
-    from quickmerge.training.data.annotated import Annotated
+    from quickmerge.datasets.annotated import Annotated
 
 __all__ = [
     "Words",

@@ -1,15 +1,19 @@
-"""The training loop: one for everything that the project trains."""
+"""Ctrl-C and SIGTERM wait for the end of a step."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import platform
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import accelerate  # type: ignore[import-untyped]
@@ -20,24 +24,135 @@ import quickmerge
 from quickmerge.errors import QuickmergeError
 from quickmerge.files import settle
 from quickmerge.locks import sole_writer
+from quickmerge.terminal import say
 from quickmerge.training import checkpoint
-from quickmerge.training.config import TrainingConfig
-from quickmerge.training.metrics import Meter, append_line, cut_after
-from quickmerge.training.objective import Dataset, Objective
-from quickmerge.training.processes import on_main, start
-from quickmerge.training.progress import Show, say, shown
-from quickmerge.training.resume import check_same, find, run_identity
-from quickmerge.training.signals import LateSignals
-from quickmerge.training.step import Stepper
-from quickmerge.training.tensors import (
+from quickmerge.training.checkpoint import (
+    Checkpoint,
+    folders,
     load_model,
     load_optimizer,
     model_tensors,
+    newest,
     optimizer_tensors,
     trained_parameters,
 )
+from quickmerge.training.config import Dataset, Objective, TrainingConfig
+from quickmerge.training.metrics import Meter, Show, append_line, cut_after, shown
+from quickmerge.training.step import Stepper, on_main, start
 
-__all__ = ["TrainingResult", "train"]
+__all__ = ["LateSignals", "TrainingResult", "check_same", "find", "run_identity", "train"]
+
+
+class LateSignals:
+    """Within this context the two signals are only noted; a second Ctrl-C interrupts at once.
+
+    A signal that came too late for anybody to ask is delivered when the context ends. In another thread than the
+    main one, where Python allows no handlers, signals do what they always do.
+    """
+
+    CAUGHT = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> LateSignals:
+        if threading.current_thread() is threading.main_thread():
+            # What is ignored stays ignored: shells start programs in the background so.
+            caught = [number for number in self.CAUGHT if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in caught}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # type: ignore[arg-type]
+        if error is None and self.received is not None:
+            os.kill(os.getpid(), self.received)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+# Whether a run may go on from what `out` holds.
+
+
+FREE = ("max_minutes", "save_every", "log_every")
+"""Settings that change nothing about what is learnt."""
+
+
+def run_identity(
+    config: TrainingConfig, fingerprint: Mapping[str, Any] | None, items: int, processes: int
+) -> dict[str, Any]:
+    """All that decides on the course of a run, as JSON holds it.
+
+    Raises:
+        QuickmergeError: the fingerprint is nothing that JSON can hold.
+    """
+    try:
+        given = json.loads(json.dumps(dict(fingerprint or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise QuickmergeError(f"fingerprint must hold only what JSON can ({error})") from None
+    return {"config": config.to_dict(), "fingerprint": given, "items": items, "processes": processes}
+
+
+def find(out: Path, resume: bool) -> tuple[Checkpoint | None, list[str]]:
+    """What to go on from, and warnings about damaged checkpoints.
+
+    Returns:
+        None instead of a checkpoint if `resume` is False.
+
+    Raises:
+        QuickmergeError: `resume` is True without a checkpoint, or False with one.
+    """
+    if not resume:
+        if there := folders(out):
+            raise QuickmergeError(f"{there[-1]} is there already: use resume=True to go on from it, or another folder")
+        return None, []
+    found, damaged = newest(out)
+    if found is None:
+        raise QuickmergeError(f"nothing to resume: no folder {out / 'checkpoints' / 'step-*'} was found")
+    return found, damaged
+
+
+def check_same(out: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """See that a run is resumed as what it was.
+
+    Settings that change nothing about what is learnt may differ, and with a constant schedule `steps` may grow.
+
+    Args:
+        out: the output folder.
+        then: the `run_identity` in the checkpoint, possibly among other things.
+        now: this call's.
+
+    Raises:
+        QuickmergeError: it differs; the message names the first difference and both values.
+    """
+    for part, name in (("config", "config "), ("fingerprint", "fingerprint ")):
+        before, after = then.get(part, {}), now[part]
+        for key in sorted(before.keys() | after.keys()):
+            old, new = before.get(key), after.get(key)
+            if old != new and not (part == "config" and _may_change(key, old, new, after)):
+                raise _differs(out, name + key, old, new)
+    for key, name in (("items", "the dataset's length"), ("processes", "the number of processes")):
+        if then.get(key) != now[key]:
+            raise _differs(out, name, then.get(key), now[key])
+
+
+def _may_change(key: str, old: Any, new: Any, config: Mapping[str, Any]) -> bool:
+    grown = key == "steps" and config["schedule"] == "constant" and isinstance(old, int) and new > old
+    return key in FREE or grown
+
+
+def _differs(out: Path, name: str, old: Any, new: Any) -> QuickmergeError:
+    return QuickmergeError(
+        f"{name} was {old!r} when {out} was begun and is {new!r} now: make them the same, or use another folder"
+    )
+
+
+# The training loop: one for everything that the project trains.
+
 
 OnStep = Callable[[int, Mapping[str, float]], None]
 

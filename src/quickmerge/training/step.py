@@ -1,28 +1,123 @@
-"""One optimizer step."""
+"""The learning rate of a step."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.utils import send_to_device  # type: ignore[import-untyped]
+from accelerate import Accelerator, DistributedDataParallelKwargs  # type: ignore[import-untyped]
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+from accelerate.utils import (  # type: ignore[import-untyped]
+    DistributedType,
+    GradientAccumulationPlugin,
+    broadcast,
+    send_to_device,
+)
 from torch import Tensor, nn
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.training.config import TrainingConfig
-from quickmerge.training.metrics import NAMES
-from quickmerge.training.objective import Dataset, Objective
-from quickmerge.training.processes import share_buffers, total
-from quickmerge.training.schedule import learning_rate
-from quickmerge.training.stream import Stream, seed_generators
-from quickmerge.training.tensors import trained_parameters
+from quickmerge.training.checkpoint import trained_parameters
+from quickmerge.training.config import Dataset, Objective, TrainingConfig
+from quickmerge.training.metrics import NAMES, Stream, seed_generators
 
-__all__ = ["Step", "Stepper"]
+__all__ = ["Step", "Stepper", "learning_rate", "on_main", "share_buffers", "start", "total"]
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """The rate of one step, a pure function, so that no scheduler has a state to save.
+
+    The rate rises evenly over the warm-up steps and has its full height in the last of them. From there ``linear``
+    and ``cosine`` go down to ``final`` times the height, which the last step has.
+
+    Args:
+        step: counted from 0.
+        config: the settings; `steps` does not matter when the schedule is constant.
+    """
+    if step < config.warmup:
+        return config.learning_rate * ((step + 1) / config.warmup)
+    if config.schedule == "constant":
+        return config.learning_rate
+    first = max(config.warmup - 1, 0)
+    way = min((step - first) / max(config.steps - 1 - first, 1), 1.0)
+    height = 1 - way if config.schedule == "linear" else (1 + math.cos(math.pi * way)) / 2
+    return config.learning_rate * (config.final + (1 - config.final) * height)
+
+
+# One process or several: accelerate, and how several of them agree.
+
+
+SHARDING = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "a mesh"}
+
+
+def start(precision: str, uses_every_parameter: bool) -> Accelerator:
+    """Join the other processes, if `accelerate launch` or `torchrun` started some.
+
+    Every process holds the whole model (DDP). Sharding it is refused: what is trained here fits one device, and
+    a checkpoint must be the same whatever it was trained on.
+
+    Raises:
+        QuickmergeError: the launcher asks for FSDP or another sharding, or the device can't do the precision.
+    """
+    for name, words in SHARDING.items():
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
+            raise QuickmergeError(f"training shards no model, and the launcher asks for {words}: launch it without")
+    # accelerate keeps the precision of the first run in a process, and refuses any other.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        # Explicitly one: the loop accumulates itself, whatever the launcher's environment says.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not uses_every_parameter)],
+    )
+    kind = accelerator.distributed_type
+    if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
+        raise QuickmergeError(f"training runs on one device or on several by DDP, got {kind.value}")
+    if precision == "fp16" and accelerator.scaler is None:
+        raise QuickmergeError(f"precision must be no or bf16 on the device {accelerator.device.type}, got fp16")
+    return accelerator
+
+
+def total(accelerator: Accelerator, values: Tensor) -> list[float]:
+    """Sum the values of all processes, place by place; all processes get the same."""
+    summed: Tensor = accelerator.reduce(values, "sum") if accelerator.num_processes > 1 else values
+    numbers: list[float] = summed.tolist()
+    return numbers
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Do something in the main process only, while the others wait; if it fails there, all processes raise.
+
+    Raises:
+        QuickmergeError: in the other processes, when the main one raised its own error.
+    """
+    failure: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            action()
+        except Exception as error:
+            failure = error
+    flag = torch.tensor([float(failure is not None)], device=accelerator.device)
+    if total(accelerator, flag)[0]:
+        raise failure or QuickmergeError("the main process failed, and tells why")
+
+
+def share_buffers(accelerator: Accelerator, module: nn.Module) -> None:
+    """Give all processes the main one's buffers, which are those that a checkpoint holds.
+
+    DDP does so only in some of the next forwards; a resumed run would differ from one that went on.
+    """
+    if accelerator.num_processes > 1:
+        for buffer in module.buffers():
+            broadcast(buffer)
+
+
+# One optimizer step.
+
 
 SMALLEST_SCALE = 2.0**-14
 """An fp16 loss scale below this says that the gradient does not overflow by its scale: it is broken."""
@@ -54,7 +149,7 @@ class Stepper:
         dataset: the items.
         config: the settings.
         collate: makes a batch of a list of items.
-        accelerator: of `quickmerge.training.processes.start`.
+        accelerator: of `quickmerge.training.step.start`.
     """
 
     def __init__(

@@ -1,0 +1,164 @@
+"""``reduce``: run a model with fewer tokens inside a ``with`` block, and leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quickmerge.errors import QuickmergeError
+from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.text.causal_lm import reduce_lm
+from quickmerge.merge.text.rows import MIN_TOKENS
+from quickmerge.merge.tokens.budget import Schedule
+from quickmerge.merge.tokens.removal import Removal
+from quickmerge.merge.vision.timm import reduce_timm
+from quickmerge.merge.vision.vit import reduce_vit
+from quickmerge.merge.visual.vlm import reduce_vlm
+from quickmerge.models.attachment import Attachment
+from quickmerge.models.encoder import holds_encoder, holds_timm
+from quickmerge.models.vlm import check_kind, holds_vlm, unwrapped
+
+TEXT_ONLY: dict[str, Any] = {
+    "mode": "prefix", "sinks": 4, "recent": 16, "protect": None, "min_tokens": MIN_TOKENS, "chunk": 128,
+    "window": 64,
+}  # fmt: skip
+"""Settings that a vision transformer has no use for, and what they are where nobody set them."""
+
+
+def reduce(
+    model: PreTrainedModel | nn.Module,
+    reducer: Reducer,
+    layer: int | Sequence[int] | Schedule | Removal | None = None,
+    *,
+    mode: str = "prefix",
+    sinks: int = 4,
+    recent: int = 16,
+    protect: Callable[[Tensor], Tensor] | None = None,
+    min_tokens: int = MIN_TOKENS,
+    chunk: int = 128,
+    window: int = 64,
+    unmerge: bool = False,
+    positions: str = "kept",
+) -> Any:
+    """Make ``model`` read with fewer tokens while the returned run is entered as a context manager.
+
+    Language models have two modes. ``prefix`` mode merges the residual stream of a fully known prompt at the given
+    depth: blocks below read every token, blocks above read the slots, and so do their caches. ``block_causal`` mode
+    merges keys and values of every finished chunk once it has left the recent window. Its budget comes from the chunk
+    alone and its saliency from the chunk and the window that follows, all read before the merge is first seen; it is
+    exact for scoring. There ``QuickMerge(pool=1, merge=0)`` predicts better than its defaults, which are made for
+    prompts.
+
+    In a vision transformer each block of the schedule takes tokens out between its attention and its feed-forward part
+    (ToMe, arXiv 2210.09461), or in front of it where the method says so. Class, distillation and register tokens stay
+    alone. What the model pools, it pools as if every original token that was not dropped were still there. Enter the
+    run before `torch.compile` or `torch.export`.
+
+    In a vision-language model visual tokens alone are taken out, a picture (or video) at a time with a budget of its
+    own, behind the projector or in front of blocks of the language model. The tower and the projector run as always,
+    and so do ``generate`` and its check of placeholders. Every other token stays. Behind the projector a method sees
+    the visual tokens as the language model gets them, or the features of the tower where it is made for these (SCOPE),
+    with what it asks for: attention and keys of the tower's layer, the embeddings of the instruction, the grid. Inside
+    it sees the residual stream, and attention and keys of the block below. Rows that end with different numbers of
+    tokens are padded on the left. Pictures of a later turn, read behind a filled cache, are read in full, and so are
+    those that come in ``inputs_embeds`` without ids. A picture of LLaVA-NeXT is one set of tokens with its crops, but
+    every tile of Idefics3 and SmolVLM is a picture.
+
+    Args:
+        model: a causal LM of one of the proven families (`quickmerge.models.decoder.FAMILIES`), or a vision transformer
+            of one (`quickmerge.models.encoder.VISION_FAMILIES`), or timm's ``VisionTransformer`` or a module that holds
+            one, or a vision-language model of one of `quickmerge.models.vlm.VLM_FAMILIES`. It may be wrapped by PEFT,
+            `torch.compile` (a language model then runs as it was written while it is inside), or
+            `DistributedDataParallel`.
+        reducer: the method, with its ``keep``.
+        layer: in ``prefix`` mode the first block that reads the reduced sequence, 1..L-1; a list of such blocks
+            or a `Schedule` merges at several depths. Default: blocks 4/15 and 5/6 of the way up (8 and 25 of
+            30), see `Schedule.of`. In ``block_causal`` mode the first block whose cache is merged, 0..L-1; default 0,
+            or the block in front of which a `Surprise` budget reads. In a vision transformer a `Removal`, which says
+            how many tokens every block takes out; or a block, or a list of them, 0..L-1, of which the i-th leaves the
+            share ``keep^i`` of the patches (or what the budget says). Default: the constant `Removal` with which the
+            blocks together read the share ``keep``, or the blocks for which the method was trained. In a
+            vision-language model 0, behind the projector, which is the default; a block 1..L-1 of its language model;
+            or a list of these, of which the i-th leaves the share ``keep^i`` of the visual tokens (or what the budget
+            says). More tokens than there are asks for all.
+        mode: ``"prefix"`` or ``"block_causal"``; language models only, as are the settings from here to ``window``.
+        sinks: tokens at the start of every sequence that stay alone.
+        recent: in ``prefix`` mode, tokens at the end of every prompt that stay alone; at least 1, since the last
+            one predicts the next token. The last four BOS and EOS tokens of a prompt stay alone too: where a chat
+            template marks turns with them, those are the marks of the last turn.
+        protect: further tokens that stay alone: a function from ``input_ids (B, N)`` to a bool mask ``(B, N)``.
+            ``prefix`` mode only. They come on top of ``keep``, which counts the other tokens alone: a long system
+            prompt that is protected takes nothing from the rest.
+        min_tokens: ``prefix`` mode, rows of a prompt that have fewer tokens are read in full, as are rows all of whose
+            tokens stay alone; the summary says how many. 0 reduces every row that it can.
+        chunk: ``block_causal`` mode, tokens per chunk.
+        window: ``block_causal`` mode, recent tokens that are never merged.
+        unmerge: vision transformers only: give back ``last_hidden_state`` at full length, every patch with the features
+            of its slot and zeros where it was dropped; of a model of timm, what ``forward_features`` and
+            ``forward_intermediates`` give (the latter needs it).
+        positions: vision-language models only, and of no account inside: ``"kept"``, every token keeps the position
+            that it had, and the next one gets the one that it would have had; or ``"consecutive"``, as if the prompt
+            had been shorter from the first (LLaVA, LLaVA-NeXT, Idefics3 and SmolVLM only).
+
+    Returns:
+        A `Run`, a `VisionRun` or a `VlmRun`: enter it with ``with``, or call its ``attach()`` and later ``detach()``;
+        afterwards ask it for its ``summary()``. A run that is never entered does nothing, and warns of it when it goes.
+        Copies and pickles of the model that are made inside are of the plain model.
+
+    Raises:
+        UnsupportedModelError: for a model that can't be served, naming its class.
+        QuickmergeError: for a setting out of range; a ValueError, as all of these.
+    """
+    text: dict[str, Any] = {
+        "mode": mode,
+        "sinks": sinks,
+        "recent": recent,
+        "protect": protect,
+        "min_tokens": min_tokens,
+        "chunk": chunk,
+        "window": window,
+    }
+    model = unwrapped(model)
+    check_kind(model)
+    run = _run(model, reducer, layer, text, unmerge=unmerge, positions=positions)
+    return run.warn_if_unused("quickmerge.reduce")
+
+
+def _run(
+    model: Any, reducer: Reducer, layer: Any, text: dict[str, Any], *, unmerge: bool, positions: str
+) -> Attachment:
+    if holds_vlm(model):
+        for name, value in (text | {"unmerge": unmerge}).items():
+            if value != (TEXT_ONLY | {"unmerge": False})[name]:
+                raise QuickmergeError(
+                    f"{name} must be left out for {type(model).__name__}, whose visual tokens are reduced"
+                )
+        if isinstance(layer, (Schedule, Removal)):
+            raise QuickmergeError(
+                f"layer must be a block or a list of blocks for visual tokens, got a {type(layer).__name__}"
+            )
+        return reduce_vlm(model, reducer, layer, positions=positions)
+    if positions != "kept":
+        raise QuickmergeError(
+            f"positions is for vision-language models and must be left out for {type(model).__name__}"
+        )
+    timm = holds_timm(model)
+    if timm or holds_encoder(model):
+        for name, value in text.items():
+            if value != TEXT_ONLY[name]:
+                raise QuickmergeError(f"{name} is for language models and must be left out for {type(model).__name__}")
+        if isinstance(layer, Schedule):
+            raise QuickmergeError(
+                "layer must be a block, a list of blocks or a Removal in a vision transformer, got a Schedule"
+            )
+        return (reduce_timm if timm else reduce_vit)(model, reducer, layer, unmerge=unmerge)
+    if unmerge:
+        raise QuickmergeError(f"unmerge is for vision transformers and must be False for {type(model).__name__}")
+    if isinstance(layer, Removal):
+        raise QuickmergeError(
+            "layer must be a block, a list of blocks or a Schedule in a language model, got a Removal"
+        )
+    return reduce_lm(model, reducer, layer, **text)

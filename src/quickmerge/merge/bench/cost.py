@@ -1,0 +1,170 @@
+"""What a prefill costs, before running it: floating-point operations and cache bytes, counted."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.tokens.budget import Count, Ratio, Remaining, Schedule, as_budget, round_half_up
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model the cost depends on. ``weights`` are the matrix entries a token passes, per block."""
+
+    weights: tuple[int, ...]
+    width: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+    bytes_per_value: int = 4
+
+    def prefill_flops(self, tokens: Sequence[float]) -> float:
+        """Operations of a prefill in which block i reads ``tokens[i]`` tokens; the head is left out.
+
+        Per block ``2 n P`` for the matrices and ``2 n^2 H d`` for causal attention (half of ``4 n^2 H d``), less
+        where a sliding window cuts it.
+        """
+        total = 0.0
+        for n, p, window in zip(tokens, self.weights, self.windows, strict=True):
+            pairs = n * n / 2 if window is None or n <= window else window * window / 2 + (n - window) * window
+            total += 2 * n * p + 4 * pairs * self.heads * self.head_dim
+        return total
+
+    def cache_bytes(self, tokens: Sequence[float]) -> float:
+        """Bytes of keys and values when block i holds ``tokens[i]`` tokens."""
+        each = 2 * self.key_heads * self.head_dim * self.bytes_per_value
+        held = (n if w is None else min(n, w - 1) for n, w in zip(tokens, self.windows, strict=True))
+        return sum(held) * each
+
+    def reducer_flops(self, reducer: Reducer, tokens: Sequence[float]) -> float:
+        """Operations of the reducer itself in a prefill in which block i reads ``tokens[i]`` tokens.
+
+        For every merge, ``2 w n H d`` for the scores of its w voters in each probed block, and ``2 n D`` to merge;
+        for the first one also what a trained method adds.
+        """
+        total, first = 0.0, True
+        for before, after in itertools.pairwise(tokens):
+            if after < before:
+                votes = reducer.probes * 2 * reducer.voters(before) * before * self.heads * self.head_dim
+                total += votes + 2 * before * self.width
+                total += reducer.align_flops(before, after) if first else 0.0
+                first = False
+        return total
+
+    def flops_ratio(self, reducer: Reducer, tokens: Sequence[float]) -> float:
+        """Operations of a reduced prefill, the reducer's own inside, over those of a full one.
+
+        ``tokens[i]`` is what block i reads; the first block reads the whole prompt.
+        """
+        spent = self.prefill_flops(tokens) + self.reducer_flops(reducer, tokens)
+        return spent / self.prefill_flops([tokens[0]] * len(tokens))
+
+
+def model_shape(model: nn.Module | Any) -> Shape:
+    """The shape of a supported model; a model on the meta device does.
+
+    Raises:
+        UnsupportedModelError: for a model that no reducer can be attached to.
+    """
+    from quickmerge.models.decoder import find_decoder
+
+    decoder = find_decoder(model)
+    config = decoder.config
+    heads = config.num_attention_heads
+    weights = tuple(
+        sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear)) for block in decoder.layers
+    )
+    return Shape(
+        weights=weights,
+        width=config.hidden_size,
+        heads=heads,
+        key_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        windows=decoder.windows,
+        bytes_per_value=torch.empty(0, dtype=next(decoder.base.parameters()).dtype).element_size(),
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A plan's price: tokens per block, operations and cache bytes, each beside the unreduced model's."""
+
+    tokens_per_layer: tuple[float, ...]
+    flops: float
+    flops_full: float
+    cache_bytes: float
+    cache_bytes_full: float
+
+    @property
+    def flops_ratio(self) -> float:
+        """Operations, the reducer's own included, over those of the unreduced prefill."""
+        return self.flops / self.flops_full
+
+    @property
+    def cache_ratio(self) -> float:
+        """Cache bytes over those of the unreduced cache."""
+        return self.cache_bytes / self.cache_bytes_full
+
+    @property
+    def speedup(self) -> float:
+        """Prefill speed-up if time goes as operations."""
+        return self.flops_full / self.flops
+
+
+def plan_cost(shape: Shape, reducer: Reducer, schedule: Schedule, tokens: int, protected: int = 20) -> Cost:
+    """The cost of a prefill of ``tokens`` tokens in ``prefix`` mode.
+
+    Raises:
+        ValueError: if the reducer's budget depends on the text (entropy, mass), so that nothing can be said before.
+    """
+    depth = len(shape.weights)
+    stages = schedule.stages(reducer.keep, depth)
+    per_layer = [float(tokens)] * depth
+    for stage in stages:
+        budget, before = as_budget(stage.keep), per_layer[stage.layer]
+        if isinstance(budget, Ratio):
+            kept = _half_up(tokens * budget.keep)
+        elif isinstance(budget, Remaining):
+            kept = _half_up(before * budget.share)
+        elif isinstance(budget, Count):
+            kept = float(budget.tokens)
+        else:
+            raise ValueError(f"keep must be a share or a count to plan ahead, got {reducer.keep!r}")
+        kept = min(max(kept, float(min(protected, tokens))), before)
+        per_layer[stage.layer :] = [kept] * (depth - stage.layer)
+    full = [float(tokens)] * depth
+    own = shape.reducer_flops(reducer, per_layer)
+    return Cost(
+        tokens_per_layer=tuple(per_layer),
+        flops=shape.prefill_flops(per_layer) + own,
+        flops_full=shape.prefill_flops(full),
+        cache_bytes=shape.cache_bytes(per_layer),
+        cache_bytes_full=shape.cache_bytes(full),
+    )
+
+
+def _half_up(x: float) -> float:
+    """`quickmerge.merge.tokens.budget.round_half_up` of one number."""
+    return float(round_half_up(torch.tensor(x, dtype=torch.float64)))
+
+
+def break_even(shape: Shape, reducer: Reducer, schedule: Schedule, protected: int = 20) -> int | None:
+    """Fewest prompt tokens at which the reducer saves more operations than it spends; None if never below 2^20."""
+    low, high = protected + 1, 2**20
+    if plan_cost(shape, reducer, schedule, high, protected).flops_ratio >= 1:
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if plan_cost(shape, reducer, schedule, middle, protected).flops_ratio < 1:
+            high = middle
+        else:
+            low = middle + 1
+    return low

@@ -1,0 +1,243 @@
+"""The benchmark: every reducer at every keep on the same documents, quality and cost in one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from quickmerge.bench.pareto import Cost, pareto_svg
+from quickmerge.bench.quality import continuation_nll, document_nll, recovery
+from quickmerge.bench.rows import (
+    HEADERS,
+    SPARE,
+    bench_verdict,
+    by_kind,
+    cells,
+    has_kind,
+    is_full,
+    is_ours,
+    name_of,
+    overall,
+    ranked,
+)
+from quickmerge.datasets.text import Document
+from quickmerge.errors import QuickmergeError
+from quickmerge.merge.attach import reduce
+from quickmerge.merge.bench.cost import model_shape
+from quickmerge.merge.observe import observe
+from quickmerge.merge.reducers.base import Reducer
+from quickmerge.viz.format import clean, number
+from quickmerge.viz.page import facts, figure, heading, lead, page, paragraph, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Row = dict[str, Any]
+
+
+def bench(
+    model: Any,
+    documents: Sequence[Document],
+    reducers: Sequence[Reducer],
+    keeps: Sequence[float],
+    *,
+    layer: Any = None,
+    advance: Callable[[str], None] = lambda _: None,
+    **settings: Any,
+) -> tuple[list[Row], list[Row]]:
+    """Measure recovery and cost of every reducer at every keep.
+
+    For each document the full model is timed before and after the reduced ones, and a reducer's speed-up is taken
+    against the mean of the two, so that a machine that slows down does so for both.
+
+    Args:
+        model: a supported causal LM in eval mode.
+        documents: what to measure on, see `split_document`.
+        reducers: one of each method; ``keep`` is replaced.
+        keeps: shares to keep.
+        layer: where to merge, as in `quickmerge.reduce`.
+        advance: called with a label before each measurement, for progress.
+        **settings: further arguments of `quickmerge.reduce`.
+
+    Returns:
+        Rows over all documents (and, if they carry more than one kind, further rows per kind), and one record per
+        document and setting.
+    """
+    shape = model_shape(model)
+    # A context is measured as long as it is.
+    whatever = settings if settings.get("mode") == "block_causal" else {"min_tokens": 0, **settings}
+    records: list[Row] = []
+    for document in documents:
+        advance(f"{document.name}: full")
+        # Once unmeasured: the first pass of a new length pays for allocation.
+        document_nll(model, document)
+        watch = observe(model)
+        full = float(document_nll(model, document, watch).mean())
+        before = watch.summary().prefill_seconds
+        none = float(continuation_nll(model, None, document.target, nullcontext()).mean())
+        here: list[Row] = []
+        for keep in keeps:
+            for reducer in reducers:
+                advance(f"{document.name}: {reducer.label} {keep:g}")
+                run = reduce(model, replace(reducer, keep=keep), layer, **whatever)
+                nll = document_nll(model, document, run)
+                stats = run.summary()
+                here.append({
+                    "document": document.name, "kind": document.kind, "reducer": reducer.label, "keep": keep,
+                    "tokens_in": stats.tokens_in, "tokens_kept": stats.tokens_kept,
+                    "nll": float(nll.mean()), "nll_full": full, "nll_none": none,
+                    "prefill_seconds": stats.prefill_seconds, "reducer_seconds": stats.reducer_seconds,
+                    "flops_ratio": shape.flops_ratio(reducer, stats.tokens_per_layer),
+                    "cache_bytes": stats.prompt_cache_bytes,
+                    "cache_ratio": stats.prompt_cache_bytes / stats.prompt_cache_bytes_full,
+                    "reducer_bytes": stats.reducer_bytes,
+                })  # fmt: skip
+        document_nll(model, document, watch)
+        for record in here:
+            record["prefill_seconds_full"] = (before + watch.summary().prefill_seconds) / 2
+            record["prefill_speedup"] = record["prefill_seconds_full"] / record["prefill_seconds"]
+        records += here
+    rows = _rows(records, None)
+    kinds = sorted({r["kind"] for r in records if r["kind"] is not None})
+    if len(kinds) > 1:
+        for kind in kinds:
+            rows += _rows([r for r in records if r["kind"] == kind], kind)
+    return rows, records
+
+
+def _rows(records: Sequence[Row], kind: str | None) -> list[Row]:
+    """Average the records of each reducer and keep over documents; times are medians."""
+    rows = []
+    for name, keep in dict.fromkeys((r["reducer"], r["keep"]) for r in records):
+        mine = [r for r in records if r["reducer"] == name and r["keep"] == keep]
+        score = recovery([r["nll"] for r in mine], [r["nll_full"] for r in mine], [r["nll_none"] for r in mine])
+        mean = {k: sum(r[k] for r in mine) / len(mine) for k in
+                ("tokens_in", "tokens_kept", "flops_ratio", "cache_bytes", "cache_ratio", "reducer_bytes")}  # fmt: skip
+        middle = {k: median(r[k] for r in mine) for k in ("prefill_seconds", "prefill_speedup", "reducer_seconds")}
+        rows.append({
+            "reducer": name, "keep": keep, "kind": kind, "documents": len(mine), **mean,
+            "nll": score.nll, "nll_full": score.nll_full, "nll_none": score.nll_none,
+            "recovery": score.recovery, "recovery_low": score.low, "recovery_high": score.high, **middle,
+        })  # fmt: skip
+    return rows
+
+
+# The report of a benchmark: every reducer at every keep value, on the same documents.
+
+
+_FEW = 4  # documents that are named one by one
+_WIDE = 116  # columns that the whole table takes in a terminal
+_METHOD = (
+    "Every reducer read the same documents with the same model. NLL is how surprised the model is, on average, by "
+    "each token of the text that really follows a document: lower is better.",
+    "Recovery is the share of the improvement from reading the document that is left after the reduction: 100% is as "
+    "good as the full document, 0% no better than never having read it. Below 0% the reduced document misleads.",
+    "Compute and cache are shares of what the full prompt takes. Prefill is the time to read the prompt, by the clock "
+    "on the machine named here, with the reducer's own time in it.",
+)
+_FIGURES: tuple[tuple[Cost, str], ...] = (
+    (
+        "flops_ratio",
+        "Up and to the left is better. The compute follows from the model and does not depend on the machine.",
+    ),
+    ("prefill_seconds", "The same against the clock: here a reducer also pays for its own work."),
+)
+
+
+def bench_report(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> str:
+    """Return the whole report of a benchmark as one HTML page.
+
+    Args:
+        rows: One mapping for each reducer and keep value; rows with a ``kind`` break the same down by kind.
+        meta: What to tell about the run. ``title``, ``subtitle``, ``interval`` (what the intervals are, such as "95%
+            bootstrap over documents") and ``method`` (more sentences) have a place of their own; everything else,
+            such as ``model``, ``hardware``, ``documents`` and ``versions``, is listed as it comes.
+
+    Raises:
+        QuickmergeError: there are no rows, or none that can be drawn.
+    """
+    if not rows:
+        raise QuickmergeError("A benchmark report needs at least one row.")
+    whole = ranked(overall(rows))
+    interval = clean(meta.get("interval") or "uncertainty intervals")
+    blocks = [lead(bench_verdict(whole)), heading("What survives, for what it costs")]
+    for cost, words in _FIGURES:
+        if any(number(row, cost) is not None and number(row, "recovery") is not None for row in whole):
+            bars = (
+                f" Vertical bars are {interval}."
+                if any(number(row, "recovery_low") is not None for row in whole)
+                else ""
+            )
+            blocks.append(figure(pareto_svg(whole, x=cost), words + bars))
+    strong = [order for order, row in enumerate(whole) if is_ours(name_of(row))]
+    averaged = " Rows are means over the kinds of document." if all(has_kind(row) for row in rows) else ""
+    blocks += [
+        heading("Every result"),
+        table(
+            HEADERS,
+            [cells(row) for row in whole],
+            align="lrrrrrrrrrr",
+            strong=strong,
+            caption=f"By the share of tokens kept, best recovery first.{averaged}",
+            ruled=_groups(whole),
+        ),
+    ]
+    kinds, lines, firsts = by_kind(rows)
+    if kinds:
+        ours = [order for order, row in enumerate(firsts) if is_ours(name_of(row))]
+        blocks += [
+            heading("Recovery by kind of document"),
+            table(["reducer", "keep", *kinds], lines, strong=ours, ruled=_groups(firsts)),
+        ]
+    blocks += [heading("How this was measured"), *(paragraph(text) for text in (*_METHOD, *_more(meta)))]
+    told = {key: value for key, value in meta.items() if key not in ("title", "subtitle", "interval", "method")}
+    if told:
+        blocks.append(table(["", "this run"], facts(told), align="ll"))
+    title = clean(meta.get("title") or "What each reducer keeps, and what it costs")
+    subtitle = meta.get("subtitle") or " · ".join(
+        filter(None, (str(meta.get("model") or ""), _names(meta.get("documents"))))
+    )
+    return page(title, blocks, subtitle=clean(subtitle))
+
+
+def _groups(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the numbers of the rows where the keep value changes."""
+    keeps = [number(row, "keep") for row in rows]
+    return [order for order in range(1, len(keeps)) if keeps[order] != keeps[order - 1]]
+
+
+def _more(meta: Mapping[str, Any]) -> list[str]:
+    method = meta.get("method")
+    return [method] if isinstance(method, str) else [str(line) for line in method or ()]
+
+
+def bench_table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print the results to ``console``, best recovery first within each keep value, ours bold."""
+    from rich.table import Table
+
+    from quickmerge.terminal import plain
+
+    shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    picked = [order for order, header in enumerate(HEADERS) if console.width >= _WIDE or header not in SPARE]
+    for order, header in enumerate(HEADERS[order] for order in picked):
+        shown.add_column(header, justify="right" if order else "left", no_wrap=True)
+    previous: float | None = None
+    for row in ranked(overall(rows)):
+        keep = number(row, "keep")
+        if previous is not None and keep != previous:
+            shown.add_row()
+        previous = keep
+        style = "bold cyan" if is_ours(name_of(row)) else "dim" if is_full(row) else ""
+        line = cells(row)
+        shown.add_row(*(plain(line[order], style) for order in picked))
+    console.print(shown)
+
+
+def _names(documents: object) -> str:
+    """Name the documents, or count them where they are many."""
+    if isinstance(documents, Sequence) and not isinstance(documents, str):
+        return f"{len(documents)} documents" if len(documents) > _FEW else ", ".join(map(str, documents))
+    return str(documents or "")

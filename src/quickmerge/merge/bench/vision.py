@@ -1,0 +1,406 @@
+"""The benchmark of vision transformers: quality and cost of every method on the same images, at equal operations."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quickmerge.bench.quality import bootstrap
+from quickmerge.errors import QuickmergeError
+from quickmerge.merge.attach import reduce
+from quickmerge.merge.bench.vision_cost import LinearProbe, once_at, removal_at, vision_shape
+from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.tokens.budget import Count
+from quickmerge.merge.vision.run import Level, full_length
+from quickmerge.merge.vision.vit import VisionRun
+from quickmerge.models.encoder import Encoder, find_encoder
+from quickmerge.viz.page import facts, heading, page, paragraph, table, write_page
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to run the model: a reducer where it acts, or smaller images.
+
+    Args:
+        name: what the tables call it.
+        ratio: the share of the operations that was asked for, None for a method that comes as it was trained.
+        attach: makes the run, None for the model as it is.
+        resize: pixels of both sides that images are brought to first, None for as they are.
+        model: the model that is run, None for the one that is measured; a method may have been trained with its own.
+    """
+
+    name: str
+    ratio: float | None
+    attach: Callable[[], VisionRun] | None = None
+    resize: int | None = None
+    model: Any = None
+
+    @property
+    def label(self) -> str:
+        """What it is called while it is measured."""
+        return self.name if self.ratio is None else f"{self.name} {self.ratio:g}"
+
+    def context(self) -> AbstractContextManager[Any]:
+        """The run to enter, or nothing."""
+        return nullcontext() if self.attach is None else self.attach()
+
+    def images(self, x: Tensor) -> Tensor:
+        """The images as this arm sees them."""
+        if self.resize is None:
+            return x
+        size = (self.resize, self.resize)
+        return F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
+
+    def run(self, model: Any, images: Tensor) -> Any:
+        """The model's output for what `images` gave; positions are stretched where the model has to be told."""
+        model = self.model or model
+        if self.resize is not None and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+            return model(images, interpolate_pos_encoding=True)
+        return model(images)
+
+
+@dataclass
+class Seen:
+    """What a forward gave for each image: pooled ``(B, D')``, patches ``(B, N, D)``, logits ``(B, C)`` or None."""
+
+    pooled: Tensor
+    patches: Tensor
+    logits: Tensor | None
+    entering: list[float]
+    leaving: list[float]
+
+
+def arms(
+    model: Any,
+    reducers: Sequence[Reducer],
+    ratios: Sequence[float],
+    pixels: Tensor,
+    *,
+    smaller: bool = True,
+    trained: Sequence[tuple[Reducer, Any]] = (),
+) -> list[Arm]:
+    """Every method at every share of the operations, as nearly as whole tokens allow.
+
+    A method that takes tokens out in every block gets the constant `Removal` of that cost. One that reduces once
+    (`Reducer.once`) does so a quarter of the way up, or further down where that can't save enough.
+
+    Args:
+        model: a supported vision transformer.
+        reducers: one of each method; ``keep`` is replaced.
+        ratios: shares of the operations of the model as it is.
+        pixels: images ``(B, C, H, W)`` of the size to be measured.
+        trained: methods that were trained for their blocks and their share, each with the model that it runs in (None:
+            this one); they come as they are, once.
+        smaller: also the model as it is on smaller images, which is what saving tokens is free without any method.
+
+    Raises:
+        ValueError: for a share that can't be reached.
+    """
+    encoder = find_encoder(model)
+    shape = vision_shape(encoder)
+    with torch.no_grad(), _watch(encoder) as seen:
+        model(pixels[:1])
+    tokens = seen["hidden"].shape[1]
+    prefix = tokens - math.prod(encoder.grid(pixels))
+    found: list[Arm] = []
+    for ratio in ratios:
+        for reducer in reducers:
+            if reducer.once:
+                block, kept = once_at(shape, ratio, tokens)
+                found.append(Arm(reducer.label, ratio, _attach(model, replace(reducer, keep=Count(kept)), block)))
+                continue
+            found.append(Arm(reducer.label, ratio, _attach(model, reducer, removal_at(shape, ratio, tokens, prefix))))
+        if smaller and pixels.ndim == 4:
+            found.append(Arm("smaller images", ratio, None, _smaller(shape, encoder, ratio, pixels, prefix)))
+    for reducer, own in trained:
+        found.append(Arm(reducer.label, None, _attach(own or model, reducer, None), model=own))
+    return found
+
+
+def _attach(model: Any, reducer: Reducer, layer: Any) -> Callable[[], VisionRun]:
+    return lambda: reduce(model, reducer, layer)
+
+
+def _smaller(shape: Any, encoder: Encoder, ratio: float, pixels: Tensor, prefix: int) -> int:
+    """Pixels of the sides at which the model as it is costs the share ``ratio``, a whole number of patches."""
+    patch = pixels.shape[-1] // encoder.grid(pixels)[2]
+    full = [math.prod(encoder.grid(pixels)) + prefix] * len(encoder)
+
+    def cost(side: int) -> float:
+        tokens = [side * side + prefix] * len(encoder)
+        return float(shape.macs(tokens, tokens) / shape.macs(full, full))
+
+    sides = range(1, pixels.shape[-1] // patch + 1)
+    return min(sides, key=lambda side: abs(cost(side) - ratio)) * patch
+
+
+@contextmanager
+def _watch(encoder: Encoder) -> Iterator[dict[str, Any]]:
+    """What the encoder gives before a run makes it longer again."""
+    seen: dict[str, Any] = {}
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        seen["hidden"] = output.last_hidden_state
+
+    handle = encoder.base.register_forward_hook(note, prepend=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def look(model: Any, x: Tensor, arm: Arm | None = None, grid: tuple[int, int] | None = None) -> Seen:
+    """Run the model on images ``(B, C, H, W)`` and see what comes out, by arm.
+
+    Args:
+        model: a supported vision transformer.
+        x: the images.
+        arm: how to run it; None for as it is.
+        grid: height and width of the patch grid that ``patches`` are brought to, where images are made smaller.
+    """
+    arm = arm or Arm("full", 1.0)
+    encoder = find_encoder(arm.model or model)
+    images = arm.images(x)
+    with torch.no_grad(), _watch(encoder) as seen, arm.context() as run:
+        out = arm.run(model, images)
+    hidden: Tensor = seen["hidden"].float()
+    frames, rows, columns = encoder.grid(images)
+    level: Level | None = run.call.last if run is not None else None
+    prefix = run.call.prefix if run is not None else hidden.shape[1] - frames * rows * columns
+    weight = torch.ones(hidden.shape[:2]) if level is None else level.size.float()
+    if level is not None and level.valid is not None:
+        weight = weight * level.valid
+    share = (weight / weight[:, prefix:].sum(1, keepdim=True))[:, prefix:, None]
+    mean = (hidden[:, prefix:] * share).sum(1)
+    pooled = mean if prefix == 0 else torch.cat([hidden[:, 0], mean], -1)
+    patches = (hidden if level is None else full_length(hidden, level))[:, prefix:]
+    if grid is not None and (rows, columns) != grid:
+        square = patches.reshape(len(x) * frames, rows, columns, -1).permute(0, 3, 1, 2)
+        square = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
+        patches = square.permute(0, 2, 3, 1).reshape(len(x), frames * grid[0] * grid[1], -1)
+    n = [float(hidden.shape[1])] * len(encoder)
+    leaving = n if run is None else [float(w) for w in run.call.widths]
+    if run is None:
+        entering = n
+    elif run.reducer.before:
+        entering = leaving
+    else:
+        entering = [float(run.call.tokens), *leaving[:-1]]
+    return Seen(pooled, patches, getattr(out, "logits", None), entering, leaving)
+
+
+def bench_images(
+    model: Any,
+    batches: Sequence[Tensor],
+    methods: Sequence[Arm],
+    *,
+    labels: Sequence[Any] | None = None,
+    classes: Sequence[Any] | None = None,
+    probe: LinearProbe | None = None,
+    advance: Callable[[str], None] = lambda _: None,
+) -> tuple[list[Row], list[Row]]:
+    """Measure what every method does to the features, and to the labels where there are any.
+
+    Fidelity is the cosine of an image's features with those of the model as it is: of what is pooled (class token and
+    mean patch, each patch counted once however many share a slot), and of every patch (a dropped one counts as 0).
+
+    Args:
+        model: a supported vision transformer in eval mode, with or without a classification head.
+        batches: images ``(B, C, H, W)`` each.
+        methods: see `arms`.
+        labels: the true label of every image, in order.
+        classes: what the model's outputs stand for, where it has a head.
+        probe: a probe of pooled features, where it has none.
+        advance: called with a label before each measurement, for progress.
+
+    Returns:
+        One row for each method, the model as it is first, and one record per image and method.
+
+    Raises:
+        QuickmergeError: labels for other than as many images, or without a head or probe to guess them.
+    """
+    count = sum(len(batch) for batch in batches)
+    if labels is not None and len(labels) != count:
+        raise QuickmergeError(f"labels must be one for each of {count} images, got {len(labels)}")
+    if labels is not None and probe is None and classes is None:
+        raise QuickmergeError("labels need classes (for a model with a head) or a probe, got neither")
+    encoder = find_encoder(model)
+    shape = vision_shape(encoder)
+    everything = [Arm("full", 1.0), *methods]
+    records: list[Row] = []
+    first = 0
+    for batch in batches:
+        full = look(model, batch)
+        reference = _guess(full, classes, probe)
+        grid = encoder.grid(batch)[1:]
+        for arm in everything:
+            advance(arm.label)
+            seen = full if arm.name == "full" else look(model, batch, arm, grid)
+            guess = _guess(seen, classes, probe)
+            pooled = F.cosine_similarity(seen.pooled, full.pooled, dim=-1)
+            patches = F.cosine_similarity(seen.patches, full.patches, dim=-1).mean(-1)
+            ratio = shape.ratio(int(full.entering[0]), seen.entering, seen.leaving)
+            for i in range(len(batch)):
+                records.append({
+                    "image": first + i, "method": arm.name, "asked": arm.ratio, "ratio": ratio,
+                    "pooled": float(pooled[i]), "patches": float(patches[i]),
+                    "correct": None if labels is None or guess is None else float(guess[i] == labels[first + i]),
+                    "agrees": None if guess is None or reference is None else float(guess[i] == reference[i]),
+                    "tokens": sum(seen.leaving) / len(seen.leaving), "tokens_out": seen.leaving[-1],
+                })  # fmt: skip
+        first += len(batch)
+    return [_row(records, arm) for arm in everything], records
+
+
+def _guess(seen: Seen, classes: Sequence[Any] | None, probe: LinearProbe | None) -> list[Any] | None:
+    if probe is not None:
+        return list(probe.predict(seen.pooled))
+    if seen.logits is None or classes is None:
+        return None
+    return [classes[i] for i in seen.logits.argmax(-1).tolist()]
+
+
+def _row(records: Sequence[Row], arm: Arm) -> Row:
+    mine = [r for r in records if (r["method"], r["asked"]) == (arm.name, arm.ratio)]
+    full = {r["image"]: r for r in records if r["method"] == "full"}
+    row: Row = {"method": arm.name, "asked": arm.ratio, "images": len(mine)}
+    for key in ("ratio", "tokens", "tokens_out"):
+        row[key] = sum(r[key] for r in mine) / len(mine)
+    for key in ("pooled", "patches", "correct", "agrees"):
+        values = [r[key] for r in mine]
+        if any(v is None for v in values):
+            continue
+        row[key], row[f"{key}_low"], row[f"{key}_high"] = interval(values)
+        if key == "correct":
+            lost = [r[key] - full[r["image"]][key] for r in mine]
+            row["correct_change"], row["correct_change_low"], row["correct_change_high"] = interval(lost)
+    return row
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95 % bootstrap interval over images."""
+    return sum(values) / len(values), *bootstrap(np.array(values), np.ones(len(values)), resamples=2000, seed=0)
+
+
+def time_arms(
+    model: Any, x: Tensor, methods: Sequence[Arm], rounds: int, advance: Callable[[str], None] = lambda _: None
+) -> list[Row]:
+    """Throughput of every method beside that of the model as it is: they take turns, in another order each round.
+
+    Attaching and detaching are outside of what is timed, the method's own work inside.
+
+    Returns:
+        One row for each method: median seconds, images a second, and of the ratio to the model as it is in the same
+        round the median and the quartiles.
+    """
+    everything = [Arm("full", 1.0), *methods]
+    images = [arm.images(x) for arm in everything]
+    spent: list[list[float]] = [[] for _ in everything]
+    with torch.inference_mode():
+        for round_ in range(rounds + 1):
+            for turn in range(len(everything)):
+                at = (turn + round_) % len(everything)
+                advance(everything[at].label)
+                with everything[at].context():
+                    _wait(x)
+                    start = time.perf_counter()
+                    everything[at].run(model, images[at])
+                    _wait(x)
+                    if round_:  # the first round warms up
+                        spent[at].append(time.perf_counter() - start)
+    rows = []
+    for arm, seconds in zip(everything, spent, strict=True):
+        gain = [a / b for a, b in zip(spent[0], seconds, strict=True)]
+        low, middle, high = quantiles(gain, n=4) if len(gain) > 1 else gain * 3
+        rows.append({
+            "method": arm.name, "asked": arm.ratio, "rounds": rounds,
+            "batch": len(x), "seconds": median(seconds), "images_per_second": len(x) / median(seconds),
+            "speedup": middle, "speedup_low": low, "speedup_high": high,
+        })  # fmt: skip
+    return rows
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+# The benchmark of vision transformers in a terminal and on a page.
+
+
+_METHOD = (
+    "Compute is the share of the multiplications of the model as it is, embedding and head left out. Fidelity is the "
+    "cosine of features with those of the model as it is: of the class token and the mean patch together, and of each "
+    "patch, where one that was dropped counts as 0.",
+    "Speed-up is the time of the model as it is over the method's, which took turns; the method's own work is inside.",
+)
+
+
+def headers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the columns are called; there is one for labels only where there are labels."""
+    labels = ["correct"] if any("correct" in row for row in rows) else []
+    return ["method", "compute", "tokens out", *labels, "pooled", "patches", "images/s", "speed-up"]
+
+
+def cells(row: Mapping[str, Any], labelled: bool, short: bool = False) -> list[str]:
+    """One line of the table; ``short`` gives half the width of an interval for its ends."""
+
+    def share(key: str, digits: int) -> str:
+        if short:
+            return f"{row[key]:.{digits}f} ±{(row[f'{key}_high'] - row[f'{key}_low']) / 2:.{digits}f}"
+        low, high = (f"{row[f'{key}_{end}']:.{digits}f}" for end in ("low", "high"))
+        return f"{row[key]:.{digits}f} ({low} to {high})"
+
+    labels = [share("correct", 3)] if labelled else []
+    fast = f"{row['images_per_second']:.1f}" if "images_per_second" in row else "–"
+    gain = f"{row['speedup']:.2f}x" if "speedup" in row else "–"
+    out = f"{row['tokens_out']:.0f}"
+    return [row["method"], f"{row['ratio']:.2f}", out, *labels, share("pooled", 4), share("patches", 3), fast, gain]
+
+
+def vision_table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print the rows."""
+    from rich.table import Table
+
+    from quickmerge.terminal import plain
+
+    names = headers(rows)
+    printed = Table(*names, caption="± is half of the 95 % interval over images")
+    for row in _ordered(rows):
+        printed.add_row(*map(plain, cells(row, "correct" in names, short=True)))
+    console.print(printed)
+
+
+def write_vision_report(path: Path, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
+    """Write the rows and what was measured as a page."""
+    names = headers(rows)
+    body = [cells(row, "correct" in names) for row in _ordered(rows)]
+    blocks = [
+        heading("What survives, for what it costs"),
+        table(names, body, align="l" + "r" * (len(names) - 1), caption="Cheapest last, most faithful first."),
+        *(paragraph(words) for words in _METHOD),
+        table(["", "this run"], facts(meta), align="ll"),
+    ]
+    write_page(path, page(f"{meta['model']}: fewer tokens on {meta['images']} images", blocks))
+
+
+def _ordered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The model as it is, then by what was asked for, most faithful first."""
+    return sorted(rows, key=lambda row: (-(row["asked"] or row["ratio"]), -row["pooled"]))

@@ -1,0 +1,29 @@
+"""The autoregressive prior over merged tokens: network, heads, losses, aligner."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quickmerge._lazy import lazy
+
+if TYPE_CHECKING:
+    from quickmerge.merge.prior.budget import Surprise as Surprise
+    from quickmerge.merge.prior.budget import calibrate_surprise as calibrate_surprise
+    from quickmerge.merge.prior.config import PriorConfig as PriorConfig
+    from quickmerge.merge.prior.losses import CollapseError as CollapseError
+    from quickmerge.merge.prior.model import Prior as Prior
+    from quickmerge.merge.prior.reducer import QuickMergePrior as QuickMergePrior
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "budget": (
+            "Surprise",
+            "calibrate_surprise",
+        ),
+        "config": ("PriorConfig",),
+        "losses": ("CollapseError",),
+        "model": ("Prior",),
+        "reducer": ("QuickMergePrior",),
+    },
+)

@@ -1,0 +1,197 @@
+"""QuickMerge++: keep by attention norm, merge the rest into what is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quickmerge.errors import number_at_least, whole_number
+from quickmerge.merge.reducers.base import Reducer, key_bias, mean_attention, voters
+from quickmerge.merge.reducers.tofu import OPERATORS, mlerp
+from quickmerge.merge.reducers.tome import match_down, mean_key
+from quickmerge.merge.tokens.budget import fixed_count, select
+from quickmerge.merge.tokens.plan import MergePlan, next_anchor
+from quickmerge.merge.tokens.saliency import attention_norm, bidirectional_attention, pool, times_value_norm
+from quickmerge.merge.tokens.view import TokenView
+
+NEAREST_SHARE = 1 / 8
+"""``nearest`` is at most this share of a row, so that in a short prompt too most tokens can get votes."""
+
+
+@dataclass(frozen=True)
+class QuickMerge(Reducer):
+    """QuickMerge++ (arXiv 2508.13204), training-free.
+
+    Saliency is the attention norm, the root mean square length of what each token adds to the outputs of the last
+    ``window`` tokens, averaged over probed layers and heads and over a neighbourhood of ``pool`` tokens:
+    ``s_j = mean_{|j'-j| <= pool/2} mean_{l,h} sqrt(mean_i [i - j' >= nearest] ||p_lhij' v_lhj'||^2)``. Of the tokens
+    that the budget allows, the share ``recency`` goes to the most recent ones (where protected tokens leave fewer
+    places, to the newest of these) and the rest to the most salient. These stay as anchors; each other token merges
+    into the next anchor on its right with share ``merge`` against the anchor's 1.
+
+    Args:
+        keep: share of the tokens kept, or a budget such as `Entropy`.
+        layers: how many blocks below the merge are probed.
+        window: the last tokens, whose attention votes.
+        nearest: votes count only for tokens at least this far before the voter (but at most an eighth of the row).
+            Attention is mostly to close tokens, which are kept for being recent anyway; without the limit it would
+            spend the rest of the budget on them too.
+        pool: neighbourhood, in tokens, that a salient token lifts with it; odd.
+        recency: share of the kept tokens that are kept for being the most recent, in [0, 1].
+        merge: share of a merged token against its anchor's 1; 0 drops instead of merging.
+    """
+
+    layers: int = 2
+    window: int = 64
+    nearest: int = 64
+    pool: int = 15
+    recency: float = 0.85
+    merge: float = 0.1
+    name: ClassVar[str] = "quickmerge"
+    source: ClassVar[str] = "arXiv 2508.13204"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("layers", "window", "pool"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        object.__setattr__(self, "nearest", whole_number("nearest", self.nearest, 0))
+        if self.pool % 2 == 0:
+            raise ValueError(f"pool must be odd, got {self.pool}")
+        for name in ("recency", "merge"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 <= value <= 1):
+                raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+
+    @property
+    def probes(self) -> int:  # noqa: D102
+        return self.layers
+
+    def voters(self, tokens: float) -> float:  # noqa: D102
+        return min(float(self.window), tokens)
+
+    def saliency(self, view: TokenView) -> Tensor:
+        """``(B, N)`` pooled attention norm."""
+        nearest = (view.length * NEAREST_SHARE).long().clamp_max(self.nearest)
+        measure = partial(attention_norm, window=self.window, nearest=nearest)
+        return pool(mean_attention(view, measure), view.valid, self.pool)
+
+    def recent(self, view: TokenView, count: Tensor) -> Tensor:
+        """``(B, N)`` bool: the most recent tokens, the share ``recency`` of the ``count (B,)`` kept ones.
+
+        Exempt tokens are neither among them nor counted. Never more than there are places for: of unprotected tokens
+        the newest that fit beside the protected ones.
+        """
+        if not view.latest:
+            return torch.zeros_like(view.valid)
+        share = count - (view.valid & ~view.counted).sum(-1)
+        most = (share.double() * self.recency + 1e-9).floor()[:, None]
+        places = (count - (view.protected & view.valid).sum(-1))[:, None]
+        recent = view.counted & (_from_the_end(view.counted) <= most)
+        return recent & (view.protected | (_from_the_end(view.free) <= places))
+
+    def merge_into(self, view: TokenView, anchor: Tensor) -> MergePlan:
+        """The plan that keeps the tokens ``anchor (B, N)`` and merges each other one into the next of them."""
+        if self.merge == 0:
+            return MergePlan.from_anchors(view, anchor)
+        share = torch.where(anchor, 1.0, float(self.merge))
+        return MergePlan.from_anchors(view, anchor, next_anchor(view, anchor), share)
+
+    def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
+        saliency = self.saliency(view)
+        count = self.budget.count(view, saliency)
+        score = torch.where(self.recent(view, count), torch.inf, saliency)
+        return self.merge_into(view, select(score, count, view))
+
+
+def _from_the_end(mask: Tensor) -> Tensor:
+    """``(B, N)`` long: 1 for the last marked token of each row, 2 for the one before it, and so on."""
+    return mask.flip(-1).long().cumsum(-1).flip(-1)
+
+
+# QuickMerge++ inside a vision transformer: what little is read, and what is alike, merges.
+
+
+@dataclass(frozen=True)
+class QuickMergeVision(Reducer):
+    """QuickMerge++ (arXiv 2508.13204) for the blocks of a vision transformer, training-free.
+
+    Saliency is the attention norm, the root mean square length of what each token adds to the outputs of the voters,
+    averaged over heads: ``s_j = mean_h sqrt(mean_i ||p_hij v_hj||^2)``. Voters are the prefix tokens and ``votes``
+    patches, evenly spaced. Tokens are matched as in ToMe, each of the one half with its most similar one (cosine of
+    the keys, averaged over heads) of the other half, and those merge first, weighted by size, that cost least:
+
+        ``c_i = s_i^alpha (1 - cos(m_i, m_partner))``
+
+    So tokens stay that are read much and resemble no other. A slot is the mean of its members by size, scaled to the
+    norm of the longest (`quickmerge.merge.reducers.tofu`), since a mean is shorter than what went into it. The paper
+    publishes no rule for what merges with what; this is ours. Where more than half must go, several rounds follow one
+    another, in which a slot has the sum of its members' saliency. Attention above the merge adds log(size).
+
+    Args:
+        keep: share of the tokens kept, or a budget such as `Entropy`, which may keep more of one image than of another.
+        alpha: how much saliency counts, of at least 0; at 0 similarity alone decides, as in ToMe.
+        votes: how many patches vote beside the prefix.
+        operator: ``"mlerp"``, or ``"average"`` for the mean as it is.
+    """
+
+    alpha: float = 0.25
+    votes: int = 32
+    operator: str = "mlerp"
+    name: ClassVar[str] = "quickmerge"
+    source: ClassVar[str] = "arXiv 2508.13204"
+    proportional: ClassVar[bool] = True
+    places: ClassVar[tuple[str, ...]] = ("vision",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number_at_least("alpha", self.alpha, 0)
+        object.__setattr__(self, "votes", whole_number("votes", self.votes))
+        if self.operator not in OPERATORS:
+            raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, got {self.operator!r}")
+
+    @property
+    def probes(self) -> int:  # noqa: D102
+        return 1
+
+    @property
+    def asks(self) -> frozenset[str]:  # noqa: D102
+        return frozenset({"key", "norm"})
+
+    def voters(self, tokens: float) -> float:  # noqa: D102
+        return min(float(self.votes + 1), tokens)
+
+    @torch.no_grad()
+    def saliency(self, view: TokenView) -> Tensor:
+        """``(B, N)`` attention norm, zero for padding; the view's own saliency where it has one.
+
+        Raises:
+            ValueError: if there is no trace to read.
+        """
+        if view.saliency is not None:
+            return torch.where(view.valid, view.saliency, 0.0)
+        if not view.attention:
+            raise ValueError(f"attention must hold the trace of the view's block for {self.name}, got none")
+        trace = view.attention[-1]
+        received = bidirectional_attention(trace, voters(view, self.votes), key_bias(view, True), moment=2)
+        added = times_value_norm(received, trace.value)
+        return torch.where(view.valid, added.mean(1), 0.0)
+
+    def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
+        metric, count = mean_key(view, self.name), fixed_count(self.budget, view)
+        if self.alpha == 0 and count is not None:
+            return match_down(view, metric, count)
+        saliency = self.saliency(view)
+        left = self.budget.count(view, saliency) if count is None else count
+        if self.alpha == 0:
+            return match_down(view, metric, left)
+        # On a scale of its own, so that no power of it vanishes.
+        relative = saliency / saliency.amax(-1, keepdim=True).clamp_min(torch.finfo(saliency.dtype).tiny)
+        return match_down(view, metric, left, saliency=relative, power=self.alpha)
+
+    def combine(self, view: TokenView, plan: MergePlan, x: Tensor) -> Tensor:
+        """The mean of each slot's members by size, scaled to the norm of the longest; one member is a copy."""
+        return plan.merge(x) if self.operator == "average" else mlerp(plan, x)

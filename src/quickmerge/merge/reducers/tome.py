@@ -1,0 +1,144 @@
+"""ToMe's rounds of bipartite matching, down to a number of tokens: for all methods that merge or drop by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.tokens.budget import fixed_count
+from quickmerge.merge.tokens.plan import MergePlan, bipartite_matching, bipartite_pairs
+from quickmerge.merge.tokens.view import TokenView
+
+
+def mean_key(view: TokenView, who: str) -> Tensor:
+    """Keys of the last traced layer averaged over heads, ``(B, N, d)`` in float32 at least and without gradients.
+
+    The view's own where it has them.
+
+    Raises:
+        ValueError: if there is no trace to read.
+    """
+    if view.key is not None:
+        return view.key.detach().to(torch.promote_types(view.key.dtype, torch.float32))
+    if not view.attention:
+        raise ValueError(f"attention must hold the trace of the layer below for {who}, got none")
+    key = view.attention[-1].key.detach()
+    return key.to(torch.promote_types(key.dtype, torch.float32)).mean(1)
+
+
+def match_down(
+    view: TokenView,
+    metric: Tensor,
+    count: int | Tensor,
+    *,
+    drop: bool = False,
+    share: Tensor | None = None,
+    saliency: Tensor | None = None,
+    power: float = 1.0,
+) -> MergePlan:
+    """The plan of as many rounds of matching as it takes to leave ``count`` tokens.
+
+    Each round splits the open tokens alternately into two sets, joins every token of the first to its most similar
+    one in the second (cosine of ``metric``) and takes the closest pairs. A round halves the open tokens at most, and
+    the last open token stays whatever is asked for.
+
+    Args:
+        view: the tokens.
+        metric: ``(B, N, d)``; a slot has the mean of its members, by ``share``.
+        count: tokens to leave; a whole number in a view with a ``prefix``, where shapes alone then decide, or ``(B,)``.
+        drop: tokens of the first set vanish instead of merging.
+        share: ``(B, N)`` positive, how heavily each token counts in its slot. Default: its size.
+        saliency: ``(B, N)`` non-negative. Those go first of the least ``saliency^power (1 - cosine)``, and a slot has
+            the sum of its members' saliency. Default: the closest pairs go first.
+        power: see ``saliency``.
+    """
+    share = view.size if share is None else share
+    # Values of features don't matter to a plan: from the second round on it's their shape alone that is read.
+    total: MergePlan | None = None
+    now, side = view, view.pads_left
+    while True:
+        weight = None if saliency is None else saliency.pow(power)
+        if isinstance(count, int):
+            step = _by_shape(now, metric, count, drop, share, weight)
+        else:
+            step = _by_masks(now, metric, count, drop, share, weight, side)
+        if step is None:
+            return MergePlan.identity(view) if total is None else total
+        total = step if total is None else total.compose(step)
+        if isinstance(count, int) and step.slots <= max(count, (view.prefix or 0) + 1):
+            return total
+        metric = step.merge(metric)
+        known: dict[str, Any] = {"prefix": view.prefix}
+        if not isinstance(count, int):
+            known = {"valid": step.valid, "protected": step.carry(now.protected)}
+        now = TokenView(view.hidden[:, : step.slots], position=step.position, size=step.size, **known)
+        share, saliency = _sums(step, share), None if saliency is None else _sums(step, saliency)
+
+
+def _by_shape(
+    view: TokenView, metric: Tensor, count: int, drop: bool, share: Tensor, weight: Tensor | None
+) -> MergePlan | None:
+    """One round in a view with a prefix; None if there is nothing to do."""
+    n, prefix = metric.shape[1], view.prefix or 0
+    remove = min(n - count, (n - prefix) // 2)
+    if remove <= 0:
+        return None
+    source, into, _ = bipartite_pairs(metric, prefix, remove, weight)
+    return MergePlan.from_moves(view, source) if drop else MergePlan.from_moves(view, source, into, share)
+
+
+def _by_masks(
+    view: TokenView, metric: Tensor, count: Tensor, drop: bool, share: Tensor, weight: Tensor | None, side: bool
+) -> MergePlan | None:
+    """One round in any view; None if there is nothing to do in any row."""
+    excess = (view.valid.sum(-1) - count).clamp_min(0)
+    if not bool(excess.any()):
+        return None
+    leader = bipartite_matching(metric, view.free, excess, weight)
+    goes = leader >= 0
+    if not bool(goes.any()):
+        return None
+    anchor = view.valid & ~goes
+    if drop:
+        return MergePlan.from_anchors(view, anchor, pads_left=side)
+    return MergePlan.from_anchors(view, anchor, leader, share, side)
+
+
+def _sums(plan: MergePlan, x: Tensor) -> Tensor:
+    """What the members of each slot have together: ``(B, N)`` to ``(B, K)``."""
+    member = plan.slot >= 0
+    return x.new_zeros(plan.size.shape).scatter_add(1, plan.slot.clamp_min(0), torch.where(member, x, 0))
+
+
+# ToMe: bipartite soft matching, the common baseline of all merging.
+
+
+@dataclass(frozen=True)
+class ToMe(Reducer):
+    """Token Merging (arXiv 2210.09461): merge the most similar alternate tokens until the budget is met.
+
+    Each round splits the free tokens alternately into two sets, joins every token of the first to its most similar
+    one in the second (cosine, of the last probed layer's keys averaged over heads, as in the paper) and merges the
+    closest pairs, weighted by size. A round halves the free tokens at most, so small budgets take several rounds.
+    A slot stands where its second-set token stood, and attention above the merge adds log(size).
+    """
+
+    name: ClassVar[str] = "tome"
+    source: ClassVar[str] = "arXiv 2210.09461"
+    proportional: ClassVar[bool] = True
+
+    @property
+    def probes(self) -> int:  # noqa: D102
+        return 1
+
+    @property
+    def asks(self) -> frozenset[str]:  # noqa: D102
+        return frozenset({"key"})
+
+    def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
+        metric, count = mean_key(view, self.name), fixed_count(self.budget, view)
+        return match_down(view, metric, self.budget.count(view, None) if count is None else count)

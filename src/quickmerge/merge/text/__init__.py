@@ -1,0 +1,1 @@
+"""Where a language model reads fewer tokens: a merged prompt, or chunks of the cache."""

@@ -1,0 +1,306 @@
+"""A segment: the blocks between one merge and the next, with the slots they see and how they may attend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from quickmerge.errors import QuickmergeError
+from quickmerge.merge.summary import RunStats
+from quickmerge.merge.tokens.plan import MergePlan
+from quickmerge.models.compat import DynamicLayer, DynamicSlidingWindowLayer, cache_name
+from quickmerge.models.decoder import Decoder, decoder_mask
+
+FAR = 2**62
+"""A position before and behind all others."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What the blocks above one merge read: slots first, then whatever came after the prompt.
+
+    ``slots`` is K, the entries that stand for the prompt. ``position (B, K + t)``, ``valid (B, K + t)`` and ``size (B,
+    K + t)`` are tables over the entries of these blocks' cache. A segment is never changed: what comes after the prompt
+    makes a new one, so that a forward keeps its own.
+    """
+
+    slots: int
+    position: Tensor
+    valid: Tensor
+    size: Tensor
+    padded: bool
+
+    @classmethod
+    def of(cls, plan: MergePlan) -> Segment:
+        """The segment that a merge starts."""
+        return cls(plan.slots, plan.position, plan.valid, plan.size, padded=not bool(plan.valid.all()))
+
+    def extended(self, position: Tensor, valid: Tensor, stored: int | None = None) -> Segment:
+        """With ``t`` new tokens ``(B, t)`` after the first ``stored`` entries, all of them for None.
+
+        They are fewer than there were if a cache was cropped.
+        """
+        kept = slice(None, stored)
+        return replace(
+            self,
+            position=torch.cat([self.position[:, kept], position], 1),
+            valid=torch.cat([self.valid[:, kept], valid], 1),
+            size=torch.cat([self.size[:, kept], torch.ones_like(position)], 1),
+            padded=self.padded or not bool(valid.all()),
+        )
+
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> Segment:
+        """The segment of a cache whose rows were picked, moved or repeated by ``change``."""
+        return replace(self, position=change(self.position), valid=change(self.valid), size=change(self.size))
+
+    def mask(self, decoder: Decoder, layer: int, hidden: Tensor, cache: Cache | None) -> Any:
+        """The attention mask of a block for ``hidden (B, q, D)``, built by the model's own mask builder.
+
+        Plain causal order over the cache's entries; a sliding window is measured in original positions, since
+        entries are fewer than positions above a merge.
+        """
+        window, q = decoder.windows[layer], hidden.shape[1]
+        past = cache.get_seq_length(layer) if cache is not None else 0
+        kv, offset = cache.get_mask_sizes(q, layer) if cache is not None else (q, 0)
+        function, exotic = None, False
+        if window is not None:
+            place = self.position
+            span = torch.where(self.valid, place, place.amax()).amin()
+            exotic = int(place.max() - span) >= window
+            if exotic:
+
+                def function(b: Any, h: Any, i: Any, j: Any) -> Any:
+                    return (j <= i) & (place[b, i] - place[b, j] < window)
+
+        return decoder_mask(
+            decoder,
+            rows=len(hidden),
+            queries=q,
+            keys=kv,
+            query_offset=past,
+            key_offset=offset,
+            sees=function,
+            valid=self.valid if self.padded else None,
+            skip=not exotic,
+            dtype=hidden.dtype,
+            device=hidden.device,
+        )
+
+
+def columns_at(position: Tensor, valid: Tensor, wanted: Tensor) -> Tensor:
+    """``(B, K)`` long: the column at which each position ``wanted (B, K)`` stands; any column for one that is nowhere.
+
+    Args:
+        position: ``(B, N)``, rising over the valid tokens of a row, which stand side by side.
+        valid: ``(B, N)`` bool.
+        wanted: ``(B, K)``.
+    """
+    behind = valid.long().cumsum(-1) > 0
+    place = torch.where(valid, position, torch.where(behind, FAR, -FAR))
+    return torch.searchsorted(place.contiguous(), wanted.contiguous()).clamp_max(position.shape[1] - 1)
+
+
+def pick_columns(x: Tensor, source: Tensor, axis: int = -1) -> Tensor:
+    """The columns ``source (B, K)`` of ``x``: columns lie along ``axis``, the rows, B or 1, along the axis before.
+
+    ``(..., N, d)`` with axis -2, as rotary tables are, or ``(..., N)`` with axis -1, as positions are.
+    """
+    rows = axis - 1
+    x = x.expand(*x.shape[:rows], len(source), *x.shape[rows + 1 :])
+    index = source if axis == -1 else source[..., None].expand(-1, -1, x.shape[-1])
+    return x.gather(axis, index.expand(*x.shape[: x.ndim + rows], *index.shape))
+
+
+# What a cache knows of the prompt that was merged into it: its layers carry it, and move it with their rows.
+#
+# A prompt's merges leave tables: which position, how many tokens and whether any at all stand behind each entry. They
+# belong to the cache, since a cache is copied, cropped, and has its rows picked, moved and repeated by whoever holds
+# it, long after the run that filled it was left. So the layers of a cache that a run fills become layers of the classes
+# below, which do everything that they did before and carry a `PromptState` besides.
+
+
+@dataclass
+class PromptState:
+    """Of a prompt that was read: its segments by first block, and whether their sizes count in attention.
+
+    ``segments`` is empty where nothing was merged, for whatever reason. ``stats`` count what was read and written with
+    this cache. ``tail`` tokens at the end of the prompt stand alone in every row and every block, so that they can be
+    taken back.
+    """
+
+    stats: RunStats
+    proportional: bool
+    segments: dict[int, Segment] = field(default_factory=dict)
+    tail: int = 0
+
+    @property
+    def merged(self) -> bool:
+        """Whether some block reads fewer entries than there were tokens."""
+        return bool(self.segments)
+
+    def first(self, layer: int) -> int | None:
+        """The block that the segment of a block begins with; None below the first merge."""
+        below = [first for first in self.segments if first <= layer]
+        return max(below) if below else None
+
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Rows of the cache were picked, moved or repeated."""
+        self.segments = {first: segment.each_row(change) for first, segment in self.segments.items()}
+
+
+def _carrying(kind: Any, name: str) -> Any:
+    """A class of cache layers that are of ``kind`` and carry what is known of their prompt.
+
+    ``prompt`` is shared by the layers of a cache, and moved by the lowest one, whose ``moves`` is set. ``floor`` is how
+    many entries stand for the prompt. ``expected`` is set by a run that is about to have keys and values of a forward
+    written, since outside of any run entries would be taken for tokens. There is one base class alone, so that a layer
+    can become one of these while it stays the object that others hold.
+    """
+
+    class Merged(kind):  # type: ignore[misc]
+        """See `quickmerge.merge.text.merged_cache`."""
+
+        prompt: PromptState | None = None
+        moves = False
+        floor = 0
+        expected = False
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            """Append keys and values ``(B, H, q, D)``; returns all of them.
+
+            Raises:
+                QuickmergeError: outside of a run, if something was merged.
+            """
+            expected, self.expected = self.expected, False
+            if self.prompt is not None and self.prompt.merged and not expected:
+                raise QuickmergeError(
+                    f"{cache_name()} holds a prompt that was merged inside quickmerge.reduce(...): go on with it in "
+                    "such a block, of any reducer, or start with an empty cache"
+                )
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+
+        def crop(self, tokens_to_remove: int) -> None:
+            """Take back the last tokens, ``-tokens_to_remove`` of them.
+
+            Raises:
+                QuickmergeError: if a prompt that was merged would be cut where tokens were merged.
+            """
+            if self.prompt is not None and self.prompt.merged and tokens_to_remove != 0:
+                since = self.get_seq_length() - self.floor + self.prompt.tail
+                if tokens_to_remove > 0:
+                    raise QuickmergeError(
+                        f"crop must be told how many tokens to take back, as a negative number, where tokens were "
+                        f"merged, got {tokens_to_remove}"
+                    )
+                if -tokens_to_remove > since:
+                    raise QuickmergeError(
+                        f"crop can take back {since} tokens here, those read since the prompt was merged and those at "
+                        f"its end that stayed alone, got {tokens_to_remove}: what was merged can't be cut; read the "
+                        "shorter prompt into an empty cache"
+                    )
+            super().crop(tokens_to_remove)
+
+        def _move(self, change: Callable[[Tensor], Tensor]) -> None:
+            if self.moves and self.prompt is not None:
+                self.prompt.each_row(change)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            """Rows follow their beams."""
+            super().reorder_cache(beam_idx)
+            self._move(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            """Repeat every row."""
+            super().batch_repeat_interleave(repeats)
+            self._move(lambda t: t.repeat_interleave(repeats, dim=0))
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            """Keep some rows: their numbers, or a mask of all rows."""
+            super().batch_select_indices(indices)
+            self._move(lambda t: t[indices.to(t.device)])
+
+        def reset(self) -> None:
+            """Forget everything: a layer as it was before anything was merged."""
+            super().reset()
+            for name in ("prompt", "moves", "floor", "expected"):
+                self.__dict__.pop(name, None)
+            self.__class__ = kind
+
+    Merged.__name__ = Merged.__qualname__ = name
+    return Merged
+
+
+MergedLayer = _carrying(DynamicLayer, "MergedLayer")
+"""A layer for full attention of a cache that a run has filled."""
+
+MergedSlidingLayer = _carrying(DynamicSlidingWindowLayer, "MergedSlidingLayer")
+"""A layer for sliding-window attention of a cache that a run has filled; its window counts entries."""
+
+_OURS: dict[type, Any] = {DynamicLayer: MergedLayer, DynamicSlidingWindowLayer: MergedSlidingLayer}
+
+
+def _ours(kind: type) -> Any:
+    """The class that layers of a kind become when a run fills them; None if they can't be filled.
+
+    Besides transformers' own layers those can be whose class says so by ``fillable``, as that of multipole attention.
+    """
+    if kind not in _OURS and getattr(kind, "fillable", False) and kind not in _OURS.values():
+        _OURS[kind] = _carrying(kind, "Merged" + kind.__name__)
+    return _OURS.get(kind)
+
+
+def _carries(layer: Any) -> bool:
+    return type(layer) in _OURS.values()
+
+
+def check_fillable(cache: Any) -> None:
+    """Raise QuickmergeError unless an empty cache is of a kind that a run can fill; None is."""
+    if cache is None:
+        return
+    if not isinstance(cache, Cache):
+        raise QuickmergeError(
+            f"{cache_name()} must be a DynamicCache inside a quickmerge run, got a {type(cache).__name__}"
+        )
+    for layer in cache.layers:
+        if not _carries(layer) and _ours(type(layer)) is None:
+            raise QuickmergeError(
+                f"{cache_name()} must be a DynamicCache inside a quickmerge run, got layers of type "
+                f"{type(layer).__name__}"
+            )
+
+
+def fill(cache: Cache, index: int, state: PromptState, floor: int) -> None:
+    """Say that a layer is about to be given the first ``floor`` entries of a prompt, which ``state`` is of.
+
+    The layer stays the object that it is, since others may hold it too.
+    """
+    while len(cache.layers) <= index:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if not _carries(layer):
+        layer.__class__ = _ours(type(layer))
+    layer.prompt, layer.floor, layer.moves, layer.expected = state, floor, index == 0, True
+
+
+def expect(cache: Cache, index: int) -> None:
+    """Say that a layer of a cache that was filled inside a run is about to be given further tokens."""
+    cache.layers[index].expected = True
+
+
+def state_of(cache: Cache) -> PromptState | None:
+    """What a filled cache knows of its prompt; None if it was filled outside of any run in prefix mode."""
+    layers = getattr(cache, "layers", None) or [None]
+    if not all(map(_carries, layers)):
+        return None
+    state: PromptState | None = layers[0].prompt
+    return state
+
+
+def rows_in(cache: Cache) -> int:
+    """How many rows a filled cache holds."""
+    return len(cache.layers[0].keys)

@@ -1,0 +1,491 @@
+"""Prefix mode: the residual stream of a known prompt is merged at one or several depths.
+
+What a forward finds out travels with it: an object of its own goes along with the arguments of the decoder, its blocks
+and their attention. So several threads may read at once, and a block that gradient checkpointing computes again, in
+whatever thread, finds what was decided when it was computed first. What is left when a prompt was read belongs to its
+cache; see `quickmerge.merge.text.merged_cache`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from quickmerge.errors import QuickmergeError, whole_number
+from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.text.merged_cache import (
+    PromptState,
+    Segment,
+    check_fillable,
+    columns_at,
+    expect,
+    fill,
+    pick_columns,
+    rows_in,
+    state_of,
+)
+from quickmerge.merge.text.rows import check_one_text, check_padding, plan_rows, protection, special_tokens
+from quickmerge.merge.text.run import Run
+from quickmerge.merge.tokens.budget import Schedule
+from quickmerge.merge.tokens.plan import MergePlan
+from quickmerge.merge.tokens.saliency import AttentionTrace
+from quickmerge.merge.tokens.view import TokenView
+from quickmerge.models.attachment import PerThread, by_name, setting, watch_generate
+from quickmerge.models.compat import cache_name, given_cache
+from quickmerge.models.decoder import AttentionFunction, Decoder, proportional_attention
+
+CALL = "quickmerge_prefix"
+"""Keyword by which a forward hands its state to its blocks, and a block to its attention."""
+
+DRAFTS = "quickmerge_drafts"
+"""Keyword by which a model tells its decoder how many tokens at the end of a prompt are not of it."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was decided of a prompt: a plan for each merge from the lowest block up, and what stayed alone."""
+
+    plans: tuple[MergePlan, ...] = ()
+    composed: tuple[MergePlan, ...] = ()
+    protected: Tensor | None = None
+
+
+@dataclass
+class PrefixCall:
+    """The state of one forward.
+
+    ``fresh``: whether it reads a prompt; else ``valid (B, q)`` are the tokens that it reads behind one. Of a prompt
+    there are ``valid (B, N)``, ``protected``, ``exempt``, ``length (B,)`` and ``whole (B,)``, the rows that are not
+    reduced; ``drafts`` tokens come behind its N. ``segments`` are those that this forward's blocks read, by first
+    block, whatever becomes of the cache's. ``plans``, ``source`` and ``added`` are by the block in front of which they
+    are carried out: a block that is computed again finds them there.
+    """
+
+    fresh: bool
+    state: PromptState
+    valid: Tensor
+    protected: Tensor | None = None
+    exempt: Tensor | None = None
+    length: Tensor | None = None
+    whole: Tensor | None = None
+    drafts: int = 0
+    segments: dict[int, Segment] = field(default_factory=dict)
+    plans: dict[int, MergePlan] = field(default_factory=dict)
+    composed: list[MergePlan] = field(default_factory=list)
+    source: dict[int, Tensor] = field(default_factory=dict)
+    added: dict[int, Tensor] = field(default_factory=dict)
+    traces: dict[int, AttentionTrace] = field(default_factory=dict)
+    masks: dict[tuple[int, int | None], Any] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> MergePlan | None:
+        """All merges so far composed."""
+        return self.composed[-1] if self.composed else None
+
+    def first(self, layer: int) -> int | None:
+        """The block that the segment of a block begins with; None below the first merge."""
+        below = [first for first in self.segments if first <= layer]
+        return max(below) if below else None
+
+    def segment(self, layer: int) -> Segment | None:
+        """The segment a block belongs to; None below the first merge and where merging changed nothing."""
+        first = self.first(layer)
+        return None if first is None else self.segments[first]
+
+    def decide(self, index: int, plan: MergePlan) -> None:
+        """Note the plan of the merge in front of a block."""
+        self.composed.append(plan if self.plan is None else self.plan.compose(plan))
+        self.plans[index] = plan
+        # Nobody above asks for what was below.
+        self.traces = {layer: trace for layer, trace in self.traces.items() if layer >= index}
+
+
+class PrefixRun(Run):
+    """See `quickmerge.reduce`. Only the forward that fills an empty cache is merged; what follows is read in full."""
+
+    mode = "prefix"
+    shares = True
+    _now: PerThread[PrefixCall | None] = PerThread(lambda: None)
+    _own: PerThread[Reading | None] = PerThread(lambda: None)
+    _generating = PerThread(bool)
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        reducer: Reducer,
+        schedule: Schedule | None,
+        *,
+        sinks: int = 0,
+        recent: int = 0,
+        protect: Callable[[Tensor], Tensor] | None = None,
+        min_tokens: int = 0,
+    ) -> None:
+        super().__init__(decoder, reducer)
+        min_tokens = whole_number("min_tokens", min_tokens, 0)
+        self.schedule = schedule
+        stages = [] if schedule is None else schedule.stages(reducer.keep, len(decoder))
+        self.stages = {s.layer: s.keep for s in stages}
+        self.sinks, self.recent, self.protect, self.min_tokens = sinks, recent, protect, min_tokens
+        self._latest = Reading()
+        self._head = inspect.signature(decoder.model.forward)
+
+    # What was decided -------------------------------------------------------------------------------------------
+
+    @property
+    def _reading(self) -> Reading:
+        """Of this thread's last prompt; of the last one of all, if this thread has read none."""
+        return self._latest if self._own is None else self._own
+
+    @property
+    def plans(self) -> list[MergePlan]:
+        """The plan of each merge of the last prompt, from the lowest block up."""
+        return list(self._reading.plans)
+
+    @property
+    def composed(self) -> list[MergePlan]:
+        """The same merges, each composed with those below it: from the prompt's N tokens to slots."""
+        return list(self._reading.composed)
+
+    @property
+    def protected(self) -> Tensor | None:
+        """``(B, N)`` bool: the tokens of the last prompt that were kept out of merging."""
+        return self._reading.protected
+
+    @property
+    def plan(self) -> MergePlan | None:
+        """All merges of the last prompt composed: from its N tokens to the slots that the top block read."""
+        composed = self._reading.composed
+        return composed[-1] if composed else None
+
+    @property
+    def main_plan(self) -> MergePlan | None:
+        """From the prompt's N tokens to the slots that most of the reduced blocks read."""
+        composed = self._reading.composed
+        if not composed:
+            return None
+        ends = [*list(self.stages)[1:], len(self.decoder)]
+        blocks = [end - start for start, end in zip(self.stages, ends, strict=True)]
+        return composed[blocks.index(max(blocks))]
+
+    # Attaching --------------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        super()._attach()
+        model = self.decoder.model
+        self._note(model.register_forward_pre_hook(self._check_head, with_kwargs=True))
+        self._undo.append(watch_generate(model, self._around_generate))
+
+    def _around_generate(self, given: dict[str, Any], call: Callable[[], Any]) -> Any:
+        """Refuse what ``generate`` can't do inside, by the name of the argument."""
+        chunk = setting(self.decoder.model, given, "prefill_chunk_size")
+        if chunk is not None:
+            raise QuickmergeError(
+                f"prefill_chunk_size must be left out inside a quickmerge run, which merges a prompt as a whole, "
+                f"got {chunk}"
+            )
+        outer, self._generating = self._generating, True
+        try:
+            return call()
+        finally:
+            self._generating = outer
+
+    def _check_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Refuse labels, which merged tokens have no logits for, and tell the decoder of tokens behind a prompt."""
+        given = by_name(self._head, args, kwargs)
+        if given.get("labels") is not None:
+            raise QuickmergeError(
+                "labels must be left out inside a quickmerge run, since there are logits for fewer tokens than there "
+                "are labels; take logits by the run's plan"
+            )
+        cache, wanted = given_cache(given), given.get("logits_to_keep", 0)
+        if cache is not None and cache.get_seq_length() > 0:
+            return None
+        if isinstance(wanted, Tensor):
+            raise QuickmergeError(
+                "logits_to_keep must be a number while a prompt is merged, got a tensor: merged tokens have no logits "
+                "of their own"
+            )
+        return self._tell_drafts(args, kwargs, int(wanted) - 1) if wanted > 1 else None
+
+    def _tell_drafts(self, args: tuple[Any, ...], kwargs: dict[str, Any], drafts: int) -> Any:
+        """Have the last tokens of a prompt, whose logits are asked for, read as what follows it."""
+        return args, {**kwargs, DRAFTS: drafts}
+
+    # Reading ----------------------------------------------------------------------------------------------------
+
+    def begin(self, prompt: bool, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Note what is read: a prompt to merge, or more tokens after one that was read here or in another run."""
+        cache, drafts = given_cache(inputs), inputs.pop(DRAFTS, 0)
+        ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        mask = inputs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise QuickmergeError("attention_mask must be a 2-D padding mask inside a quickmerge run, got another kind")
+        if not prompt:
+            state = self._resume(cache, len(ids))
+            new = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
+            new = new if mask is None else mask[:, -ids.shape[1] :].bool()
+            self._check_seam(mask)
+            self._now = PrefixCall(False, state, new, segments=dict(state.segments))
+            return {CALL: self._now}
+        check_fillable(cache)
+        valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
+        if valid.shape != ids.shape[:2]:
+            raise QuickmergeError(f"attention_mask must be {tuple(ids.shape[:2])}, got {tuple(valid.shape)}")
+        check_padding(valid)
+        check_one_text(inputs, valid, cache is not None)
+        self._check_side(valid)
+        self._now = self._prompt(valid, inputs.get("input_ids"), min(drafts, ids.shape[1] - 1))
+        return {CALL: self._now}
+
+    def _check_side(self, valid: Tensor) -> None:
+        if self._generating and not bool(valid[:, -1].all()):
+            raise QuickmergeError(
+                "attention_mask must pad on the left for generate, got padding on the right, behind which no text can "
+                "go on: set the tokenizer's padding_side to 'left'"
+            )
+
+    def _check_seam(self, mask: Tensor | None) -> None:
+        """Refuse to read on behind padding where a window is measured in columns, as models do."""
+        if mask is None or not any(self.decoder.windows):
+            return
+        there = mask.bool()
+        if bool((there[:, :-1] & ~there[:, 1:]).any()):
+            raise QuickmergeError(
+                "attention_mask must pad on the left where a model with sliding windows reads on behind a prompt, "
+                "got padding in between, which would count as part of the window"
+            )
+
+    def _resume(self, cache: Cache, rows: int) -> PromptState:
+        """What a filled cache knows, checked against what is read."""
+        state = state_of(cache)
+        if state is None:
+            raise QuickmergeError(
+                f"{cache_name()} was filled outside this run, and not in another one of prefix mode either; start it "
+                "with an empty cache"
+            )
+        held = rows_in(cache)
+        if held != rows:
+            raise QuickmergeError(f"{cache_name()} holds {held} rows that were merged here, got {rows} rows")
+        if any(len(segment.valid) != rows for segment in state.segments.values()):
+            raise QuickmergeError(
+                f"{cache_name()} has layers whose rows were changed apart: pick, move or repeat rows of the whole cache"
+            )
+        self._counts = self._last = state.stats
+        return state
+
+    def _prompt(self, valid: Tensor, ids: Tensor | None, drafts: int) -> PrefixCall:
+        """The call that reads a prompt ``valid (B, N)`` and ``drafts`` tokens behind it."""
+        n = valid.shape[1] - drafts
+        told = valid[:, :n]
+        special = special_tokens(self.decoder.config)
+        kept = protection(
+            told, None if ids is None else ids[:, :n], special, sinks=self.sinks, recent=self.recent,
+            protect=self.protect,
+        )  # fmt: skip
+        length = told.sum(-1)
+        short, shut = length < self.min_tokens, kept.protected.sum(-1) >= length
+        stats = self.stats
+        stats.rows, stats.tokens_in = len(told), float(length.float().mean())
+        stats.min_tokens, stats.rows_short = self.min_tokens, int(short.sum())
+        stats.rows_protected = int((shut & ~short).sum())
+        # Behind padding the recent tokens are not the last entries.
+        tail = min(self.recent, int(length.min()) - 1) if bool(told[:, -1].all()) else 0
+        return PrefixCall(
+            True, PromptState(stats, self.reducer.proportional, tail=tail), valid, kept.protected, kept.exempt, length,
+            whole=short | shut, drafts=drafts,
+        )  # fmt: skip
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call = self._now
+        if call is not None and call.fresh:
+            reading = Reading(tuple(call.plans.values()), tuple(call.composed), call.protected)
+            self._own = self._latest = reading
+        super()._after_model(module, args, kwargs, output)
+        self._now = None
+
+    # In the blocks ----------------------------------------------------------------------------------------------
+
+    def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Keep references to what the next merge will ask for; add log(size) where the method wants it."""
+        now: PrefixCall | None = kwargs.pop(CALL, None)
+        if now is None:
+            return call(module, *args, **kwargs)
+        query, key, value = args[:3]
+        if now.fresh and self._probed(now, layer):
+            scaling = kwargs.get("scaling")
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            now.traces[layer] = AttentionTrace(query, key, value, scaling, self.decoder.windows[layer])
+        segment = now.segment(layer)
+        if segment is None or not now.state.proportional:
+            return call(module, *args, **kwargs)
+        return proportional_attention(call, module, args, kwargs, segment.size[:, -key.shape[2] :])
+
+    def _probed(self, call: PrefixCall, layer: int) -> bool:
+        """Whether a merge that is to come asks what the attention of this layer computed."""
+        return any(s - self.reducer.probes <= layer < s and s not in call.plans for s in self.stages)
+
+    def _reads(self, call: PrefixCall, layer: int) -> int | None:
+        """The first block of the segment by which a block's arguments are changed; None leaves them as they are."""
+        return call.first(layer)
+
+    def _places(self, call: PrefixCall, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """``(B, q)``, where the tokens that enter the decoder stand in the original sequence."""
+        places: Tensor = kwargs["position_ids"].expand(len(hidden), -1)
+        return places
+
+    def _block_hook(self, index: int) -> Callable[..., Any] | None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._enter_block(index, args, kwargs)
+
+        return hook
+
+    def _enter_block(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call: PrefixCall | None = kwargs.get(CALL)
+        if call is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cache = given_cache(kwargs)
+        if call.fresh and index in self.stages:
+            # A reducer computes as it always does, also where the model runs under autocast.
+            with torch.autocast(hidden.device.type, enabled=False):
+                hidden = self._merge(call, index, hidden, kwargs)
+        if call.fresh and index in call.added:
+            n = hidden.shape[1] - call.drafts
+            hidden = torch.cat([hidden[:, :n] + call.added[index].to(hidden.dtype), hidden[:, n:]], 1)
+        if call.fresh and cache is not None:
+            fill(cache, index, call.state, hidden.shape[1] - call.drafts)
+        elif not call.fresh:
+            if cache is None:
+                raise QuickmergeError(
+                    "gradient checkpointing must be off where text is read behind a prompt: it takes the cache away"
+                )
+            self._extend(call, index, hidden, cache, kwargs)
+            expect(cache, index)
+        first = self._reads(call, index)
+        if first is None:
+            return None
+        kwargs = dict(kwargs)
+        if call.fresh:
+            source = call.source[first]
+            if kwargs.get("position_ids") is not None:
+                kwargs["position_ids"] = pick_columns(kwargs["position_ids"], source)
+            if kwargs.get("position_embeddings") is not None:
+                kwargs["position_embeddings"] = tuple(
+                    pick_columns(t, source, -2) for t in kwargs["position_embeddings"]
+                )
+        key = (first, self.decoder.windows[index])
+        if key not in call.masks:
+            call.masks[key] = call.segments[first].mask(self.decoder, index, hidden, cache)
+        kwargs["attention_mask"] = call.masks[key]
+        if args:
+            return (hidden, *args[1:]), kwargs
+        kwargs["hidden_states"] = hidden
+        return args, kwargs
+
+    def _extend(self, call: PrefixCall, index: int, hidden: Tensor, cache: Cache, kwargs: dict[str, Any]) -> None:
+        """Let the tables of the segment that begins at a block, if one does, go on with the tokens that are read."""
+        segment = call.state.segments.get(index)
+        if segment is not None:
+            places = self._places(call, hidden, kwargs)
+            segment = segment.extended(places, call.valid, cache.get_seq_length(index))
+            call.segments[index] = call.state.segments[index] = segment
+
+    # Merging ----------------------------------------------------------------------------------------------------
+
+    def _merge(self, call: PrefixCall, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Decide in front of block ``index``, unless that is done already, and carry it out."""
+        n = hidden.shape[1] - call.drafts
+        if index not in call.plans:
+            began = self.clock()
+            places = self._places(call, hidden, kwargs)
+            # Computed again for its gradient, a block must save what it saved before, and it won't decide again.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._recomputes):
+                self._decide(call, index, hidden[:, :n], places)
+            self.stats.reducer_seconds += self.clock() - began
+        if index not in call.segments:
+            return hidden
+        return torch.cat([call.plans[index].merge(hidden[:, :n]), hidden[:, n:]], 1)
+
+    @property
+    def _recomputes(self) -> bool:
+        return self.decoder.base.training and any(
+            getattr(block, "gradient_checkpointing", False) for block in self.decoder.layers
+        )
+
+    def _decide(self, call: PrefixCall, index: int, hidden: Tensor, places: Tensor) -> None:
+        """Plan for the prompt's tokens or slots ``hidden (B, n, D)``; ``places (B, N)`` are those of all its tokens."""
+        assert call.protected is not None and call.whole is not None
+        below, n = call.segment(index - 1), hidden.shape[1]
+        prompt = call.valid.shape[1] - call.drafts
+        wanted = [layer for layer in range(max(0, index - self.reducer.probes), index) if layer in call.traces]
+        # A probe below an earlier merge saw more tokens than there are now, so it can't speak for them.
+        traces = [
+            AttentionTrace(t.query[:, :, :n], t.key[:, :, :n], t.value[:, :, :n], t.scaling, t.window)
+            for t in (call.traces[layer] for layer in wanted)
+            if t.query.shape[2] == n + call.drafts
+        ]
+
+        def carried(mask: Tensor | None) -> Tensor | None:
+            return mask if mask is None or call.plan is None else call.plan.carry(mask)
+
+        view = TokenView(
+            hidden=hidden,
+            valid=call.valid[:, :n] if below is None else below.valid[:, :n],
+            protected=carried(call.protected),  # type: ignore[arg-type]
+            position=places[:, :n] if below is None else below.position[:, :n],
+            size=None if below is None else below.size[:, :n],  # type: ignore[arg-type]
+            exempt=carried(call.exempt),
+            length=call.length,  # type: ignore[arg-type]
+            attention=traces,
+            layer=index,
+        )
+        shut = call.whole | ~view.free.any(-1)
+        plan, added = MergePlan.identity(view), {}
+        if not bool(shut.all()):
+            rows = (~shut).nonzero().flatten() if bool(shut.any()) else None
+            reducer = replace(self.reducer, keep=self.stages[index])
+            align = self.reducer.align if index == min(self.stages) else lambda view, plan: {}
+            planned = plan_rows(view, rows, reducer.plan, align)
+            # Where every token stays alone, hidden states and the block's own arguments are left as they are, padding
+            # and all, so keep=1 is the model bit for bit.
+            if not bool((planned.plan.valid.sum(-1) == view.valid.sum(-1)).all()):
+                plan, added = planned.plan, planned.added
+                self._begin_segment(call, index, plan, places, prompt)
+        call.decide(index, plan)
+        if index in call.segments:
+            # What was added below stays as it was, for blocks that are computed again.
+            call.added = added or {b: plan.merge(x) if b >= index else x for b, x in call.added.items()}
+
+    def _begin_segment(self, call: PrefixCall, index: int, plan: MergePlan, places: Tensor, prompt: int) -> None:
+        """Note what the blocks from ``index`` on read of a prompt of ``prompt`` columns; ``places (B, N)`` of all."""
+        segment = Segment.of(plan)
+        source = columns_at(places[:, :prompt], call.valid[:, :prompt], plan.position)
+        if call.drafts:
+            behind = torch.arange(prompt, prompt + call.drafts, device=source.device).expand(len(source), -1)
+            source = torch.cat([source, behind], 1)
+            segment = segment.extended(places[:, prompt:], call.valid[:, prompt:])
+        call.source[index] = source
+        call.segments[index] = call.state.segments[index] = segment
+
+    # Afterwards -------------------------------------------------------------------------------------------------
+
+    def tokens_per_layer(self) -> list[float]:
+        """Mean valid tokens per row that each block read of the prompt."""
+        call = self._now
+        if call is None:
+            return []
+        counts = []
+        for layer in range(len(self.decoder)):
+            segment = call.segment(layer)
+            valid = call.valid[:, : call.valid.shape[1] - call.drafts] if segment is None else segment.valid
+            counts.append(float(valid[:, : None if segment is None else segment.slots].sum(-1).float().mean()))
+        return counts
+
+    def forget(self) -> None:
+        """Nothing of a prompt is kept; plans and statistics stay for the summary."""

@@ -1,0 +1,207 @@
+"""Which tokens of a prompt stay alone, and which of these a budget pays for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quickmerge.errors import QuickmergeError
+from quickmerge.merge.tokens.plan import MergePlan
+from quickmerge.merge.tokens.saliency import AttentionTrace
+from quickmerge.merge.tokens.view import TokenView
+
+MARKS = 4
+"""Special tokens of a row, the last ones, that stay alone: as many as a chat template puts around the last turn."""
+
+
+@dataclass(frozen=True)
+class Protection:
+    """``protected (B, N)`` bool, the tokens that stay alone; ``exempt (B, N)``, those of them that come on top."""
+
+    protected: Tensor
+    exempt: Tensor
+
+
+def protection(
+    valid: Tensor,
+    ids: Tensor | None,
+    special: list[int],
+    *,
+    sinks: int,
+    recent: int,
+    protect: Callable[[Tensor], Tensor] | None = None,
+) -> Protection:
+    """The structural tokens, for which a budget pays, and what the user asked for besides, which is exempt.
+
+    Structural are the first ``sinks`` valid tokens of a row, the last ``recent`` ones, and the last `MARKS` special
+    ones. Where BOS and EOS are turn marks, as ``<|im_start|>`` and ``<|im_end|>`` are, that is the template around the
+    last turn; the marks of earlier turns compete with all other tokens, or a long chat would be kept for its marks.
+
+    Args:
+        valid: ``(B, N)`` bool.
+        ids: ``(B, N)``, or None where the model was given embeddings.
+        special: ids of BOS and EOS.
+        sinks: see above.
+        recent: see above.
+        protect: from ``ids`` to a bool mask ``(B, N)``.
+
+    Raises:
+        QuickmergeError: if there are no ids for ``protect``, or it returns anything but such a mask.
+    """
+    structural = (_rank(valid) <= sinks) | (_rank(valid.flip(-1)).flip(-1) <= recent)
+    if ids is None:
+        if protect is not None:
+            raise QuickmergeError("protect needs input_ids, and the model was called with inputs_embeds")
+        return Protection(structural & valid, torch.zeros_like(valid))
+    marks = torch.isin(ids, torch.tensor(special, dtype=ids.dtype, device=ids.device)) & valid
+    structural = (structural | (marks & (_rank(marks.flip(-1)).flip(-1) <= MARKS))) & valid
+    if protect is None:
+        return Protection(structural, torch.zeros_like(valid))
+    asked = protect(ids)
+    if not isinstance(asked, Tensor) or asked.shape != ids.shape or asked.dtype != torch.bool:
+        raise QuickmergeError(f"protect must return a bool mask of shape {tuple(ids.shape)}")
+    asked = asked.to(valid.device) & valid
+    return Protection(structural | asked, asked & ~structural)
+
+
+def special_tokens(config: object) -> list[int]:
+    """Ids of BOS and EOS of a model's config, of which there may be several or none."""
+    found: list[int] = []
+    for name in ("bos_token_id", "eos_token_id"):
+        given = getattr(config, name, None)
+        found += [] if given is None else [int(i) for i in given] if isinstance(given, (list, tuple)) else [int(given)]
+    return found
+
+
+def _rank(mask: Tensor) -> Tensor:
+    """``(B, N)`` long: how many marked tokens a row has up to each."""
+    return mask.long().cumsum(-1)
+
+
+# Prompts of a batch: what they must look like, and planning for some rows while the others stay whole.
+
+
+MIN_TOKENS = 256
+"""Rows of a prompt that have fewer tokens are read in full, unless somebody says otherwise."""
+
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+"""Arguments by which a batch says that its rows hold several texts."""
+
+
+def check_padding(valid: Tensor) -> None:
+    """Raise QuickmergeError unless the padding of each row ``valid (B, N)`` is on one side, with tokens beside it."""
+    runs = (valid[:, 1:] != valid[:, :-1]).sum(-1)
+    both = (runs > 1) | ((runs == 1) & valid[:, 0] & valid[:, -1])
+    if bool(both.any()) or not bool(valid.any(-1).all()):
+        raise QuickmergeError("attention_mask must pad on one side and leave tokens in every row, got holes")
+
+
+def check_one_text(inputs: Mapping[str, object], valid: Tensor | None, cached: bool) -> None:
+    """Raise QuickmergeError if a row of a prompt holds several texts, which must not be merged with one another.
+
+    Position ids that don't rise within a row tell it. So does any jump where there is neither a mask nor a cache, since
+    models take that for the seam of two texts; and the arguments by which padding is done without.
+
+    Args:
+        inputs: arguments of the model by name.
+        valid: ``(B, N)`` bool, False for padding; None for none.
+        cached: whether a cache is given.
+    """
+    advice = "give each text a row of its own, with padding"
+    for name in PACKED:
+        if inputs.get(name) is not None:
+            raise QuickmergeError(
+                f"{name} must be left out inside a quickmerge run, which reads one text a row: {advice}"
+            )
+    places = inputs.get("position_ids")
+    if not isinstance(places, Tensor) or places.ndim != 2 or places.shape[1] < 2:
+        return
+    steps = places[:, 1:] - places[:, :-1]
+    if valid is not None and valid.shape[1] == places.shape[1]:
+        steps = torch.where(valid[:, 1:] & valid[:, :-1], steps, 1)
+    strict = inputs.get("attention_mask") is None and not cached
+    if bool(((steps != 1) if strict else (steps < 1)).any()):
+        raise QuickmergeError(
+            f"position_ids must rise {'by one ' if strict else ''}from token to token inside a quickmerge run, got "
+            f"rows of several texts (position ids that begin anew): {advice}"
+        )
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan for all rows of a batch, and what is added to its slots: ``{block: (B, K, D)}``."""
+
+    plan: MergePlan
+    added: dict[int, Tensor]
+
+
+def plan_rows(
+    view: TokenView,
+    rows: Tensor | None,
+    plan: Callable[[TokenView], MergePlan],
+    align: Callable[[TokenView, MergePlan], Mapping[int, Tensor]],
+) -> Planned:
+    """Plan for some rows as if they were alone; every token of the others stays as it is.
+
+    Args:
+        view: the batch.
+        rows: ``(R,)`` long, the rows to reduce, one at least; None for all.
+        plan: decides for a view.
+        align: what is to be added to the slots of such a plan.
+    """
+    if rows is None:
+        decided = plan(view)
+        return Planned(decided, dict(align(view, decided)))
+    part = pick_rows(view, rows)
+    decided = plan(part)
+    added = align(part, decided)
+    left = view.pads_left
+    count = view.valid.sum(-1)
+    count[rows] = decided.valid.sum(-1)
+    width = int(count.max())
+    index = view.valid.long().cumsum(-1) - 1
+    shift = (width - count if left else torch.zeros_like(count))[:, None]
+    slot = torch.where(view.valid, index + shift, -1)
+    dtype = decided.weight.dtype
+    weight = view.valid.to(dtype)
+    seat = torch.where(view.valid, slot, width).index_fill(0, rows, width)
+    # Where each slot of the part's own plan goes: its rank among the valid ones of its row.
+    place = torch.where(decided.valid, decided.valid.long().cumsum(-1) - 1 + shift[rows], width)
+    slot[rows] = torch.where(decided.slot >= 0, place.gather(1, decided.slot.clamp_min(0)), -1)
+    weight[rows] = decided.weight
+
+    def put(whole: Tensor, own: Tensor) -> Tensor:
+        out = whole.new_zeros(len(whole), width + 1).scatter(1, seat, whole)
+        out[rows] = whole.new_zeros(len(rows), width + 1).scatter(1, place, own)
+        return out[:, :width]
+
+    def spread(x: Tensor) -> Tensor:
+        own = x.new_zeros(len(rows), width + 1, x.shape[-1]).scatter(1, place[..., None].expand_as(x), x)
+        return x.new_zeros(len(slot), width, x.shape[-1]).index_copy(0, rows, own[:, :width])
+
+    merged = MergePlan(
+        slot=slot,
+        weight=weight,
+        position=put(view.position, decided.position),
+        size=put(view.size, decided.size),
+        valid=put(view.valid.long(), decided.valid.long()).bool(),
+    )
+    return Planned(merged, {block: spread(x) for block, x in added.items()})
+
+
+def pick_rows(view: TokenView, rows: Tensor) -> TokenView:
+    """The rows ``rows (R,)`` of a view without pictures nor a question."""
+
+    def pick(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.index_select(0, rows)
+
+    names = ("hidden", "valid", "protected", "position", "size", "length", "exempt", "saliency", "key", "surprise")
+    traces = tuple(
+        AttentionTrace(t.query[rows], t.key[rows], t.value[rows], t.scaling, t.window) for t in view.attention
+    )
+    picked: dict[str, Any] = {name: pick(getattr(view, name)) for name in names}
+    return replace(view, attention=traces, **picked)

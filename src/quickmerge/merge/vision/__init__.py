@@ -1,0 +1,1 @@
+"""Where a vision transformer reads fewer patches."""

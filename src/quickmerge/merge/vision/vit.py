@@ -1,0 +1,249 @@
+"""Vision transformers of transformers with fewer tokens, through module hooks and its attention registry."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quickmerge.errors import QuickmergeError
+from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.tokens.plan import follow, to_members
+from quickmerge.merge.tokens.removal import Removal
+from quickmerge.merge.tokens.saliency import AttentionTrace
+from quickmerge.merge.tokens.view import TokenView
+from quickmerge.merge.vision.run import Call, full_length, pick, rotary, schedule_for, spread
+from quickmerge.merge.vision.run import VisionRun as VisionRun
+from quickmerge.models.attachment import refuse_tracing
+from quickmerge.models.decoder import AttentionFunction, watch_modules
+from quickmerge.models.encoder import Encoder, find_encoder, pixels_of
+
+CALL = "quickmerge_call"
+"""Keyword by which a forward hands its state to its blocks, and a block to its attention."""
+
+
+def reduce_vit(
+    model: PreTrainedModel,
+    reducer: Reducer,
+    layer: int | Sequence[int] | Removal | None = None,
+    *,
+    unmerge: bool = False,
+) -> VisionRun:
+    """Make a vision transformer of transformers read with fewer tokens; see `quickmerge.merge.attach.reduce`."""
+    encoder = find_encoder(model)
+    return TransformersRun(encoder, reducer, schedule_for(encoder, reducer, layer), unmerge=unmerge)
+
+
+class TransformersRun(VisionRun):
+    """A run on a model of transformers."""
+
+    def __init__(
+        self, encoder: Encoder, reducer: Reducer, schedule: Removal | tuple[int, ...] | None, *, unmerge: bool = False
+    ) -> None:
+        super().__init__(encoder, reducer, schedule, unmerge=unmerge)
+        self._signature = inspect.signature(encoder.base.forward)
+        self._takes_keywords = any(p.kind is p.VAR_KEYWORD for p in self._signature.parameters.values())
+
+    def _attach(self) -> None:
+        encoder = self.encoder
+        self._undo.append(watch_modules(encoder.base, [block.attention for block in encoder.blocks], self))
+        self._note(encoder.base.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self._note(encoder.base.register_forward_hook(self._after_model))
+        embeddings: Any = encoder.base.embeddings
+        self._note(embeddings.register_forward_pre_hook(self._before_embeddings, with_kwargs=True))
+        if encoder.pooler is not None:
+            self._note(encoder.pooler.register_forward_pre_hook(self._before_pooler))
+        for index, block in enumerate(encoder.blocks):
+            before = partial(self._before_block, index)
+            self._note(block.module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            self._note(block.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+            self._hook_second_half(index, block)
+
+    # One forward ------------------------------------------------------------------------------------------------
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        refuse_tracing(self._name)
+        pixels = pixels_of(args, kwargs)
+        masked = self._signature.bind_partial(*args, **kwargs).arguments.get("bool_masked_pos")
+        if masked is not None:
+            raise QuickmergeError("bool_masked_pos must be None inside a quickmerge run, got a mask")
+        self.call = self._active = Call(self.encoder.grid(pixels))
+        if self._takes_keywords:
+            kwargs = {**kwargs, CALL: self.call}
+        return args, kwargs
+
+    def _before_embeddings(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A compiler may take the hooks of the model itself as a function apart: here it is inside of the forward.
+        self.encoder.grid(pixels_of(args, kwargs))
+
+    def _before_block(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = dict(kwargs)
+        call: Call = kwargs.get(CALL) or self._current()
+        kwargs[CALL] = self._active = call
+        if args:
+            args = (self._enter_block(call, index, args[0]), *args[1:])
+        else:
+            kwargs["hidden_states"] = self._enter_block(call, index, kwargs["hidden_states"])
+        level = call.levels[index]
+        if level is not None and kwargs.get("interpolate_pos_encoding") and _has_relative_bias(module):
+            raise QuickmergeError(
+                "interpolate_pos_encoding must be False inside a quickmerge run of a model with relative positions"
+            )
+        if level is not None and kwargs.get("position_embeddings") is not None:
+            kwargs["position_embeddings"] = rotary(kwargs["position_embeddings"], level, call.prefix)
+        return args, kwargs
+
+    def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # With gradient checkpointing a block's inside runs again in the backward pass, when other forwards may have
+        # begun: the keyword tells which one it belongs to.
+        kwargs = dict(kwargs)
+        self._active = kwargs.pop(CALL, None) or self._active
+        return args, kwargs
+
+    def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Called for every attention: keeps what a reducer reads, and adds log(size) to the scores."""
+        state = self._current()
+        level = state.levels[layer]
+        query, key, value = args[:3]
+        mask = args[3] if len(args) > 3 else kwargs.pop("attention_mask", None)
+        bias = None
+        if level is not None:
+            bias = level.bias
+            if mask is not None and mask.shape[-1] != key.shape[2]:
+                mask = pick(mask, level)
+            mask = bias if mask is None else mask if bias is None else mask + bias
+        if state.targets[layer] is not None and not self.reducer.before:
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            state.traces[layer] = AttentionTrace(query, key, value, scaling)
+        return call(module, query, key, value, mask, *args[4:], **kwargs)
+
+    # Handing out ------------------------------------------------------------------------------------------------
+
+    def _before_pooler(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        call = self._current()
+        return None if call.last is None else (spread(args[0], call.last, call.prefix), *args[1:])
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        call = self._current()
+        level = call.last
+        if level is None:
+            return output
+        if self.unmerge:
+            output.last_hidden_state = full_length(output.last_hidden_state, level)
+        elif self.encoder.model is not self.encoder.base:
+            output.last_hidden_state = spread(output.last_hidden_state, level, call.prefix)
+        return output
+
+
+def _has_relative_bias(block: nn.Module) -> bool:
+    return getattr(block, "relative_position_bias", None) is not None
+
+
+# Videos through an encoder of images: every frame on its own, then merging across time.
+
+
+@dataclass(frozen=True)
+class FrameTokens:
+    """The patches of a video, merged within frames and across them.
+
+    Args:
+        hidden: ``(B, K, D)`` features of the slots, in the order of their places, frame by frame.
+        size: ``(B, K)`` how many patches each slot stands for; 0 where it only pads a ragged batch.
+        position: ``(B, K)`` where each slot stands among the T H W patches.
+        slot: ``(B, T H W)`` the slot of every patch, -1 where it was dropped.
+        special: ``(B, T, p, D)`` class and register tokens of each frame, which are never merged.
+        grid: ``(T, H, W)``.
+        frame_tokens: patches left of each frame by the encoder, before merging across time.
+    """
+
+    hidden: Tensor
+    size: Tensor
+    position: Tensor
+    slot: Tensor
+    special: Tensor
+    grid: tuple[int, int, int]
+    frame_tokens: int
+
+    def unmerge(self) -> Tensor:
+        """Every patch with the features of its slot, ``(B, T H W, D)``; zero where it was dropped."""
+        return to_members(self.hidden, self.slot)
+
+
+def encode_frames(
+    model: Any,
+    pixels: Tensor,
+    across: Reducer,
+    *,
+    reducer: Reducer | None = None,
+    layer: Any = None,
+) -> FrameTokens:
+    """Encode every frame of videos with an encoder of images, then merge their patches across time.
+
+    What follows, such as a language model, reads ``K`` tokens for a video and not ``T H W``. A method that compares
+    keys compares the features here, since there is no attention between frames. `GridMerge` is made for this place: the
+    sets of `ToMe` alternate over all patches, so that on a grid of an even number of patches the same place of two
+    frames is always in the same set, and never merges.
+
+    Args:
+        model: a vision transformer for images of one of the proven families, without a head.
+        pixels: ``(B, T, C, H, W)``.
+        across: the method that merges the patches of all frames, with its ``keep``, a share of all T H W patches; a
+            `GridMerge` heeds their places in space and time.
+        reducer: a method that takes tokens out inside the encoder already; None for none.
+        layer: where that one acts, see `quickmerge.reduce`.
+
+    Raises:
+        ValueError: if ``pixels`` is no batch of videos, or the model reads videos itself.
+    """
+    if pixels.ndim != 5:
+        raise ValueError(f"pixels must be videos (B, T, C, H, W), got shape {tuple(pixels.shape)}")
+    encoder = find_encoder(model)
+    if hasattr(encoder.config, "num_frames"):
+        raise ValueError(f"model must encode images, and {type(model).__name__} reads videos: run it inside reduce()")
+    b, t = pixels.shape[:2]
+    rows, columns = encoder.grid(pixels.flatten(0, 1))[1:]
+    run = None if reducer is None else reduce_vit(model, reducer, layer)
+    with run or nullcontext():
+        hidden = model(pixels.flatten(0, 1)).last_hidden_state
+    level = None if run is None or run.call is None else run.call.last
+    prefix = hidden.shape[1] - rows * columns if level is None else int(run.call.prefix)  # type: ignore[union-attr]
+    n = hidden.shape[1] - prefix
+    patch = torch.arange(rows * columns, device=hidden.device)
+    if level is None:
+        size, place, slot = torch.ones(b * t, n, dtype=torch.long, device=hidden.device), patch.expand(b * t, -1), None
+    else:
+        if level.valid is not None:
+            raise ValueError("reducer must leave as many tokens of every frame, got a budget of its own for each")
+        size, place, slot = level.size[:, prefix:], level.position[:, prefix:] - prefix, level.slot[:, prefix:] - prefix
+    frame = torch.arange(t, device=hidden.device).repeat(b)[:, None]
+    features = hidden[:, prefix:].reshape(b, t * n, -1)
+    key = features[:, None]
+    view = TokenView(
+        features,
+        size=size.reshape(b, -1),
+        position=(frame * rows * columns + place).reshape(b, -1),
+        length=torch.full((b,), t * rows * columns, device=hidden.device),
+        attention=(AttentionTrace(key, key, key, features.shape[-1] ** -0.5),),
+        grid=(t, rows, columns),
+    )
+    plan = across.plan(view)
+    if slot is None:
+        own = (frame * n + patch).reshape(b, -1)
+    else:
+        own = torch.where(slot >= 0, frame * n + slot, -1).reshape(b, -1)
+    return FrameTokens(
+        hidden=across.combine(view, plan, features),
+        size=plan.size,
+        position=plan.position,
+        slot=follow(own, plan.slot),
+        special=hidden[:, :prefix].reshape(b, t, prefix, hidden.shape[-1]),
+        grid=(t, rows, columns),
+        frame_tokens=n,
+    )

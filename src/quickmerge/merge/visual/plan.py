@@ -1,0 +1,329 @@
+"""Which columns of a prompt are visual tokens, and of which picture or video."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quickmerge.errors import QuickmergeError
+from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.tokens.plan import MergePlan, anchors_of
+from quickmerge.merge.tokens.saliency import AttentionTrace, attention_from, times_value_norm
+from quickmerge.merge.tokens.view import TokenView
+from quickmerge.merge.visual.tower import FeatureWatch, Grid, Seen, tensors_of
+from quickmerge.models.vlm import Vlm
+
+KINDS = ("image", "video")
+
+
+@dataclass
+class Image:
+    """The visual tokens of one picture (of one tile, where a model cuts pictures up in front of it) or video.
+
+    ``row`` of the batch and ``columns (n,)`` of the prompt as it was given; ``kind``, ``"image"`` or ``"video"``;
+    ``grid`` (T, H, W) of the tokens where they form one. ``plan``, once it was made, a plan of one row for the n
+    tokens, and ``view`` what the reducer saw when it first decided.
+    """
+
+    row: int
+    columns: Tensor
+    kind: str
+    grid: Grid | None
+    seen: Seen | None = None
+    plan: MergePlan | None = None
+    view: TokenView | None = None
+    now: Tensor | None = None
+    """``(k,)`` columns of the tokens that are left, in the sequence as it is by now."""
+
+    @property
+    def count(self) -> int:
+        """How many tokens there were."""
+        return len(self.columns)
+
+    @property
+    def left(self) -> int:
+        """How many are left."""
+        return self.count if self.plan is None else self.plan.slots
+
+
+def read_images(vlm: Vlm, inputs: dict[str, Any], features: FeatureWatch) -> list[Image]:
+    """Every picture and video of a prompt, in the order in which their features fill the placeholders.
+
+    Args:
+        vlm: the model.
+        inputs: what its base was called with, by name.
+        features: knows what the features were made from.
+
+    Raises:
+        QuickmergeError: if there are no ids to find placeholders by, or what is given does not fit together.
+    """
+    ids, given = inputs.get("input_ids"), inputs.get("mm_encoder_outputs") or {}
+    if isinstance(given, Tensor):
+        raise QuickmergeError("mm_encoder_outputs must be a dict inside a quickmerge run, got a tensor")
+    images: list[Image] = []
+    for kind in KINDS:
+        output = given.get(kind) or features.outputs.get(kind)
+        if output is None:
+            continue
+        if ids is None:
+            raise QuickmergeError("input_ids must be given with pictures inside a quickmerge run, to find them by")
+        rows, columns = (ids == vlm.token(kind)).nonzero(as_tuple=True)
+        pieces = [piece for each in tensors_of(output) for piece in features.pieces(each)]
+        sizes = [piece.tokens for piece in pieces]
+        if sum(sizes) != len(rows):
+            raise QuickmergeError(
+                f"input_ids must hold {sum(sizes)} {kind} placeholders, one for each feature, got {len(rows)}"
+            )
+        for piece, mine, places in zip(pieces, rows.split(sizes), columns.split(sizes), strict=True):
+            if bool((mine != mine[0]).any()):
+                raise QuickmergeError(f"input_ids must hold the {kind} placeholders of a picture in one row, got two")
+            places = places if piece.apart is None else places[~piece.apart.to(places.device)]
+            images.append(Image(int(mine[0]), places, kind, piece.grid, piece.seen, now=places))
+    return images
+
+
+def special_ids(vlm: Vlm) -> set[int]:
+    """Every id that the model's configurations name: beginnings, ends, padding, placeholders."""
+    found: set[int] = set()
+    for config in (vlm.config, vlm.decoder.config, vlm.model.generation_config):
+        for name, value in (config.to_dict() if config is not None else {}).items():
+            if name.endswith(("token_id", "token_index")):
+                found.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
+    return found
+
+
+def instruction(ids: Tensor, valid: Tensor, special: set[int], images: list[Image]) -> list[Tensor]:
+    """The columns of each row that hold the user's instruction, as far as a model can tell without its tokenizer.
+
+    Tokens that no configuration names as special: those behind the last picture, or all where there are none behind.
+
+    Args:
+        ids: ``(B, N)``; placeholders are special.
+        valid: ``(B, N)``.
+        special: the special ids.
+        images: of the prompt.
+    """
+    plain = valid & ~torch.isin(ids, torch.tensor(sorted(special), dtype=ids.dtype, device=ids.device))
+    last = {image.row: int(image.columns[-1]) for image in images}
+    found = []
+    for row, there in enumerate(plain):
+        columns = there.nonzero().flatten()
+        behind = columns[columns > last.get(row, -1)]
+        found.append(behind if len(behind) else columns)
+    return found
+
+
+# Deciding for the visual tokens of a batch: a view per picture, and one plan for the whole sequence.
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided for a sequence: its plan, and its slots' hidden states.
+
+    ``seat (B, K)``: the column at which each slot stands; of a padding slot, 0.
+    """
+
+    plan: MergePlan
+    hidden: Tensor
+    seat: Tensor
+
+
+def decide(
+    reducer: Reducer,
+    whole: TokenView,
+    images: list[Image],
+    text: list[Tensor],
+    told: Callable[[Image], Seen | None],
+) -> Decision | None:
+    """Reduce the visual tokens of a sequence; every other token stays alone.
+
+    Pictures of the same shape are decided together, a row each, so padding is never seen.
+
+    Args:
+        reducer: the method, with the ``keep`` of this place.
+        whole: the sequence as it is.
+        images: what is to be reduced, by where it is now.
+        text: columns of each row's instruction.
+        told: what is known of a picture beside its hidden states.
+
+    Returns:
+        None if every token stays.
+    """
+    if not images:
+        return None
+    groups: dict[object, list[Image]] = defaultdict(list)
+    for image in images:
+        assert image.now is not None
+        # What stands elsewhere than at first, after an earlier merge, has places of its own in the grid.
+        groups[(len(image.now), image.count, image.grid)].append(image)
+    made = [(group, *_plan(reducer, whole, group, text, told)) for group in groups.values()]
+    if all(_keeps_all(plan, view) for _, view, plan in made):
+        return None
+    sequence, seat = _together(whole, made)
+    hidden = whole.hidden.gather(1, seat[..., None].expand(-1, -1, whole.hidden.shape[-1]))
+    hidden = torch.where(sequence.valid[..., None], hidden, 0.0)
+    for group, view, plan in made:
+        rows, columns = _places(group)
+        merged = reducer.combine(view, plan, whole.hidden[rows, columns]).to(hidden.dtype)
+        anchors = anchors_of(plan, view)
+        slots = sequence.slot[rows, columns].gather(1, anchors)
+        there = plan.valid
+        hidden = hidden.index_put((rows.expand_as(slots)[there], slots[there]), merged[there])
+        for i, image in enumerate(group):
+            own = _row(plan, i)
+            image.view = view_of(view, i) if image.view is None else image.view
+            image.plan = own if image.plan is None else image.plan.compose(own)
+            image.now = slots[i][there[i]]
+    return Decision(sequence, hidden, seat)
+
+
+def _plan(
+    reducer: Reducer,
+    whole: TokenView,
+    group: list[Image],
+    text: list[Tensor],
+    told: Callable[[Image], Seen | None],
+) -> tuple[TokenView, MergePlan]:
+    rows, columns = _places(group)
+    hidden = whole.hidden.detach()[rows, columns]
+    seen = [told(image) for image in group]
+
+    def stacked(name: str) -> Tensor | None:
+        parts = [None if each is None else getattr(each, name) for each in seen]
+        return None if any(part is None for part in parts) else torch.stack(parts).to(hidden.device)  # type: ignore[arg-type]
+
+    features = stacked("features")
+    question, there = None, None
+    if "text" in reducer.asks and all(len(text[image.row]) for image in group):
+        at = torch.nn.utils.rnn.pad_sequence([text[image.row] for image in group], True, -1)
+        there = at >= 0
+        question = whole.hidden.detach()[rows, at.clamp_min(0)]
+    view = TokenView(
+        hidden if features is None else features,
+        position=torch.stack([_cells(image) for image in group]).to(hidden.device),
+        size=whole.size[rows, columns],
+        length=torch.full((len(group),), group[0].count, device=hidden.device),
+        grid=group[0].grid,
+        text=question,
+        text_valid=there,
+        saliency=stacked("saliency"),
+        key=stacked("key"),
+        layer=whole.layer,
+        depth=whole.depth,
+    )
+    return view, reducer.plan(view)
+
+
+def _cells(image: Image) -> Tensor:
+    """Where each of a picture's present tokens stands among those that there were."""
+    if image.plan is None:
+        return torch.arange(image.count)
+    return image.plan.position[0].cpu()
+
+
+def _keeps_all(plan: MergePlan, view: TokenView) -> bool:
+    return bool((plan.valid.sum(-1) == view.valid.sum(-1)).all())
+
+
+def _places(group: list[Image]) -> tuple[Tensor, Tensor]:
+    """Rows ``(G, 1)`` and columns ``(G, n)`` of pictures with the same number of tokens."""
+    columns = torch.stack([image.now for image in group])  # type: ignore[misc]
+    return torch.tensor([[image.row] for image in group], device=columns.device), columns
+
+
+def _together(whole: TokenView, made: list[tuple[list[Image], TokenView, MergePlan]]) -> tuple[MergePlan, Tensor]:
+    """One plan for the sequence from those for its pictures, and the column at which each slot stands."""
+    shape, device = whole.valid.shape, whole.valid.device
+    anchor = whole.valid.clone()
+    leader = torch.full(shape, -1, dtype=torch.long, device=device)
+    share = torch.ones(shape, dtype=torch.float32, device=device)
+    for group, view, plan in made:
+        rows, columns = _places(group)
+        at = anchors_of(plan, view)
+        stays = torch.zeros(columns.shape[0], columns.shape[1] + 1, dtype=torch.bool, device=device)
+        stays = stays.scatter(1, torch.where(plan.valid, at, columns.shape[1]), True)[:, :-1]
+        anchor[rows, columns] = stays
+        to = columns.gather(1, at.gather(1, plan.slot.clamp_min(0)))
+        leader[rows, columns] = torch.where((plan.slot >= 0) & ~stays, to, -1)
+        share[rows, columns] = torch.where(plan.slot >= 0, plan.weight.float(), 1.0)
+    plan = MergePlan.from_anchors(whole, anchor, leader, share)
+    index = torch.arange(shape[1], device=device).expand(shape)
+    seat = torch.zeros(shape[0], plan.slots + 1, dtype=torch.long, device=device)
+    seat = seat.scatter(1, torch.where(anchor, plan.slot, plan.slots), index)[:, : plan.slots]
+    return plan, seat
+
+
+def _row(plan: MergePlan, i: int) -> MergePlan:
+    """Row ``i`` of a plan as a plan of one row, without the slots that only pad it."""
+    there = plan.valid[i].nonzero().flatten()
+    slot = plan.slot[i : i + 1]
+    return replace(
+        plan,
+        slot=torch.where(slot >= 0, slot - there[0], -1),
+        weight=plan.weight[i : i + 1],
+        position=plan.position[i : i + 1, there],
+        size=plan.size[i : i + 1, there],
+        valid=plan.valid[i : i + 1, there],
+        seat=None,
+        moved=None,
+        order=None if plan.order is None else plan.order[i : i + 1],
+    )
+
+
+def view_of(view: TokenView, i: int) -> TokenView:
+    """Row ``i`` of a view, as a view of one row."""
+    names = [f.name for f in fields(view) if isinstance(getattr(view, f.name), Tensor)]
+    rows: dict[str, Any] = {name: getattr(view, name)[i : i + 1] for name in names}
+    return replace(view, **rows)
+
+
+# What a reducer is told of visual tokens inside the language model: by the attention of the block below.
+
+
+def told_inside(
+    trace: AttentionTrace | None, view: TokenView, visual: Tensor, asks: frozenset[str]
+) -> Callable[[Image], Seen | None]:
+    """A function that tells of a picture, by the attention of the block below the merge.
+
+    Saliency is what the text behind the picture pays to each token, mean over heads and voters; for ``"norm"`` the root
+    mean square length of what each adds to their outputs. Keys are means over heads.
+
+    Args:
+        trace: of the block below; None where nobody asked.
+        view: the sequence in front of the merge.
+        visual: ``(B, N)`` bool, its visual tokens.
+        asks: what the reducer wants to know.
+    """
+
+    @torch.no_grad()
+    def told(image: Image) -> Seen | None:
+        if trace is None:
+            return None
+        row, at = slice(image.row, image.row + 1), image.now
+        assert at is not None
+        key = trace.key[row].to(torch.promote_types(trace.key.dtype, torch.float32)).mean(1)[0, at]
+        saliency = None
+        kind = next(iter(asks & {"attention", "norm"}), None)
+        if kind is not None:
+            own = AttentionTrace(trace.query[row], trace.key[row], trace.value[row], trace.scaling, trace.window)
+            valid, position = view.valid[row], view.position[row]
+            voters = _voters(valid[0], visual[row][0], int(at[-1]))
+            share = attention_from(own, voters, valid, position, 2 if kind == "norm" else 1)
+            if kind == "norm":
+                share = times_value_norm(share, own.value)
+            saliency = share.mean(1)[0, at]
+        return Seen(len(at), image.grid, None, saliency, key if "key" in asks else None)
+
+    return told
+
+
+def _voters(valid: Tensor, visual: Tensor, last: int) -> Tensor:
+    """``(1, w)``: the text tokens of a row behind column ``last``, or its very last token where there are none."""
+    there = (valid & ~visual).nonzero().flatten()
+    behind = there[there > last]
+    return (behind if len(behind) else valid.nonzero().flatten()[-1:])[None]

@@ -1,0 +1,317 @@
+"""Running a vision-language model with fewer visual tokens inside a ``with`` block, and leaving it as it was."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from quickmerge.errors import QuickmergeError
+from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.summary import VisualStats
+from quickmerge.merge.text.merged_cache import Segment, check_fillable, pick_columns
+from quickmerge.merge.text.prefix import CALL, PrefixCall, PrefixRun
+from quickmerge.merge.tokens.budget import layers_of
+from quickmerge.merge.tokens.plan import MergePlan
+from quickmerge.merge.tokens.view import TokenView
+from quickmerge.merge.visual.plan import Decision, Image, decide, instruction, read_images, special_ids, told_inside
+from quickmerge.merge.visual.prompt import VisualPrompt, deepstack, next_positions
+from quickmerge.merge.visual.tower import FeatureWatch, Seen, TowerWatch
+from quickmerge.models.attachment import PerThread, setting
+from quickmerge.models.compat import cache_name, given_cache
+from quickmerge.models.decoder import check_free
+from quickmerge.models.vlm import Vlm, find_vlm
+
+POSITIONS = ("kept", "consecutive")
+
+
+def reduce_vlm(
+    model: PreTrainedModel, reducer: Reducer, layer: int | Sequence[int] | None = None, *, positions: str = "kept"
+) -> VlmRun:
+    """Make a vision-language model read fewer visual tokens; see `quickmerge.merge.attach.reduce` for the arguments."""
+    if not isinstance(reducer, Reducer):
+        raise ValueError(f"reducer must be a quickmerge reducer such as SCOPE(keep=0.25), got {reducer!r}")
+    if "vision" not in reducer.places or (reducer.probes and not reducer.asks):
+        raise ValueError(
+            f"reducer {reducer.name} ({type(reducer).__name__}) is not for visual tokens; those of "
+            "`quickmerge.merge.reducers.VISUAL_TOKEN_REDUCERS` are"
+        )
+    vlm = find_vlm(model, shared=True)
+    check_free(model, vlm.decoder.attentions, VlmRun)
+    depth = len(vlm.decoder)
+    layers = (0,) if layer is None else layers_of(layer)
+    lowest = vlm.deepstack or 1
+    whole = all(isinstance(x, int) and not isinstance(x, bool) and (x == 0 or lowest <= x < depth) for x in layers)
+    if not layers or not whole or any(a >= b for a, b in pairwise(layers)):
+        below = f", behind the blocks that are given features of the tower, as {vlm.name} does" if lowest > 1 else ""
+        raise ValueError(
+            f"layer must be 0 (behind the projector) or rising blocks in {lowest}..{depth - 1}{below}, got {layer!r}"
+        )
+    if positions not in POSITIONS:
+        raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+    if positions == "consecutive" and vlm.family.mrope:
+        raise ValueError(
+            f"positions must be 'kept' for {type(model).__name__}, whose visual tokens have places in a grid, "
+            f"got {positions!r}"
+        )
+    reducer.check(model, layers, "visual")
+    return VlmRun(vlm, reducer, layers, positions=positions)
+
+
+@dataclass
+class VisualCall(PrefixCall):
+    """The state of one forward. All that is of ``valid``'s width is as the first block reads it.
+
+    ``images``; ``text``: columns of each row's instruction; ``places (B, K)``: the column of the given text at which
+    each token stands.
+    """
+
+    images: list[Image] = field(default_factory=list)
+    text: list[Tensor] = field(default_factory=list)
+    places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+
+class VlmRun(PrefixRun):
+    """See `quickmerge.reduce`. Only visual tokens are merged or dropped, in the forward that fills an empty cache."""
+
+    mode = "visual"
+    stats: VisualStats
+    _turns = PerThread(int)
+
+    def __init__(self, vlm: Vlm, reducer: Reducer, layers: tuple[int, ...], *, positions: str) -> None:
+        self.vlm, self.positions = vlm, positions
+        super().__init__(vlm.decoder, reducer, None)
+        keep = reducer.keep
+        shares = [keep ** (i + 1) if isinstance(keep, (int, float)) else keep for i in range(len(layers))]
+        self.stages = dict(zip(layers, shares, strict=True))
+        self.tower = TowerWatch(vlm, reducer.asks if 0 in layers else frozenset(), self.clock)
+        self.features = FeatureWatch(vlm, self.tower)
+        self.images: list[Image] = []
+        """The pictures and videos of the last prompt, each with the plan for its tokens."""
+        self._outer = inspect.signature(vlm.base.forward)
+        self._special = special_ids(vlm)
+        self._call: dict[str, Any] = {}
+        self._turn = threading.RLock()
+
+    def _stats(self) -> VisualStats:
+        return VisualStats(mode=self.mode, reducer=repr(self.reducer), reducer_bytes=self.reducer.weights_bytes)
+
+    @property
+    def columns(self) -> Tensor | None:
+        """``(B, K)`` long: the prompt's column at which each of the last hidden states stands, -1 for padding."""
+        return None if self.plan is None else torch.where(self.plan.valid, self.plan.position, -1)
+
+    # Attaching --------------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        super()._attach()
+        self._undo.extend(self.tower.attach())
+        self._undo.extend(self.features.attach())
+        self._turn = threading.RLock()
+        self._note(self.vlm.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
+        self._note(self.vlm.base.register_forward_hook(self._after_base, always_call=True))
+
+    def _around_generate(self, given: dict[str, Any], call: Callable[[], Any]) -> Any:
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if setting(self.decoder.model, given, name) is not None:
+                raise QuickmergeError(
+                    f"{name} must be left out inside a quickmerge run of a vision-language model: drafted tokens "
+                    "don't fit a shortened prompt"
+                )
+        # It asks the tower for features in front of any forward, in some releases.
+        with self._turn:
+            return super()._around_generate(given, call)
+
+    def _tell_drafts(self, args: tuple[Any, ...], kwargs: dict[str, Any], drafts: int) -> Any:
+        raise QuickmergeError(
+            f"logits_to_keep must be 0 or 1 while a prompt with pictures is read, got {drafts + 1}: there are logits "
+            "for fewer tokens than there were"
+        )
+
+    def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = dict(self._outer.bind_partial(*args, **kwargs).arguments)
+        inputs.update(inputs.pop("kwargs", {}))
+        # What the tower tells of pictures is noted on the run, for one forward at a time: threads take turns.
+        self._turn.acquire()
+        self._turns += 1
+        self._call = inputs
+        self.features.start()
+
+    def _after_base(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._turns:
+            return  # it failed before its turn
+        self._call = {}
+        self.features.start()
+        self._turns -= 1
+        self._turn.release()
+
+    # Reading a prompt -------------------------------------------------------------------------------------------
+
+    def begin(self, prompt: bool, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Shorten a prompt behind the projector, or fit what is read after one to its cache."""
+        mask, embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
+        embeds = inputs["input_ids"] if embeds is None else embeds
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise QuickmergeError("attention_mask must be a 2-D padding mask inside a quickmerge run, got another kind")
+        if not prompt:
+            return self._read_on(inputs, embeds, mask)
+        cache = given_cache(inputs)
+        check_fillable(cache)
+        shape, device = embeds.shape[:2], embeds.device
+        valid = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.bool()
+        if valid.shape != shape:
+            raise QuickmergeError(f"attention_mask must be {tuple(shape)}, got {tuple(valid.shape)}")
+        self._check_side(valid)
+        images = read_images(self.vlm, self._call, self.features) if self._call else []
+        visual = torch.zeros_like(valid)
+        for image in images:
+            visual[image.row, image.columns] = True
+        ids = self._call.get("input_ids")
+        text = [] if ids is None or not images else instruction(ids, valid, self._special, images)
+        stats, length = self.stats, valid.sum(-1)
+        state = VisualPrompt(
+            stats, self.reducer.proportional, width=shape[1], valid=valid, masked=mask is not None,
+            recount=self.positions == "consecutive",
+        )  # fmt: skip
+        call = VisualCall(
+            True, state, valid, valid & ~visual, length=length, images=images, text=text,
+            places=torch.arange(shape[1], device=device).expand(shape),
+        )  # fmt: skip
+        self._now, self.images = call, images
+        stats.rows, stats.tokens_in = shape[0], float(length.float().mean())
+        stats.images = len(images)
+        stats.visual_in = sum(image.count for image in images) / shape[0]
+        stats.tower_seconds, stats.reducer_seconds = self.tower.account()
+        changed: dict[str, Any] = {}
+        if 0 in self.stages and images:
+            with torch.autocast(device.type, enabled=False):
+                changed = self._shorten(inputs, embeds, call, state)
+        return {**changed, CALL: call}
+
+    def _shorten(self, inputs: dict[str, Any], embeds: Tensor, call: VisualCall, state: VisualPrompt) -> dict[str, Any]:
+        decision = self._decide_visual(call, 0, embeds)
+        if decision is None:
+            return {}
+        plan, seat = decision.plan, decision.seat
+        positions = inputs.get("position_ids")
+        changed: dict[str, Any] = {"inputs_embeds": decision.hidden}
+        were = call.places if positions is None else positions
+        state.true_position = next_positions(were, call.valid)
+        if self.positions == "kept":
+            state.next_position = state.true_position
+            changed["position_ids"] = pick_columns(were, seat)
+        elif positions is not None:
+            count = plan.valid.long().cumsum(-1)
+            state.next_position = count[:, -1]
+            changed["position_ids"] = torch.where(plan.valid, count - 1, 0)
+        if inputs.get("deepstack_visual_embeds") is not None:
+            changed |= deepstack(plan, inputs["visual_pos_masks"], inputs["deepstack_visual_embeds"])
+        # Without any mask, jumps in the positions would be taken for the seams of packed texts.
+        changed["attention_mask"] = plan.valid.long()
+        state.masked = state.masked or not bool(plan.valid.all())
+        call.valid = state.valid = plan.valid
+        call.places, call.source[0] = plan.position, seat
+        call.segments[0] = state.segments[0] = Segment.of(plan)
+        return changed
+
+    def _read_on(self, inputs: dict[str, Any], embeds: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        cache = given_cache(inputs)
+        rows, new = embeds.shape[:2]
+        state = self._resume(cache, rows)
+        if not isinstance(state, VisualPrompt):
+            raise QuickmergeError(f"{cache_name()} was filled by a language model alone; start it with an empty cache")
+        given = self._call.get("position_ids")
+        changed, valid, places = state.follow(int(cache.get_seq_length()), new, mask, given)
+        self._now = VisualCall(False, state, valid, segments=dict(state.segments), places=places)
+        return {**changed, CALL: self._now}
+
+    # Deciding ---------------------------------------------------------------------------------------------------
+
+    def _decide_visual(self, call: VisualCall, index: int, hidden: Tensor) -> Decision | None:
+        """Reduce the visual tokens in front of block ``index``; None if all stay."""
+        began = self.clock()
+        below = call.segment(index - 1)
+        visual = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        for image in call.images:
+            visual[image.row, image.now] = True
+        valid = call.valid if below is None else below.valid
+        view = TokenView(
+            hidden=hidden, valid=valid, protected=valid & ~visual,
+            position=call.places if below is None else below.position,
+            size=None if below is None else below.size,  # type: ignore[arg-type]
+            length=call.length, layer=index, depth=len(self.decoder),  # type: ignore[arg-type]
+        )  # fmt: skip
+        trace, asks = call.traces.get(index - 1), self.reducer.asks
+        told = told_by_tower if index == 0 else told_inside(trace, view, visual, asks)
+        reducer = replace(self.reducer, keep=self.stages[index])
+        decision = decide(reducer, view, call.images, call.text, told)
+        plan = MergePlan.identity(view) if decision is None else decision.plan
+        call.decide(index, plan)
+        if decision is not None:
+            call.text = [plan.slot[row, columns] for row, columns in enumerate(call.text)]
+        self.stats.reducer_seconds += self.clock() - began
+        return decision
+
+    def _merge(self, call: PrefixCall, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        assert isinstance(call, VisualCall)
+        if index == 0:
+            return hidden  # done in front of the decoder
+        if index in call.plans:
+            raise QuickmergeError(
+                "gradient checkpointing must be off where visual tokens are merged inside the language model, with a "
+                "transformers before 5.24: there a block is hooked again when it is computed again"
+            )
+        decision = self._decide_visual(call, index, hidden) if call.images else None
+        if decision is None:
+            return hidden
+        self._begin_segment(call, index, decision.plan, call.places, call.valid.shape[1])
+        return decision.hidden
+
+    def _probed(self, call: PrefixCall, layer: int) -> bool:
+        below = layer + 1 in self.stages and layer + 1 not in call.plans
+        return below and bool(self.reducer.asks & {"attention", "norm", "key"})
+
+    def _reads(self, call: PrefixCall, layer: int) -> int | None:
+        # Behind the projector the model itself makes masks and rotary tables for what it is given.
+        return call.first(layer) or None
+
+    def _places(self, call: PrefixCall, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        assert isinstance(call, VisualCall)
+        return call.places
+
+    def _extend(self, call: PrefixCall, index: int, hidden: Tensor, cache: Cache, kwargs: dict[str, Any]) -> None:
+        if index:  # behind the projector that is done in front of the decoder
+            super()._extend(call, index, hidden, cache, kwargs)
+
+    # Afterwards -------------------------------------------------------------------------------------------------
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call = self._now
+        if isinstance(call, VisualCall) and call.fresh:
+            self.stats.visual_kept = sum(image.left for image in call.images) / max(1, self.stats.rows)
+        super()._after_model(module, args, kwargs, output)
+
+    def tokens_read(self, cache: Cache) -> int:
+        """How many tokens the cache would hold in every layer if none had been merged."""
+        state = None if self._now is None else self._now.state
+        gone = state.width - state.valid.shape[1] if isinstance(state, VisualPrompt) else 0
+        return super().tokens_read(cache) + gone
+
+    def forget(self) -> None:
+        """Drop prompts and what was measured; the pictures' plans and statistics stay for the summary."""
+        super().forget()
+        self._call = {}
+        self.tower.forget()
+        self.features.forget()
+
+
+def told_by_tower(image: Image) -> Seen | None:
+    """What the tower told of a picture."""
+    return image.seen

@@ -1,0 +1,296 @@
+"""Chat templates within limits of time and memory: a template is a program, and may be a stranger's.
+
+transformers renders it in a sandbox that reaches no files and no objects, but that bounds neither time nor memory: two
+nested loops run for hours, and one line makes a text of many gigabytes. So a template is tried first in a process of
+its own, a copy of this one, that is given a few seconds and little memory. After that it is rendered here, with a look
+at the clock at every line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import select
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from quickmerge.errors import QuickmergeError, UnsupportedModelError, check_text, door
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "MEMORY",
+    "SECONDS",
+    "TEMPLATE_BYTES",
+    "answer_ids",
+    "apply_chat_template",
+    "end_of_turn",
+    "prompt_ids",
+    "with_images",
+]
+
+
+SECONDS = 3.0
+"""Rendering a conversation takes a few milliseconds."""
+MEMORY = 1 << 29
+"""Bytes beyond what the process has."""
+TEMPLATE_BYTES = 1 << 20
+TEXT_CHARS = 1 << 22
+"""What a template may add to the words of the conversation."""
+NO_TEXT = ("tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length", "processor_kwargs",
+           "tokenizer_kwargs", "return_assistant_tokens_mask")  # fmt: skip
+"""Settings that only matter once a text is rendered."""
+
+_tried: set[str] = set()
+
+
+def apply_chat_template(owner: Any, conversation: Sequence[Any], **settings: Any) -> Any:
+    """What ``owner.apply_chat_template`` gives, or one sentence where its template doesn't end or grows without bound.
+
+    Args:
+        owner: a tokenizer or a processor of transformers, with a chat template.
+        conversation: messages, as it takes them.
+        **settings: as it takes them, such as ``tokenize`` and ``add_generation_prompt``.
+
+    Raises:
+        UnsupportedModelError: the template is too long, fails, takes too long, or makes far more text than it is given.
+    """
+    template = settings.get("chat_template") or getattr(owner, "chat_template", None)
+    parts: list[Any] = list(template.values()) if isinstance(template, dict) else [template]
+    if not all(isinstance(part, str) for part in parts):
+        raise UnsupportedModelError(f"the chat template must be text, got {type(template).__name__}")
+    if sum(len(part) for part in parts) > TEMPLATE_BYTES:
+        raise UnsupportedModelError(f"the chat template must have at most {TEMPLATE_BYTES:,} characters")
+    bare = {name: value for name, value in settings.items() if name not in NO_TEXT}
+
+    def render() -> str:
+        return str(owner.apply_chat_template(conversation, tokenize=False, **bare))
+
+    mark = hashlib.sha256(repr(parts).encode("utf-8", "backslashreplace")).hexdigest()
+    if mark not in _tried:
+        _try_aside(render)
+        _tried.add(mark)
+    with door("the chat template can't be used", UnsupportedModelError), _watched():
+        text = render()
+    if len(text) > TEXT_CHARS + 4 * _characters(conversation):
+        raise UnsupportedModelError(f"the chat template makes {len(text):,} characters of a short conversation")
+    if not settings.get("tokenize", True):
+        return text
+    with door("the chat template can't be used", UnsupportedModelError):
+        return owner.apply_chat_template(conversation, **settings)
+
+
+class _TooLong(BaseException):
+    """No Exception, lest the code that is interrupted takes it for one of its own."""
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    """Stop whatever Python code runs in the block, in this thread, once its time is over."""
+    before = sys.gettrace()
+    if before is not None:  # a debugger's; the template has been tried
+        yield
+        return
+    end = time.monotonic() + SECONDS
+
+    def look(frame: Any, event: str, arg: Any) -> Any:
+        if time.monotonic() > end:
+            raise _TooLong
+        return look
+
+    sys.settrace(look)
+    try:
+        yield
+    except _TooLong:
+        raise _too_long() from None
+    finally:
+        sys.settrace(None)
+
+
+def _too_long() -> QuickmergeError:
+    return UnsupportedModelError(f"the chat template must be rendered within {SECONDS:g} seconds, but takes longer")
+
+
+def _try_aside(render: Callable[[], str]) -> None:
+    """Render in a copy of this process, which is ended when its time or its memory is used up."""
+    if not hasattr(os, "fork") or sys.platform != "linux":
+        return  # elsewhere a copy of a process with threads is no safe thing
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        # Python warns of copies of a process with threads. This one renders a text and takes no lock that they hold.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        _render_and_exit(render)
+    os.close(writer)
+    try:
+        ended = bool(select.select([reader], [], [], SECONDS)[0])  # it is closed when the child ends
+    finally:
+        os.close(reader)
+        try:
+            os.kill(child, signal.SIGKILL)
+        finally:
+            status = os.waitpid(child, 0)[1]
+    if not ended:
+        raise _too_long()
+    if status == TOO_LARGE << 8:
+        raise UnsupportedModelError(
+            f"the chat template must be rendered within {MEMORY >> 20} MiB of memory, but takes more"
+        )
+
+
+TOO_LARGE = 3
+
+
+def _render_and_exit(render: Callable[[], str]) -> None:
+    """In the copy: nothing of what the process has open or registered may be touched."""
+    code = 0
+    try:
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[0])
+        most = pages * resource.getpagesize() + MEMORY
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        render()
+    except MemoryError:
+        code = TOO_LARGE
+    except BaseException:
+        code = 0  # it ends; what it raises, it raises again where it is told
+    finally:
+        os._exit(code)
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 0
+
+
+# Chat templates that take images, and a question as a template puts it.
+
+
+PLAIN = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+"""For language models that were never taught to chat."""
+
+FLATTEN = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set text = namespace(value='') -%}
+{%- if message['content'] is string -%}
+{%- set text.value = message['content'] -%}
+{%- else -%}
+{%- for part in message['content'] if part['type'] == 'image' -%}
+{%- set text.value = text.value + 'IMAGE' -%}
+{%- endfor -%}
+{%- for part in message['content'] if part['type'] == 'text' -%}
+{%- set text.value = text.value + ('\\n' if text.value else '') + part['text'] -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set flat.messages = flat.messages + [dict(message, content=text.value)] -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+"""What makes plain text of messages that hold parts: the images first, then the texts, each on a line."""
+
+MARK = "\ue000"  # a character that no text holds
+
+
+def with_images(template: str | None, image: str) -> str:
+    """A language model's chat template made to take messages of images and texts as LLaVA's do.
+
+    Args:
+        template: the language model's own; None gives a plain one.
+        image: the token that stands for an image.
+    """
+    return FLATTEN.replace("IMAGE", image) + (PLAIN if template is None else template)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str, image_tokens: int) -> list[int]:
+    """A question about one image as the chat template puts it, up to where the answer begins.
+
+    Args:
+        tokenizer: of a model that `new_vlm` made, or of another whose chat template writes one token for an image.
+        question: one that holds no token of the tokenizer's own.
+        image_tokens: how many tokens stand for the image; 0 for none.
+    """
+    image = _image_token(tokenizer)
+    if image in question:
+        raise QuickmergeError(f"question must not hold {image}, which stands for an image, got {question!r}")
+    parts: list[dict[str, str]] = [{"type": "text", "text": question}]
+    if image_tokens:
+        parts = [{"type": "image"}, *parts]
+    text = _render(tokenizer, [{"role": "user", "content": parts}], True)
+    return _ids(tokenizer, text.replace(image, image * image_tokens, 1) if image_tokens else text)
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+    """An answer and the token that ends the assistant's turn."""
+    return [*_ids(tokenizer, answer), end_of_turn(tokenizer)]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends the assistant's turn: the template's, or else the one that ends a text.
+
+    Raises:
+        QuickmergeError: if the tokenizer has no chat template, or no token that could be meant.
+    """
+    # what the template writes after the answer begins with the end of the turn
+    said = {"user": "?", "assistant": MARK}
+    turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said.items()]
+    following = _ids(tokenizer, _render(tokenizer, turns, False).partition(MARK)[2])
+    end = following[0] if following and following[0] in _specials(tokenizer) else tokenizer.eos_token_id
+    if end is None:
+        raise QuickmergeError("tokenizer must have a token that ends a turn, got one without eos_token")
+    return int(end)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], asks: bool) -> str:
+    if tokenizer.chat_template is None:
+        raise QuickmergeError("tokenizer must have a chat template, got one without")
+    return str(apply_chat_template(tokenizer, turns, tokenize=False, add_generation_prompt=asks))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return [int(each) for each in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def _specials(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
+
+
+def _image_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(getattr(tokenizer, "image_token", None) or "<image>")
+
+
+def document_chat(tokenizer: Any, document: str, prompt: str) -> tuple[str, slice]:
+    """The text the model reads, and where in it the document stands.
+
+    Document and prompt go into one user message where the tokenizer has a chat template, else one after the other.
+    """
+    for name, given in (("document", document), ("prompt", prompt)):
+        check_text(name, given)
+    content = f"{document}\n\n{prompt}" if document else prompt
+    text = content
+    if getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": content}]
+        text = apply_chat_template(tokenizer, message, tokenize=False, add_generation_prompt=True)
+    # A template may strip white space at the ends; what is between stays as it is.
+    body = document.strip()
+    start = text.find(body) if body else len(text)
+    if start < 0:
+        raise QuickmergeError("the chat template changes the document's text, so its tokens can't be told apart")
+    return text, slice(start, start + len(body))

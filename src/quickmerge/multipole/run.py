@@ -1,0 +1,258 @@
+"""``multipole``: let a model generate by multipole attention inside a ``with`` block, and leave it as it was."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from quickmerge.errors import QuickmergeError, UnsupportedModelError, near_match
+from quickmerge.models.attachment import Attachment, PerThread, refuse_tracing
+from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache, without_cache
+from quickmerge.models.decoder import (
+    AttentionFunction,
+    Decoder,
+    check_free,
+    find_decoder,
+    proportional_attention,
+    watch,
+)
+from quickmerge.models.vlm import VLM_FAMILIES, check_kind, find_vlm_decoder, holds_vlm, unwrapped
+from quickmerge.multipole.attend import attend_and_count
+from quickmerge.multipole.cache import MultipoleCache, MultipoleLayer, Tally, refresh
+from quickmerge.multipole.positions import Rotary, Sizes, Space
+from quickmerge.multipole.settings import Multipole, MultipoleStats
+
+__all__ = ["MultipoleRun", "multipole"]
+
+
+def multipole(model: PreTrainedModel, settings: Multipole | None = None, **options: Any) -> MultipoleRun:
+    """Make new tokens read a long past by its clusters (arXiv 2506.13059) while the returned run is entered.
+
+    A prompt is read by the model's own attention. In front of the first short forward after it, such as the first token
+    that is generated, the keys of the cache are clustered, in every block with full attention; blocks whose attention
+    slides keep their own. From then on each new token reads the most promising clusters exactly, the others by their
+    centroids, and first and newest tokens exactly. New tokens join the clusters in groups.
+
+    ``generate`` works in all its ways with a `DynamicCache`: batches, beams, sampling, assisted decoding. Together with
+    `quickmerge.reduce` in prefix mode, in either order, slots count as often as the tokens that they stand for.
+
+    There is no gradient through the centroids. A prompt has all of its gradients.
+
+    Args:
+        model: a causal LM of one of the proven families (`quickmerge.models.decoder.FAMILIES`), or a vision-language
+            model of one of `quickmerge.models.vlm.VLM_FAMILIES`; it may be wrapped as for `quickmerge.reduce`.
+        settings: of the method. Default: ``Multipole()``.
+        **options: settings by name, in place of those: ``multipole(model, budget=128)``.
+
+    Returns:
+        A `MultipoleRun`: enter it with ``with``, or call its ``attach()`` and later ``detach()``; afterwards ask it for
+        its ``summary()``.
+
+    Raises:
+        UnsupportedModelError: for a model that can't be served, naming its class.
+        QuickmergeError: for a setting that there isn't; ValueError for one that is out of range.
+    """
+    model = unwrapped(model)
+    if settings is not None and not isinstance(settings, Multipole):
+        raise QuickmergeError(f"settings must be a Multipole such as Multipole(budget=128), got {settings!r}")
+    allowed = [f.name for f in fields(Multipole)]
+    for name in options:
+        if name not in allowed:
+            raise QuickmergeError(f"settings must be of {', '.join(allowed)}, got {name!r}{near_match(name, allowed)}")
+    told = replace(settings or Multipole(), **options)
+    check_kind(model, language=True)
+    decoder = find_vlm_decoder(model) if holds_vlm(model) else find_decoder(model, shared=True)
+    if told.space == "windowed" and holds_vlm(model) and VLM_FAMILIES[model.config.model_type].mrope:
+        raise UnsupportedModelError(
+            f"space must be 'rotated' for {type(model).__name__}, whose visual tokens have places in a grid"
+        )
+    check_free(model, decoder.attentions, MultipoleRun)
+    return MultipoleRun(decoder, told).warn_if_unused("quickmerge.multipole")
+
+
+class MultipoleRun(Attachment):
+    """One attachment of multipole attention to a language model; see `multipole`.
+
+    A run sees every forward of the model while it is attached. Several threads may use it at once, each with caches of
+    its own; the summary is then of the thread that read last.
+    """
+
+    computes = True
+    eager = True
+    _held: PerThread[dict[int, MultipoleLayer]] = PerThread(dict)
+    _short = PerThread(bool)
+    _began = PerThread(float)
+    _sizes = PerThread(Sizes)
+    _counts: PerThread[Tally | None] = PerThread(lambda: None)
+
+    def __init__(self, decoder: Decoder, settings: Multipole) -> None:
+        super().__init__(decoder.model)
+        self.decoder, self.settings = decoder, settings
+        full = [i for i, window in enumerate(decoder.windows) if window is None]
+        if not full:
+            raise UnsupportedModelError(
+                f"{self._name} has sliding-window attention in every block, which reads no long past anyway: multipole "
+                "attention needs blocks with full attention"
+            )
+        if settings.first > full[-1]:
+            raise QuickmergeError(
+                f"first must be at most {full[-1]}, the last block of {self._name} with full attention, "
+                f"got {settings.first}"
+            )
+        self.blocks = tuple(i for i in full if i >= settings.first)
+        """The blocks that read clusters."""
+        turned = settings.space == "windowed"
+        self.spaces = {
+            i: Space(Rotary.of(decoder.base, decoder.attentions[i], i) if turned else None, settings.query_position)
+            for i in self.blocks
+        }
+        self._last = self._new_tally()
+        self._signature = inspect.signature(decoder.base.forward)
+
+    def _new_tally(self) -> Tally:
+        return Tally(self.settings, len(self.blocks), len(self.decoder))
+
+    @property
+    def tally(self) -> Tally:
+        """What is counted of this thread's last prompt; of the last one of all, if this thread has read none."""
+        return self._last if self._counts is None else self._counts
+
+    def _attach(self) -> None:
+        self._undo.append(watch(self.decoder, self))
+        base = self.decoder.base
+        self._note(base.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self._note(base.register_forward_hook(self._after_model, with_kwargs=True))
+
+    # Around the decoder ------------------------------------------------------------------------------------------
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = dict(self._signature.bind_partial(*args, **kwargs).arguments)
+        inputs.update(inputs.pop("kwargs", {}))
+        refuse_tracing(self._name)
+        mask = inputs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise QuickmergeError("attention_mask must be a 2-D padding mask inside a quickmerge run, got another kind")
+        base, cache, wanted = self.decoder.base, given_cache(inputs), inputs.get("use_cache")
+        recomputes = base.training and any(getattr(b, "gradient_checkpointing", False) for b in self.decoder.layers)
+        if cache is None and not recomputes and (self.decoder.config.use_cache if wanted is None else wanted):
+            cache = MultipoleCache(self.decoder.config)
+            inputs = {**without_cache(inputs), **cache_argument(base, cache)}
+        self._held, self._sizes = {} if cache is None else self._adopt(cache), Sizes()
+        ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        filled = any(held.get_seq_length() for held in self._held.values())
+        self._short = filled and ids.shape[1] <= self.settings.queries
+        if not self._short:
+            for held in self._held.values():
+                held.stale = True
+        if not filled:
+            self._counts = self._new_tally()
+        self._last = self.tally
+        self._began = self.clock()
+        return (), inputs
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.tally.forward(self.clock() - self._began, self._short, list(self._held.values()))
+
+    def _adopt(self, cache: Cache) -> dict[int, MultipoleLayer]:
+        """The layers of the cache that hold clusters, by block; those of an empty cache are made such."""
+        if not isinstance(cache, DynamicCache) or cache.offloading:
+            what = "offloaded one" if isinstance(cache, DynamicCache) else type(cache).__name__
+            raise QuickmergeError(f"{cache_name()} must be a DynamicCache that stays on its device, got {what}")
+        while len(cache.layers) < len(self.decoder):
+            cache.layers.append(DynamicLayer())
+        held: dict[int, MultipoleLayer] = {}
+        for block in self.blocks:
+            layer = cache.layers[self.decoder.attentions[block].layer_idx]
+            if type(layer) is DynamicLayer and layer.get_seq_length() == 0:
+                layer = MultipoleLayer()
+            if type(layer) is DynamicLayer:
+                raise QuickmergeError(
+                    f"{cache_name()} was filled outside this run; start it with an empty cache, or fill a "
+                    "quickmerge.MultipoleCache"
+                )
+            if not isinstance(layer, MultipoleLayer):
+                raise QuickmergeError(
+                    f"{cache_name()} must be a DynamicCache with plain layers for multipole attention, got one of "
+                    f"type {type(layer).__name__} for block {block}"
+                )
+            held[block] = layer
+        for block, layer in held.items():
+            cache.layers[self.decoder.attentions[block].layer_idx] = layer
+        return held
+
+    # In place of the attention -----------------------------------------------------------------------------------
+
+    def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Attention of one block; ``key_size (B, n)`` among ``kwargs`` are the tokens that each key stands for."""
+        key_size = kwargs.pop("key_size", None)
+        held = self._held.get(layer)
+        if held is not None:
+            _check_extras(kwargs)
+            self.spaces[layer].note(held, kwargs.get("position_ids"))
+            if self._short:
+                query, key, value, mask = args[:4]
+                size = self._sizes.of(mask, key_size, key)
+                # As precise as without autocast, as everywhere.
+                with torch.autocast(query.device.type, enabled=False):
+                    out = self._read(layer, query, key, value, size, kwargs.get("scaling"))
+                if out is not None:
+                    return out, None
+        if key_size is None:
+            return call(module, *args, **kwargs)
+        return proportional_attention(call, module, args, kwargs, key_size)
+
+    def _read(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        size: Tensor | None,
+        scaling: float | None,
+    ) -> Tensor | None:
+        """Attention by clusters ``(B, q, Hq, D)``; None where there are too few tokens for any."""
+        held, space = self._held[layer], self.spaces[layer]
+        before, new, began = held.clusters, query.shape[2], time.perf_counter()
+        refresh(held, new, size, self.settings, space.keys(held))
+        if held.clusters is not before:
+            self.tally.clustered(before is None, self.clock() - began)
+        if held.clusters is None:
+            self.tally.read(held, new, None, 0.0)
+            return None
+        began = time.perf_counter()
+        out, kept = attend_and_count(
+            query, key, value, size, held.clusters, self.settings,
+            scaling=scaling, query_for_centroids=space.query(held, query), coarse=held.coarse,
+        )  # fmt: skip
+        self.tally.read(held, new, kept, time.perf_counter() - began)
+        return out
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def clock(self) -> float:
+        """Seconds, after the device has finished what it was given."""
+        device = self.decoder.base.device
+        if isinstance(device, torch.device) and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def summary(self) -> MultipoleStats:
+        """Clusters, rows read, seconds and bytes of the last prompt and what came after; prints as a few lines."""
+        return self._last.stats()
+
+
+def _check_extras(kwargs: dict[str, Any]) -> None:
+    """Raise if the model asks of its attention what clusters can't give."""
+    wrong = {name: kwargs[name] for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None}
+    wrong |= {name: kwargs[name] for name in ("dropout", "output_attentions") if kwargs.get(name)}
+    if kwargs.get("is_causal") is False:
+        wrong["is_causal"] = False
+    for name, value in wrong.items():
+        what = f"{value!r}" if isinstance(value, (bool, int, float)) else f"a {type(value).__name__}"
+        raise QuickmergeError(f"{name} must be left out of attention for multipole attention, got {what}")

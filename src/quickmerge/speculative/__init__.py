@@ -1,0 +1,33 @@
+"""Several tokens a step: a drafter guesses how the text goes on, and the target reads all guesses in one pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quickmerge._lazy import lazy
+
+if TYPE_CHECKING:
+    from quickmerge.speculative.drafter import Drafter as Drafter
+    from quickmerge.speculative.drafter import Stats as Stats
+    from quickmerge.speculative.engine import SpeculativeDecoding as SpeculativeDecoding
+    from quickmerge.speculative.lookup import PromptLookup as PromptLookup
+    from quickmerge.speculative.tree import Tree as Tree
+    from quickmerge.speculative.tree import best_first as best_first
+    from quickmerge.speculative.tree import expected_accepted as expected_accepted
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "drafter": (
+            "Drafter",
+            "Stats",
+        ),
+        "engine": ("SpeculativeDecoding",),
+        "lookup": ("PromptLookup",),
+        "tree": (
+            "Tree",
+            "best_first",
+            "expected_accepted",
+        ),
+    },
+)

@@ -1,0 +1,220 @@
+"""``quickmerge generate --drafter``: answer a prompt with several tokens a step; the text stays the model's own."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quickmerge.console.answers import print_answers
+from quickmerge.console.options import (
+    Alone,
+    check_output,
+    load_writer,
+    one_sentence,
+    parse_question,
+    progress,
+    write_json,
+)
+from quickmerge.errors import QuickmergeError, clean_name, near_match
+
+if TYPE_CHECKING:
+    from quickmerge.datasets.prompts import Prompt
+    from quickmerge.speculative import Drafter
+    from quickmerge.speculative.bench import DraftArm, Written
+
+LOOKUP = "lookup"
+
+
+def generate_drafter(
+    drafter: str,
+    tree: str | None,
+    file: Path | None,
+    prompt: str,
+    model: str | None,
+    *,
+    max_new_tokens: int,
+    sample: bool,
+    temperature: float | None,
+    seed: int,
+    compare: bool,
+    raw: bool,
+    json: Path | None,
+) -> None:
+    """Print the answer, and on stderr how many tokens a pass of the model gave."""
+    from quickmerge.speculative.bench import PLAIN, DraftArm, prepare, prompt_ids, write
+    from quickmerge.terminal import Terminal
+
+    check_output(json)
+    nodes = parse_tree(tree)
+    document, prompt = parse_question(prompt, file)
+    name = "smollm2-135m" if model is None else model
+    arm = DraftArm(drafter_name(drafter), load_drafter(drafter), nodes)
+    lm, tokenizer = load_writer(name)
+    alone, errors = Alone.writing(lm, tokenizer), Terminal(stderr=True)
+    with errors.status("measuring what a pass costs (once)"), one_sentence(alone):
+        ids = prompt_ids(lm, tokenizer, document, prompt, max_new_tokens)
+        prepare(lm, arm)
+        write(lm, tokenizer, ids[:, -8:], max_new_tokens=1)  # what is run first pays for allocation
+
+    def ask(way: DraftArm | None) -> Written:
+        return write(
+            lm, tokenizer, ids, way or PLAIN, max_new_tokens=max_new_tokens, sample=sample, temperature=temperature,
+            seed=seed,
+        )  # fmt: skip
+
+    results = print_answers(arm, compare, ask, names=("drafted", "plain"), raw=raw, alone=alone)
+    if compare:
+        print(_compared(results["drafted"], results["plain"]), file=errors.file)
+    write_json(json, {
+        "model": name, "drafter": arm.name, "tree": nodes, "prompt": prompt, "sample": sample,
+        "temperature": temperature, **{name: found.as_dict() for name, found in results.items()},
+    })  # fmt: skip
+
+
+def _compared(drafted: Written, plain: Written) -> str:
+    pace = (plain.seconds / max(1, plain.tokens)) / (drafted.seconds / max(1, drafted.tokens))
+    same = drafted.ids.tolist() == plain.ids.tolist()
+    text = "the same text, token for token" if same else "another text"
+    return f"drafted against plain: {pace:.2f}x as fast a token, {text}"
+
+
+def parse_tree(text: str | None) -> int | str:
+    """``--tree``: ``"auto"`` or a number of nodes."""
+    if text is None or text == "auto":
+        return "auto"
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    raise QuickmergeError(f"--tree must be auto or a whole number of at least 1, got {text!r}")
+
+
+def drafter_name(given: str) -> str:
+    """What tables call a drafter: ``lookup`` or the name of its folder, and the settings that were given with it."""
+    source, *settings = _SETTING.split(given)
+    from quickmerge.data import GUMIHOS
+
+    named = source == LOOKUP or source in GUMIHOS
+    return ":".join([source if named else Path(source).absolute().name, *settings])
+
+
+def load_drafter(given: str) -> Drafter:
+    """A drafter by what ``--drafter`` says: ``lookup``, shipped heads by their model, or a folder of ``train gumiho``.
+
+    Settings may follow: ``lookup:ngram=2``, ``runs/gumiho:beam=4:fta=duplicate``.
+
+    Raises:
+        QuickmergeError: there is no such folder, it holds something else, or a setting is unknown or out of range.
+    """
+    from quickmerge.data import GUMIHOS, shipped_gumiho
+    from quickmerge.speculative import PromptLookup
+
+    source, *parts = _SETTING.split(given)
+    if source == LOOKUP:
+        with one_sentence():
+            return PromptLookup(**_settings(source, PromptLookup, parts))
+    folder = shipped_gumiho(source) or Path(source).expanduser()
+    if not folder.is_dir():
+        known = [LOOKUP, *GUMIHOS]
+        raise QuickmergeError(
+            f"--drafter must be {LOOKUP}, {', '.join(GUMIHOS)} (the heads that ship) or a folder of train gumiho, got "
+            f"{source!r}{near_match(source, known)}"
+        )
+    from quickmerge.speculative.gumiho import Gumiho
+
+    with one_sentence():
+        return Gumiho.from_pretrained(folder, **_settings(source, Gumiho, parts))
+
+
+_SETTING = re.compile(r":(?=\w+=)")
+
+
+def _settings(source: str, drafter: type, parts: list[str]) -> dict[str, Any]:
+    """What follows a drafter's name, ``name=value``, as arguments of its class."""
+    kinds = (inspect.Parameter.KEYWORD_ONLY,)
+    allowed = [name for name, one in inspect.signature(drafter).parameters.items() if one.kind in kinds]
+    settings: dict[str, Any] = {}
+    for part in parts:
+        name, _, value = part.partition("=")
+        if name not in allowed:
+            raise QuickmergeError(
+                f"--drafter {source} takes the settings {', '.join(allowed)}, got {name!r}{near_match(name, allowed)}"
+            )
+        settings[name] = int(value) if value.isascii() and value.isdigit() else value
+    return settings
+
+
+# ``quickmerge bench --drafter``: tokens a pass and speed of drafters, on the same prompts.
+
+
+def bench_drafter(
+    drafters: str,
+    model: str | None,
+    prompts: Path | None,
+    tree: str | None,
+    temperature: str,
+    max_new_tokens: int,
+    limit: int,
+    out: Path | None,
+    json: Path | None,
+) -> None:
+    """Let every drafter, and the model alone, write on from every prompt in turn."""
+    from quickmerge.bench.environment import environment
+    from quickmerge.speculative.bench import PLAIN, DraftArm, bench_drafters
+    from quickmerge.speculative.report import drafters_table, write_drafters_report
+    from quickmerge.terminal import Terminal
+
+    report = out / "report.html" if out is not None else None
+    check_output(json, report)
+    nodes = parse_tree(tree)
+    temperatures = parse_temperatures(temperature)
+    given = [name.strip() for name in drafters.split(",")]
+    names = [drafter_name(name) for name in given]
+    taken = [PLAIN.name, *names]
+    if twice := [name for name in names if taken.count(name) > 1]:
+        raise QuickmergeError(f"--drafter must give each drafter a name of its own, got {twice[0]!r} for two ways")
+    arms = [DraftArm(name, load_drafter(source), nodes) for name, source in zip(names, given, strict=True)]
+    asked = _prompts(prompts)[:limit]
+    lm, tokenizer = load_writer("smollm2-135m" if model is None else model)
+    with progress() as bar, one_sentence(Alone.writing(lm, tokenizer)):
+        task = bar.add_task("measuring", total=(1 + len(arms)) * len(asked) * len(temperatures))
+
+        def advance(label: str) -> None:
+            bar.update(task, advance=1, description=label)
+
+        rows, records = bench_drafters(
+            lm, tokenizer, asked, arms, temperatures=temperatures, max_new_tokens=max_new_tokens, advance=advance
+        )
+    meta = {
+        "model": "smollm2-135m" if model is None else model, "prompts": len(asked), "max_new_tokens": max_new_tokens,
+        "prompts_file": prompts.name if prompts is not None else "about the shipped document",
+        "environment": environment(),
+    }  # fmt: skip
+    write_json(json, {"rows": rows, "prompts": records, "meta": meta})
+    drafters_table(rows, Terminal())
+    if report is not None:
+        write_drafters_report(report, rows, meta)
+        print(f"wrote {clean_name(report)}")
+
+
+def parse_temperatures(text: str) -> list[float]:
+    """``"0,1"`` as numbers of at least 0."""
+    try:
+        temperatures = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise QuickmergeError(f"--temperature must be numbers with commas (0,1), got {text!r}") from None
+    from quickmerge.models.generation import check_temperature
+
+    for temperature in temperatures:
+        if temperature != 0:
+            check_temperature("--temperature", temperature)
+    return temperatures
+
+
+def _prompts(path: Path | None) -> list[Prompt]:
+    from quickmerge.data import demo_document
+    from quickmerge.datasets.prompts import Source, document_prompts, read_prompts
+
+    if path is not None:
+        return read_prompts(path)
+    return document_prompts([Source("handbook", "prose", demo_document())], 12)

@@ -1,0 +1,236 @@
+"""``quickmerge train gumiho``: draft heads, with which a language model writes several tokens a step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quickmerge.console.options import MODEL, load_writer, one_sentence, progress, quiet, read_text
+from quickmerge.errors import QuickmergeError, clean_name
+
+if TYPE_CHECKING:
+    from quickmerge.speculative.gumiho.texts import DraftTexts
+    from quickmerge.training import TrainingConfig
+
+EXAMPLE = (
+    "Example: quickmerge train gumiho --model smollm2-135m --data texts/ --generate 2000 --draft-vocab 8192 "
+    "--out runs/gumiho"
+)
+STEPS = 2000
+SHARE_OF_MEMORY = 0.5
+"""Of the memory that is free, so much may go into features."""
+
+
+def gumiho(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the heads, their checkpoints and metrics.")],
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", help="Text files, folders of them, or a dataset on disk; several.")
+    ] = None,
+    model: MODEL = "smollm2-135m",
+    generate: Annotated[
+        int, typer.Option("--generate", min=0, help="Let the model answer so many prompts made of the texts.")
+    ] = 0,
+    answers: Annotated[
+        Path | None,
+        typer.Option("--answers", help="File of the model's answers, written with --generate and read without it."),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option("--windows", min=0, help="Train on so many windows of the texts too. Default: all.")
+    ] = None,
+    length: Annotated[int, typer.Option("--length", help="Tokens of a text that is trained on.")] = 256,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Training settings, .toml or .json; options go before it.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help=f"Optimizer steps. Default: {STEPS}.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Texts per step and process. Default: 8.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Default: 0.001.")] = None,
+    precision: Annotated[str | None, typer.Option("--precision", help="no, bf16 or fp16. Default: no.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Default: 0.")] = None,
+    save_every: Annotated[int | None, typer.Option("--save-every", help="Steps between checkpoints.")] = None,
+    max_minutes: Annotated[float | None, typer.Option("--max-minutes", help="Stop cleanly after so long.")] = None,
+    serial: Annotated[int, typer.Option("--serial", help="Tokens drafted one after the other.")] = 2,
+    serial_layers: Annotated[int, typer.Option("--serial-layers", help="Transformer layers that do so.")] = 2,
+    inner: Annotated[
+        int | None, typer.Option("--inner", help="Width inside such a layer. Default: as in the model.")
+    ] = None,
+    heads: Annotated[int, typer.Option("--heads", help="Further tokens, drafted by a parallel head each.")] = 5,
+    mlp_depth: Annotated[int, typer.Option("--mlp-depth", help="Linear layers of a parallel head.")] = 6,
+    mlp_width: Annotated[int | None, typer.Option("--mlp-width", help="Their width. Default: the model's.")] = None,
+    activation: Annotated[str, typer.Option("--activation", help="silu or relu, of parallel heads.")] = "silu",
+    draft_vocab: Annotated[
+        int | None, typer.Option("--draft-vocab", help="Draft only the so many most frequent tokens. Default: all.")
+    ] = None,
+    share: Annotated[
+        float, typer.Option("--share", help="Share of the tokens that the dearer losses are taken at, in (0, 1].")
+    ] = 1.0,
+    noise: Annotated[float, typer.Option("--noise", help="Noise on the features that the heads read.")] = 0.2,
+    token_loss: Annotated[float, typer.Option("--token-loss", help="Weight of the cross-entropies.")] = 0.1,
+    heads_loss: Annotated[float, typer.Option("--heads-loss", help="Weight of all parallel heads together.")] = 0.1111,
+    wait: Annotated[
+        float, typer.Option("--wait", help="Share of the training in which parallel heads learn features alone.")
+    ] = 0.2,
+    keep_features: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-features/--read-again",
+            help="Let the model read the texts once, or in every step. Default: once, where that fits into memory.",
+        ),
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option("--features", help="Folder where what was read is kept for further trainings.")
+    ] = None,
+    passage: Annotated[int, typer.Option("--passage", help="--generate: tokens of a text in a prompt.")] = 96,
+    answer_tokens: Annotated[int, typer.Option("--answer-tokens", help="--generate: of an answer at most.")] = 160,
+    temperature: Annotated[float, typer.Option("--temperature", help="--generate: of sampling; 0 is greedy.")] = 0.7,
+    at_once: Annotated[int, typer.Option("--at-once", help="--generate: prompts that are answered together.")] = 64,
+    held_out: Annotated[
+        list[Path] | None, typer.Option("--held-out", help="Texts that training must not share a passage with.")
+    ] = None,
+    column: Annotated[str | None, typer.Option("--column", help="Column of a dataset on disk.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store the heads in float16.")] = False,
+) -> None:
+    """Train draft heads (Gumiho) for speculative decoding: on texts, and on the model's own answers."""
+    quiet()
+    from quickmerge.speculative.gumiho import LossWeights
+    from quickmerge.speculative.gumiho.self_answers import Asking
+    from quickmerge.speculative.gumiho.train import train_gumiho
+
+    settings = gumiho_config(
+        config, steps=steps, batch=batch, learning_rate=learning_rate, precision=precision, seed=seed,
+        save_every=save_every, max_minutes=max_minutes,
+    )  # fmt: skip
+    shape: dict[str, Any] = {"serial": serial, "serial_layers": serial_layers, "heads": heads, "mlp_depth": mlp_depth,
+                             "activation": activation}  # fmt: skip
+    shape |= {name: value for name, value in (("inner", inner), ("mlp_width", mlp_width)) if value is not None}
+    with one_sentence():
+        weights = LossWeights(token=token_loss, heads=heads_loss, wait=wait)
+        asking = Asking(passage, answer_tokens, temperature, at_once, settings.seed)
+        lm, tokenizer = load_writer(model)
+        documents = _documents(data or [], column)
+        held = [read_text(path) for path in held_out or []]
+        texts = _texts(
+            lm, tokenizer, documents, held, generate=generate, asking=asking, windows=windows, length=length,
+            answers=answers or (out / "answers.jsonl" if generate else None),
+        )  # fmt: skip
+        if draft_vocab is not None:
+            drafted, covered = texts.frequent(draft_vocab)
+            _say(f"{len(drafted)} tokens can be drafted: {100 * covered:.1f} % of those in the texts")
+        _keep(lm, texts, settings, keep_features, features)
+        result = train_gumiho(
+            lm, texts, settings, out, name=model, draft_vocabulary=draft_vocab, weights=weights, share=share,
+            noise=noise, resume=resume, half=half, **shape,
+        )  # fmt: skip
+    told = "wrote" if result.finished else f"stopped after step {result.steps}; go on with --resume:"
+    print(f"{told} {clean_name(out)}")
+
+
+def gumiho_config(path: Path | None, **options: Any) -> TrainingConfig:
+    """Settings from a file, if there is one, with the options that were given before it."""
+    from quickmerge.training import TrainingConfig
+
+    given = {name: value for name, value in options.items() if value is not None}
+    with one_sentence():
+        if path is not None:
+            return replace(TrainingConfig.from_file(path), **given)
+        steps = given.get("steps", STEPS)
+        usual = {"steps": steps, "batch": 8, "learning_rate": 1e-3, "warmup": min(100, steps), "weight_decay": 0.0,
+                 "betas": (0.9, 0.95), "clip": 0.5, "save_every": 200}  # fmt: skip
+        return TrainingConfig(**{**usual, **given})
+
+
+def _documents(paths: list[Path], column: str | None) -> Any:
+    """The texts that were named; none if nothing was."""
+    from quickmerge.datasets import find_data, from_disk
+
+    if not paths:
+        return []
+    found = find_data(paths)
+    documents: Any = from_disk(found.files, column) if found.kind == "dataset" else found.files
+    kind = documents.kind if found.kind == "dataset" else found.kind
+    if kind != "text":
+        raise QuickmergeError(f"--data must name texts, got {kind}")
+    return documents
+
+
+def _texts(
+    lm: Any,
+    tokenizer: Any,
+    documents: Any,
+    held_out: list[str],
+    *,
+    generate: int,
+    asking: Any,
+    windows: int | None,
+    length: int,
+    answers: Path | None,
+) -> DraftTexts:
+    """What is trained on: windows of the texts, and the answers, which are written first if they have to be."""
+    from quickmerge.datasets import TextWindows
+    from quickmerge.speculative.gumiho.self_answers import read_answers, write_answers
+    from quickmerge.speculative.gumiho.texts import DraftTexts
+
+    if not len(documents) and answers is None:
+        raise QuickmergeError("give texts with --data, the model's answers with --answers, or both")
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in held_out]
+    told = []
+    if generate:
+        if not len(documents):
+            raise QuickmergeError("--generate makes prompts of texts: name some with --data")
+        assert answers is not None
+        with progress() as bar:
+            task = bar.add_task("answering prompts", total=generate)
+            write_answers(
+                lm, tokenizer, documents, answers, generate, asking, held_out=ids,
+                progress=lambda done, _: bar.update(task, completed=done),
+            )  # fmt: skip
+    answered = [] if answers is None else read_answers(answers, lm, generate or None)
+    if answered:
+        told.append(f"{len(answered)} answers of {sum(len(one.answer) for one in answered)} tokens")
+    plain = None
+    if len(documents) and windows != 0:
+        plain = TextWindows(tokenizer, documents, length, held_out=ids)
+        told.append(f"{min(len(plain), windows or len(plain))} windows of {length} tokens")
+    texts = DraftTexts(plain, answered, length=length, most=windows, seed=asking.seed)
+    _say(f"{' and '.join(told)}: {texts.tokens} tokens to read")
+    return texts
+
+
+def _keep(lm: Any, texts: DraftTexts, settings: TrainingConfig, wanted: bool | None, folder: Path | None) -> None:
+    """Let the model read all texts once, where that is asked for, or fits and saves something."""
+    import psutil  # type: ignore[import-untyped]
+    import torch
+
+    from quickmerge.models.identity import model_hash
+    from quickmerge.speculative.gumiho.texts import keep_features
+
+    if wanted is False and folder is not None:
+        raise QuickmergeError("--features keeps what was read, and --read-again does not: give one of them")
+    need = 2 * texts.tokens * lm.get_output_embeddings().weight.shape[1]
+    size = f"the features of {texts.tokens} tokens take {need / 2**30:.2f} GiB"
+    if folder is None:
+        seen = settings.steps * settings.batch * settings.accumulate
+        if wanted is False or (wanted is None and seen <= len(texts)):
+            return
+        free = int(SHARE_OF_MEMORY * psutil.virtual_memory().available)
+        if need > free:
+            if wanted:
+                raise QuickmergeError(f"--keep-features can't be used: {size}, and {free / 2**30:.2f} GiB may be used")
+            _say(f"{size}, more than the {free / 2**30:.2f} GiB that may be used: texts are read in every step")
+            return
+    _say(f"{size} {'of memory' if folder is None else f'in {folder}'}: read once")
+    known = {"model": model_hash(lm), "precision": settings.precision}
+    if settings.precision == "bf16":
+        lm.to(torch.bfloat16)
+    with progress() as bar:
+        task = bar.add_task("reading the texts", total=len(texts))
+        keep_features(lm, texts, known, folder=folder, advance=lambda count: bar.update(task, advance=count))
+
+
+def _say(sentence: str) -> None:
+    from quickmerge.terminal import say
+
+    say(sentence)

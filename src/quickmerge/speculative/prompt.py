@@ -1,0 +1,136 @@
+"""How deep a tree may be: no deeper than the text that is left, nor than what the model reads alike at one time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quickmerge.errors import QuickmergeError
+from quickmerge.models.compat import cache_argument, cache_name, given_cache, without_cache
+from quickmerge.speculative.target import Columns, Target, last_hidden, plain_cache
+
+__all__ = ["Prompt", "Room", "read_prompt"]
+
+
+class Room:
+    """The depth that is left for the trees of a batch.
+
+    Behind the last position of the model's context nothing is drafted; what ``generate`` does there happens token by
+    token. The same holds at a length from which on a model turns its rotary embedding otherwise (``longrope``, and
+    ``dynamic`` beyond the context): nodes on both sides of it can't be read in one pass.
+
+    Args:
+        config: of the language model.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.bounds: list[int] = []
+        rope = getattr(config, "rope_parameters", None) or {}
+        for some in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+            if some.get("rope_type") == "longrope":
+                self.bounds.append(some["original_max_position_embeddings"])
+
+    def depths(self, positions: Sequence[int], left: Sequence[int]) -> list[int]:
+        """Steps that the tree of each row may go down from its root.
+
+        Args:
+            positions: of the roots.
+            left: how many more tokens each row may get; a node at depth d leads to token d + 1.
+        """
+        top = max(positions)
+        out = []
+        for position, more in zip(positions, left, strict=True):
+            depth = more - 1
+            if self.context is not None:
+                depth = min(depth, self.context - 1 - position)
+            # The longest row decides for all of them how the embedding is turned.
+            for bound in self.bounds:
+                if top < bound:
+                    depth = min(depth, bound - 1 - top)
+            out.append(max(0, depth))
+        return out
+
+
+# Reading the prompt, as ``generate`` reads it.
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that has been read.
+
+    ``logits (B, V)`` say what follows; ``valid (B, n)`` bool and ``positions (B, n)`` are of its tokens; ``features
+    (B, n, H)`` its last hidden states, None unless wanted.
+    """
+
+    target: Target
+    logits: Tensor
+    valid: Tensor
+    positions: Tensor
+    features: Tensor | None
+
+
+def read_prompt(model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any], features: bool = False) -> Prompt:
+    """Read ``ids (B, n)``, those that a given cache does not hold yet.
+
+    Args:
+        model: the target.
+        ids: the whole prompt, padding included.
+        model_kwargs: what ``generate`` would give to the model.
+        features: whether its last hidden states are wanted.
+
+    Raises:
+        QuickmergeError: if the cache is not one whose columns can be moved, does not go with ``ids``, or has been
+            filled where features are wanted.
+    """
+    n = ids.shape[1]
+    cache = plain_cache(given_cache(model_kwargs))
+    past = cache.get_seq_length()
+    mask = model_kwargs.get("attention_mask")
+    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
+    positions = model_kwargs.get("position_ids")
+    if positions is None:
+        positions = (valid.long().cumsum(-1) - 1).clamp_min(0)
+    positions = positions.to(ids.device)
+    positions = positions.expand(*positions.shape[:-2], *ids.shape) if positions.shape[-1] == n else positions
+    if past >= n or valid.shape != ids.shape or positions.shape[-2:] != ids.shape:
+        raise QuickmergeError(
+            f"input_ids must hold the whole text, the {past} tokens in {cache_name()} and at least one more, got {n}"
+        )
+    if past and features:
+        raise QuickmergeError(
+            f"the drafter wants the target's features of every token, but {cache_name()} holds {past} tokens read "
+            "before: leave it out"
+        )
+    if not bool(valid[:, -1].all()):
+        raise QuickmergeError("attention_mask must end with 1 in every row: pad on the left")
+    given = {**without_cache(model_kwargs), "position_ids": positions, "use_cache": True}
+    inputs = model.prepare_inputs_for_generation(
+        ids,
+        next_sequence_length=n - past if past else None,
+        is_first_iteration=True,
+        **given,
+        **cache_argument(model.prepare_inputs_for_generation, cache),
+    )
+    with last_hidden(model, features) as found:
+        out = model(**inputs, return_dict=True)
+    lengths = {layer.get_seq_length() for layer in cache.layers if layer.is_initialized}
+    if lengths != {n}:
+        raise QuickmergeError(
+            f"every block must keep the {n} tokens of the prompt, got {sorted(lengths)}: "
+            "speculative decoding reads prompts in full"
+        )
+    place = torch.arange(n, device=ids.device).expand(len(ids), -1)
+    length = torch.full((len(ids),), n, device=ids.device)
+    # Whatever a prompt of pictures counts, each token of text behind it counts one in every direction.
+    offset = positions[..., -1] - (n - 1)
+    columns = Columns(valid, place, length, offset, not bool(valid.all()))
+    target = Target(model, cache, columns, features)
+    # Where there are several directions the first is that of the text.
+    first = positions.flatten(0, -3)[0] if positions.dim() > 2 else positions
+    return Prompt(target, out.logits[:, -1], valid, first, found[0] if features else None)

@@ -1,0 +1,332 @@
+"""The cache after a step: what was accepted moves in front, the rest is dropped, and rows may leave."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.models.compat import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    attention_implementation,
+    cache_argument,
+    cache_name,
+    takes_cache,
+)
+from quickmerge.models.decoder import IMPLEMENTATIONS, PREFIX, layer_window
+from quickmerge.speculative.tree import Packed, Tree, masks_by_window, pack
+
+__all__ = ["Columns", "Target", "check_target", "commit", "compact", "lay_out", "plain_cache", "select"]
+
+
+WASTE = 4
+"""Rows are compacted when that leaves at least one column in so many out: as much work as reading one more token,
+since a dynamic cache copies itself whenever something is added."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the n columns of a cache hold. All layers hold the same.
+
+    Attributes:
+        valid: ``(B, n)`` bool, whether a column holds a token of its row's text.
+        place: ``(B, n)`` long, which one: its column in ``generate``'s sequences; anything where it holds none.
+        length: ``(B,)`` long, the place of the next token to be read, the root of the next tree.
+        offset: ``(B,)`` long, what is added to a place to get the position that the model is told; ``(k, B)`` where
+            it counts in k directions.
+        holes: whether any column of any row holds none.
+    """
+
+    valid: Tensor
+    place: Tensor
+    length: Tensor
+    offset: Tensor
+    holes: bool
+
+    @property
+    def width(self) -> int:
+        """Columns of the cache."""
+        return self.valid.shape[1]
+
+
+def commit(cache: Cache, columns: Columns, paths: Sequence[Sequence[int]]) -> Columns:
+    """Keep the accepted nodes of the trees that were just read behind ``columns``.
+
+    They move to the columns right behind the old ones; a row that accepted fewer than another leaves holes. Only
+    columns of trees are moved: the text before them is not touched.
+
+    Args:
+        cache: holds the columns and, behind them, those of the trees.
+        columns: what it held before.
+        paths: for each row the nodes on the accepted path from the root on, none for a row that takes nothing.
+
+    Returns:
+        What the cache holds now.
+    """
+    device, before = columns.valid.device, columns.width
+    most = max(len(path) for path in paths)
+    index = torch.tensor([[*path, *[0] * (most - len(path))] for path in paths], device=device)
+    count = torch.tensor([len(path) for path in paths], device=device)
+    # Nodes in front of the first one that has to move are where they belong.
+    still = min(_in_place(path, most) for path in paths)
+    moving = index[:, still:]
+
+    def keep(x: Tensor) -> Tensor:
+        if still < most:
+            # The layer made this tensor when the trees were read, so it is nobody else's.
+            x[:, :, before + still : before + most] = _take(x[:, :, before:], moving)
+        return x[:, :, : before + most]
+
+    _each_layer(cache, keep)
+    step = torch.arange(most, device=device)
+    return Columns(
+        torch.cat([columns.valid, step < count[:, None]], 1),
+        torch.cat([columns.place, columns.length[:, None] + step], 1),
+        columns.length + count,
+        columns.offset,
+        columns.holes or len({len(path) for path in paths}) > 1,
+    )
+
+
+def compact(cache: Cache, columns: Columns) -> Columns:
+    """Close the holes that no row needs, if that makes the cache shorter by a quarter at least."""
+    if not columns.holes:
+        return columns
+    longest = int(columns.valid.sum(1).max())
+    if (columns.width - longest) * WASTE < columns.width:
+        return columns
+    index = (~columns.valid).long().argsort(dim=1, stable=True)[:, :longest]
+    _each_layer(cache, lambda x: _take(x, index))
+    valid = columns.valid.gather(1, index)
+    place = columns.place.gather(1, index)
+    return Columns(valid, place, columns.length, columns.offset, not bool(valid.all()))
+
+
+def select(cache: Cache, columns: Columns, index: Tensor) -> Columns:
+    """Go on with the rows ``index (R,)`` alone."""
+    cache.batch_select_indices(index)
+    valid = columns.valid[index]
+    holes = columns.holes and not bool(valid.all())
+    return Columns(valid, columns.place[index], columns.length[index], columns.offset[..., index], holes)
+
+
+def lay_out(cache: Cache, columns: Columns, width: int) -> Columns:
+    """Put every token in the column of its place, as ``generate`` would have: ``width`` columns, zeros between them."""
+    source = columns.place.new_full((len(columns.valid), width + 1), -1)
+    # Whatever has no place in the new cache goes to a column more, which is cut off.
+    target = torch.where(columns.valid & (columns.place < width), columns.place, width)
+    source.scatter_(1, target, torch.arange(columns.width, device=target.device).expand_as(target))
+    source = source[:, :width]
+    there = source >= 0
+    _each_layer(cache, lambda x: _take(x, source.clamp_min(0)) * there.to(x.device)[:, None, :, None])
+    place = torch.arange(width, device=target.device).expand(len(there), -1)
+    length = columns.length.clamp_max(width)
+    return Columns(there, place, length, columns.offset, not bool(there.all()))
+
+
+def _in_place(path: Sequence[int], most: int) -> int:
+    """How many nodes of a path come before the first one that has to move, ``most`` if none has to."""
+    return next((i for i, node in enumerate(path) if node != i), most)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Columns ``index (B, K)`` of keys or values ``(B, H, n, D)``, wherever their layer is."""
+    index = index.to(x.device)
+    if len(x) == 1:
+        return x.index_select(2, index[0])
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _each_layer(cache: Cache, change: Callable[[Tensor], Tensor]) -> None:
+    for layer in cache.layers:
+        if layer.is_initialized:
+            layer.keys, layer.values = change(layer.keys), change(layer.values)
+
+
+# The model whose text is written: one pass reads the trees of a whole batch behind a cache.
+
+
+_PROVEN: WeakSet[PreTrainedModel] = WeakSet()
+
+
+class Target:
+    """A model, the cache of a batch that it has read, and what the columns of the cache hold.
+
+    Args:
+        model: one that `check_target` lets pass.
+        cache: of plain layers, filled.
+        columns: what it holds.
+        features: whether passes also give the last hidden states.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, columns: Columns, features: bool = False) -> None:
+        self.model = model
+        self.cache = cache
+        self.columns = columns
+        self.features = features
+        config = model.config.get_text_config(decoder=True)
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        self.windows = {kind: layer_window(config, i) for i, kind in enumerate(kinds)}
+        self.dtype = next(layer.keys.dtype for layer in cache.layers if layer.is_initialized)
+        # The longest row, kept on this side so that no step waits for a device to tell.
+        self._longest = int(columns.length.max())
+
+    def read(self, packed: Packed) -> tuple[Tensor, Tensor | None]:
+        """Read the trees of the batch.
+
+        Returns:
+            ``(B, T, V)`` logits, and the last hidden states ``(B, T, H)`` behind the final norm if wanted.
+        """
+        columns = self.columns
+        nodes, longest = packed.tokens.shape[1], self._longest + packed.tokens.shape[1]
+        mask: Tensor | dict[str, Tensor] | None = None
+        if nodes > 1 or columns.holes:
+            mask = masks_by_window(
+                self.windows, columns.valid, columns.place, columns.length, packed, self.dtype, longest
+            )
+        with last_hidden(self.model, self.features) as found:
+            out = self.model(
+                input_ids=packed.tokens,
+                attention_mask=mask,
+                position_ids=(columns.length + columns.offset)[..., None] + packed.depth,
+                **cache_argument(self.model, self.cache),
+                use_cache=True,
+                return_dict=True,
+            )
+        return out.logits, found[0] if self.features else None
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep the nodes on these paths, for each row from the root on."""
+        self.columns = compact(self.cache, commit(self.cache, self.columns, paths))
+        self._longest += max(len(path) for path in paths)
+
+    def lay_out(self, width: int) -> None:
+        """Put every token in the column that ``generate`` would have put it in."""
+        if self.columns.holes or self.columns.width != width:
+            self.columns = lay_out(self.cache, self.columns, width)
+
+    def select(self, index: Tensor) -> None:
+        """Go on with the rows ``index (R,)`` alone."""
+        self.columns = select(self.cache, self.columns, index)
+
+
+@contextmanager
+def last_hidden(model: PreTrainedModel, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """Collect the last hidden states, behind the final norm, of this thread's passes inside the block.
+
+    Another thread may run the same model meanwhile, and its passes go through the hook too.
+    """
+    found: list[Tensor] = []
+    mine = threading.get_ident()
+    if not wanted:
+        yield found
+        return
+
+    def keep(module: nn.Module, args: Any, out: Any) -> None:
+        if threading.get_ident() == mine:
+            found.append(out[0])
+
+    hook = model.base_model.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def plain_cache(cache: Any) -> Cache:
+    """The cache with layers that keep every column, so that columns can be moved and dropped.
+
+    An empty cache is changed in place; None makes a new one.
+
+    Raises:
+        QuickmergeError: if it is of another kind, or a sliding layer has already dropped something.
+    """
+    if cache is None:
+        return DynamicCache()
+    kinds = {type(layer) for layer in getattr(cache, "layers", [])}
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or kinds - _PLAIN:
+        odd = sorted(kind.__name__ for kind in kinds - _PLAIN) or [type(cache).__name__]
+        raise QuickmergeError(
+            f"{cache_name()} must be a DynamicCache with keys and values of every token, got one with {odd[0]}: "
+            f"leave {cache_name()} and cache_implementation out"
+        )
+    if cache.get_seq_length() == 0:
+        cache.layers = [DynamicLayer() for _ in cache.layers]
+    elif DynamicSlidingWindowLayer in kinds:
+        raise QuickmergeError(f"{cache_name()} must hold every token, got one with sliding layers: use DynamicCache()")
+    return cache
+
+
+_PLAIN = {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def check_target(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError unless ``model`` reads a tree as it reads text.
+
+    Whether it does is tried out once for each model: two siblings are read in one pass, and the second one's logits
+    must be those of reading it alone.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    name = type(model).__name__
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"speculative decoding needs a decoder with a language-model head, got a {name}")
+    config = model.config.get_text_config(decoder=True)
+    implementation = attention_implementation(config)
+    if implementation.startswith(PREFIX):
+        raise UnsupportedModelError(f"{name} is inside a quickmerge run, which reads no trees; leave that first")
+    if implementation not in IMPLEMENTATIONS:
+        raise UnsupportedModelError(
+            f"{name} runs attention as {implementation!r}, which does not take the mask of a tree: "
+            f"set attn_implementation to one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    for i in range(config.num_hidden_layers):
+        layer_window(config, i)
+    taken = inspect.signature(model.forward).parameters
+    missing = [w for w in ("attention_mask", "position_ids") if w not in taken]
+    missing += [] if takes_cache(model) else [cache_name()]
+    if missing:
+        raise UnsupportedModelError(f"{name} takes no {missing[0]}, which reading a tree needs")
+    if model not in _PROVEN:
+        _prove(model, config.vocab_size)
+        _PROVEN.add(model)
+
+
+@torch.no_grad()
+def _prove(model: PreTrainedModel, vocabulary: int) -> None:
+    text = (torch.arange(5, 12, device=model.device) % vocabulary)[None]
+    a, b, c = 1 % vocabulary, 2 % vocabulary, 3 % vocabulary
+    alone = torch.cat([text, text.new_tensor([[b, c]])], 1)
+    name = type(model).__name__
+    try:
+        wanted = model(input_ids=alone, use_cache=False).logits[0, -1].float()
+        cache = DynamicCache()
+        model(input_ids=text[:, :-1], **cache_argument(model, cache), use_cache=True)
+        width = text.shape[1] - 1
+        if any(type(layer) is not DynamicLayer or layer.get_seq_length() != width for layer in cache.layers):
+            raise UnsupportedModelError(f"{name} keeps no keys and values of every token, which reading a tree needs")
+        place = torch.arange(width, device=text.device)[None]
+        columns = Columns(place >= 0, place, text.new_tensor([width]), text.new_zeros(1), False)
+        tree = pack([Tree([int(text[0, -1]), a, b, c], [0, 0, 0, 2], [1.0] * 4)], text.device)
+        given = Target(model, cache, columns).read(tree)[0][0, -1].float()
+    except UnsupportedModelError:
+        raise
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        raise UnsupportedModelError(f"{name} can't read a tree with a mask of its own: {error}") from error
+    # Rounding differs between the two ways, but what is read wrongly differs by about as much as logits do.
+    scale = float((wanted - wanted.mean()).abs().mean())
+    if not float((given - wanted).abs().mean()) <= 0.1 * scale:
+        needed = "call eval() on it" if model.training else "it has to heed position_ids and a mask of four dimensions"
+        raise UnsupportedModelError(
+            f"{name} reads a tree otherwise than text, so speculation would change what it writes: {needed}"
+        )

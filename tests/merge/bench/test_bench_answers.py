@@ -1,0 +1,88 @@
+"""The benchmark of answers in a terminal and on a page."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from quickmerge.merge.bench.vlm import answers_table, ordered, write_answers_report
+
+KINDS = ("colour", "count", "exists", "read", "what", "where")
+
+
+def row(method: str, keep: float, kept: float, exact: float, timed: bool = True) -> dict[str, Any]:
+    times = {"seconds": 1.234, "speedup": 1.4, "reducer_seconds": 0.0204, "cache_bytes": 3 * 2**19}
+    return {
+        "method": method, "keep": keep, "pictures": 64, "questions": 600, "visual_in": 256, "visual_kept": kept,
+        "exact": exact, "exact_low": exact - 0.03, "exact_high": exact + 0.03,
+        "change": exact - 0.7, "change_low": exact - 0.75, "change_high": exact - 0.65,
+        "kinds": {kind: {"questions": 100, "exact": exact + 0.01 * index} for index, kind in enumerate(KINDS)},
+        **(times if timed else {}),
+    }  # fmt: skip
+
+
+def rows(timed: bool = True) -> list[dict[str, Any]]:
+    return [
+        row("full", 1.0, 256, 0.7, timed),
+        row("random", 0.25, 64, 0.31, timed),
+        row("trimtokenator", 0.25, 64, 0.52, timed),
+        row("smaller images", 0.5, 121, 0.6, timed),
+    ]
+
+
+def printed(width: int, timed: bool = True) -> list[str]:
+    text = io.StringIO()
+    answers_table(rows(timed), Console(file=text, width=width))
+    return [" ".join(line.replace("│", " ").split()) for line in text.getvalue().splitlines()]
+
+
+def test_a_wide_terminal_gets_one_table() -> None:
+    lines = printed(150)
+    assert "full 256 70.0 ±3.0 – 1234 1.40x 20 1.5 70 71 72 73 74 75" in lines
+    assert "trimtokenator 64 52.0 ±3.0 -18.0 ±5.0 1234 1.40x 20 1.5 52 53 54 55 56 57" in lines
+    assert sum(line.startswith("random") for line in lines) == 1
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_a_narrow_terminal_gets_two_that_fit(timed: bool) -> None:
+    text = io.StringIO()
+    answers_table(rows(timed), Console(file=text, width=80))
+    assert max(map(len, text.getvalue().splitlines())) <= 80 and "…" not in text.getvalue()
+    lines = printed(80, timed)
+    assert ("trimtokenator 64 52.0 ±3.0 -18.0 ±5.0" + (" 1234 1.40x 1.5" if timed else "")) in lines
+    assert "trimtokenator 64 52 53 54 55 56 57" in lines
+    assert "600 questions about 64 pictures: 100 colour," in " ".join(lines)
+
+
+def test_rows_go_by_share_and_then_by_what_is_right() -> None:
+    assert [one["method"] for one in ordered(rows())] == ["full", "smaller images", "trimtokenator", "random"]
+    # A method that keeps everything is not the model as it is.
+    assert ordered([row("tome", 1.0, 256, 0.9), row("full", 1.0, 256, 0.7)])[0]["method"] == "full"
+
+
+def test_a_kind_that_a_row_lacks_is_a_dash() -> None:
+    some = rows(timed=False)
+    del some[1]["kinds"]["read"]
+    text = io.StringIO()
+    answers_table(some, Console(file=text, width=200))
+    (line,) = (line for line in text.getvalue().splitlines() if "random" in line)
+    assert [cell.strip() for cell in line.split("│")[5:-1]] == ["31", "32", "33", "–", "35", "36"]
+
+
+def test_the_page_has_every_number(tmp_path: Path) -> None:
+    meta = {"model": "a <model>", "images": 64, "folder": "scenes", "environment": {"torch": "2"}}
+    write_answers_report(tmp_path / "r.html", rows(), meta)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    for words in (
+        "a &lt;model&gt;",
+        "121 of 256",
+        "-18.0 ±5.0",
+        "smaller images",
+        "Right, by kind of question",
+        "where",
+    ):
+        assert words in page
