@@ -523,7 +523,7 @@ def recognition_kinds() -> str:
 
 def matrix() -> str:
     """The support matrix that the tests hold: families down, attention and cache across."""
-    cells: dict[str, str] = json.loads((HERE.parent / "tests" / "hosts" / "matrix.json").read_text(encoding="utf-8"))
+    cells: dict[str, str] = json.loads((HERE.parent / "tests" / "merge" / "matrix.json").read_text(encoding="utf-8"))
     split = {tuple(key.split(" / ")): result for key, result in cells.items()}
     families = sorted({key[0] for key in split})
     columns = sorted({(key[1], key[3]) for key in split}, key=lambda c: (c[0] == "flex_attention", c))

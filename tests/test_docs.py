@@ -29,8 +29,8 @@ def test_results_name_versions_and_hardware_and_no_machine_path() -> None:
         assert "/tmp/" not in text and "/home/" not in text and "/root/" not in text
 
 
-def test_the_layout_names_every_package() -> None:
-    layout = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Layout")[1]
-    packages = {path.parent.name for path in (ROOT / "src" / "quickmerge").glob("*/__init__.py")}
-    named = {line.split("`")[1].rstrip("/") for line in layout.splitlines() if line.startswith("| `")}
-    assert named == packages
+def test_the_map_names_every_folder() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The map of the house")[1].split("\n## ")[0]
+    folders = {path.parent.name for path in (ROOT / "src" / "quickmerge").glob("*/__init__.py")}
+    first = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert {name.rstrip("/") for name in first.split("`")[1::2]} == folders

@@ -20,7 +20,7 @@ UNSETTLED = {"apply_rotary_pos_emb", "eager_attention_forward"}
 CACHE = {"cache_params", "cache_position", "layer_past", "past_key_values"}
 """What the cache and its place have been called."""
 
-ALIAS = SOURCE / "continuous" / "model.py"
+ALIAS = SOURCE / "calm" / "model.py"
 """Takes the cache by its older name too, as every model of transformers does; there it may name an argument."""
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quickmerge import _moved
 from quickmerge._lazy import lazy
+from quickmerge._version import __version__ as __version__
 from quickmerge.calm.auto import watch
 
 if TYPE_CHECKING:
@@ -57,8 +59,6 @@ if TYPE_CHECKING:
     from quickmerge.speculative import SpeculativeDecoding as SpeculativeDecoding
     from quickmerge.speculative.gumiho import Gumiho as Gumiho
 
-__version__ = "0.1.0"
-
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
@@ -99,3 +99,4 @@ __getattr__, __dir__, __all__ = lazy(
 )
 
 watch()
+_moved.watch()

@@ -16,10 +16,14 @@ def lazy(
 
     Args:
         package: its dotted name.
-        homes: the names by the module of the package that holds them.
+        homes: the names by the module that holds them: one of the package, or by its whole dotted name another.
         more: names that the package holds itself.
     """
-    where = {name: f"{package}.{module}" for module, names in homes.items() for name in names}
+    where = {
+        name: module if module.startswith("quickmerge.") else f"{package}.{module}"
+        for module, names in homes.items()
+        for name in names
+    }
 
     def get(name: str) -> Any:
         if name not in where:

@@ -10,7 +10,7 @@ OTHERS = ("torch", "transformers", "tokenizers", "safetensors")
 
 def versions() -> str:
     """One line: ours, Python's, and those of the libraries that decide what a model does. Nothing is imported."""
-    from quickmerge import __version__
+    from quickmerge._version import __version__
 
     found = [f"Python {platform.python_version()}"]
     for name in OTHERS:

@@ -20,7 +20,7 @@ import accelerate  # type: ignore[import-untyped]
 import torch
 from torch.utils.data import default_collate
 
-import quickmerge
+from quickmerge._version import __version__
 from quickmerge.errors import QuickmergeError
 from quickmerge.files import settle
 from quickmerge.locks import sole_writer
@@ -323,7 +323,7 @@ class _Run:
             "interval": asdict(self.meter),
             "loss_scale": None if scaler is None else scaler.state_dict(),
             "versions": {
-                "quickmerge": quickmerge.__version__,
+                "quickmerge": __version__,
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "accelerate": accelerate.__version__,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from quickmerge.merge.prior.losses import CollapseError as CollapseError
     from quickmerge.merge.prior.model import Prior as Prior
     from quickmerge.merge.prior.reducer import QuickMergePrior as QuickMergePrior
+    from quickmerge.models.identity import model_hash as model_hash
 
 __getattr__, __dir__, __all__ = lazy(
     __name__,
@@ -25,5 +26,6 @@ __getattr__, __dir__, __all__ = lazy(
         "losses": ("CollapseError",),
         "model": ("Prior",),
         "reducer": ("QuickMergePrior",),
+        "quickmerge.models.identity": ("model_hash",),
     },
 )
