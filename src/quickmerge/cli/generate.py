@@ -105,6 +105,7 @@ def generate(
 ) -> None:
     """Answer a prompt about a document or about images, which are read with fewer tokens."""
     from quickmerge.cli.generate_calm import generate_calm, is_calm
+    from quickmerge.models.template import question
 
     if is_calm(model):
         _without("a CALM", {
@@ -172,7 +173,7 @@ def generate(
     check_output(json)
     depth = parse_layer(layer)
     document, prompt = parse_question(prompt, file)
-    check_model(model)
+    check_model(model, question(document, prompt))
     # what takes seconds to import comes after what can be told at once
     from quickmerge.evaluation.answer import answer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quickmerge.cli.answers import print_answers
 from quickmerge.cli.common import Alone, check_output, check_text, parse_budget, parse_layer, parse_reducer, write_json
-from quickmerge.cli.vlm import load_vlm
+from quickmerge.cli.vlm import check_vlm, load_vlm
 from quickmerge.errors import QuickmergeError
 
 KEEP = 0.25
@@ -31,15 +31,17 @@ def generate_image(
     json: Path | None,
 ) -> None:
     """Print the answer, and on stderr what was read and what it cost."""
-    from quickmerge.evaluation.answer_images import answer_images, clamped
-    from quickmerge.training.data.images import open_image
-
     if model is None:
         raise QuickmergeError(
             "--model must be a vision-language model with --image, such as train vlm writes, got none"
         )
     check_text("--prompt", prompt)
     check_output(json)
+    check_vlm(model, len(images), prompt)
+    # what takes seconds to import comes after what can be told at once
+    from quickmerge.evaluation.answer_images import answer_images, clamped
+    from quickmerge.training.data.images import open_image
+
     method = parse_reducer(reducer, parse_budget(keep, tokens, KEEP), "visual")
     depth = parse_layer(layer)
     pictures = [open_image(path) for path in images]

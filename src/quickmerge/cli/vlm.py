@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from quickmerge.cli.common import quiet, take_generation
@@ -25,6 +26,20 @@ def is_vlm(name: str) -> bool:
     with transformers_silenced():
         kind = read_config(find_model(name, VISION_MODELS)).model_type
     return kind in image_text_names()
+
+
+def check_vlm(name: str, images: int, prompt: str) -> None:
+    """As `check_model`, for a model that is asked about so many images."""
+    from quickmerge.models.embedded import MODELS, VISION_MODELS
+    from quickmerge.models.load import find_model
+    from quickmerge.models.template import try_folder
+    from quickmerge.models.vlm import question_on
+
+    if name in MODELS or name in VISION_MODELS:
+        return  # load_vlm says what they are
+    found = Path(find_model(name, {}))
+    if found.is_dir():
+        try_folder(found, question_on([None] * images, prompt))
 
 
 def load_vlm(name: str) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from quickmerge.hosts import Run, observe, reduce
 from quickmerge.hosts.rows import MIN_TOKENS
 from quickmerge.hosts.summary import RunStats
 from quickmerge.models.generation import check_temperature
-from quickmerge.models.template import apply_chat_template
+from quickmerge.models.template import apply_chat_template, question
 from quickmerge.reducers import Reducer
 from quickmerge.tokens.plan import MergePlan
 
@@ -50,10 +50,9 @@ def chat(tokenizer: Any, document: str, prompt: str) -> tuple[str, slice]:
     """
     for name, given in (("document", document), ("prompt", prompt)):
         check_text(name, given)
-    content = f"{document}\n\n{prompt}" if document else prompt
-    text = content
+    message = question(document, prompt)
+    text = message[0]["content"]
     if getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": content}]
         text = apply_chat_template(tokenizer, message, tokenize=False, add_generation_prompt=True)
     # A template may strip white space at the ends; what is between stays as it is.
     body = document.strip()
