@@ -1,4 +1,4 @@
-"""Tables of what hostile inputs came to: each takes the rows of a list in a result file and gives headers and cells."""
+"""Tables of what hostile inputs and kills came to: each takes the rows of a list in a result file."""
 
 from __future__ import annotations
 
@@ -39,5 +39,16 @@ def inputs(rows: Sequence[Row]) -> Table:
     return headers, body
 
 
-TRUST: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {"fuzz": ("fuzz", inputs, "rows")}
+def kills(rows: Sequence[Row]) -> Table:
+    """How many kills hit each command where. None left anything wrong: the first one that does fails the run."""
+    headers = ["command", "killed at a moment", "killed before a change of the disk", "had ended already"]
+    kinds = ("moment", "change", "late")
+    total: Row = {"job": "all", **{kind: sum(r[kind] for r in rows) for kind in kinds}}
+    return headers, [[r["job"], *(str(r[kind]) for kind in kinds)] for r in [*rows, total]]
+
+
+TRUST: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {
+    "fuzz": ("fuzz", inputs, "rows"),
+    "kills": ("kills", kills, "rows"),
+}
 """By the name in the docs: the result file, what makes the table of it, and the list that it is made of."""

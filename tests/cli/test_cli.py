@@ -165,3 +165,26 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
 def test_importing_the_package_stays_cheap() -> None:
     code = "import sys, quickmerge; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+GENERATE = {"merged": [], "multipole": ["--attention", "multipole"], "drafted": ["--drafter", "lookup"],
+            "seen": ["--image", "photo.png"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", GENERATE)
+def test_a_template_without_end_is_refused_before_torch_is_imported(way: str, tiny_folder: Path) -> None:
+    (tiny_folder / "chat_template.jinja").write_text("{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2)
+    code = """
+import sys
+from quickmerge import cli
+from quickmerge.models import template
+template.SECONDS = 0.5
+try:
+    cli.main()
+finally:
+    print("torch" in sys.modules)
+"""
+    given = ["generate", "--model", str(tiny_folder), "--prompt", "the sea", *GENERATE[way]]
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+    assert done.stderr == "quickmerge: the chat template must be rendered within 0.5 seconds, but takes longer\n"

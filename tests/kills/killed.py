@@ -1,6 +1,6 @@
 """Run by test_kills.py and ``make kills``: kills commands with SIGKILL and looks at what they leave.
 
-    python tests/kills/killed.py KILLS [--seed N] [--only "JOB;JOB"] [--folder FOLDER]
+    python tests/kills/killed.py KILLS [--seed N] [--only "JOB;JOB"] [--folder FOLDER] [--json FILE]
 
 Every job is a command on tiny models. It is run once undisturbed, and then again and again in a fresh folder, or over
 what an earlier run has left, and killed: at a moment that is drawn evenly over its time, or in front of one of its
@@ -144,7 +144,7 @@ class Kills:
         self.inputs.mkdir()
         self.known: dict[str, tuple[float, int, dict[str, bytes]]] = {}
         self.number = 0
-        self.signals: dict[str, int] = {}
+        self.hits: dict[str, dict[str, int]] = {}
 
     def call(self, arguments: str, out: Path, before: Callable[[], None] = lambda: None) -> int:
         """Begin a command, within the folder of inputs."""
@@ -203,11 +203,11 @@ class Kills:
             assert old != wanted, name
         if self.rng.random() < 0.5:
             at = self.rng.randint(1, calls)
-            how = f"before call {at} of {calls}"
+            kind, how = "change", f"before call {at} of {calls}"
             status = end_of(self.call(job.command, out, lambda: die_at(at)))
         else:
             wait = self.rng.uniform(0, seconds)
-            how = f"after {wait:.2f} of {seconds:.2f} s"
+            kind, how = "moment", f"after {wait:.2f} of {seconds:.2f} s"
             pid = self.call(job.command, out)
             time.sleep(wait)
             os.kill(pid, signal.SIGKILL)
@@ -215,7 +215,6 @@ class Kills:
         where = f"{name}, killed {how} (status {status}), in {out}"
         if status not in (0, -signal.SIGKILL):
             raise SystemExit(f"{where}: {self.log.read_text(errors='replace')[-3000:]}")
-        self.signals[name] = self.signals.get(name, 0) + (status != 0)
         self.look(job, out, old, wanted, where)
         begun = any((out / "checkpoints").glob("step-*"))
         self.succeed(f"{job.command} --resume" if job.resumes and begun else job.command, out)
@@ -229,6 +228,15 @@ class Kills:
         if left := [path for path in [*out.rglob(".*"), *out.parent.glob(f".{out.name}*")] if path.name != ".DS_Store"]:
             raise SystemExit(f"{where}: {left} are left over")
         shutil.rmtree(out)
+        hits = self.hits.setdefault(name, {"moment": 0, "change": 0, "late": 0})
+        hits[kind if status else "late"] += 1
+
+    def results(self, seed: int) -> dict[str, Any]:
+        """What the page on trust is made of. A kill counts once all that it left was seen to be right."""
+        from quickmerge.bench.environment import environment
+
+        rows = [{"job": name, **hits} for name, hits in self.hits.items()]
+        return {"rows": rows, "meta": {"seed": seed, "environment": environment()}}
 
     def look(self, job: Job, out: Path, old: dict[str, bytes], wanted: dict[str, bytes], where: str) -> None:
         """See that what a kill has left is whole: nothing yet, the old or the new."""
@@ -325,6 +333,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="names of jobs, with semicolons between them")
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--json", type=Path, help="counts; also of a run that is broken off, up to its last round")
     given = parser.parse_args()
     names = [name for name in JOBS if not given.only or name in given.only.split(";")]
     with tempfile.TemporaryDirectory() as own:
@@ -335,11 +344,14 @@ def main() -> None:
             raise SystemExit(kills.log.read_text())
         for number in range(given.kills):
             kills.kill(names[number % len(names)])
-            if (number + 1) % 20 == 0:
+            if (number + 1) % len(names) == 0 or number + 1 == given.kills:
                 print(f"{number + 1} kills", flush=True)
-        for name, count in kills.signals.items():
+                if given.json is not None:
+                    given.json.write_text(json.dumps(kills.results(given.seed), indent=1) + "\n")
+        hit = {name: hits["moment"] + hits["change"] for name, hits in kills.hits.items()}
+        for name, count in hit.items():
             print(f"{name}: {count} kills hit, 0 half-written, 0 mixed, every rerun equal to the last byte")
-        print(f"kills {sum(kills.signals.values())} of {given.kills}")
+        print(f"kills {sum(hit.values())} of {given.kills}")
 
 
 if __name__ == "__main__":

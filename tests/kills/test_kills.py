@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,9 +23,12 @@ def kills(count: int, *options: str, timeout: float) -> str:
     return done.stdout
 
 
-def test_a_few_kills() -> None:
-    told = kills(6, "--only", QUICK, timeout=300)
+def test_a_few_kills(tmp_path: Path) -> None:
+    told = kills(6, "--only", QUICK, "--json", str(tmp_path / "k.json"), timeout=300)
     assert " of 6\n" in told and told.count("0 mixed") == 4
+    rows = json.loads((tmp_path / "k.json").read_text())["rows"]
+    assert {row["job"] for row in rows} == set(QUICK.split(";"))
+    assert sum(row["moment"] + row["change"] + row["late"] for row in rows) == 6
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import json
 import threading
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer
 import quickmerge
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.models import chat as limits
-from quickmerge.models.chat import apply_chat_template
+from quickmerge.models.chat import apply_chat_template, question, try_folder
 
 TURN = [{"role": "user", "content": "hi"}]
 GOOD = (
@@ -85,3 +86,45 @@ def test_nobody_renders_a_template_past_the_limits() -> None:
     for path in Path(quickmerge.__file__).parent.rglob("*.py"):
         if path.name != "template.py":
             assert ".apply_chat_template(" not in path.read_text(encoding="utf-8"), path
+
+
+def tries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is rendered in a process of its own from now on."""
+    made: list[str] = []
+    monkeypatch.setattr(limits, "_tried", set())
+    monkeypatch.setattr(limits, "_try_aside", lambda render: made.append(render()))
+    return made
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_the_template_of_a_folder_is_tried_once(place: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((tiny_folder / "tokenizer_config.json").read_text())
+    config["eos_token"] = {"__type": "AddedToken", "content": "</s>", "lstrip": False}
+    if place == "tokenizer_config.json":
+        config["chat_template"] = GOOD + "{{ eos_token }}"
+    else:
+        (tiny_folder / place).write_text(GOOD + "{{ eos_token }}")
+    (tiny_folder / "tokenizer_config.json").write_text(json.dumps(config))
+    made, turn = tries(monkeypatch), question("the sea", "what is it?")
+    try_folder(tiny_folder, turn)
+    assert made == ["<user>the sea\n\nwhat is it?<answer></s>"]
+    _, owner = quickmerge.load(tiny_folder)
+    assert apply_chat_template(owner, turn, tokenize=False, add_generation_prompt=True) == made[0]
+    assert len(made) == 1
+    owner.add_special_tokens({"bos_token": "<s>"})  # with which the template might do something else
+    apply_chat_template(owner, turn, tokenize=False)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("kind", ["none", "no text", "no UTF-8", "no JSON", "list"])
+def test_other_faults_of_a_folder_are_left_to_who_reads_it(
+    kind: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_folder / "tokenizer_config.json"
+    if kind == "no UTF-8":
+        (tiny_folder / "chat_template.jinja").write_bytes(b"\xff")
+    elif kind != "none":
+        config.write_text({"no text": '{"chat_template": 3}', "no JSON": "{", "list": '[{"chat_template": "a"}]'}[kind])
+    made = tries(monkeypatch)
+    try_folder(tiny_folder, TURN)
+    assert made == []

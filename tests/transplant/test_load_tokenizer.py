@@ -97,6 +97,19 @@ def test_what_cannot_be_loaded_is_told(ranks: Path, tmp_path: Path, monkeypatch:
         load_tokenizer(tmp_path / "garbage.model")
 
 
+@pytest.mark.parametrize("place", ["folder", "tokenizer.json", "tiktoken"])
+def test_ids_out_of_all_proportion_are_refused_wherever_they_stand(place: str, ranks: Path, tmp_path: Path) -> None:
+    byte_level().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"]["%"] = 10**8
+    path.write_text(json.dumps(data))
+    ranks.write_bytes(ranks.read_bytes() + base64.b64encode(b"cat") + b" 100000000\n")
+    given = {"folder": tmp_path, "tokenizer.json": path, "tiktoken": ranks}[place]
+    with pytest.raises(UnsupportedModelError, match="ids must be below 4,194,304, got 100,000,000"):
+        load_tokenizer(given)
+
+
 def test_an_embedded_name_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)

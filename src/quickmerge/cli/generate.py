@@ -104,6 +104,7 @@ def generate(
 ) -> None:
     """Answer a prompt about a document or about images, which are read with fewer tokens."""
     from quickmerge.calm.cli import generate_calm, is_calm
+    from quickmerge.models.chat import question
 
     if is_calm(model):
         _without("a CALM", {
@@ -171,7 +172,7 @@ def generate(
     check_output(json)
     depth = parse_layer(layer)
     document, prompt = parse_question(prompt, file)
-    check_model(model)
+    check_model(model, question(document, prompt))
     # what takes seconds to import comes after what can be told at once
     from quickmerge.merge.bench.answer import answer
 

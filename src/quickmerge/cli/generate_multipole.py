@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quickmerge.console.answers import print_answers
 from quickmerge.console.options import (
     Alone,
+    check_model,
     check_output,
     load_writer,
     one_sentence,
@@ -51,18 +52,22 @@ def generate_multipole(
     json: Path | None,
 ) -> None:
     """Print the answer, and on stderr what was read and what it cost. Tokens are merged too if anything says how."""
+    from quickmerge.models.chat import question
+
+    check_output(json)
+    document, prompt = parse_question(prompt, file)
+    name = "smollm2-135m" if model is None else model
+    check_model(name, question(document, prompt))
+    # what takes seconds to import comes after what can be told at once
     from quickmerge.merge.bench.answer import answer
     from quickmerge.multipole import multipole
 
     settings = parse_attention(attention, budget)
-    check_output(json)
     method: Reducer | None = None
     if any(given is not None for given in (reducer, keep, layer, prior, min_tokens)):
         method = parse_reducer(reducer or "quickmerge", 0.4 if keep is None else keep)
         method = method if prior is None else add_prior(method, prior)
     depth = parse_layer(layer)
-    document, prompt = parse_question(prompt, file)
-    name = "smollm2-135m" if model is None else model
     lm, tokenizer = load_writer(name)
 
     def ask(way: Multipole | None) -> Answer:

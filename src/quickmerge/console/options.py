@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,12 +117,21 @@ def write_json(path: Path | None, data: Any) -> None:
         write_file(path, data)
 
 
-def check_model(name: str) -> None:
-    """Look at a model's folder before anything that takes seconds to import; raises what loading it would raise."""
-    from quickmerge.models import MODELS, find_model
+def check_model(name: str, asked: Sequence[Any] = ()) -> None:
+    """Look at a model's folder before anything that takes seconds to import; raises what loading it would raise.
 
-    if name not in MODELS:
-        find_model(name)
+    Args:
+        name: what the user gave.
+        asked: the conversation that the model will be given, on which a folder's chat template is tried.
+    """
+    from quickmerge.models import MODELS, find_model
+    from quickmerge.models.chat import try_folder
+
+    if name in MODELS:
+        return
+    found = Path(find_model(name))
+    if asked and found.is_dir():
+        try_folder(found, asked)
 
 
 def load_model(name: str) -> tuple[Any, Any]:

@@ -16,10 +16,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, check_text, door
+from quickmerge.models.folder import SMALL
+from quickmerge.models.weights import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,8 +33,11 @@ __all__ = [
     "TEMPLATE_BYTES",
     "answer_ids",
     "apply_chat_template",
+    "document_chat",
     "end_of_turn",
     "prompt_ids",
+    "question",
+    "try_folder",
     "with_images",
 ]
 
@@ -61,6 +67,56 @@ def apply_chat_template(owner: Any, conversation: Sequence[Any], **settings: Any
     Raises:
         UnsupportedModelError: the template is too long, fails, takes too long, or makes far more text than it is given.
     """
+    render = _tried_aside(owner, conversation, settings)
+    with door("the chat template can't be used", UnsupportedModelError), _watched():
+        text = render()
+    if len(text) > TEXT_CHARS + 4 * _characters(conversation):
+        raise UnsupportedModelError(f"the chat template makes {len(text):,} characters of a short conversation")
+    if not settings.get("tokenize", True):
+        return text
+    with door("the chat template can't be used", UnsupportedModelError):
+        return owner.apply_chat_template(conversation, **settings)
+
+
+def question(document: str, prompt: str) -> list[dict[str, str]]:
+    """The conversation that asks something about a document: one message, of the two that are there."""
+    return [{"role": "user", "content": f"{document}\n\n{prompt}" if document else prompt}]
+
+
+def try_folder(folder: Path, conversation: Sequence[Any]) -> None:
+    """Try the chat template of a model's folder long before its tokenizer is read, without torch and without weights.
+
+    What is wrong with the folder in other ways is left to whoever reads it. A template that passed with these special
+    tokens is not tried again when the tokenizer is there.
+
+    Args:
+        folder: of the model, with files that `check_model_folder` let pass.
+        conversation: as for `apply_chat_template`.
+
+    Raises:
+        UnsupportedModelError: the template is too long, takes too long or too much memory.
+    """
+    settings: dict[str, Any] = {}
+    with suppress(QuickmergeError):
+        settings = read_json(folder / "tokenizer_config.json", SMALL["tokenizer_config.json"])
+    template = settings.get("chat_template")
+    with suppress(OSError, UnicodeDecodeError):
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if not isinstance(template, str):
+        return
+    from transformers import PreTrainedTokenizerBase
+
+    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in settings.items()
+              if name in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES}  # fmt: skip
+    tokens = {name: token for name, token in tokens.items() if isinstance(token, str)}
+    if "eos_token" in tokens:
+        tokens.setdefault("pad_token", tokens["eos_token"])  # as whoever reads the tokenizer does
+    bare = PreTrainedTokenizerBase(chat_template=template, **tokens)
+    _tried_aside(bare, conversation, {"add_generation_prompt": True})
+
+
+def _tried_aside(owner: Any, conversation: Sequence[Any], settings: dict[str, Any]) -> Callable[[], str]:
+    """What renders a conversation to text, once that was tried in a process of its own; raises as its callers do."""
     template = settings.get("chat_template") or getattr(owner, "chat_template", None)
     parts: list[Any] = list(template.values()) if isinstance(template, dict) else [template]
     if not all(isinstance(part, str) for part in parts):
@@ -72,18 +128,13 @@ def apply_chat_template(owner: Any, conversation: Sequence[Any], **settings: Any
     def render() -> str:
         return str(owner.apply_chat_template(conversation, tokenize=False, **bare))
 
-    mark = hashlib.sha256(repr(parts).encode("utf-8", "backslashreplace")).hexdigest()
+    # what it is given besides the conversation: a template may be harmless until there is a certain special token
+    given = (parts, getattr(owner, "special_tokens_map", None))
+    mark = hashlib.sha256(repr(given).encode("utf-8", "backslashreplace")).hexdigest()
     if mark not in _tried:
         _try_aside(render)
         _tried.add(mark)
-    with door("the chat template can't be used", UnsupportedModelError), _watched():
-        text = render()
-    if len(text) > TEXT_CHARS + 4 * _characters(conversation):
-        raise UnsupportedModelError(f"the chat template makes {len(text):,} characters of a short conversation")
-    if not settings.get("tokenize", True):
-        return text
-    with door("the chat template can't be used", UnsupportedModelError):
-        return owner.apply_chat_template(conversation, **settings)
+    return render
 
 
 class _TooLong(BaseException):
@@ -283,10 +334,9 @@ def document_chat(tokenizer: Any, document: str, prompt: str) -> tuple[str, slic
     """
     for name, given in (("document", document), ("prompt", prompt)):
         check_text(name, given)
-    content = f"{document}\n\n{prompt}" if document else prompt
-    text = content
+    message = question(document, prompt)
+    text = message[0]["content"]
     if getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": content}]
         text = apply_chat_template(tokenizer, message, tokenize=False, add_generation_prompt=True)
     # A template may strip white space at the ends; what is between stays as it is.
     body = document.strip()

@@ -289,6 +289,12 @@ def load_vlm(
     )  # fmt: skip
 
 
+def question_on(images: Sequence[Any], question: str) -> list[dict[str, Any]]:
+    """The conversation that asks something about images, which come first."""
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
 def ask_inputs(processor: ProcessorMixin, images: Sequence[Image.Image], question: str) -> BatchFeature:
     """A question about some images as its model's chat template puts it, the images first, ready for `generate`.
 
@@ -316,9 +322,8 @@ def ask_inputs(processor: ProcessorMixin, images: Sequence[Image.Image], questio
     if getattr(processor, "chat_template", None) is None:
         raise QuickmergeError(f"the {type(processor).__name__} has no chat template that says how a question is put")
     shown = [upright(image, f"images[{index}]") for index, image in enumerate(images)]
-    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in shown]
-    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
     inputs: BatchFeature = apply_chat_template(
-        processor, messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+        processor, question_on(shown, question), add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
     return inputs

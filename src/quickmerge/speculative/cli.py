@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quickmerge.console.answers import print_answers
 from quickmerge.console.options import (
     Alone,
+    check_model,
     check_output,
     load_writer,
     one_sentence,
@@ -43,13 +44,17 @@ def generate_drafter(
     json: Path | None,
 ) -> None:
     """Print the answer, and on stderr how many tokens a pass of the model gave."""
-    from quickmerge.speculative.bench import PLAIN, DraftArm, prepare, prompt_ids, write
-    from quickmerge.terminal import Terminal
+    from quickmerge.models.chat import question
 
     check_output(json)
     nodes = parse_tree(tree)
     document, prompt = parse_question(prompt, file)
     name = "smollm2-135m" if model is None else model
+    check_model(name, question(document, prompt))
+    # what takes seconds to import comes after what can be told at once
+    from quickmerge.speculative.bench import PLAIN, DraftArm, prepare, prompt_ids, write
+    from quickmerge.terminal import Terminal
+
     arm = DraftArm(drafter_name(drafter), load_drafter(drafter), nodes)
     lm, tokenizer = load_writer(name)
     alone, errors = Alone.writing(lm, tokenizer), Terminal(stderr=True)

@@ -17,6 +17,7 @@ from quickmerge.errors import (
     QuickmergeError,
     UnknownModelError,
     UnsupportedModelError,
+    door,
     first_sentence,
     near_match,
     number_at_least,
@@ -132,10 +133,7 @@ def _read(name: str, path: Path, pattern: str | None) -> PreTrainedTokenizerBase
     from transformers import AutoTokenizer
 
     if path.is_file():
-        check_regular(path, TEXT_BYTES)
-        if _is_json(path):
-            return _read_json(path)
-        return tiktoken_tokenizer(path, pattern=pattern) if _is_tiktoken(path) else sentencepiece_tokenizer(path)
+        return _read_file(path, pattern)
     if not path.is_dir():
         path = hub_folder(name, weights=False)
     check_files(path)
@@ -143,7 +141,7 @@ def _read(name: str, path: Path, pattern: str | None) -> PreTrainedTokenizerBase
         tokenizer: PreTrainedTokenizerBase = tried(AutoTokenizer.from_pretrained(str(path), trust_remote_code=False))
     except Exception as error:  # transformers raises whatever its parsers raise
         if path.is_dir() and (path / "tokenizer.json").is_file():
-            return _read_json(path / "tokenizer.json")
+            return _read_file(path / "tokenizer.json", None)
         if path.is_dir():
             raise UnsupportedModelError(f"{path} has no usable tokenizer ({first_sentence(error)})") from error
         raise UnknownModelError(
@@ -151,6 +149,16 @@ def _read(name: str, path: Path, pattern: str | None) -> PreTrainedTokenizerBase
             f"check the id and the connection, or give {ALLOWED}"
         ) from error
     return tokenizer
+
+
+def _read_file(path: Path, pattern: str | None) -> PreTrainedTokenizerBase:
+    check_regular(path, TEXT_BYTES)
+    with door(f"{path} holds no usable tokenizer", UnsupportedModelError):
+        if _is_json(path):
+            return tried(_read_json(path))
+        if _is_tiktoken(path):
+            return tried(tiktoken_tokenizer(path, pattern=pattern))
+        return tried(sentencepiece_tokenizer(path))
 
 
 def _read_json(path: Path) -> PreTrainedTokenizerBase:

@@ -30,6 +30,20 @@ def is_vlm(name: str) -> bool:
     return kind in image_text_names()
 
 
+def check_vlm(name: str, images: int, prompt: str) -> None:
+    """As `check_model`, for a model that is asked about so many images."""
+    from quickmerge.models.chat import try_folder
+    from quickmerge.models.embedded import MODELS, VISION_MODELS
+    from quickmerge.models.load import find_model
+    from quickmerge.models.load_vision import question_on
+
+    if name in MODELS or name in VISION_MODELS:
+        return  # load_vlm says what they are
+    found = Path(find_model(name, {}))
+    if found.is_dir():
+        try_folder(found, question_on([None] * images, prompt))
+
+
 def load_vlm(name: str) -> tuple[Any, Any]:
     """Model and processor, the libraries' own chatter kept quiet."""
     from quickmerge.models.load_vision import load_vlm as load
@@ -77,15 +91,17 @@ def generate_image(
     json: Path | None,
 ) -> None:
     """Print the answer, and on stderr what was read and what it cost."""
-    from quickmerge.datasets.images import open_image
-    from quickmerge.merge.bench.answer import answer_images, clamped
-
     if model is None:
         raise QuickmergeError(
             "--model must be a vision-language model with --image, such as train vlm writes, got none"
         )
     check_text("--prompt", prompt)
     check_output(json)
+    check_vlm(model, len(images), prompt)
+    # what takes seconds to import comes after what can be told at once
+    from quickmerge.datasets.images import open_image
+    from quickmerge.merge.bench.answer import answer_images, clamped
+
     method = parse_reducer(reducer, parse_budget(keep, tokens, KEEP), "visual")
     depth = parse_layer(layer)
     pictures = [open_image(path) for path in images]
