@@ -24,13 +24,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from quickmerge.errors import QuickmergeError
 from quickmerge.models import cache_folder
 from quickmerge.models.download import replacing_folder, writable
-from quickmerge.models.smollm2 import NAME, prepare
+from quickmerge.models.embedded import EMBEDDED
 
 PER_KIND = 12
 MIN_TOKENS = 1300
 MAX_CHARACTERS = 40_000
 ENOUGH = 20
 MANIFEST = "manifest.json"
+TOKENIZER = "smollm2-135m"
 SAY = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -57,7 +58,7 @@ def gather(out: Path) -> int:
     with replacing_folder(out) as work:
         documents, missing = choose(count_tokens)
         entries = [write(document, tokens, work) for document, tokens in documents]
-        manifest = {"tokenizer": NAME, "complete": not missing, "missing": missing, "documents": entries}
+        manifest = {"tokenizer": TOKENIZER, "complete": not missing, "missing": missing, "documents": entries}
         (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if out.exists():  # an earlier, incomplete one
             shutil.rmtree(out)
@@ -86,7 +87,7 @@ def token_counter() -> Any:
     """A function from a text to its number of SmolLM2 tokens."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(prepare(cache_folder()))
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED[TOKENIZER].prepare(cache_folder()))
     # the Rust tokenizer behind it does not warn about texts beyond the model's context
     return lambda text: len(tokenizer.backend_tokenizer.encode(text).ids)
 

@@ -28,8 +28,9 @@ from quickmerge.datasets import Passages
 from quickmerge.errors import QuickmergeError
 from quickmerge.models import cache_folder
 from quickmerge.models.download import replacing_folder, writable
-from quickmerge.models.smollm2 import NAME, prepare
+from quickmerge.models.embedded import EMBEDDED
 
+TOKENIZER = "smollm2-135m"
 PER_KIND = 1_600_000
 ENOUGH = 1_200_000
 MOST_CODE = 20_000
@@ -69,7 +70,7 @@ def gather(out: Path, documents: Path) -> int:
         chosen, missing, dropped = choose(documents)
         entries = [write(document, tokens, work) for document, tokens in chosen]
         manifest = {
-            "tokenizer": NAME,
+            "tokenizer": TOKENIZER,
             "complete": not missing,
             "missing": missing,
             "held_out": held_out,
@@ -147,7 +148,7 @@ def tokenizer() -> Callable[[str], list[int]]:
     """A function from a text to its SmolLM2 token ids."""
     from transformers import AutoTokenizer
 
-    backend = AutoTokenizer.from_pretrained(prepare(cache_folder())).backend_tokenizer
+    backend = AutoTokenizer.from_pretrained(EMBEDDED[TOKENIZER].prepare(cache_folder())).backend_tokenizer
     return lambda text: list(backend.encode(text).ids)
 
 

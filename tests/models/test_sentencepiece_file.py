@@ -10,7 +10,7 @@ import pytest
 from tokenizer_samples import SENTENCES
 
 from quickmerge.errors import UnsupportedModelError
-from quickmerge.models.tokenizers import sentencepiece_tokenizer
+from quickmerge.models.tokenizer_files import sentencepiece_tokenizer
 from quickmerge.transplant.tokens import read_vocabulary
 
 

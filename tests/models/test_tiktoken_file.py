@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.models.tokenizers import read_ranks, tiktoken_tokenizer
+from quickmerge.models.tokenizer_files import read_ranks, tiktoken_tokenizer
 
 # later words are merged from earlier ones, as training leaves them
 WORDS = [b"ab", b"abc", b"cd", b"abcd", b" a", b" ab", "é".encode(), b"dd"]

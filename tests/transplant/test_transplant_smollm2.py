@@ -9,8 +9,7 @@ from transplant_samples import same_bits, tensors
 from quickmerge.data import demo_document
 from quickmerge.errors import FetchError
 from quickmerge.models.download import cache_folder
-from quickmerge.models.embedded import prepare_embedded
-from quickmerge.models.tokenizers import prepare_tokenizer
+from quickmerge.models.embedded import EMBEDDED
 from quickmerge.transplant.api import transplant
 from quickmerge.transplant.quality import measure
 
@@ -21,8 +20,8 @@ BASE, DONOR = "smollm2-135m", "wordllama-l2"
 @pytest.fixture(scope="module")
 def base() -> Path:
     try:
-        prepare_tokenizer(DONOR, cache_folder(), progress=False)
-        return prepare_embedded(BASE, cache_folder(), progress=False)
+        EMBEDDED[DONOR].prepare(cache_folder(), progress=False)
+        return EMBEDDED[BASE].prepare(cache_folder(), progress=False)
     except FetchError as error:
         pytest.skip(f"the weights can't be fetched: {error}")
 

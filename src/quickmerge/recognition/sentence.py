@@ -58,7 +58,7 @@ class SentenceEncoder:
 
         from quickmerge.models.console import transformers_silenced
         from quickmerge.models.download import cache_folder
-        from quickmerge.models.embedded import SENTENCE_MODELS, prepare_embedded
+        from quickmerge.models.embedded import EMBEDDED, SENTENCE_MODELS
         from quickmerge.models.folder import check_files, check_model_folder
         from quickmerge.models.read import first_sentence, read_config, read_weights
         from quickmerge.models.weights import local_path
@@ -68,7 +68,7 @@ class SentenceEncoder:
             raise UnsupportedModelError(
                 f"a sentence encoder is an embedded name ({', '.join(SENTENCE_MODELS)}) or a folder, got {name!r}"
             )
-        source = str(prepare_embedded(name, cache_folder(cache_dir), progress=progress)) if name in SENTENCE_MODELS \
+        source = str(EMBEDDED[name].prepare(cache_folder(cache_dir), progress=progress)) if name in SENTENCE_MODELS \
             else str(local_path("name_or_path", name))  # fmt: skip
         check_files(Path(source))
         with transformers_silenced():

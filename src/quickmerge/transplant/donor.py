@@ -25,11 +25,11 @@ from quickmerge.errors import (
 )
 from quickmerge.models.console import transformers_silenced
 from quickmerge.models.download import cache_folder
-from quickmerge.models.embedded import MODELS, SENTENCE_MODELS, prepare_embedded
+from quickmerge.models.embedded import EMBEDDED, MODELS, SENTENCE_MODELS, TOKENIZERS
 from quickmerge.models.folder import TEXT_BYTES, check_files, check_model_folder
 from quickmerge.models.load import find_model, hub_folder
 from quickmerge.models.read import tried
-from quickmerge.models.tokenizers import TOKENIZERS, prepare_tokenizer, sentencepiece_tokenizer, tiktoken_tokenizer
+from quickmerge.models.tokenizer_files import sentencepiece_tokenizer, tiktoken_tokenizer
 from quickmerge.models.weights import check_regular, local_path
 from quickmerge.transplant.checkpoint import FLOATS, Entry, find_matrices, open_checkpoint, read_entries
 from quickmerge.transplant.settings import of_folder
@@ -67,7 +67,7 @@ def load_tokenizer(
     """Load a tokenizer that the `tokenizers` library runs; no weights are read.
 
     Args:
-        source: an embedded name (a model's, or one of `quickmerge.models.tokenizers.TOKENIZERS`), a folder of a model
+        source: an embedded name (a model's, or one of `quickmerge.models.embedded.TOKENIZERS`), a folder of a model
             or of a tokenizer, a hub id (`"owner/name"`), or a file: a `tokenizer.json`, a SentencePiece
             `tokenizer.model` (needs the package sentencepiece) or one in tiktoken's format.
         pattern: the regular expression of a word, for a tiktoken file, which doesn't hold it; None means that of
@@ -89,10 +89,8 @@ def load_tokenizer(
     """
     name = os.fspath(source)
     path = local_path("tokenizer", name, UnknownModelError) if name else Path()
-    if name in TOKENIZERS:
-        path = prepare_tokenizer(name, cache_folder(cache_dir), progress=progress)
-    elif name in MODELS or name in SENTENCE_MODELS:
-        path = prepare_embedded(name, cache_folder(cache_dir), progress=progress)
+    if name in TOKENIZERS or name in MODELS or name in SENTENCE_MODELS:
+        path = EMBEDDED[name].prepare(cache_folder(cache_dir), progress=progress)
     folder = path if name and path.is_dir() else None
     if folder is not None:
         path = _in_folder(folder)
@@ -215,7 +213,7 @@ def model_folder(name: str | os.PathLike[str], *, progress: bool = True) -> Path
     """
     text = os.fspath(name)
     if text in MODELS or text in SENTENCE_MODELS:
-        return prepare_embedded(text, cache_folder(None), progress=progress)
+        return EMBEDDED[text].prepare(cache_folder(None), progress=progress)
     found = find_model(text)
     if Path(found).is_dir():
         return Path(found)
@@ -403,7 +401,7 @@ def read_donor(donor: str | os.PathLike[str], *, progress: bool = True) -> Donor
     """
     name = os.fspath(donor)
     if name in TOKENIZERS:
-        return _vectors(name, prepare_tokenizer(name, cache_folder(None), progress=progress))
+        return _vectors(name, EMBEDDED[name].prepare(cache_folder(None), progress=progress))
     path = Path(name).expanduser()
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
         return _vectors(name, path)

