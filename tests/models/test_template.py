@@ -84,7 +84,7 @@ def test_one_that_turns_bad_later_is_stopped_too_and_in_threads(
 
 def test_nobody_renders_a_template_past_the_limits() -> None:
     for path in Path(quickmerge.__file__).parent.rglob("*.py"):
-        if path.name != "template.py":
+        if path.relative_to(Path(quickmerge.__file__).parent).as_posix() != "models/chat.py":
             assert ".apply_chat_template(" not in path.read_text(encoding="utf-8"), path
 
 

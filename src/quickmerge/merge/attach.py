@@ -2,30 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Unpack, overload
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.text.block_causal import BlockCausalRun
 from quickmerge.merge.text.causal_lm import reduce_lm
-from quickmerge.merge.text.rows import MIN_TOKENS
+from quickmerge.merge.text.modes import BlockCausal, Mode, ModeSettings, Prefix, as_mode
+from quickmerge.merge.text.prefix import PrefixRun
+from quickmerge.merge.text.run import Run
 from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.removal import Removal
 from quickmerge.merge.vision.timm import reduce_timm
-from quickmerge.merge.vision.vit import reduce_vit
-from quickmerge.merge.visual.vlm import reduce_vlm
+from quickmerge.merge.vision.vit import VisionRun, reduce_vit
+from quickmerge.merge.visual.vlm import VlmRun, reduce_vlm
 from quickmerge.models.attachment import Attachment
 from quickmerge.models.encoder import holds_encoder, holds_timm
 from quickmerge.models.vlm import check_kind, holds_vlm, unwrapped
 
-TEXT_ONLY: dict[str, Any] = {
-    "mode": "prefix", "sinks": 4, "recent": 16, "protect": None, "min_tokens": MIN_TOKENS, "chunk": 128,
-    "window": 64,
-}  # fmt: skip
-"""Settings that a vision transformer has no use for, and what they are where nobody set them."""
+
+@overload
+def reduce(
+    model: PreTrainedModel | nn.Module,
+    reducer: Reducer,
+    layer: int | Sequence[int] | Schedule | None = None,
+    *,
+    mode: Prefix,
+) -> PrefixRun: ...
+
+
+@overload
+def reduce(
+    model: PreTrainedModel | nn.Module,
+    reducer: Reducer,
+    layer: int | None = None,
+    *,
+    mode: BlockCausal,
+) -> BlockCausalRun: ...
+
+
+@overload
+def reduce(
+    model: PreTrainedModel | nn.Module,
+    reducer: Reducer,
+    layer: int | Sequence[int] | Removal | None = None,
+    *,
+    unmerge: Literal[True],
+) -> VisionRun: ...
+
+
+@overload
+def reduce(
+    model: PreTrainedModel | nn.Module,
+    reducer: Reducer,
+    layer: int | Sequence[int] | Schedule | Removal | None = None,
+    *,
+    mode: Mode | str | None = None,
+    unmerge: bool = False,
+    positions: str = "kept",
+    **settings: Unpack[ModeSettings],
+) -> Run | VisionRun | VlmRun: ...
 
 
 def reduce(
@@ -33,15 +73,10 @@ def reduce(
     reducer: Reducer,
     layer: int | Sequence[int] | Schedule | Removal | None = None,
     *,
-    mode: str = "prefix",
-    sinks: int = 4,
-    recent: int = 16,
-    protect: Callable[[Tensor], Tensor] | None = None,
-    min_tokens: int = MIN_TOKENS,
-    chunk: int = 128,
-    window: int = 64,
+    mode: Mode | str | None = None,
     unmerge: bool = False,
     positions: str = "kept",
+    **settings: Unpack[ModeSettings],
 ) -> Any:
     """Make ``model`` read with fewer tokens while the returned run is entered as a context manager.
 
@@ -84,24 +119,15 @@ def reduce(
             vision-language model 0, behind the projector, which is the default; a block 1..L-1 of its language model;
             or a list of these, of which the i-th leaves the share ``keep^i`` of the visual tokens (or what the budget
             says). More tokens than there are asks for all.
-        mode: ``"prefix"`` or ``"block_causal"``; language models only, as are the settings from here to ``window``.
-        sinks: tokens at the start of every sequence that stay alone.
-        recent: in ``prefix`` mode, tokens at the end of every prompt that stay alone; at least 1, since the last
-            one predicts the next token. The last four BOS and EOS tokens of a prompt stay alone too: where a chat
-            template marks turns with them, those are the marks of the last turn.
-        protect: further tokens that stay alone: a function from ``input_ids (B, N)`` to a bool mask ``(B, N)``.
-            ``prefix`` mode only. They come on top of ``keep``, which counts the other tokens alone: a long system
-            prompt that is protected takes nothing from the rest.
-        min_tokens: ``prefix`` mode, rows of a prompt that have fewer tokens are read in full, as are rows all of whose
-            tokens stay alone; the summary says how many. 0 reduces every row that it can.
-        chunk: ``block_causal`` mode, tokens per chunk.
-        window: ``block_causal`` mode, recent tokens that are never merged.
+        mode: language models only: `Prefix` or `BlockCausal` with its settings, or its name, ``"prefix"`` (the default)
+            or ``"block_causal"``.
         unmerge: vision transformers only: give back ``last_hidden_state`` at full length, every patch with the features
             of its slot and zeros where it was dropped; of a model of timm, what ``forward_features`` and
             ``forward_intermediates`` give (the latter needs it).
         positions: vision-language models only, and of no account inside: ``"kept"``, every token keeps the position
             that it had, and the next one gets the one that it would have had; or ``"consecutive"``, as if the prompt
             had been shorter from the first (LLaVA, LLaVA-NeXT, Idefics3 and SmolVLM only).
+        **settings: those of the mode, where it was not given as an object.
 
     Returns:
         A `Run`, a `VisionRun` or a `VlmRun`: enter it with ``with``, or call its ``attach()`` and later ``detach()``;
@@ -112,30 +138,21 @@ def reduce(
         UnsupportedModelError: for a model that can't be served, naming its class.
         QuickmergeError: for a setting out of range; a ValueError, as all of these.
     """
-    text: dict[str, Any] = {
-        "mode": mode,
-        "sinks": sinks,
-        "recent": recent,
-        "protect": protect,
-        "min_tokens": min_tokens,
-        "chunk": chunk,
-        "window": window,
-    }
     model = unwrapped(model)
     check_kind(model)
-    run = _run(model, reducer, layer, text, unmerge=unmerge, positions=positions)
+    run = _run(model, reducer, layer, mode, settings, unmerge=unmerge, positions=positions)
     return run.warn_if_unused("quickmerge.reduce")
 
 
 def _run(
-    model: Any, reducer: Reducer, layer: Any, text: dict[str, Any], *, unmerge: bool, positions: str
+    model: Any, reducer: Reducer, layer: Any, mode: Any, settings: Mapping[str, Any], *, unmerge: bool, positions: str
 ) -> Attachment:
+    given = [*(["mode"] if mode is not None else []), *settings]
     if holds_vlm(model):
-        for name, value in (text | {"unmerge": unmerge}).items():
-            if value != (TEXT_ONLY | {"unmerge": False})[name]:
-                raise QuickmergeError(
-                    f"{name} must be left out for {type(model).__name__}, whose visual tokens are reduced"
-                )
+        for name in [*given, *(["unmerge"] if unmerge else [])]:
+            raise QuickmergeError(
+                f"{name} must be left out for {type(model).__name__}, whose visual tokens are reduced"
+            )
         if isinstance(layer, (Schedule, Removal)):
             raise QuickmergeError(
                 f"layer must be a block or a list of blocks for visual tokens, got a {type(layer).__name__}"
@@ -147,9 +164,8 @@ def _run(
         )
     timm = holds_timm(model)
     if timm or holds_encoder(model):
-        for name, value in text.items():
-            if value != TEXT_ONLY[name]:
-                raise QuickmergeError(f"{name} is for language models and must be left out for {type(model).__name__}")
+        for name in given:
+            raise QuickmergeError(f"{name} is for language models and must be left out for {type(model).__name__}")
         if isinstance(layer, Schedule):
             raise QuickmergeError(
                 "layer must be a block, a list of blocks or a Removal in a vision transformer, got a Schedule"
@@ -161,4 +177,4 @@ def _run(
         raise QuickmergeError(
             "layer must be a block, a list of blocks or a Schedule in a language model, got a Removal"
         )
-    return reduce_lm(model, reducer, layer, **text)
+    return reduce_lm(model, reducer, layer, as_mode(mode, settings))

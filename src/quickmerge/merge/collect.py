@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.merge.attach import reduce
 from quickmerge.merge.reducers import Reducer
 from quickmerge.merge.summary import RunStats, VisionStats
+from quickmerge.merge.text.modes import Prefix
 from quickmerge.merge.tokens.plan import MergePlan
-from quickmerge.merge.vision.vit import encode_frames
+from quickmerge.merge.vision.vit import VisionRun, encode_frames
+from quickmerge.merge.visual.vlm import VlmRun
 from quickmerge.models.load_vision import ask_inputs
 from quickmerge.viz.patchmap import PatchStage
 from quickmerge.viz.tokenmap import TokenCell
@@ -66,7 +68,7 @@ def token_cells(
         QuickmergeError: the text has no tokens.
     """
     ids = torch.tensor([first_tokens(tokenizer, text, limit)], device=model.device)
-    with torch.inference_mode(), reduce(model, reducer, layer, min_tokens=min_tokens) as run:
+    with torch.inference_mode(), reduce(model, reducer, layer, mode=Prefix(min_tokens=min_tokens)) as run:
         model(ids, use_cache=False, logits_to_keep=1)
     plan, protected = run.main_plan, run.protected
     return plan_cells(tokenizer, ids[0], plan, protected), run.summary()
@@ -82,9 +84,11 @@ def patch_stages(
 
     Blocks are counted from 1, as in captions. Those that leave the tokens as they got them are left out.
     """
-    with torch.inference_mode(), reduce(model, reducer, layer) as run:
+    with torch.inference_mode(), cast(VisionRun, reduce(model, reducer, layer)) as run:
         model(pixels)
-    call, stages, before = run.call, [], run.call.tokens
+    call = run.call
+    assert call is not None  # the model has just run
+    stages, before = [], call.tokens
     for block in range(len(call.widths)):
         level = call.levels[block + 1]
         if level is None or level.size.shape[1] == before:
@@ -145,7 +149,7 @@ def visual_stage(
         QuickmergeError: the image's tokens form no grid, as those of several crops put together.
     """
     inputs = ask_inputs(processor, [photo], prompt).to(model.device, model.dtype)
-    with torch.inference_mode(), reduce(model, reducer, layer) as run:
+    with torch.inference_mode(), cast(VlmRun, reduce(model, reducer, layer)) as run:
         model(**inputs)
     last = run.images[-1]
     if last.grid is None:

@@ -17,7 +17,7 @@ from quickmerge.merge.attach import reduce
 from quickmerge.merge.observe import observe
 from quickmerge.merge.reducers import Reducer
 from quickmerge.merge.summary import RunStats
-from quickmerge.merge.text.rows import MIN_TOKENS
+from quickmerge.merge.text.modes import MIN_TOKENS, Prefix
 from quickmerge.merge.text.run import Run
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.models.chat import document_chat
@@ -80,7 +80,8 @@ def answer(
 
     run: Run = observe(model)
     if reducer is not None:
-        run = reduce(model, reducer, layer, protect=protect, recent=1 if document else 16, min_tokens=min_tokens)
+        mode = Prefix(protect=protect, recent=1 if document else 16, min_tokens=min_tokens)
+        run = reduce(model, reducer, layer, mode=mode)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     text, seconds = respond(
         model, tokenizer, inputs, run if attention is None else _inside(run, attention), max_new_tokens=max_new_tokens,

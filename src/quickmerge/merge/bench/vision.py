@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -135,7 +135,7 @@ def arms(
 
 
 def _attach(model: Any, reducer: Reducer, layer: Any) -> Callable[[], VisionRun]:
-    return lambda: reduce(model, reducer, layer)
+    return lambda: cast("VisionRun", reduce(model, reducer, layer))
 
 
 def _smaller(shape: Any, encoder: Encoder, ratio: float, pixels: Tensor, prefix: int) -> int:

@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.text.modes import BlockCausal
 from quickmerge.merge.text.rows import check_one_text
 from quickmerge.merge.text.run import Run
 from quickmerge.merge.tokens.budget import ReadingBudget
@@ -210,9 +211,9 @@ class BlockCausalRun(Run):
     mode = "block_causal"
     _layers: PerThread[dict[int, ChunkedLayer]] = PerThread(dict)
 
-    def __init__(self, decoder: Decoder, reducer: Reducer, first: int, *, sinks: int, chunk: int, window: int) -> None:
+    def __init__(self, decoder: Decoder, reducer: Reducer, first: int, mode: BlockCausal) -> None:
         super().__init__(decoder, reducer)
-        self.rules = Rules(reducer, sinks, chunk, window)
+        self.rules = Rules(reducer, mode.sinks, mode.chunk, mode.window)
         self.merged = tuple(i for i in range(first, len(decoder)) if decoder.windows[i] is None)
         if not self.merged:
             raise QuickmergeError(f"layer {first} and above hold sliding-window attention only, nothing to merge")

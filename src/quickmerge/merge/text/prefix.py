@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from quickmerge.errors import QuickmergeError, whole_number
+from quickmerge.errors import QuickmergeError
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.text.merged_cache import (
     PromptState,
@@ -30,6 +30,7 @@ from quickmerge.merge.text.merged_cache import (
     rows_in,
     state_of,
 )
+from quickmerge.merge.text.modes import Prefix
 from quickmerge.merge.text.rows import check_one_text, check_padding, plan_rows, protection, special_tokens
 from quickmerge.merge.text.run import Run
 from quickmerge.merge.tokens.budget import Schedule
@@ -116,22 +117,16 @@ class PrefixRun(Run):
     _generating = PerThread(bool)
 
     def __init__(
-        self,
-        decoder: Decoder,
-        reducer: Reducer,
-        schedule: Schedule | None,
-        *,
-        sinks: int = 0,
-        recent: int = 0,
-        protect: Callable[[Tensor], Tensor] | None = None,
-        min_tokens: int = 0,
+        self, decoder: Decoder, reducer: Reducer, schedule: Schedule | None, mode: Prefix | None = None
     ) -> None:
         super().__init__(decoder, reducer)
-        min_tokens = whole_number("min_tokens", min_tokens, 0)
         self.schedule = schedule
         stages = [] if schedule is None else schedule.stages(reducer.keep, len(decoder))
         self.stages = {s.layer: s.keep for s in stages}
-        self.sinks, self.recent, self.protect, self.min_tokens = sinks, recent, protect, min_tokens
+        # Without settings, as for visual tokens, nothing stays alone for where it stands.
+        self.sinks, self.recent, self.protect, self.min_tokens = (
+            (0, 0, None, 0) if mode is None else (mode.sinks, mode.recent, mode.protect, mode.min_tokens)
+        )
         self._latest = Reading()
         self._head = inspect.signature(decoder.model.forward)
 

@@ -85,9 +85,6 @@ def _rank(mask: Tensor) -> Tensor:
 # Prompts of a batch: what they must look like, and planning for some rows while the others stay whole.
 
 
-MIN_TOKENS = 256
-"""Rows of a prompt that have fewer tokens are read in full, unless somebody says otherwise."""
-
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """Arguments by which a batch says that its rows hold several texts."""
 
