@@ -188,7 +188,9 @@ def test_saved_and_loaded_it_is_the_same(tmp_path) -> None:
         reduce(model, two, Removal(2))
 
 
-@pytest.mark.parametrize("damage", ["cut", "nan", "kind", "width", "stages", "layers", "json", "missing"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "nan", "kind", "width", "stages", "layers", "trained_for", "json", "missing"]
+)
 def test_damaged_folders_are_told_in_one_sentence(damage: str, tmp_path) -> None:
     made = predictors()
     if damage == "nan":
@@ -196,7 +198,7 @@ def test_damaged_folders_are_told_in_one_sentence(damage: str, tmp_path) -> None
     DynamicViT(0.6, made).save_pretrained(tmp_path)
     config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
     read = json.loads(config.read_text())
-    changes = {"kind": "other", "width": 12, "stages": 2, "layers": [3]}
+    changes = {"kind": "other", "width": 12, "stages": 2, "layers": [3], "trained_for": [[]]}
     if damage in changes:
         config.write_text(json.dumps({**read, damage: changes[damage]}))
     elif damage == "cut":

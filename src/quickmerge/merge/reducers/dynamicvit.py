@@ -83,7 +83,8 @@ class DynamicViT(Reducer):
         trained_for: the model that they were trained for: ``hash`` of its weights and its name, ``model``.
 
     Raises:
-        ValueError: for predictors that are none, or not as many as there are layers.
+        ValueError: for predictors that are none, or not as many as there are layers, or a ``trained_for`` that is no
+            mapping.
     """
 
     keep: Any = 0.7
@@ -103,6 +104,8 @@ class DynamicViT(Reducer):
                 f"predictors must be an nn.ModuleList of trained Predictors, as DynamicViT.from_pretrained(folder) "
                 f"loads them, got {type(given).__name__}"
             )
+        if not isinstance(self.trained_for, Mapping):
+            raise ValueError(f"trained_for must be a mapping, got {self.trained_for!r:.200}")
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(whole_number("layers", each, 0) for each in self.layers))
             rising = all(a < b for a, b in pairwise(self.layers))
