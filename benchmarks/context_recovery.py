@@ -17,7 +17,7 @@ REDUCERS = "quickmerge,attention,tome,topnorm,uniform,truncate,random"
 
 
 def main() -> int:
-    """Run ``quickmerge bench`` over the test split, as a user would."""
+    """Run ``quickmerge bench text`` over the test split, as a user would."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--documents", type=Path, default=None, help="folder that documents.py filled")
     parser.add_argument("--split", default="test", choices=["test", "dev"])
@@ -32,8 +32,8 @@ def main() -> int:
     if len(files) < 20:
         print(f"{folder / args.split} holds {len(files)} documents, 20 are needed: run documents.py", file=sys.stderr)
         return 2
-    command = [sys.executable, "-c", "from quickmerge.cli import main; main()", "bench", "--model", args.model,
-               "--text", *files, "--reducer", args.reducer, "--keep", args.keep, "--json", str(args.out)]  # fmt: skip
+    command = [sys.executable, "-c", "from quickmerge.cli import main; main()", "bench", "text", "--model", args.model,
+               *files, "--reducer", args.reducer, "--keep", args.keep, "--json", str(args.out)]  # fmt: skip
     if args.layer:
         command += ["--layer", args.layer]
     return subprocess.run(command, check=False).returncode

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> int:
-    """Run ``quickmerge bench --prior`` over the test split, as a user would."""
+    """Run ``quickmerge bench text --prior`` over the test split, as a user would."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--documents", type=Path, default=None, help="folder that documents.py filled")
     parser.add_argument("--split", default="test", choices=["test", "dev"])
@@ -30,7 +30,7 @@ def main() -> int:
     if len(files) < 20:
         print(f"{folder / args.split} holds {len(files)} documents, 20 are needed: run documents.py", file=sys.stderr)
         return 2
-    command = [sys.executable, "-c", "from quickmerge.cli import main; main()", "bench", "--text", *files,
+    command = [sys.executable, "-c", "from quickmerge.cli import main; main()", "bench", "text", *files,
                "--reducer", args.reducer, "--keep", args.keep, "--prior", args.prior,
                "--json", str(args.out)]  # fmt: skip
     return subprocess.run(command, check=False).returncode

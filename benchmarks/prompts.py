@@ -25,7 +25,7 @@ COUNT = 96
 
 
 def main() -> int:
-    """Write the prompts as JSON lines, for ``quickmerge bench --prompts``."""
+    """Write the prompts as JSON lines, for ``quickmerge bench decode --prompts``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=Path, help="the benchmark documents (default: those in the cache folder)")
     parser.add_argument("--count", type=int, default=COUNT)

@@ -56,14 +56,20 @@ def test_the_readme_s_visual_tokens_and_recognition_run(tmp_path: Path, monkeypa
     assert len(names["recognizer"].recognize(names["recognizer"].prepare(names["images"]))) == 2
 
 
-def test_the_readme_names_commands_that_exist() -> None:
+def test_the_readme_names_commands_and_options_that_exist() -> None:
+    from typer.main import get_command
+
     from quickmerge.cli import app
 
-    text = README.read_text(encoding="utf-8")
-    known = {str(c.name) for c in app.registered_commands} | {str(g.typer_instance.info.name) for g in
-                                                               app.registered_groups if g.typer_instance}  # fmt: skip
-    used = set(re.findall(r"^quickmerge (\w+)", text, flags=re.M))
-    assert used and used <= known
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    lines = re.findall(r"^quickmerge (.+)", text := README.read_text(encoding="utf-8"), flags=re.M)
+    assert len(lines) > 20
+    for line in lines:
+        first, second, *_ = [*line.split(), ""]
+        found = commands[first]
+        found = found.commands[second] if hasattr(found, "commands") else found
+        known = {option for param in found.params for option in (*param.opts, *param.secondary_opts)}
+        assert set(re.findall(r"(?<= )--[\w-]+", line)) <= known, line
     makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"`make (\w+)`", text):
         assert f"\n{target}:" in makefile

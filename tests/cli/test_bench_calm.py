@@ -27,7 +27,7 @@ def documents(tmp_path: Path) -> list[Path]:
 def test_models_are_set_beside_the_ordinary_one(run, folders, documents, tmp_path: Path) -> None:
     data = tmp_path / "b.json"
     code, out, err = run(
-        "bench", "--model", f"{folders['two']},k4={folders['four']},{folders['plain']}", "--text", *documents,
+        "bench", "calm", "--model", f"{folders['two']},k4={folders['four']},{folders['plain']}", "--text", *documents,
         "--context", 48, "--limit", 6, "--samples", 4, "--batch", "1,3", "--max-new-tokens", 6, "--rounds", 2,
         "--temperature", "1,0.5", "--out", tmp_path / "out", "--json", data,
     )  # fmt: skip
@@ -51,11 +51,11 @@ def test_models_are_set_beside_the_ordinary_one(run, folders, documents, tmp_pat
 def test_without_a_batch_nothing_is_timed(run, folders, documents, tmp_path: Path) -> None:
     data = tmp_path / "b.json"
     common = ["--text", documents[0], "--context", 48, "--limit", 4, "--samples", 3, "--batch", ""]
-    code, _, err = run("bench", "--model", folders["four"], *common, "--json", data)
+    code, _, err = run("bench", "calm", "--model", folders["four"], *common, "--json", data)
     assert code == 0, err
     first = json.loads(data.read_text())
     assert first["speeds"] == [] and first["temperatures"] == []
-    run("bench", "--model", folders["four"], *common, "--json", data)
+    run("bench", "calm", "--model", folders["four"], *common, "--json", data)
     assert json.loads(data.read_text())["rows"] == first["rows"], "the same seed gives the same draws"
 
 
@@ -68,16 +68,22 @@ def test_what_does_not_fit_is_told(run, folders, documents, tmp_path: Path) -> N
     tokenizer["model"]["unk_token"] = "xw1"
     (folders["plain"] / "tokenizer.json").write_text(json.dumps(tokenizer))
     cases = [
-        (["--model", four], "give held-out texts to measure a CALM on with --text"),
-        (["--model", four, *text, "--keep", "0.5"], "--keep can't be used with a CALM"),
+        (["--model", four], "Missing argument 'FILES'"),
+        (
+            ["--model", four, *text, "--keep", "0.5"],
+            "quickmerge bench calm has no option --keep: it belongs to quickmerge bench text",
+        ),
         (["--model", f"{four},{four}", *text], "a name of its own"),
         (["--model", f"{four},{folders['plain']}", *text], "plain has another than four"),
         (["--model", four, *text, "--batch", "0"], "--batch must be whole numbers of at least 1"),
         (["--model", four, *text, "--temperature", "2"], r"temperature must be a number in (0, 1]"),
         (["--model", four, *text, "--temperature", "hot"], r"--temperature must be numbers in (0, 1]"),
         (["--model", four, *text, "--context", "8"], "texts must hold a document of at least"),
-        (["--model", "smollm2-135m", *text, "--samples", "4"], "--samples is for CALMs"),
+        (
+            ["--model", "smollm2-135m", *text],
+            "--model must name at least one CALM (a folder of train calm), got smollm2",
+        ),
     ]
     for given, words in cases:
-        code, _, err = run("bench", *given)
+        code, _, err = run("bench", "calm", *given)
         assert code == 2 and words in " ".join(err.split()), (given, err)

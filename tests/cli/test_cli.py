@@ -13,7 +13,13 @@ import torch
 
 from quickmerge.cli import app
 
-COMMANDS = ["demo", "generate", "bench", "show", "recognize", "transplant", "plan", "ls"]
+COMMANDS = ["demo", "recognize", "transplant", "plan", "ls"]
+CHOICES = {
+    "generate": ["text", "image", "calm"], "bench": ["text", "image", "vlm", "decode", "calm"],
+    "show": ["text", "image", "video"],
+    "train": ["prior", "classifier", "dynamicvit", "gumiho", "recognizer", "vlm", "calm"],
+}  # fmt: skip
+ALL = [*COMMANDS, *(f"{name} {sub}" for name, subs in CHOICES.items() for sub in subs)]
 
 
 @pytest.fixture
@@ -23,14 +29,52 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_command_has_help_with_an_example(run) -> None:
-    code, out, _ = run("train", "prior", "--help")
-    assert code == 0 and "Example: quickmerge train prior" in re.sub(r"\s+", " ", out)
-    assert {c.callback.__name__ for c in app.registered_commands} == set(COMMANDS)
-    for command in COMMANDS:
-        code, out, _ = run(command, "--help")
-        assert code == 0 and "Example: quickmerge " + command in re.sub(r"\s+", " ", out)
-        assert "--json" in out
+def test_the_list_of_commands_is_whole() -> None:
+    from typer.main import get_command
+
+    found = get_command(app).commands
+    groups = {name: list(one.commands) for name, one in found.items() if hasattr(one, "commands")}
+    assert groups == CHOICES and set(found) == {*COMMANDS, *CHOICES}
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_every_command_has_help_with_an_example(run, monkeypatch, command: str) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0 and f"Example: quickmerge {command}" in re.sub(r"\s+", " ", out)
+    assert ("--out" if command.startswith("train") else "--json") in out
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["bench", "--keep", "x"], "bench text"), (["bench", "--image", "x"], "bench image"),
+        (["bench", "--rounds", "3", "--drafter", "x", "--image=x"], "bench decode"),
+        (["generate", "--keep", "x"], "generate text"), (["generate", "--keep", ".4", "--image=a"], "generate image"),
+        (["show", "--video", "x", "--image", "y"], "show video"), (["show", "--frames", "3"], "show text"),
+    ],
+)  # fmt: skip
+def test_options_without_a_sub_command_mean_one(run, given: list[str], meant: str) -> None:
+    code, out, err = run(*given, "--no-such-thing")
+    assert code == 2 and out == "" and f"quickmerge {meant}" in err and err.count("\n") == 1, err
+
+
+def test_an_argument_may_be_written_as_an_option(run, tiny_folder, text) -> None:
+    given = ["--model", tiny_folder, "--limit", "40", "--layer", "1"]
+    ways = [["text", text, *given], ["text", *given, "--file", text], [*given, f"--file={text}"], [*given, "--", text]]
+    ends = [run("show", *way)[:2] for way in ways]
+    assert ends[0][0] == 0 and ends.count(ends[0]) == 4
+    code, _, err = run("show", "--file", "--limit", "40")
+    assert code == 2 and err == "quickmerge: --file must be followed by a value, got none\n"
+
+
+def test_a_sub_command_is_asked_for_where_nothing_says_which(run) -> None:
+    for name in ("generate", "bench", "show"):
+        code, _, err = run(name)
+        told = f"quickmerge: Name what is meant: quickmerge {name} {' or '.join(CHOICES[name])}"
+        assert code == 2 and err == f"{told} (see quickmerge {name} --help)\n"
+    code, _, err = run("bench", "txet")
+    assert code == 2 and "No such command 'txet'. Did you mean 'text'?" in err
 
 
 def test_plan_counts_before_running(run, tiny_folder, tmp_path) -> None:
@@ -118,14 +162,15 @@ def wrong(tmp_path: Path, folder: Path, text: Path) -> dict[str, tuple[list[obje
         "folder": ([*show, "--file", tmp_path], "got a folder"),
         "missing": ([*show, "--file", tmp_path / "nowhere.txt"], "can't be read"),
         "short document": ([*bench, "--text", tmp_path / "short.txt"], "at least 1000 tokens to be measured, got 2"),
-        "both": ([*show, "--file", text, "--text", "sea"], "got --file and --text"),
+        "both": ([*show, "--file", text, "--text", "sea"], "give either a file or --text, got both"),
+        "neither": (show, "give either a file or --text, got neither"),
         "picture": ([*show, "--file", text, "--picture", "m.gif"], ".png or .svg"),
         "unwritable": (["ls", "--json", text / "x.json"], "can't be written"),
     }
 
 
 CASES = """keep above,keep zero,keep word,layer,layer word,reducer,model,empty,binary,zero byte,folder,missing,
-short document,both,picture,unwritable""".replace("\n", "").split(",")
+short document,both,neither,picture,unwritable""".replace("\n", "").split(",")
 
 
 def test_the_list_of_cases_is_whole(tiny_folder, text, tmp_path) -> None:
@@ -177,8 +222,8 @@ def test_a_template_without_end_is_refused_before_torch_is_imported(way: str, ti
     code = """
 import sys
 from quickmerge import cli
-from quickmerge.models import template
-template.SECONDS = 0.5
+from quickmerge.models import chat
+chat.SECONDS = 0.5
 try:
     cli.main()
 finally:

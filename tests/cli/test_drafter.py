@@ -1,4 +1,4 @@
-"""``quickmerge generate --drafter`` and ``quickmerge bench --drafter`` on a tiny model, and all that can be wrong."""
+"""``quickmerge generate text --drafter`` and ``quickmerge bench decode`` on a tiny model, and what can be wrong."""
 
 from __future__ import annotations
 
@@ -148,24 +148,24 @@ def wrong(tmp_path: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
         "width": ([*generate, "--drafter", tmp_path / "others"], "64 features in its last hidden state.* with 32"),
         "setting": ([*generate, "--drafter", "lookup:ngrams=2"], r"ngram, length, got 'ngrams' \(did you mean 'ngram'"),
         "setting value": ([*generate, "--drafter", "lookup:ngram=0"], "ngram must be a whole number"),
-        "image": ([*lookup, "--image", "a.png"], "--image has no meaning with --drafter"),
-        "keep": ([*lookup, "--keep", "0.4"], "--keep has no meaning with --drafter"),
-        "reducer": ([*lookup, "--reducer", "tome"], "--reducer has no meaning with --drafter"),
-        "layer": ([*lookup, "--layer", "1"], "--layer has no meaning with --drafter"),
-        "attention": ([*lookup, "--attention", "multipole"], "--attention has no meaning with --drafter"),
-        "prior": ([*lookup, "--prior", "smollm2-135m"], "--prior has no meaning with --drafter"),
+        "image": ([*lookup, "--image", "a.png"], "no option --drafter: it belongs to quickmerge generate text"),
+        "keep": ([*lookup, "--keep", "0.4"], "--keep can't be used with --drafter"),
+        "reducer": ([*lookup, "--reducer", "tome"], "--reducer can't be used with --drafter"),
+        "layer": ([*lookup, "--layer", "1"], "--layer can't be used with --drafter"),
+        "attention": ([*lookup, "--attention", "multipole"], "--attention can't be used with --drafter"),
+        "prior": ([*lookup, "--prior", "smollm2-135m"], "--prior can't be used with --drafter"),
         "tree word": ([*lookup, "--tree", "big"], "--tree must be auto or a whole number of at least 1, got 'big'"),
         "tree zero": ([*lookup, "--tree", "0"], "--tree must be auto or a whole number of at least 1, got '0'"),
         "tree alone": ([*generate, "--tree", "4"], "--tree is for drafted tokens: give --drafter too"),
         "temperature": ([*lookup, "--sample", "--temperature", "0"], "--temperature must be above 0 with --sample"),
         "empty prompt": (["generate", "--drafter", "lookup", "--prompt", " "], "--prompt must hold some text"),
-        "bench text": ([*drafters, "--text", "a.txt"], "--text can't be used with --drafter"),
-        "bench rounds": ([*drafters, "--rounds", "3"], "--rounds can't be used with --drafter"),
+        "bench text": ([*drafters, "--text", "a.txt"], "no option --text: it belongs to quickmerge bench text"),
+        "bench rounds": ([*drafters, "--rounds", "3"], "quickmerge bench decode has no option --rounds: it belongs to"),
         "bench twice": ([*drafters[:-1], "lookup,lookup"], "a name of its own, got 'lookup' for two ways"),
         "bench prompts": ([*drafters, "--prompts", tmp_path / "bad.jsonl"], 'must hold an object such as {"prompt"'),
         "bench temperature": ([*drafters, "--temperature", "hot"], "--temperature must be numbers"),
         "bench minus": ([*drafters, "--temperature", "-1"], "--temperature must be a number of at least 0.0001"),
-        "bench alone": (["bench", "--prompts", "a.jsonl"], "--prompts is for drafters: give --drafter too"),
+        "bench alone": (["bench", "--prompts", "a.jsonl"], "no option --prompts: it belongs to quickmerge bench dec"),
     }  # fmt: skip
 
 

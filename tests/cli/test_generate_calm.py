@@ -1,4 +1,4 @@
-"""``quickmerge generate`` with the folder of a CALM."""
+"""``quickmerge generate calm``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 def test_it_goes_on_with_a_text(run, folder, tmp_path) -> None:
     (tmp_path / "a.txt").write_text("w3 w4 w5", encoding="utf-8")
     options = ["--prompt", "w6 w7", "--max-new-tokens", "7", "--seed", "2", "--json", tmp_path / "g.json"]
-    code, out, err = run("generate", "--model", folder, "--file", tmp_path / "a.txt", *options)
+    code, out, err = run("generate", "calm", "--model", folder, "--file", tmp_path / "a.txt", *options)
     assert code == 0, err
     data = json.loads((tmp_path / "g.json").read_text())
     assert out.startswith("w3 w4 w5\n\nw6 w7") and data["prompt_tokens"] == 5
@@ -35,12 +35,12 @@ def test_it_goes_on_with_a_text(run, folder, tmp_path) -> None:
     ids = tokenizer("w3 w4 w5\n\nw6 w7", return_tensors="pt")["input_ids"]
     want = tokenizer.decode(model.generate(ids, max_new_tokens=7, seed=2)[0, 5:], skip_special_tokens=True)
     assert data["text"] == want and out.rstrip().endswith(want.strip())
-    assert run("generate", "--model", folder, "--file", tmp_path / "a.txt", *options)[1] == out
+    assert run("generate", "calm", "--model", folder, "--file", tmp_path / "a.txt", *options)[1] == out
 
 
 def test_at_a_temperature(run, folder) -> None:
     for method in ([], ["--temperature-method", "batch:20"], ["--temperature-method", "exact"]):
-        code, out, err = run("generate", "--model", folder, "--prompt", "w6 w7", "--max-new-tokens", "6",
+        code, out, err = run("generate", "calm", "--model", folder, "--prompt", "w6 w7", "--max-new-tokens", "6",
                              "--temperature", "0.5", *method)  # fmt: skip
         assert code == 0 and out.startswith("w6 w7"), err
 
@@ -56,21 +56,23 @@ def test_at_a_temperature(run, folder) -> None:
         (["--temperature-method", "batch"], "--temperature-method is for a temperature below 1"),
         (["--temperature", "0.5", "--temperature-method", "btach"], "got 'btach' (did you mean 'batch'?)"),
         (["--temperature", "0.5", "--temperature-method", "batch:0"], "with a whole number N of at least 1"),
-        (["--keep", "0.5"], "--keep has no meaning with a CALM: leave it out"),
-        (["--compare"], "--compare has no meaning with a CALM: leave it out"),
-        (["--drafter", "lookup"], "--drafter has no meaning with a CALM: leave it out"),
+        (["--keep", "0.5"], "calm has no option --keep: it belongs to quickmerge generate text and quickmerge gen"),
+        (["--compare"], "quickmerge generate calm has no option --compare: it belongs to"),
+        (["--drafter", "lookup"], "quickmerge generate calm has no option --drafter: it belongs to"),
         (["--max-new-tokens", "4000"], "the backbone reads at most 64"),
         (["--seed", "-1"], "seed must be a whole number of at least 0, got -1"),
     ],
 )
 def test_wrong_options_are_one_sentence(run, folder, options: list[str], message: str) -> None:
-    code, _, err = run("generate", "--model", folder, "--prompt", "w6", *options)
+    code, _, err = run("generate", "calm", "--model", folder, "--prompt", "w6", *options)
     assert code == 2 and message in " ".join(err.split()) and "Traceback" not in err, err
 
 
-def test_other_models_have_no_temperature_method(run, tiny_folder) -> None:
+def test_the_right_sub_command_is_named(run, folder, tiny_folder) -> None:
     code, _, err = run("generate", "--model", tiny_folder, "--prompt", "sea", "--temperature-method", "batch")
-    assert code == 2 and "--temperature-method is for a CALM: give the folder of one as --model" in err
+    assert code == 2 and "has no option --temperature-method: it belongs to quickmerge generate calm" in err
+    code, _, err = run("generate", "--model", folder, "--prompt", "w6")
+    assert code == 2 and "is a CALM: let it write with quickmerge generate calm" in err
 
 
 def test_folders_are_told_apart_and_damage_is_told(folder, tiny_folder, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""``quickmerge generate --attention multipole``."""
+"""``quickmerge generate text --attention multipole``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from quickmerge.cli.generate_multipole import parse_attention
 from quickmerge.errors import QuickmergeError
 from quickmerge.multipole import Multipole
+from quickmerge.multipole.cli import parse_attention
 
 FAST = ["--max-new-tokens", "6", "--prompt", "sea the sea"]
 
@@ -89,8 +89,14 @@ def test_a_short_text_is_read_exactly(run, tiny_folder) -> None:
         (["--attention", "multipole:space=window"], r"space must be one of rotated, windowed, got 'window'"),
         (["--attention", "multipole:first=2"], "first must be at most 1, the last block of LlamaForCausalLM"),
         (["--budget", "4"], "--budget is for multipole attention: give --attention multipole too"),
-        (["--attention", "multipole", "--drafter", "lookup"], "--attention has no meaning with --drafter"),
-        (["--attention", "multipole", "--image", "a.png"], "--attention has no meaning with --image"),
+        (
+            ["--attention", "multipole", "--drafter", "lookup"],
+            "--attention can't be used with --drafter, which reads every token: leave it out",
+        ),
+        (
+            ["--attention", "multipole", "--image", "a.png"],
+            "generate image has no option --attention: it belongs to quickmerge generate text",
+        ),
         (["--attention", "multipole", "--keep", "2"], r"--keep must be a number in \(0, 1\], got 2"),
     ],
 )

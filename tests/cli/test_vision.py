@@ -1,4 +1,4 @@
-"""``quickmerge show`` and ``bench`` for images and videos."""
+"""``quickmerge show image``, ``show video`` and ``bench image``."""
 
 from __future__ import annotations
 
@@ -82,7 +82,20 @@ def test_show_paints_a_video(run, tiny: Path, clip: Path, tmp_path: Path) -> Non
 
 def test_bench_measures_features_and_labels(run, tiny: Path, classifier: Path, photos: Path, tmp_path: Path) -> None:
     data, report = tmp_path / "b.json", tmp_path / "report"
-    common = ["--reducer", "tome,random", "--keep", "0.7", "--limit", 6, "--rounds", 2, "--json", data, "--out", report]
+    common = [
+        "--reducer",
+        "tome,random",
+        "--flops",
+        "0.7",
+        "--limit",
+        6,
+        "--rounds",
+        2,
+        "--json",
+        data,
+        "--out",
+        report,
+    ]
     code, out, err = run("bench", "--image", photos, "--model", tiny, *common)
     assert code == 0, err
     rows = json.loads(data.read_text())["rows"]
@@ -104,7 +117,11 @@ def test_bench_measures_features_and_labels(run, tiny: Path, classifier: Path, p
         ("show", ["--image", "PHOTO", "--remove", "3", "--layer", "1"], "give either --remove or --layer, got both"),
         ("show", ["--image", "PHOTO", "--picture", "p.svg"], "--picture must end in .png or .webp"),
         ("show", ["--image", "PHOTO", "--keep", "1"], "nothing was merged"),
-        ("show", ["--image", "PHOTO", "--html", "p.html"], "--html has no meaning with --image"),
+        (
+            "show",
+            ["--image", "PHOTO", "--html", "p.html"],
+            "show image has no option --html: it belongs to quickmerge show text",
+        ),
         ("show", ["--image", "PHOTO", "--tokens", "16"], "--tokens must be below the 16 patches of the image, got 16"),
         (
             "show",
@@ -123,13 +140,25 @@ def test_bench_measures_features_and_labels(run, tiny: Path, classifier: Path, p
             ["--image", "PHOTO", "--reducer", "scope", "--keep", "1.5"],
             "--keep must be a number in (0, 1], got 1.5",
         ),
-        ("show", ["--text", "sea", "--tokens", "4"], "--tokens has no meaning with --text: leave it out"),
-        ("show", ["--video", "CLIP", "--prompt", "What?"], "--prompt has no meaning with --video: leave it out"),
+        (
+            "show",
+            ["--text", "sea", "--tokens", "4"],
+            "quickmerge show text has no option --tokens: it belongs to quickmerge show image",
+        ),
+        (
+            "show",
+            ["--video", "CLIP", "--prompt", "What?"],
+            "quickmerge show video has no option --prompt: it belongs to quickmerge show image",
+        ),
         ("show", ["--image", "nowhere.png"], "nowhere.png can't be read as an image: No such file or directory"),
         ("show", ["--image", "BROKEN"], "broken.png can't be read as an image: "),
         ("show", ["--image", "BOMB"], "bomb.png can't be read as an image: it has more than 134 million pixels"),
         ("show", ["--image", "TEXT"], "can't be read as an image"),
-        ("show", ["--image", "PHOTO", "--video", "PHOTO"], "got --image and --video"),
+        (
+            "show",
+            ["--image", "PHOTO", "--video", "PHOTO"],
+            "quickmerge show image has no option --video: it belongs to quickmerge show video",
+        ),
         ("show", ["--video", "nowhere.mp4"], "there is no such file"),
         ("show", ["--video", "CLIP", "--frames", "40"], "at least 160 frames"),
         (
@@ -137,11 +166,20 @@ def test_bench_measures_features_and_labels(run, tiny: Path, classifier: Path, p
             ["--image", "PHOTOS", "--reducer", "tome,trimtokenator"],
             "trimtokenator goes by a question to a lang",
         ),
-        ("bench", ["--image", "PHOTOS", "--keep", "2"], "--keep must be a number in"),
-        ("bench", ["--image", "PHOTOS", "--keep", "0.05"], "ratio must be one that"),
-        ("bench", ["--image", "PHOTOS", "--layer", "2"], "--layer can't be used with --image"),
-        ("bench", ["--image", "PHOTOS", "--text", "TEXT"], "got both"),
-        ("bench", [], "got neither"),
+        ("bench", ["--image", "PHOTOS", "--flops", "2"], "--flops must be a number in"),
+        ("bench", ["--image", "PHOTOS", "--keep", "0.7"], "give the share of the FLOPs as --flops 0.7"),
+        ("bench", ["--image", "PHOTOS", "--flops", "0.05"], "ratio must be one that"),
+        (
+            "bench",
+            ["--image", "PHOTOS", "--layer", "2"],
+            "quickmerge bench image has no option --layer: it belongs to quickmerge bench text",
+        ),
+        (
+            "bench",
+            ["--image", "PHOTOS", "--text", "TEXT"],
+            "bench image has no option --text: it belongs to quickmerge bench te",
+        ),
+        ("bench", [], "Missing argument 'FILES'"),
     ],
 )
 def test_bad_input_is_one_sentence(

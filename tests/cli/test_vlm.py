@@ -121,7 +121,7 @@ def test_bench_measures_right_answers_by_kind(run, vlm: Path, tmp_path: Path) ->
     data, report = tmp_path / "b.json", tmp_path / "report"
     folder = vlm_samples.annotated(tmp_path / "scenes", 3)
     settings = ["--reducer", "scope,trimtokenator,random", "--keep", "0.5,0.25", "--limit", 2, "--rounds", 2]
-    code, out, err = run("bench", "--image", folder, "--model", vlm, *settings, "--json", data, "--out", report)
+    code, out, err = run("bench", "vlm", folder, "--model", vlm, *settings, "--json", data, "--out", report)
     assert code == 0, err
     found = json.loads(data.read_text())
     rows = found["rows"]
@@ -146,11 +146,23 @@ def test_bench_measures_right_answers_by_kind(run, vlm: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
-        ("generate", ["--tokens", "5"], "--tokens is for images: give --image too, or --keep in its place"),
+        (
+            "generate",
+            ["--tokens", "5"],
+            "quickmerge generate text has no option --tokens: it belongs to quickmerge generate image",
+        ),
         ("generate", ["--image", "PHOTO", "--tokens", "5", "--keep", "0.5"], "give either --keep or --tokens"),
         ("generate", ["--image", "PHOTO", "--keep", "1.5"], "--keep must be a number in (0, 1], got 1.5"),
-        ("generate", ["--image", "PHOTO", "--file", "TEXT"], "--file has no meaning with --image: leave it out"),
-        ("generate", ["--image", "PHOTO", "--prior", "p"], "--prior has no meaning with --image: leave it out"),
+        (
+            "generate",
+            ["--image", "PHOTO", "--file", "TEXT"],
+            "image has no option --file: it belongs to quickmerge generate text",
+        ),
+        (
+            "generate",
+            ["--image", "PHOTO", "--prior", "p"],
+            "quickmerge generate image has no option --prior: it belongs to quickmerge generate text",
+        ),
         ("generate", ["--image", "PHOTO", "--reducer", "truncate"], "reducer must be one of quickmerge, tome"),
         ("generate", ["--image", "PHOTO", "--reducer", "scop"], "did you mean 'scope'?"),
         (
@@ -170,13 +182,22 @@ def test_bench_measures_right_answers_by_kind(run, vlm: Path, tmp_path: Path) ->
         ("generate", ["--image", "PHOTO", "--max-new-tokens", "200"], "must fit the model's 128 positions"),
         ("generate", ["--image", "PHOTO", "--model", "BLIND"], "BLIND"),
         ("generate", ["--image", "PHOTO", "--model", "smollm2-135m"], "smollm2-135m"),
-        ("bench", ["--image", "PHOTOS"], "there is no file"),
-        ("bench", ["--image", "PHOTO"], "there is no file"),
-        ("bench", ["--image", "LABELS"], "--image must hold pictures with questions, got only labels"),
-        ("bench", ["--image", "SCENES", "--reducer", "tome,truncate"], "reducer must be one of quickmerge, tome"),
-        ("bench", ["--image", "SCENES", "--keep", "half"], "--keep must be numbers in (0, 1] with commas"),
-        ("bench", ["--image", "SCENES", "--dynamicvit", "d"], "--dynamicvit is for vision transformers: leave it out"),
-        ("bench", ["--image", "SCENES", "--layer", "1"], "--layer can't be used with --image: leave it out"),
+        ("bench vlm", ["PHOTOS"], "there is no file"),
+        ("bench vlm", ["PHOTO"], "there is no file"),
+        ("bench vlm", ["LABELS"], "the folder must hold pictures with questions, got only labels"),
+        ("bench vlm", ["SCENES", "--reducer", "tome,truncate"], "reducer must be one of quickmerge, tome"),
+        ("bench vlm", ["SCENES", "--keep", "half"], "--keep must be numbers in (0, 1] with commas"),
+        (
+            "bench vlm",
+            ["SCENES", "--dynamicvit", "d"],
+            "vlm has no option --dynamicvit: it belongs to quickmerge bench image",
+        ),
+        ("bench", ["--image", "SCENES"], "is a vision-language model: measure it with quickmerge bench vlm"),
+        (
+            "bench vlm",
+            ["SCENES", "--layer", "1"],
+            "quickmerge bench vlm has no option --layer: it belongs to quickmerge bench tex",
+        ),
         (
             "show",
             ["--image", "PHOTO", "--tokens", "16"],
@@ -203,7 +224,7 @@ def test_bad_input_is_one_sentence(
     (tmp_path / "labels" / "annotations.jsonl").write_text('{"image": "a.png", "labels": ["dark"]}')
     chosen = [] if "--model" in options else ["--model", vlm]
     ask = ASK if command == "generate" else []
-    code, out, err = run(command, *(names.get(option, option) for option in options), *chosen, *ask)
+    code, out, err = run(*command.split(), *(names.get(option, option) for option in options), *chosen, *ask)
     assert code == 2 and out == "" and str(names.get(message, message)) in err, err
     assert err.startswith("quickmerge: ") and len(err.strip().splitlines()) == 1
     assert not list(tmp_path.glob("*.tmp"))
@@ -211,6 +232,6 @@ def test_bad_input_is_one_sentence(
 
 def test_an_image_needs_a_model_that_sees_and_a_question(run, vlm: Path, photo: Path) -> None:
     code, _, err = run("generate", "--image", photo, *ASK)
-    assert code == 2 and "--model must be a vision-language model with --image" in err
+    assert code == 2 and "Missing option '--model' (see quickmerge generate image --help)" in err
     code, _, err = run("generate", "--image", photo, "--model", vlm, "--prompt", " ")
     assert code == 2 and "--prompt must hold some text, got an empty one" in err

@@ -22,13 +22,13 @@ COMMANDS: dict[str, list[list[str]]] = {
     ],
     "prior": [["generate", "--prompt", TEXT, "--model", "{base}/model", "--prior", "{it}", "--max-new-tokens", "2"]],
     "heads": [["generate", "--prompt", TEXT, "--model", "{base}/model", "--drafter", "{it}", "--max-new-tokens", "2"]],
-    "calm": [["generate", "--prompt", "w6 w7 w8", "--model", "{it}", "--max-new-tokens", "4"]],
+    "calm": [["generate", "calm", "--prompt", "w6 w7 w8", "--model", "{it}", "--max-new-tokens", "4"]],
     "recognizer": [["recognize", "{base}/photo.png", "--model", "{it}", "--top", "2"]],
     "vit": [["show", "--image", "{base}/photo.png", "--model", "{it}", "--reducer", "tome", "--picture",
              "{out}/p.png"]],
     "predictor": [
         ["bench", "--image", "{base}/photos", "--model", "{base}/classifier", "--dynamicvit", "{it}", "--reducer",
-         "random", "--keep", "0.7", "--rounds", "2"]
+         "random", "--flops", "0.7", "--rounds", "2"]
     ],
     "vlm": [["generate", "--image", "{base}/photo.png", "--model", "{it}", "--prompt", "what is it ?",
              "--max-new-tokens", "2"]],
@@ -36,10 +36,10 @@ COMMANDS: dict[str, list[list[str]]] = {
 """By kind of folder: commands that open it, as ``{it}``; the sound folders lie in ``{base}``."""
 
 OTHERS = [
-    ["bench", "--drafter", "lookup", "--prompts", "{base}/prompts.jsonl", "--model", "{base}/model", "--limit", "1",
-     "--max-new-tokens", "2"],
+    ["bench", "decode", "--drafter", "lookup", "--prompts", "{base}/prompts.jsonl", "--model", "{base}/model",
+     "--limit", "1", "--max-new-tokens", "2"],
     ["recognize", "{base}/photo.png", "--model", "{base}/recognizer", "--labels", "{base}/labels.txt"],
-    ["bench", "--image", "{base}/annotated", "--model", "{base}/vlm", "--reducer", "random", "--keep", "0.5"],
+    ["bench", "vlm", "{base}/annotated", "--model", "{base}/vlm", "--reducer", "random", "--keep", "0.5"],
     ["show", "--video", "{base}/clip.mp4", "--model", "{base}/vit", "--frames", "2", "--stride", "1", "--picture",
      "{out}/p.png"],
 ]  # fmt: skip

@@ -165,7 +165,7 @@ def texts(base: Path) -> list[Case]:
     reading = {
         "show": ["show", "--file", "{it}", "--model", "{base}/model", "--limit", "64", "--html", "{out}/p.html"],
         "generate": ["generate", "--file", "{it}", "--prompt", "What?", "--model", "{base}/model", "--max-new-tokens", "2"],
-        "calm": ["generate", "--file", "{it}", "--prompt", "w3", "--model", "{base}/calm", "--max-new-tokens", "3"],
+        "calm": ["generate", "calm", "--file", "{it}", "--prompt", "w3", "--model", "{base}/calm", "--max-new-tokens", "3"],
         "drafter": ["generate", "--file", "{it}", "--prompt", "What?", "--model", "{base}/model", "--max-new-tokens", "2",
                     "--drafter", "lookup"],
         "bench": ["bench", "--text", "{it}", "--model", "{base}/model", "--context", "40", "--target", "8", "--keep", "0.5"],
@@ -228,7 +228,7 @@ def lists(base: Path) -> list[Case]:
     cases = []
     for name, data in LISTS.items():
         cases.append(_file(f"prompts: {name}", "jsonl", lambda _, d=data: d,
-                           ["bench", "--drafter", "lookup", "--prompts", "{it}", "--model", "{base}/model",
+                           ["bench", "decode", "--drafter", "lookup", "--prompts", "{it}", "--model", "{base}/model",
                             "--max-new-tokens", "2", "--limit", "2"], base))  # fmt: skip
         cases.append(_file(f"labels: {name}", "txt", lambda _, d=data: d,
                            ["recognize", "{base}/photo.png", "--model", "{base}/recognizer", "--labels", "{it}"], base))  # fmt: skip
@@ -236,7 +236,7 @@ def lists(base: Path) -> list[Case]:
         def annotated(work: Path, data: bytes = data) -> list[str | bytes]:
             shutil.copytree(base / "annotated", work / "them")
             (work / "them" / "annotations.jsonl").write_bytes(data)
-            return ["bench", "--image", str(work / "them"), "--model", str(base / "vlm"), "--reducer", "random",
+            return ["bench", "vlm", str(work / "them"), "--model", str(base / "vlm"), "--reducer", "random",
                     "--keep", "0.5", "--rounds", "2"]  # fmt: skip
 
         cases.append(Case(f"annotations: {name}", annotated))

@@ -66,7 +66,7 @@ PARTS = "--vision models/vision --model models/language"
 RECOGNIZER = f"train recognizer {PARTS} --data scenes --blocks 2 --vision-layers 2,4 {TRAIN}"
 CALM = f"train calm --data texts --patch 2 --chunks 6 {TRAIN} --steps 3"
 SPEAKER = "--autoencoder coder --layers 1 --width 16 --heads 2"
-SHOW = "show --model words --file texts/a.txt --layer 1 --limit 60 --html OUT/m.html --picture OUT/m.png"
+SHOW = "show text --model words --file texts/a.txt --layer 1 --limit 60 --html OUT/m.html --picture OUT/m.png"
 JOBS = {
     "transplant": Job(TRANSPLANT),
     "transplant over another": Job(TRANSPLANT, old="--base base2"),
@@ -96,12 +96,12 @@ JOBS = {
     "show": Job(SHOW),
     "show over another": Job(SHOW, old="--limit 40"),
     "bench": Job(
-        "bench --drafter lookup --model words --prompts prompts.jsonl --max-new-tokens 6 --tree 4 --json OUT/b.json "
-        "--out OUT/r",
+        "bench decode --drafter lookup --model words --prompts prompts.jsonl --max-new-tokens 6 --tree 4 "
+        "--json OUT/b.json --out OUT/r",
         timed=True,
     ),
     "generate": Job(
-        "generate --model words --file short.txt --prompt sea --layer 1 --max-new-tokens 3 --json OUT/g.json",
+        "generate text --model words --file short.txt --prompt sea --layer 1 --max-new-tokens 3 --json OUT/g.json",
         timed=True,
     ),
 }

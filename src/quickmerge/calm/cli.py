@@ -1,4 +1,4 @@
-"""``quickmerge generate --model CALM_FOLDER``: go on with a text, several tokens a step."""
+"""``quickmerge generate calm`` and ``quickmerge bench calm``: several tokens a step, drawn as one vector."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import json as reader
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from quickmerge.console.options import (
+    JSON,
+    RAW,
+    REPORT,
+    WRITING,
     Alone,
     check_output,
     load_writer,
@@ -20,6 +26,9 @@ from quickmerge.console.options import (
     write_json,
 )
 from quickmerge.errors import QuickmergeError, clean, clean_name, near_match
+
+GENERATE_EXAMPLE = 'Example: quickmerge generate calm --model runs/calm --prompt "The sea" --temperature 0.5'
+BENCH_EXAMPLE = "Example: quickmerge bench calm held_out/*.txt --model runs/calm,runs/discrete --out runs/bench"
 
 KIND = "quickmerge-calm"
 CONFIG_BYTES = 2**20
@@ -58,20 +67,33 @@ def parse_method(text: str | None) -> dict[str, Any]:
     return {"temperature_method": name, "batch_samples": int(count)}
 
 
-def generate_calm(
-    model: str,
-    file: Path | None,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    temperature: float | None,
-    method: str | None,
-    seed: int,
-    raw: bool,
-    json: Path | None,
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", help="What to go on with, behind the file.")],
+    model: Annotated[str, typer.Option("--model", help="A folder of train calm.")],
+    file: Annotated[Path | None, typer.Argument(help="UTF-8 text that stands before the prompt.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest text.", rich_help_panel=WRITING)
+    ] = 128,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature", min=0, metavar="T", help="In (0, 1]; a CALM only gives samples.", rich_help_panel=WRITING
+        ),
+    ] = None,
+    temperature_method: Annotated[
+        str | None,
+        typer.Option(
+            "--temperature-method",
+            help="exact draws until draws agree, batch:200 chooses among so many. Default: exact.",
+            rich_help_panel=WRITING,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.", rich_help_panel=WRITING)] = 0,
+    raw: RAW = False,
+    json: JSON = None,
 ) -> None:
-    """Print what follows the document and the prompt while it is written, and on stderr what it cost."""
-    settings = parse_method(method)
+    """Go on with a text by a CALM, which writes several tokens a step, and print it while it is written."""
+    settings = parse_method(temperature_method)
     if temperature is None and settings:
         raise QuickmergeError("--temperature-method is for a temperature below 1: give --temperature too")
     check_output(json)
@@ -100,7 +122,7 @@ def generate_calm(
         file=sys.stderr,
     )
     write_json(json, {
-        "model": model, "prompt": prompt, "temperature": temperature, "method": method, "seed": seed,
+        "model": model, "prompt": prompt, "temperature": temperature, "method": temperature_method, "seed": seed,
         "text": tokenizer.decode(new, skip_special_tokens=True), "prompt_tokens": ids.shape[1], "tokens": len(new),
         "steps": steps, "patch": patch, "seconds": seconds,
     })  # fmt: skip
@@ -117,7 +139,7 @@ def _streamer(raw: bool) -> Any:
     return TextStreamer if raw else Cleaned
 
 
-# ``quickmerge bench --model CALM,OTHER...``: BrierLM, operations and speed of CALMs and ordinary language models.
+# ``quickmerge bench calm``: BrierLM, operations and speed of CALMs and ordinary language models.
 
 
 def parse_models(text: str) -> dict[str, str]:
@@ -144,57 +166,68 @@ def has_calm(model: str | None) -> bool:
     return model is not None and any(is_calm(part.strip().rpartition("=")[2]) for part in model.split(","))
 
 
-def bench_calm(
-    models: str,
-    texts: list[Path],
-    *,
-    length: int,
-    limit: int,
-    samples: int,
-    batches: str,
-    new: int,
-    rounds: int,
-    temperature: str | None,
-    out: Path | None,
-    json: Path | None,
+def bench(
+    text: Annotated[list[Path], typer.Argument(help="Held-out UTF-8 texts.", metavar="FILES")],
+    model: Annotated[
+        str, typer.Option("--model", help="Folders of train calm, name=FOLDER too; models of the same tokenizer.")
+    ],
+    context: Annotated[int, typer.Option("--context", help="Tokens of a window.")] = 256,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, metavar="N", help="Places of the texts that are measured.")
+    ] = 2000,
+    samples: Annotated[int, typer.Option("--samples", min=2, metavar="N", help="Draws at each place.")] = 16,
+    batch: Annotated[str, typer.Option("--batch", help="Texts written at a time, with commas; '' for no times.")] = (
+        "1,8,32"
+    ),
+    rounds: Annotated[int, typer.Option("--rounds", min=2, metavar="N", help="How often the models take turns.")] = 5,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=2, metavar="N", help="Of a text.", rich_help_panel=WRITING)
+    ] = 128,
+    temperature: Annotated[
+        str | None,
+        typer.Option("--temperature", help="Measure sampling at these too, in (0, 1].", rich_help_panel=WRITING),
+    ] = None,
+    out: REPORT = None,
+    json: JSON = None,
 ) -> None:
-    """Measure every model at the same places of the texts, and let all write on in turn."""
+    """BrierLM, which draws alone tell, FLOPs for a token, and tokens a second, beside ordinary language models."""
     from quickmerge.terminal import Terminal
 
     report = out / "report.html" if out is not None else None
     check_output(json, report)
-    folders, sizes, temperatures = parse_models(models), parse_batches(batches), parse_temperatures(temperature)
-    if not texts:
-        raise QuickmergeError("give held-out texts to measure a CALM on with --text, got none")
-    documents = [read_text(path) for path in texts]
+    folders, sizes, temperatures = parse_models(model), parse_batches(batch), parse_temperatures(temperature)
+    if not any(is_calm(folder) for folder in folders.values()):
+        raise QuickmergeError(f"--model must name at least one CALM (a folder of train calm), got {model}")
+    documents = [read_text(path) for path in text]
     quiet()
     from quickmerge.bench.environment import environment
-    from quickmerge.calm.bench import bench_calm as measure
-    from quickmerge.calm.bench import calm_table, write_calm_report
+    from quickmerge.calm.bench import bench_calm, calm_table, write_calm_report
     from quickmerge.calm.cost import temperature_rows
     from quickmerge.calm.evaluate import brier_text
     from quickmerge.calm.evaluate import is_calm as draws_chunks
 
     loaded, tokenizer = open_models(folders)
-    patches = [model.config.patch for model in loaded.values() if draws_chunks(model)]
+    patches = [one.config.patch for one in loaded.values() if draws_chunks(one)]
     with progress() as bar, one_sentence():
-        text = brier_text(tokenizer, documents, patches, length=length, limit=limit)
+        read = brier_text(tokenizer, documents, patches, length=context, limit=limit)
         turns = rounds * len(sizes) * len(loaded)
-        task = bar.add_task("measuring", total=len(text.places) * len(loaded) + turns)
+        task = bar.add_task("measuring", total=len(read.places) * len(loaded) + turns)
 
         def advance(label: str, done: int) -> None:
             bar.update(task, advance=done, description=label)
 
-        rows, speeds, _ = measure(loaded, text, samples=samples, batches=sizes, new=new, rounds=rounds, advance=advance)
+        rows, speeds, _ = bench_calm(
+            loaded, read, samples=samples, batches=sizes, new=max_new_tokens, rounds=rounds, advance=advance
+        )
         draws: list[dict[str, Any]] = []
-        for name, model in loaded.items():
-            if temperatures and draws_chunks(model):
+        for name, one in loaded.items():
+            if temperatures and draws_chunks(one):
                 bar.update(task, description=f"{name} at temperatures")
-                draws += [{"method": name, **row} for row in temperature_rows(model, text, temperatures)]
+                draws += [{"method": name, **row} for row in temperature_rows(one, read, temperatures)]
     meta = {
-        "models": list(folders), "documents": ["/".join(path.absolute().parts[-2:]) for path in texts],
-        "window": length, "places": len(text.places), "samples": samples, "new_tokens": new, "rounds": rounds,
-        "environment": environment(),
+        "models": list(folders), "documents": ["/".join(path.absolute().parts[-2:]) for path in text],
+        "window": context, "places": len(read.places), "samples": samples, "new_tokens": max_new_tokens,
+        "rounds": rounds, "environment": environment(),
     }  # fmt: skip
     write_json(json, {"rows": rows, "speeds": speeds, "temperatures": draws, "meta": meta})
     calm_table(rows, speeds, draws, Terminal())

@@ -257,7 +257,7 @@ def train_calm(
         texts: windows of at least two chunks, cut as for the autoencoder.
         config: settings of the loop.
         out: folder for config.json, model.safetensors, checkpoints and metrics.
-        tokenizer: is saved beside the model, so that ``quickmerge generate`` can use it.
+        tokenizer: is saved beside the model, so that ``quickmerge generate calm`` can use it.
         resume: go on from the newest checkpoint.
 
     Raises:

@@ -1,11 +1,12 @@
-"""The command line: ``quickmerge COMMAND``. One file a command."""
+"""The command line: ``quickmerge COMMAND``. Capabilities bring their commands; here they are put together."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from quickmerge.console.commands import add, choice
 from quickmerge.console.ending import Ending, end
 
 app = typer.Typer(
@@ -39,17 +40,40 @@ def options(
 
 
 def _register() -> None:
-    from quickmerge.cli import bench, generate, ls, show, train
-    from quickmerge.merge.cli import demo, plan
+    from quickmerge.calm import cli as calm
+    from quickmerge.cli import generate, ls, train
+    from quickmerge.merge.cli import bench, demo, plan, show
+    from quickmerge.merge.cli import vlm as images
     from quickmerge.recognition import cli as recognition
+    from quickmerge.speculative import cli as speculative
     from quickmerge.transplant import cli as transplant
 
-    commands: list[tuple[Any, str]] = [
-        (demo, "demo"), (generate, "generate"), (bench, "bench"), (show, "show"), (recognition, "recognize"),
-        (transplant, "transplant"), (plan, "plan"), (ls, "ls"),
-    ]  # fmt: skip
-    for module, name in commands:
-        app.command(name, epilog=module.EXAMPLE)(getattr(module, name))
+    add(app, "demo", demo.demo, demo.EXAMPLE)
+
+    writes = choice("generate", "text", image="image")
+    add(writes, "text", generate.text, generate.TEXT_EXAMPLE)
+    add(writes, "image", images.image, images.IMAGE_EXAMPLE)
+    add(writes, "calm", calm.generate, calm.GENERATE_EXAMPLE)
+    app.add_typer(writes, help="Answer a prompt about a document or about images, which are read with fewer tokens.")
+
+    measures = choice("bench", "text", image="image", drafter="decode")
+    add(measures, "text", bench.text, bench.TEXT_EXAMPLE)
+    add(measures, "image", bench.image, bench.IMAGE_EXAMPLE)
+    add(measures, "vlm", bench.vlm, bench.VLM_EXAMPLE)
+    add(measures, "decode", speculative.decode, speculative.DECODE_EXAMPLE)
+    add(measures, "calm", calm.bench, calm.BENCH_EXAMPLE)
+    app.add_typer(measures, help="Quality and cost of several methods on your documents or images, timed in turns.")
+
+    shows = choice("show", "text", image="image", video="video")
+    add(shows, "text", show.text, show.TEXT_EXAMPLE)
+    add(shows, "image", show.image, show.IMAGE_EXAMPLE)
+    add(shows, "video", show.video, show.VIDEO_EXAMPLE)
+    app.add_typer(shows, help="What of a text, an image or a video was kept, and what was merged into what.")
+
+    add(app, "recognize", recognition.recognize, recognition.EXAMPLE)
+    add(app, "transplant", transplant.transplant, transplant.EXAMPLE)
+    add(app, "plan", plan.plan, plan.EXAMPLE)
+    add(app, "ls", ls.ls, ls.EXAMPLE)
     app.add_typer(train.app)
 
 

@@ -1,141 +1,129 @@
-"""``quickmerge generate``: answer a prompt about a document with fewer tokens."""
+"""``quickmerge generate text``: answer a prompt about a document by whatever makes that cheaper, alone or together.
+
+Here capabilities meet: merging, a prior, multipole attention and drafted tokens.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quickmerge.calm.cli import is_calm
 from quickmerge.console.answers import print_answers
 from quickmerge.console.options import (
+    CHEAPER,
+    COMPARE,
+    FEWER,
     JSON,
     LAYER,
+    MAX_NEW_TOKENS,
     MIN_TOKENS,
+    MODEL,
     PRIOR,
     RAW,
-    TOKENS,
+    SAMPLE,
+    SAMPLE_SEED,
+    TEMPERATURE,
     Alone,
     check_model,
     check_output,
     load_writer,
     parse_layer,
     parse_question,
+    parse_sampling,
     told_min_tokens,
     write_json,
 )
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.cli.options import add_prior, parse_reducer
+from quickmerge.multipole.cli import NAME as MULTIPOLE
+from quickmerge.multipole.cli import parse_attention
+from quickmerge.speculative.cli import generate_drafter
 
-EXAMPLE = (
-    'Example: quickmerge generate --file report.txt --prompt "Summarise." --keep 0.4 --compare; '
-    'quickmerge generate --image photo.jpg --model runs/vlm --reducer scope --tokens 64 --prompt "What is this?"; '
-    'quickmerge generate --drafter lookup --file report.txt --prompt "Summarise." --compare; '
-    'quickmerge generate --attention multipole --budget 512 --file report.txt --prompt "Summarise." --compare; '
-    'quickmerge generate --model runs/calm --prompt "The sea" --temperature 0.5'
+if TYPE_CHECKING:
+    from quickmerge.merge.bench.answer import Answer
+    from quickmerge.merge.reducers import Reducer
+
+TEXT_EXAMPLE = (
+    'Example: quickmerge generate text report.txt --prompt "Summarise." --keep 0.4 --compare; '
+    'quickmerge generate text report.txt --prompt "Summarise." --drafter lookup'
 )
+SHARE = 0.4
+"""Of the tokens that is kept where nobody says."""
 
 
-def generate(
+def text(
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask; never reduced.")],
-    file: Annotated[Path | None, typer.Option("--file", help="UTF-8 text that the prompt is about.")] = None,
-    image: Annotated[
-        list[Path] | None, typer.Option("--image", help="Image that the prompt is about instead; give several.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="A folder, a Hugging Face id, or the default smollm2-135m, which sees no images."),
-    ] = None,
+    file: Annotated[Path | None, typer.Argument(help="UTF-8 text that the prompt is about.")] = None,
+    model: MODEL = "smollm2-135m",
     reducer: Annotated[
         str | None,
         typer.Option(
-            "--reducer",
-            help="See quickmerge ls; settings may follow: quickmerge:recency=0.5. Default: quickmerge, or scope.",
+            "--reducer", help="See quickmerge ls; settings follow. Default: quickmerge.", rich_help_panel=FEWER
         ),
     ] = None,
     keep: Annotated[
         float | None,
-        typer.Option("--keep", help="Share of the tokens that is kept, in (0, 1]. Default: 0.4, of images 0.25."),
+        typer.Option("--keep", help=f"Share of the tokens kept, in (0, 1]. Default: {SHARE:g}.", rich_help_panel=FEWER),
     ] = None,
-    tokens: TOKENS = None,
     layer: LAYER = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", min=0, help="Sample at this temperature; 0 is greedy decoding.")
-    ] = None,
-    temperature_method: Annotated[
-        str | None,
-        typer.Option(
-            "--temperature-method",
-            help="A CALM has no probabilities to sharpen: exact (the default) draws until draws agree, batch:200 "
-            "chooses among so many.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="For --sample.")] = 0,
-    compare: Annotated[bool, typer.Option("--compare", help="Answer with all tokens too.")] = False,
-    drafter: Annotated[
-        str | None,
-        typer.Option(
-            "--drafter",
-            help="Read everything, and write several tokens a step: lookup, or a folder of "
-            "train gumiho. The text stays the model's own.",
-        ),
-    ] = None,
-    tree: Annotated[
-        str | None, typer.Option("--tree", help="Drafted tokens that a step reads: auto (the default) or a number.")
-    ] = None,
+    prior: PRIOR = None,
+    min_tokens: MIN_TOKENS = None,
     attention: Annotated[
         str | None,
         typer.Option(
             "--attention",
-            help="multipole: new tokens read a long document by its clusters. Settings may follow: "
-            "multipole:ratio=0.125. Tokens are merged too if --reducer or --keep is given.",
+            help="multipole: read the past by its clusters; settings follow.",
+            rich_help_panel=CHEAPER,
         ),
     ] = None,
     budget: Annotated[
         int | None,
-        typer.Option("--budget", min=0, help="With --attention: tokens of the clusters that are read exactly. 512."),
+        typer.Option(
+            "--budget",
+            min=0,
+            metavar="N",
+            help="Tokens of clusters read exactly. Default: 512.",
+            rich_help_panel=CHEAPER,
+        ),
     ] = None,
-    prior: PRIOR = None,
-    min_tokens: MIN_TOKENS = None,
+    drafter: Annotated[
+        str | None,
+        typer.Option(
+            "--drafter",
+            help="lookup, smollm2-135m (its heads), or a folder of train gumiho.",
+            rich_help_panel=CHEAPER,
+        ),
+    ] = None,
+    tree: Annotated[
+        str | None,
+        typer.Option(
+            "--tree", help="Drafted tokens that a pass reads: a number. Default: auto.", rich_help_panel=CHEAPER
+        ),
+    ] = None,
+    max_new_tokens: MAX_NEW_TOKENS = 128,
+    sample: SAMPLE = False,
+    temperature: TEMPERATURE = None,
+    seed: SAMPLE_SEED = 0,
+    compare: COMPARE = False,
     raw: RAW = False,
     json: JSON = None,
 ) -> None:
-    """Answer a prompt about a document or about images, which are read with fewer tokens."""
-    from quickmerge.calm.cli import generate_calm, is_calm
+    """Answer a prompt about a document: with fewer tokens, or tokens that cost less (--attention, --drafter)."""
     from quickmerge.models.chat import question
 
     if is_calm(model):
-        _without("a CALM", {
-            "--image": image or None, "--reducer": reducer, "--keep": keep, "--tokens": tokens, "--layer": layer,
-            "--prior": prior, "--min-tokens": min_tokens, "--attention": attention, "--budget": budget,
-            "--drafter": drafter, "--tree": tree,
-            "--compare": compare or None,
-        })  # fmt: skip
-        generate_calm(
-            str(model), file, prompt, max_new_tokens=max_new_tokens, temperature=temperature, method=temperature_method,
-            seed=seed, raw=raw, json=json,
-        )  # fmt: skip
-        return
-    if temperature_method is not None:
-        raise QuickmergeError("--temperature-method is for a CALM: give the folder of one as --model")
-    if sample and temperature == 0:
-        raise QuickmergeError("--temperature must be above 0 with --sample, got 0")
-    if temperature:
-        from quickmerge.models.generation import check_temperature
-
-        check_temperature("--temperature", temperature)
-    if not -(2**63) <= seed < 2**63:
-        raise QuickmergeError(f"--seed must be a whole number of 64 bits, got {seed}")
-    sample, temperature = sample or bool(temperature), temperature or None
+        raise QuickmergeError(f"{model} is a CALM: let it write with quickmerge generate calm")
+    sample, temperature = parse_sampling(sample, temperature, seed)
+    merging = {"--reducer": reducer, "--keep": keep, "--layer": layer, "--prior": prior, "--min-tokens": min_tokens}
+    merged = [option for option, value in merging.items() if value is not None]
     if drafter is not None:
-        from quickmerge.speculative.cli import generate_drafter
-
-        _without("--drafter", {
-            "--image": image or None, "--reducer": reducer, "--keep": keep, "--tokens": tokens, "--layer": layer,
-            "--prior": prior, "--min-tokens": min_tokens, "--attention": attention, "--budget": budget,
-        })  # fmt: skip
+        if merged or attention is not None:
+            raise QuickmergeError(
+                f"{(merged or ['--attention'])[0]} can't be used with --drafter, which reads every token: leave it out"
+            )
         generate_drafter(
             drafter, tree, file, prompt, model, max_new_tokens=max_new_tokens, sample=sample, temperature=temperature,
             seed=seed, compare=compare, raw=raw, json=json,
@@ -143,57 +131,37 @@ def generate(
         return
     if tree is not None:
         raise QuickmergeError("--tree is for drafted tokens: give --drafter too")
-    if image:
-        from quickmerge.merge.cli.vlm import generate_image
-
-        _without("--image", {
-            "--file": file, "--prior": prior, "--min-tokens": min_tokens, "--attention": attention, "--budget": budget,
-        })  # fmt: skip
-        generate_image(
-            image, prompt, model, reducer or "scope", keep, tokens, layer, max_new_tokens=max_new_tokens, sample=sample,
-            temperature=temperature, seed=seed, compare=compare, raw=raw, json=json,
-        )  # fmt: skip
-        return
-    if tokens is not None:
-        raise QuickmergeError("--tokens is for images: give --image too, or --keep in its place")
-    if attention is not None:
-        from quickmerge.cli.generate_multipole import generate_multipole
-
-        generate_multipole(
-            attention, budget, file, prompt, model, reducer, keep, layer, prior, min_tokens,
-            max_new_tokens=max_new_tokens, sample=sample, temperature=temperature, seed=seed, compare=compare, raw=raw,
-            json=json,
-        )  # fmt: skip
-        return
-    if budget is not None:
+    if budget is not None and attention is None:
         raise QuickmergeError("--budget is for multipole attention: give --attention multipole too")
-    model = "smollm2-135m" if model is None else model
-    reducer, keep = reducer or "quickmerge", 0.4 if keep is None else keep
     check_output(json)
     depth = parse_layer(layer)
     document, prompt = parse_question(prompt, file)
     check_model(model, question(document, prompt))
     # what takes seconds to import comes after what can be told at once
     from quickmerge.merge.bench.answer import answer
+    from quickmerge.multipole import multipole
 
-    method = parse_reducer(reducer, keep)
-    method = method if prior is None else add_prior(method, prior)
+    settings = None if attention is None else parse_attention(attention, budget)
+    method: Reducer | None = None
+    if settings is None or merged:
+        method = parse_reducer(reducer or "quickmerge", SHARE if keep is None else keep)
+        method = method if prior is None else add_prior(method, prior)
     lm, tokenizer = load_writer(model)
+
+    def ask(way: Any) -> Answer:
+        return answer(
+            lm, tokenizer, document, prompt, None if way is None else method, depth,
+            attention=None if way is None or settings is None else multipole(lm, settings),
+            max_new_tokens=max_new_tokens, sample=sample, temperature=temperature, seed=seed,
+            **told_min_tokens(min_tokens),
+        )  # fmt: skip
+
     results = print_answers(
-        method, compare,
-        lambda way: answer(
-            lm, tokenizer, document, prompt, way, depth, max_new_tokens=max_new_tokens, sample=sample,
-            temperature=temperature, seed=seed, **told_min_tokens(min_tokens),
-        ), raw=raw, alone=Alone.writing(lm, tokenizer),
+        settings or method, compare, ask, lambda found: None if settings is None else str(found.attention),
+        ("reduced" if settings is None else MULTIPOLE, "full"), raw=raw, alone=Alone.writing(lm, tokenizer),
     )  # fmt: skip
     write_json(json, {
-        "model": model, "reducer": method.label, "keep": keep, "prompt": prompt,
-        **{name: found.as_dict() for name, found in results.items()},
+        "model": model, **({} if settings is None else {"attention": settings.label}),
+        "reducer": None if method is None else method.label, "keep": None if method is None else method.keep,
+        "prompt": prompt, **{name: found.as_dict() for name, found in results.items()},
     })  # fmt: skip
-
-
-def _without(option: str, given: dict[str, object]) -> None:
-    """Raise if something was given that has no meaning with an option."""
-    for name, value in given.items():
-        if value is not None:
-            raise QuickmergeError(f"{name} has no meaning with {option}: leave it out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from quickmerge.calm import cli_train as calm
+from quickmerge.console.commands import add
 from quickmerge.merge.cli import train as merge
 from quickmerge.merge.prior import cli as prior
 from quickmerge.recognition import cli_train as recognition
@@ -13,10 +14,10 @@ from quickmerge.speculative.gumiho import cli as gumiho
 app = typer.Typer(
     name="train", help="Train what a method needs. Can be killed at any moment and resumed.", no_args_is_help=True
 )
-app.command("prior", epilog=prior.EXAMPLE)(prior.prior)
-app.command("classifier", epilog=merge.CLASSIFIER_EXAMPLE)(merge.classifier)
-app.command("dynamicvit", epilog=merge.DYNAMICVIT_EXAMPLE)(merge.dynamicvit)
-app.command("gumiho", epilog=gumiho.EXAMPLE)(gumiho.gumiho)
-app.command("recognizer", epilog=recognition.EXAMPLE)(recognition.recognizer)
-app.command("vlm", epilog=merge.VLM_EXAMPLE)(merge.vlm)
-app.command("calm", epilog=calm.EXAMPLE)(calm.calm)
+add(app, "prior", prior.prior, prior.EXAMPLE)
+add(app, "classifier", merge.classifier, merge.CLASSIFIER_EXAMPLE)
+add(app, "dynamicvit", merge.dynamicvit, merge.DYNAMICVIT_EXAMPLE)
+add(app, "gumiho", gumiho.gumiho, gumiho.EXAMPLE)
+add(app, "recognizer", recognition.recognizer, recognition.EXAMPLE)
+add(app, "vlm", merge.vlm, merge.VLM_EXAMPLE)
+add(app, "calm", calm.calm, calm.EXAMPLE)

@@ -19,35 +19,70 @@ from quickmerge.files import write_json as write_file
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+FEWER, CHEAPER, WRITING, OUTPUT = "Fewer tokens", "Cheaper tokens", "What is written", "Output"
+"""The groups in which a command's help shows its options."""
+
 MODEL = Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, or a Hugging Face id.")]
 REDUCER = Annotated[
-    str, typer.Option("--reducer", help="See quickmerge ls. Settings may follow the name: quickmerge:recency=0.5.")
+    str,
+    typer.Option(
+        "--reducer", help="See quickmerge ls; settings follow: quickmerge:recency=0.5.", rich_help_panel=FEWER
+    ),
 ]
-KEEP = Annotated[float, typer.Option("--keep", help="Share of the tokens that is kept, in (0, 1].")]
+REDUCERS = Annotated[
+    str,
+    typer.Option(
+        "--reducer", help="Names with commas; settings follow: quickmerge:recency=0.5.", rich_help_panel=FEWER
+    ),
+]
+KEEP = Annotated[float, typer.Option("--keep", help="Share of the tokens kept, in (0, 1].", rich_help_panel=FEWER)]
 TOKENS = Annotated[
     int | None,
-    typer.Option("--tokens", min=1, help="Images: how many tokens of each are kept, in place of --keep."),
+    typer.Option(
+        "--tokens", min=1, metavar="N", help="Tokens of an image that are kept, not --keep.", rich_help_panel=FEWER
+    ),
 ]
 LAYER = Annotated[
     str | None,
-    typer.Option("--layer", help="First block that reads fewer tokens, or several: 8,14,20. Default: the method's."),
+    typer.Option("--layer", help="First block that reads fewer, or several: 8,14,20.", rich_help_panel=FEWER),
 ]
 MIN_TOKENS = Annotated[
     int | None,
     typer.Option(
         "--min-tokens",
         min=0,
-        help="Texts of fewer tokens, template and all, are read in full. Default: 256; of show, 0.",
+        metavar="N",
+        help="Texts of fewer tokens are read in full. Default: 256.",
+        rich_help_panel=FEWER,
     ),
 ]
 PRIOR = Annotated[
     str | None,
-    typer.Option("--prior", help="A trained prior for quickmerge: its folder, or smollm2-135m for the shipped one."),
+    typer.Option("--prior", help="A trained prior for quickmerge: smollm2-135m, a folder.", rich_help_panel=FEWER),
+]
+MAX_NEW_TOKENS = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer.", rich_help_panel=WRITING)
+]
+SAMPLE = Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.", rich_help_panel=WRITING)]
+TEMPERATURE = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature", min=0, metavar="T", help="Sample at this temperature; 0 is greedy.", rich_help_panel=WRITING
+    ),
+]
+SAMPLE_SEED = Annotated[int, typer.Option("--seed", help="Of what is drawn.", rich_help_panel=WRITING)]
+COMPARE = Annotated[
+    bool, typer.Option("--compare", help="Answer as the model does by itself, too.", rich_help_panel=OUTPUT)
 ]
 RAW = Annotated[
-    bool, typer.Option("--raw", help="Print the model's text as it is, also what a terminal takes for commands.")
+    bool, typer.Option("--raw", help="Print texts as they are, control characters too.", rich_help_panel=OUTPUT)
 ]
-JSON = Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")]
+REPORT = Annotated[
+    Path | None, typer.Option("--out", help="Write report.html into this folder.", rich_help_panel=OUTPUT)
+]
+JSON = Annotated[
+    Path | None, typer.Option("--json", help="Write the results to this file as JSON.", rich_help_panel=OUTPUT)
+]
 
 
 def check_text(option: str, text: str) -> str:
@@ -76,6 +111,23 @@ def parse_question(prompt: str, file: Path | None) -> tuple[str, str]:
     return document, prompt
 
 
+def parse_sampling(sample: bool, temperature: float | None, seed: int) -> tuple[bool, float | None]:
+    """Whether is sampled, and at which temperature, None for the model's own.
+
+    Raises:
+        QuickmergeError: one of them is out of range, or they contradict each other.
+    """
+    if sample and temperature == 0:
+        raise QuickmergeError("--temperature must be above 0 with --sample, got 0")
+    if temperature:
+        from quickmerge.models.generation import check_temperature
+
+        check_temperature("--temperature", temperature)
+    if not -(2**63) <= seed < 2**63:
+        raise QuickmergeError(f"--seed must be a whole number of 64 bits, got {seed}")
+    return sample or bool(temperature), temperature or None
+
+
 def told_min_tokens(given: int | None) -> dict[str, Any]:
     """``--min-tokens`` as an argument, left out where nobody gave it."""
     return {} if given is None else {"min_tokens": given}
@@ -95,20 +147,34 @@ def parse_layer(text: str | None) -> int | list[int] | None:
 
 
 def parse_keeps(text: str) -> list[float]:
-    """``"0.2,0.42"`` as numbers, each in (0, 1]."""
+    """``--keep``: ``"0.2,0.42"`` as numbers, each in (0, 1]."""
+    return parse_shares("--keep", text)
+
+
+def parse_shares(option: str, text: str) -> list[float]:
+    """``"0.2,0.42"`` as numbers, each in (0, 1].
+
+    Raises:
+        QuickmergeError: it is something else; the message names the option.
+    """
     try:
-        keeps = [float(part) for part in text.split(",")]
+        shares = [float(part) for part in text.split(",")]
     except ValueError:
-        raise QuickmergeError(f"--keep must be numbers in (0, 1] with commas (0.2,0.42), got {text!r}") from None
-    for keep in keeps:
-        check_keep(keep)
-    return keeps
+        raise QuickmergeError(f"{option} must be numbers in (0, 1] with commas (0.2,0.42), got {text!r}") from None
+    for share in shares:
+        check_share(option, share)
+    return shares
 
 
 def check_keep(keep: float) -> None:
-    """Raise QuickmergeError unless ``keep`` is a share in (0, 1]."""
-    if not 0 < keep <= 1:
-        raise QuickmergeError(f"--keep must be a number in (0, 1], got {keep:g}")
+    """Raise QuickmergeError unless ``--keep`` is a share in (0, 1]."""
+    check_share("--keep", keep)
+
+
+def check_share(option: str, share: float) -> None:
+    """Raise QuickmergeError unless an option is a share in (0, 1]."""
+    if not 0 < share <= 1:
+        raise QuickmergeError(f"{option} must be a number in (0, 1], got {share:g}")
 
 
 def write_json(path: Path | None, data: Any) -> None:

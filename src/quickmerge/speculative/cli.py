@@ -1,14 +1,20 @@
-"""``quickmerge generate --drafter``: answer a prompt with several tokens a step; the text stays the model's own."""
+"""``quickmerge bench decode``, and what ``quickmerge generate text --drafter`` does: several tokens a step."""
 
 from __future__ import annotations
 
 import inspect
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from quickmerge.console.answers import print_answers
 from quickmerge.console.options import (
+    JSON,
+    MODEL,
+    REPORT,
+    WRITING,
     Alone,
     check_model,
     check_output,
@@ -25,6 +31,9 @@ if TYPE_CHECKING:
     from quickmerge.speculative import Drafter
     from quickmerge.speculative.bench import DraftArm, Written
 
+DECODE_EXAMPLE = (
+    "Example: quickmerge bench decode --drafter runs/gumiho,lookup --prompts prompts.jsonl --temperature 0,1"
+)
 LOOKUP = "lookup"
 
 
@@ -33,7 +42,7 @@ def generate_drafter(
     tree: str | None,
     file: Path | None,
     prompt: str,
-    model: str | None,
+    model: str,
     *,
     max_new_tokens: int,
     sample: bool,
@@ -49,14 +58,13 @@ def generate_drafter(
     check_output(json)
     nodes = parse_tree(tree)
     document, prompt = parse_question(prompt, file)
-    name = "smollm2-135m" if model is None else model
-    check_model(name, question(document, prompt))
+    check_model(model, question(document, prompt))
     # what takes seconds to import comes after what can be told at once
     from quickmerge.speculative.bench import PLAIN, DraftArm, prepare, prompt_ids, write
     from quickmerge.terminal import Terminal
 
     arm = DraftArm(drafter_name(drafter), load_drafter(drafter), nodes)
-    lm, tokenizer = load_writer(name)
+    lm, tokenizer = load_writer(model)
     alone, errors = Alone.writing(lm, tokenizer), Terminal(stderr=True)
     with errors.status("measuring what a pass costs (once)"), one_sentence(alone):
         ids = prompt_ids(lm, tokenizer, document, prompt, max_new_tokens)
@@ -73,7 +81,7 @@ def generate_drafter(
     if compare:
         print(_compared(results["drafted"], results["plain"]), file=errors.file)
     write_json(json, {
-        "model": name, "drafter": arm.name, "tree": nodes, "prompt": prompt, "sample": sample,
+        "model": model, "drafter": arm.name, "tree": nodes, "prompt": prompt, "sample": sample,
         "temperature": temperature, **{name: found.as_dict() for name, found in results.items()},
     })  # fmt: skip
 
@@ -149,21 +157,33 @@ def _settings(source: str, drafter: type, parts: list[str]) -> dict[str, Any]:
     return settings
 
 
-# ``quickmerge bench --drafter``: tokens a pass and speed of drafters, on the same prompts.
+# ``quickmerge bench decode``: tokens a pass and speed of drafters, on the same prompts.
 
 
-def bench_drafter(
-    drafters: str,
-    model: str | None,
-    prompts: Path | None,
-    tree: str | None,
-    temperature: str,
-    max_new_tokens: int,
-    limit: int,
-    out: Path | None,
-    json: Path | None,
+def decode(
+    drafter: Annotated[
+        str,
+        typer.Option("--drafter", help="lookup, smollm2-135m (its heads) and folders of train gumiho, with commas."),
+    ] = LOOKUP,
+    model: MODEL = "smollm2-135m",
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="A prompt a line, or .jsonl. Default: a dozen about the shipped document."),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, metavar="N", help="Prompts that are answered, the first ones.")
+    ] = 64,
+    tree: Annotated[str, typer.Option("--tree", help="Drafted tokens that a pass reads: auto or a number.")] = "auto",
+    temperature: Annotated[
+        str, typer.Option("--temperature", help="With commas; 0 is greedy.", rich_help_panel=WRITING)
+    ] = "0",
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=2, metavar="N", help="Longest answer.", rich_help_panel=WRITING)
+    ] = 128,
+    out: REPORT = None,
+    json: JSON = None,
 ) -> None:
-    """Let every drafter, and the model alone, write on from every prompt in turn."""
+    """Tokens for each pass of the model, and speed, of drafters beside plain decoding of the same prompts."""
     from quickmerge.bench.environment import environment
     from quickmerge.speculative.bench import PLAIN, DraftArm, bench_drafters
     from quickmerge.speculative.report import drafters_table, write_drafters_report
@@ -173,14 +193,14 @@ def bench_drafter(
     check_output(json, report)
     nodes = parse_tree(tree)
     temperatures = parse_temperatures(temperature)
-    given = [name.strip() for name in drafters.split(",")]
+    given = [name.strip() for name in drafter.split(",")]
     names = [drafter_name(name) for name in given]
     taken = [PLAIN.name, *names]
     if twice := [name for name in names if taken.count(name) > 1]:
         raise QuickmergeError(f"--drafter must give each drafter a name of its own, got {twice[0]!r} for two ways")
     arms = [DraftArm(name, load_drafter(source), nodes) for name, source in zip(names, given, strict=True)]
     asked = _prompts(prompts)[:limit]
-    lm, tokenizer = load_writer("smollm2-135m" if model is None else model)
+    lm, tokenizer = load_writer(model)
     with progress() as bar, one_sentence(Alone.writing(lm, tokenizer)):
         task = bar.add_task("measuring", total=(1 + len(arms)) * len(asked) * len(temperatures))
 
@@ -191,7 +211,7 @@ def bench_drafter(
             lm, tokenizer, asked, arms, temperatures=temperatures, max_new_tokens=max_new_tokens, advance=advance
         )
     meta = {
-        "model": "smollm2-135m" if model is None else model, "prompts": len(asked), "max_new_tokens": max_new_tokens,
+        "model": model, "prompts": len(asked), "max_new_tokens": max_new_tokens,
         "prompts_file": prompts.name if prompts is not None else "about the shipped document",
         "environment": environment(),
     }  # fmt: skip

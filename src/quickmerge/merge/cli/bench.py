@@ -1,54 +1,162 @@
-"""``quickmerge bench --image``: quality beside cost for several reducers on your images."""
+"""``quickmerge bench text``, ``image`` and ``vlm``: quality beside cost of reducers on your documents or images."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from quickmerge.console.options import Alone, check_output, one_sentence, parse_keeps, progress, quiet, write_json
+import typer
+
+from quickmerge.console.options import (
+    FEWER,
+    JSON,
+    LAYER,
+    PRIOR,
+    REDUCERS,
+    REPORT,
+    Alone,
+    check_output,
+    load_writer,
+    one_sentence,
+    parse_keeps,
+    parse_layer,
+    parse_shares,
+    progress,
+    quiet,
+    read_text,
+    write_json,
+)
 from quickmerge.errors import QuickmergeError, clean_name
-from quickmerge.merge.cli.vlm import load_vlm
+from quickmerge.merge.cli.options import add_prior, parse_reducer
+from quickmerge.merge.cli.vlm import check_needs_no_question, is_vlm, load_vlm
 
+TEXT_EXAMPLE = (
+    "Example: quickmerge bench text a.txt b.txt --reducer quickmerge,tome,random --keep 0.2,0.42 --out runs/bench"
+)
+IMAGE_EXAMPLE = "Example: quickmerge bench image photos/ --reducer quickmerge,tome,tofu,random --flops 0.5,0.65"
+VLM_EXAMPLE = (
+    "Example: quickmerge bench vlm pictures/ --model runs/vlm --reducer scope,trimtokenator,tome --keep 0.5,0.25"
+)
 BATCH = 8
 
+IMAGES = Annotated[
+    int, typer.Option("--limit", min=1, metavar="N", help="Images to read, evenly taken from the folder.")
+]
+ROUNDS = Annotated[int, typer.Option("--rounds", min=2, metavar="N", help="How often the methods take turns.")]
 
-def bench_images(
-    folder: Path,
-    model: str,
-    reducer: str,
-    keep: str | None,
-    limit: int,
-    rounds: int,
-    dynamicvit: Path | None,
-    out: Path | None,
-    json: Path | None,
+
+def text(
+    text: Annotated[list[Path], typer.Argument(help="UTF-8 files of at least 1,000 tokens.", metavar="FILES")],
+    model: Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, or a Hugging Face id.")] = (
+        "smollm2-135m"
+    ),
+    context: Annotated[int, typer.Option("--context", help="Tokens of context per document.")] = 1024,
+    target: Annotated[int, typer.Option("--target", help="Tokens of continuation that are scored.")] = 192,
+    reducer: REDUCERS = "quickmerge,random",
+    keep: Annotated[
+        str, typer.Option("--keep", help="Shares of the tokens, with commas.", rich_help_panel=FEWER)
+    ] = "0.2,0.42,0.6",
+    layer: LAYER = None,
+    prior: PRIOR = None,
+    out: REPORT = None,
+    json: JSON = None,
 ) -> None:
-    """Fidelity, labels where there are any, and time of every method at every share of the operations."""
+    """Context recovery and cost of every reducer at every keep, on the same target tokens of your documents."""
+    from quickmerge.bench.environment import environment
+    from quickmerge.datasets.text import LEAST, split_document
+    from quickmerge.merge.bench.text import bench as measure
+    from quickmerge.merge.bench.text import bench_report, bench_table
+    from quickmerge.terminal import Terminal
+    from quickmerge.viz.page import write_page
+
+    check_output(json, out / "report.html" if out is not None else None)
+    keeps = parse_keeps(keep)
+    methods = [parse_reducer(name.strip(), keeps[0]) for name in reducer.split(",")]
+    if prior is not None:
+        methods.append(add_prior(parse_reducer("quickmerge", keeps[0]), prior))
+    depth = parse_layer(layer)
+    # no token that matters stands further on, see split_document
+    texts = [read_text(path, first=256 * (context + target + LEAST)) for path in text]
+    lm, tokenizer = load_writer(model)
+    # Documents sorted into several folders are told apart by the folder's name in the tables.
+    parents = [path.absolute().parent.name for path in text]
+    kinds = parents if len(set(parents)) > 1 else [None] * len(text)
+    alone = Alone.writing(lm, tokenizer)
+    with one_sentence(alone):
+        documents = [
+            # Folder and file name say which document it was, without where this machine keeps it.
+            split_document(
+                tokenizer, body, "/".join(path.absolute().parts[-2:]), context=context, target=target, kind=kind
+            )
+            for path, body, kind in zip(text, texts, kinds, strict=True)
+        ]
+    with progress() as bar, one_sentence(alone):
+        task = bar.add_task("measuring", total=len(documents) * (1 + len(methods) * len(keeps)))
+
+        def advance(label: str) -> None:
+            bar.update(task, advance=1, description=Path(label).name)
+
+        rows, records = measure(lm, documents, methods, keeps, layer=depth, advance=advance)
+    meta = {
+        "model": model, "context": context, "target": target, "layer": layer or "default",
+        "documents": [document.name for document in documents], "environment": environment(),
+        "reducers": {m.label: repr(m) for m in methods},
+    }  # fmt: skip
+    write_json(json, {"rows": rows, "documents": records, "meta": meta})
+    bench_table(rows, Terminal())
+    if out is not None:
+        write_page(out / "report.html", bench_report(rows, meta))
+        print(f"wrote {clean_name(out / 'report.html')}")
+
+
+def _is_flops(keep: str | None) -> None:
+    if keep is not None:
+        raise QuickmergeError(f"--keep is a share of tokens: give the share of the FLOPs as --flops {keep}")
+
+
+def image(
+    image: Annotated[
+        Path,
+        typer.Argument(help="A folder of images; with a folder for each class, labels count.", metavar="FOLDER"),
+    ],
+    model: Annotated[str, typer.Option("--model", help="vit-small-14, a folder, or a Hugging Face id.")] = (
+        "vit-small-14"
+    ),
+    limit: IMAGES = 64,
+    rounds: ROUNDS = 5,
+    dynamicvit: Annotated[
+        Path | None, typer.Option("--dynamicvit", help="Measure this folder of train dynamicvit too.")
+    ] = None,
+    reducer: REDUCERS = "quickmerge,random",
+    flops: Annotated[
+        str, typer.Option("--flops", help="Shares of the model's FLOPs, with commas.", rich_help_panel=FEWER)
+    ] = "0.5,0.7",
+    keep: Annotated[str | None, typer.Option("--keep", hidden=True, callback=_is_flops)] = None,
+    out: REPORT = None,
+    json: JSON = None,
+) -> None:
+    """Fidelity to the whole model's features, labels, and time of every method at every share of the FLOPs.
+
+    Labels count where the folder has one for each class and the model a head for them.
+    """
     from quickmerge.bench.environment import environment
     from quickmerge.datasets.images import open_image
     from quickmerge.datasets.labelled import load_batch
-    from quickmerge.merge.bench.vision import arms, time_arms, vision_table, write_vision_report
-    from quickmerge.merge.bench.vision import bench_images as measure
-    from quickmerge.merge.cli.vlm import check_needs_no_question, is_vlm
+    from quickmerge.merge.bench.vision import arms, bench_images, time_arms, vision_table, write_vision_report
     from quickmerge.merge.reducers import make_reducer
     from quickmerge.terminal import Terminal
 
     if is_vlm(model):
-        pass
-
-        if dynamicvit is not None:
-            raise QuickmergeError(f"--dynamicvit is for vision transformers: leave it out for {model}")
-        bench_vlm(folder, model, reducer, keep, limit, rounds, out, json)
-        return
+        raise QuickmergeError(f"{model} is a vision-language model: measure it with quickmerge bench vlm")
     report = out / "report.html" if out is not None else None
     check_output(json, report)
-    shares = parse_keeps(keep or "0.5,0.7")
+    shares = parse_shares("--flops", flops)
     names = [name.strip() for name in reducer.split(",")]
     for name in names:
         check_needs_no_question(name)
     with one_sentence():
         methods = [make_reducer(name, place="vision") for name in names]
-    paths, labels = _images(folder, limit)
+    paths, labels = _images(image, limit)
     quiet()
     network, processor, classes = _model(model, labels)
     if classes is None:
@@ -65,11 +173,11 @@ def bench_images(
         def advance(label: str) -> None:
             bar.update(task, advance=1, description=label)
 
-        rows, records = measure(network, batches, everything, labels=labels, classes=classes, advance=advance)
+        rows, records = bench_images(network, batches, everything, labels=labels, classes=classes, advance=advance)
         times = time_arms(network, batches[0], everything, rounds, advance)
     for row, spent in zip(rows, times, strict=True):
         row |= {k: v for k, v in spent.items() if k not in ("method", "asked")}
-    meta = {"model": model, "images": len(paths), "folder": folder.name, "environment": environment()}
+    meta = {"model": model, "images": len(paths), "folder": image.name, "environment": environment()}
     write_json(json, {"rows": rows, "images": records, "meta": meta})
     vision_table(rows, Terminal())
     if report is not None:
@@ -88,7 +196,7 @@ def _images(folder: Path, limit: int) -> tuple[list[Path], list[str] | None]:
         return [image.path for image in chosen], [image.label for image in chosen]
     data = find_data([folder])
     if data.kind != "images":
-        raise QuickmergeError(f"--image must be a folder of images, got one of {data.kind}")
+        raise QuickmergeError(f"quickmerge bench image needs a folder of images, got one of {data.kind}")
     return evenly(data.files, limit), None
 
 
@@ -120,17 +228,18 @@ def _trained(folder: Path) -> tuple[Any, Any]:
     return DynamicViT.from_pretrained(folder), load_vision(backbone, task="classify")[0] if backbone.is_dir() else None
 
 
-# ``quickmerge bench --image`` with a vision-language model: right answers beside cost on annotated pictures.
-
-
-KEEPS = "0.5,0.25,0.11"
-"""The shares of the visual tokens where nobody says."""
-
-
-def bench_vlm(
-    folder: Path, model: str, reducer: str, keep: str | None, limit: int, rounds: int, out: Path | None,
-    json: Path | None,
-) -> None:  # fmt: skip
+def vlm(
+    image: Annotated[Path, typer.Argument(help="A folder of images with annotations.jsonl.", metavar="FOLDER")],
+    model: Annotated[str, typer.Option("--model", help="A vision-language model: a folder or a Hugging Face id.")],
+    limit: IMAGES = 64,
+    rounds: ROUNDS = 5,
+    reducer: REDUCERS = "quickmerge,random",
+    keep: Annotated[
+        str, typer.Option("--keep", help="Shares of the visual tokens, with commas.", rich_help_panel=FEWER)
+    ] = "0.5,0.25,0.11",
+    out: REPORT = None,
+    json: JSON = None,
+) -> None:
     """Right answers by kind of question, and time, of every method at every share of the visual tokens."""
     from quickmerge.bench.environment import environment
     from quickmerge.datasets.annotated import read_annotated
@@ -142,24 +251,24 @@ def bench_vlm(
 
     report = out / "report.html" if out is not None else None
     check_output(json, report)
-    shares = parse_keeps(keep or KEEPS)
+    shares = parse_keeps(keep)
     with one_sentence():
         methods = [make_reducer(name.strip(), place="visual") for name in reducer.split(",")]
-    pictures = [picture for picture in read_annotated(folder) if picture.questions]
+    pictures = [picture for picture in read_annotated(image) if picture.questions]
     if not pictures:
-        raise QuickmergeError(f"--image must hold pictures with questions, got only labels in {folder}")
+        raise QuickmergeError(f"the folder must hold pictures with questions, got only labels in {image}")
     pictures = evenly(pictures, limit)
-    vlm, processor = load_vlm(model)
+    seeing, processor = load_vlm(model)
     seen = open_image(pictures[0].path)
-    with progress() as bar, one_sentence(Alone.asked(vlm, processor, seen)):
-        arms = answer_arms(vlm, processor, methods, shares)
+    with progress() as bar, one_sentence(Alone.asked(seeing, processor, seen)):
+        arms = answer_arms(seeing, processor, methods, shares)
         task = bar.add_task("measuring", total=(1 + len(arms)) * (len(pictures) + rounds + 1))
 
         def advance(label: str) -> None:
             bar.update(task, advance=1, description=label)
 
-        rows, records = bench_answers(vlm, processor, pictures, arms, rounds=rounds, advance=advance)
-    meta = {"model": model, "images": len(pictures), "folder": folder.name, "environment": environment()}
+        rows, records = bench_answers(seeing, processor, pictures, arms, rounds=rounds, advance=advance)
+    meta = {"model": model, "images": len(pictures), "folder": image.name, "environment": environment()}
     write_json(json, {"rows": rows, "images": records, "meta": meta})
     answers_table(rows, Terminal())
     if report is not None:

@@ -1,46 +1,166 @@
-"""``quickmerge show --image`` and ``--video``: which patches became one token, as a picture."""
+"""``quickmerge show text``, ``image`` and ``video``: what was kept, and what was merged into what."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from quickmerge.console.options import (
+    FEWER,
+    JSON,
+    KEEP,
+    LAYER,
+    OUTPUT,
+    TOKENS,
     Alone,
     check_keep,
+    check_model,
     check_output,
     check_text,
+    load_model,
     one_sentence,
     parse_layer,
     quiet,
+    read_text,
+    told_min_tokens,
     write_json,
 )
 from quickmerge.errors import QuickmergeError, clean_name
 from quickmerge.merge.cli.options import parse_budget, parse_reducer
-from quickmerge.merge.cli.vlm import load_vlm
+from quickmerge.merge.cli.vlm import check_needs_no_question, is_vlm, load_vlm
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from quickmerge.merge.tokens.budget import Budget
 
-MODEL = "vit-small-14"
-KEEP = 0.4
+TEXT_EXAMPLE = "Example: quickmerge show text report.txt --keep 0.3 --html map.html --picture map.png"
+IMAGE_EXAMPLE = (
+    "Example: quickmerge show image photo.jpg --reducer tome --remove 16; "
+    "quickmerge show image photo.jpg --reducer scope --tokens 64"
+)
+VIDEO_EXAMPLE = "Example: quickmerge show video clip.mp4 --frames 8 --keep 0.25 --animation clip.webp"
+
+BYTES = 1024
+"""Read of a file for each token that is shown: more than the longest tokens of any vocabulary have."""
+SHARE = 0.4
 """The share that is kept where nobody says."""
 PICTURES = (".png", ".webp")
 ANIMATIONS = (".gif", ".webp")
 
+SEEING = Annotated[str, typer.Option("--model", help="vit-small-14, a folder, or a Hugging Face id.")]
+PICTURE = Annotated[
+    Path | None,
+    typer.Option(
+        "--picture", help="Write it here (.png or .webp). Default: named after the file.", rich_help_panel=OUTPUT
+    ),
+]
 
-def show_image(
-    file: Path, model: str, reducer: str, keep: float | None, tokens: int | None, remove: str | None, layer: str | None,
-    prompt: str | None, picture: Path | None, json: Path | None,
-) -> None:  # fmt: skip
-    """Paint the patches of an image by the token that they became, in the order of the choice where there is one."""
+
+def text(
+    file: Annotated[Path | None, typer.Argument(help="UTF-8 text to show.")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text to show, in place of a file.")] = None,
+    model: Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, or a Hugging Face id.")] = (
+        "smollm2-135m"
+    ),
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, metavar="N", help="Tokens to read from the start of the text.")
+    ] = 2048,
+    reducer: Annotated[
+        str, typer.Option("--reducer", help="See quickmerge ls; settings follow.", rich_help_panel=FEWER)
+    ] = "quickmerge",
+    keep: KEEP = SHARE,
+    layer: LAYER = None,
+    min_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--min-tokens",
+            min=0,
+            metavar="N",
+            help="Texts of fewer tokens are read in full. Default: 0.",
+            rich_help_panel=FEWER,
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write an HTML page here.", rich_help_panel=OUTPUT)
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Write a picture here (.png or .svg).", rich_help_panel=OUTPUT)
+    ] = None,
+    json: JSON = None,
+) -> None:
+    """Show the tokens of a text: kept, merged into what, dropped."""
+    if (file is None) == (text is None):
+        raise QuickmergeError("give either a file or --text, got " + ("neither" if file is None else "both"))
+    check_output(json, html, picture)
+    if picture is not None and picture.suffix not in (".png", ".svg"):
+        raise QuickmergeError(f"--picture must end in .png or .svg, got {picture.name!r}")
+    depth = parse_layer(layer)
+    content = check_text("--text", str(text)) if file is None else read_text(file, first=BYTES * limit + 2**16)
+    check_model(model)
+    # what takes seconds to import comes after what can be told at once
+    from quickmerge.merge.collect import token_cells
+    from quickmerge.merge.summary import layer_runs
+    from quickmerge.terminal import Terminal
+    from quickmerge.viz.page import page, write_page
+    from quickmerge.viz.tokenmap import token_map_html, token_map_text
+    from quickmerge.viz.tokenmap_figure import token_map_figure
+
+    method = parse_reducer(reducer, keep)
+    lm, tokenizer = load_model(model)
+    with Terminal(stderr=True).status("reading"), one_sentence(Alone.writing(lm, tokenizer)):
+        cells, stats = token_cells(lm, tokenizer, content, method, depth, limit=limit, **told_min_tokens(min_tokens))
+    name = clean_name(file.name) if file is not None else "text"
+    kept = sum(c.anchor for c in cells)
+    title = f"{name}: {kept} of {len(cells)} tokens kept by {reducer}"
+    runs = layer_runs(stats.tokens_per_layer)
+    read = ", ".join(f"{n:g} in blocks {a}-{b}" for a, b, n in runs)
+    caption = f"{clean_name(model)}, keep {keep:g}. Tokens read: {read}."
+    token_map_text(cells, Terminal())
+    print(stats, file=Terminal(stderr=True).file)
+    if html is not None:
+        write_page(html, page(title, [token_map_html(cells, title=title, caption=caption)]))
+        print(f"wrote {clean_name(html)}")
+    if picture is not None:
+        token_map_figure(cells, picture, title=name)
+        print(f"wrote {clean_name(picture)}")
+    write_json(json, {
+        "model": model, "reducer": reducer, "keep": keep, "kept": kept, "tokens": [c.__dict__ for c in cells],
+        **stats.as_dict(),
+    })  # fmt: skip
+
+
+def image(
+    image: Annotated[Path, typer.Argument(help="Image to show.", metavar="FILE")],
+    model: SEEING = "vit-small-14",
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What a vision-language model is asked about the image.")
+    ] = None,
+    reducer: Annotated[
+        str, typer.Option("--reducer", help="See quickmerge ls; settings follow.", rich_help_panel=FEWER)
+    ] = "quickmerge",
+    keep: Annotated[
+        float | None,
+        typer.Option("--keep", help=f"Share of the tokens kept, in (0, 1]. Default: {SHARE:g}.", rich_help_panel=FEWER),
+    ] = None,
+    tokens: TOKENS = None,
+    layer: LAYER = None,
+    remove: Annotated[
+        str | None,
+        typer.Option(
+            "--remove", help="Tokens that every block takes out (13), falling (13:-1) or listed.", rich_help_panel=FEWER
+        ),
+    ] = None,
+    picture: PICTURE = None,
+    json: JSON = None,
+) -> None:
+    """Show the patches of an image by the token that they became, in the order of the choice where there is one."""
     from quickmerge.datasets.images import open_image
     from quickmerge.datasets.labelled import PixelFormat
-    from quickmerge.merge.cli.vlm import check_needs_no_question, is_vlm
     from quickmerge.merge.collect import as_picture, patch_stages
     from quickmerge.models import load_vision
     from quickmerge.models.encoder import find_encoder
@@ -48,21 +168,19 @@ def show_image(
     from quickmerge.viz.patchmap_sheet import merged_picture
     from quickmerge.viz.patchmap_video import write_picture
 
-    picture = picture or Path(f"{file.stem}-{reducer.split(':')[0]}.png")
+    picture = picture or Path(f"{image.stem}-{reducer.split(':')[0]}.png")
     _check_suffix("--picture", picture, PICTURES)
     check_output(json, picture)
-    budget, where, photo = parse_budget(keep, tokens, KEEP), _where(remove, layer, tokens), open_image(file)
+    budget, where, photo = parse_budget(keep, tokens, SHARE), _where(remove, layer, tokens), open_image(image)
     if is_vlm(model):
-        pass
-
         if remove is not None:
             raise QuickmergeError(f"--remove is for vision transformers: leave it out for {model}")
-        show_tokens(photo, file.name, model, reducer, budget, where, prompt, picture, json)
+        _show_tokens(photo, image.name, model, reducer, budget, where, prompt, picture, json)
         return
     if prompt is not None:
         raise QuickmergeError(f"--prompt is for vision-language models: leave it out for {model}")
     check_needs_no_question(reducer)
-    share = KEEP if keep is None else keep
+    share = SHARE if keep is None else keep
     method = parse_reducer(reducer, share, "vision")
     quiet()
     encoder, processor = load_vision(model)
@@ -81,10 +199,10 @@ def show_image(
             f"nothing was merged: --keep must be below 1 or --remove above 0, got {share:g}, {remove}"
         )
     seen = as_picture(pixels[0], form)
-    write_picture(merged_picture(seen, stages, title=f"{clean_name(file.name)}, {reducer}"), picture)
+    write_picture(merged_picture(seen, stages, title=f"{clean_name(image.name)}, {reducer}"), picture)
     print(stats)
     print(f"wrote {clean_name(picture)}")
-    _write(json, file, model, reducer, share, remove, stages, stats.as_dict())
+    _write(json, image, model, reducer, share, remove, stages, stats.as_dict())
 
 
 def _share(tokens: int, patches: int) -> float:
@@ -94,11 +212,23 @@ def _share(tokens: int, patches: int) -> float:
     return tokens / patches
 
 
-def show_video(
-    file: Path, model: str, reducer: str, keep: float, frames: int, stride: int, picture: Path | None,
-    animation: Path | None, json: Path | None,
-) -> None:  # fmt: skip
-    """Paint the patches of a video's frames by the token that they became, across time."""
+def video(
+    video: Annotated[Path, typer.Argument(help="Video to show.", metavar="FILE")],
+    model: SEEING = "vit-small-14",
+    frames: Annotated[int, typer.Option("--frames", min=1, metavar="N", help="How many frames.")] = 8,
+    stride: Annotated[int, typer.Option("--stride", min=1, metavar="N", help="Take every so many frames.")] = 4,
+    reducer: Annotated[
+        str, typer.Option("--reducer", help="See quickmerge ls; settings follow.", rich_help_panel=FEWER)
+    ] = "grid",
+    keep: KEEP = SHARE,
+    picture: PICTURE = None,
+    animation: Annotated[
+        Path | None,
+        typer.Option("--animation", help="Write an animation here (.gif or .webp).", rich_help_panel=OUTPUT),
+    ] = None,
+    json: JSON = None,
+) -> None:
+    """Show the patches of a video's frames by the token that they became, across time."""
     from PIL import Image
 
     from quickmerge.datasets import VideoClips
@@ -109,31 +239,31 @@ def show_video(
     from quickmerge.terminal import Terminal
     from quickmerge.viz.patchmap_video import video_animation, video_strip, write_picture
 
-    picture = picture or Path(f"{file.stem}-{reducer.split(':')[0]}.png")
+    picture = picture or Path(f"{video.stem}-{reducer.split(':')[0]}.png")
     _check_suffix("--picture", picture, PICTURES)
     if animation is not None:
         _check_suffix("--animation", animation, ANIMATIONS)
     check_output(json, picture, animation)
     check_keep(keep)
     across = GridMerge(keep=keep) if reducer == "grid" else parse_reducer(reducer, keep, "vision")
-    if not file.is_file():
-        raise QuickmergeError(f"{file} can't be read: there is no such file")
+    if not video.is_file():
+        raise QuickmergeError(f"{video} can't be read: there is no such file")
     quiet()
     encoder, processor = load_vision(model)
     grey = Image.new("RGB", (64, 64), "grey")
     with Terminal(stderr=True).status("looking"), one_sentence(Alone.seeing(encoder, processor, grey)):
         form = PixelFormat.of(processor)
-        pixels = form.standardised(VideoClips([file], (form.height, form.width), frames, stride)[0])[None]
+        pixels = form.standardised(VideoClips([video], (form.height, form.width), frames, stride)[0])[None]
         stage = frame_stage(encoder, pixels, across)
     seen = [as_picture(frame, form) for frame in pixels[0]]
     total = stage.groups.size
     print(f"{across!r}: {stage.tokens} of {total} tokens left of {frames} frames")
-    write_picture(video_strip(seen, stage, title=f"{clean_name(file.name)}, {reducer}"), picture)
+    write_picture(video_strip(seen, stage, title=f"{clean_name(video.name)}, {reducer}"), picture)
     print(f"wrote {clean_name(picture)}")
     if animation is not None:
         video_animation(seen, stage, animation)
         print(f"wrote {clean_name(animation)}")
-    _write(json, file, model, reducer, keep, None, [stage], {"tokens_in": total, "tokens_out": stage.tokens})
+    _write(json, video, model, reducer, keep, None, [stage], {"tokens_in": total, "tokens_out": stage.tokens})
 
 
 def _where(remove: str | None, layer: str | None, tokens: int | None) -> Any:
@@ -183,14 +313,14 @@ def stage_data(stage: Any) -> dict[str, Any]:
     return {"name": stage.name, "tokens": stage.tokens, "groups": stage.groups.tolist(), **ranks}
 
 
-# ``quickmerge show --image --model VLM``: which visual tokens a language model was given, as a picture.
+# ``quickmerge show image --model VLM``: which visual tokens a language model was given, as a picture.
 
 
 PROMPT = "Describe the image."
 """What is asked where nobody says; it matters to methods that go by the question."""
 
 
-def show_tokens(
+def _show_tokens(
     photo: Image.Image,
     name: str,
     model: str,
