@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tables
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from quickmerge.bench.environment import environment
@@ -87,11 +87,7 @@ def main() -> None:
     write_json(args.out, {"rows": rows, "environment": environment(), "settings": {
         "model": args.model, "tokens": args.tokens, "chunk": args.chunk, "window": args.window, "skipped": skip,
     }})  # fmt: skip
-    table = Table("reducer", "keep", "entries per layer at the end", "perplexity", "extra nats per token (± stderr)")
-    for r in rows:
-        table.add_row(r["reducer"], f"{r['keep']:g}", f"{r['entries_at_end']:.0f}", f"{r['perplexity']:.2f}",
-                      f"{r['extra_nll']:+.4f} ± {r['extra_nll_stderr']:.4f}")  # fmt: skip
-    Console().print(table)
+    tables.block_causal(rows).print(Console())
 
 
 if __name__ == "__main__":

@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 from calm import unseen_documents
-from calm_tables import percent
+from calm_tables import autoencoder_noise
 from documents import SAY
 from rich.console import Console
-from rich.table import Table
 
 from quickmerge.bench.environment import environment
 from quickmerge.bench.quality import bootstrap
@@ -158,15 +157,7 @@ def seen(folder: Path, patch: int) -> Row:
 
 def show(rows: Sequence[Row]) -> None:
     """Print what matters most."""
-    printed = Table()
-    printed.add_column("autoencoder")
-    for name in ("parameters", "in use", *(f"tokens, noise {sigma:g}" for sigma in SIGMAS)):
-        printed.add_column(name, justify="right")
-    for row in rows:
-        shares = (percent(row[f"accuracy_{sigma:g}"]) for sigma in SIGMAS)
-        used = f"{row['active']} of {row['latent']}"
-        printed.add_row(row["method"], f"{row['parameters'] / 1e6:.2f} M", used, *shares)
-    Console().print(printed)
+    autoencoder_noise(rows).print(Console())
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import multipole_tables
 import torch
 from multipole_texts import pieces
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -186,12 +186,7 @@ def main() -> int:
         return 2
     meta = {"model": args.model, "settings": asdict(qm.Multipole(budget=args.budget)), "rounds": args.rounds}
     write_json(args.out, {"rows": rows, "meta": meta, "environment": environment()})
-    table = Table("tokens", "way", "tokens/s", "ratio", "attention's share", "cache", "clusters")
-    for r in rows:
-        table.add_row(f"{r['tokens']}", r["name"], f"{r['tokens_per_second']:.2f}", f"{r['speedup']:.2f}x",
-                      f"{100 * r['attention_share']:.0f} %", f"{r['cache_bytes'] / 2**20:.0f} MiB",
-                      f"{r['cluster_bytes'] / 2**20:.0f} MiB")  # fmt: skip
-    Console().print(table)
+    multipole_tables.generate(rows).print(Console())
     return 0
 
 

@@ -28,12 +28,12 @@ from multipole_steps import generation_arms
 from multipole_texts import Copied, Piece, copied, pieces, written
 from notes import Notes
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import quickmerge as qm
 from quickmerge.bench.environment import environment
+from quickmerge.bench.table import Column, Table, number, text
 from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.errors import QuickmergeError
 from quickmerge.models import cache_folder
@@ -207,14 +207,15 @@ def measure(part: str, model: Any, tokenizer: Any, folder: Path, args: argparse.
 
 def show(part: str, rows: Sequence[Record]) -> None:
     """Print the rows."""
-    table = Table("length or quarter", "attention", "budget", "settings", "kept", "NLL", "KL", "agreement", title=part)
-    for r in rows:
-        budget = {None: "", ALL: "all"}.get(r["budget"], str(r["budget"]))
-        settings = " ".join(f"{k}={v}" for k, v in r["settings"].items())
-        table.add_row(str(r.get("length", r.get("quarter"))), r["name"], budget, settings,
-                      f"{r['kept']:.0f}" if "kept" in r else "", f"{r['nll']:.3f}", f"{r['kl']:.4f}",
-                      f"{r['agreement']:.3f}")  # fmt: skip
-    Console().print(table)
+    columns = [
+        Column("length or quarter", lambda r: str(r.get("length", r.get("quarter")))),
+        Column("attention", text("name"), "l"),
+        Column("budget", lambda r: {None: "", ALL: "all"}.get(r["budget"], str(r["budget"]))),
+        Column("settings", lambda r: " ".join(f"{k}={v}" for k, v in r["settings"].items()), "l"),
+        Column("kept", number("kept", ".0f")), Column("NLL", number("nll", ".3f")), Column("KL", number("kl", ".4f")),
+        Column("agreement", number("agreement", ".3f")),
+    ]  # fmt: skip
+    Table(columns, rows).print(Console(), title=part)
 
 
 def main() -> int:

@@ -20,10 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import multipole_tables
 import torch
 from multipole_arms import clustered
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -240,12 +240,7 @@ def bandwidth(device: str) -> float:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the rows."""
-    table = Table("shape", "tokens", "dense", "multipole", "ratio", "with updates", "bytes allow", "clustering")
-    for r in rows:
-        times = [f"{1e3 * r['seconds'][name][1]:.2f} ms" for name in (r["fastest"], "multipole")]
-        table.add_row(r["shape"], f"{r['tokens']}", *times, f"{r['speedup']:.2f}x", f"{r['speedup_with_updates']:.2f}x",
-                      f"{r['allowed_by_bytes']:.1f}x", f"{r['clustering_seconds']:.1f} s")  # fmt: skip
-    Console().print(table)
+    multipole_tables.step(rows).print(Console())
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 from quickmerge.bench.environment import environment
@@ -107,11 +107,7 @@ def main() -> None:
     write_json(args.out, {"rows": rows, "environment": environment(), "settings": {
         "model": args.model, "tokens": args.tokens, "split": args.split, "layer": args.layer,
     }})  # fmt: skip
-    table = Table("reducer", "keep", "NLL of the code", "code right", "FLOPs")
-    for r in rows:
-        table.add_row(r["reducer"], f"{r['keep']:g}", f"{r['nll']:.3f}", f"{100 * r['exact']:.0f} %",
-                      f"{r['flops_ratio']:.2f}")  # fmt: skip
-    Console().print(table)
+    tables.needle(rows).print(Console())
 
 
 if __name__ == "__main__":

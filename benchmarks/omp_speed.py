@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transplant_tables
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from quickmerge.bench.environment import environment
@@ -168,13 +168,7 @@ def differences(targets: Tensor, atoms: Tensor, plain: Sparse, other: Sparse) ->
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the rows."""
-    table = Table("k", "way", "CPU seconds", "ratio (quartiles)")
-    for r in rows:
-        for name, seconds in r["seconds"].items():
-            s = r["speedup"][name]
-            spread = f"{s['ratio']:.2f}x ({s['low']:.2f} to {s['high']:.2f})"
-            table.add_row(str(r["k"]), name, f"{seconds:.1f}", spread)
-    Console().print(table)
+    transplant_tables.speed(rows).print(Console())
     for r in rows:
         d = r["differences"]
         gap = f", the first difference at a gap of at most {d['largest_gap']:.0e}" if d["targets"] else ""

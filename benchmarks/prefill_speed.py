@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 
+import tables
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from quickmerge.bench.environment import environment
 from quickmerge.console.options import quiet, write_json
@@ -71,13 +71,7 @@ def main() -> None:
                 "reducer_share": median(o / r for o, r in zip(seen["own"], seen["reduced"], strict=True)),
             })  # fmt: skip
     write_json(args.out, {"rows": rows, "environment": environment(), "model": args.model})
-    table = Table("tokens", "keep", "full s", "reduced s", "speed-up (quartiles)", "FLOPs allow", "of it", "reducer")
-    for r in rows:
-        table.add_row(f"{r['tokens']}", f"{r['keep']:g}", f"{r['full_seconds']:.2f}", f"{r['reduced_seconds']:.2f}",
-                      f"{r['speedup']:.2f} ({r['speedup_q1']:.2f}-{r['speedup_q3']:.2f})",
-                      f"{r['allowed_by_flops']:.2f}", f"{100 * r['of_allowed']:.0f} %",
-                      f"{100 * r['reducer_share']:.1f} %")  # fmt: skip
-    Console().print(table)
+    tables.speed(rows).print(Console())
 
 
 if __name__ == "__main__":

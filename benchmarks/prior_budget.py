@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tables
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from quickmerge.bench.environment import environment
 from quickmerge.bench.quality import token_nll
@@ -73,11 +73,7 @@ def main() -> int:
     write_json(args.out, {"rows": rows, "environment": environment(), "settings": {
         "model": "smollm2-135m", "tokens": args.tokens, "chunk": chunk, "window": window, "split": args.split,
     }})  # fmt: skip
-    table = Table("reducer", "keep", "budget", "entries", "perplexity", "nats gained per token (± stderr)")
-    for r in rows:
-        table.add_row(r["reducer"], f"{r['keep']:g}", r["budget"], f"{r['entries_at_end']:.0f}",
-                      f"{r['perplexity']:.2f}", f"{r['gain']:+.4f} ± {r['gain_stderr']:.4f}")  # fmt: skip
-    Console().print(table)
+    tables.prior_budget(rows).print(Console())
     return 0
 
 

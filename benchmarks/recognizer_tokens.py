@@ -15,10 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 from recognition_runs import BATCH, TOP, WAYS, measure_reduced
 from rich.console import Console
-from rich.table import Table
 from scene_things import SHAPES
 from torch import Tensor
 
@@ -64,14 +64,7 @@ def main() -> int:
         **{name: len(data) for name, data in sets.items()},
     }  # fmt: skip
     write_json(args.out, {"rows": rows, "kinds": kinds, "meta": meta, "environment": environment()})
-    table = Table("data", "method", "tokens", "recall at own number", "at 10", "F1 by meaning", "floor")
-    for row in rows:
-        own, ten = row["exact_at_own"]["recall"], row["exact_at"]["10"]["recall"]
-        table.add_row(
-            row["data"], f"{row['reducer']} {row['keep']:g}", f"{row['tokens']:.0f}", f"{own:.3f}", f"{ten:.3f}",
-            f"{row['meaning']['f1']:.3f}", f"{row['floor']['f1']:.3f}",
-        )  # fmt: skip
-    Console().print(table)
+    tables.recognition_tokens(rows).print(Console())
     return 0
 
 

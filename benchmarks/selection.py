@@ -19,9 +19,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -73,12 +73,7 @@ def main() -> int:
     best = [against_all_subsets(name, model, processor, paths) for name in ("coverage", "dispersion")]
     meta = {"model": "vit-small-14", "pictures": len(paths), "text_tokens": 40, "dtype": "float32"}
     write_json(args.out, {"rows": rows, "subsets": best, "meta": meta, "environment": environment()})
-    table = Table("method", "tokens", "kept", "ms", "plain ms", "ratio (quartiles)")
-    for r in rows:
-        spread = f"{r['speedup']:.2f}x ({r['speedup_low']:.2f} to {r['speedup_high']:.2f})"
-        ms, plain_ms = f"{1e3 * r['seconds']:.1f}", f"{1e3 * r['plain_seconds']:.1f}"
-        table.add_row(r["method"], f"{r['tokens']}", f"{r['keep']}", ms, plain_ms, spread)
-    Console().print(table)
+    tables.selection(rows).print(Console())
     for b in best:
         Console().print(
             f"greedy {b['objective']} reaches {b['mean']:.1%} of the best of all {b['subsets']} subsets on average and "

@@ -24,11 +24,24 @@ from transplant_tables import TRANSPLANT
 from trust_tables import TRUST
 
 from quickmerge.bench.quality import bootstrap
+from quickmerge.bench.table import Cell, Column, Table, interval, number, plus_minus, text, unless
 
 HERE = Path(__file__).parent
 PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- table:(\w+) -->\n)(.*?)(<!-- /table -->)", re.S)
+MIB = 2**-20
 Row = dict[str, Any]
+
+KEEP = Column("keep", number("keep"))
+TOKENS = Column("tokens", number("tokens", ","))
+NLL = Column("NLL", number("nll", ".3f"))
+RECOVERY = Column("recovery (95 % interval)", interval("recovery", ".3f"))
+COST = (
+    Column("FLOPs", number("flops_ratio", ".3f")),
+    Column("prefill", number("prefill_speedup", ".2f", unit="x")),
+    Column("reducer", number("reducer_seconds", ".0f", scale=1e3, unit=" ms")),
+)
+QUARTILES = ("_q1", "_q3")
 
 
 def rows_of(name: str, key: str = "rows") -> list[Row]:
@@ -38,430 +51,338 @@ def rows_of(name: str, key: str = "rows") -> list[Row]:
     return rows
 
 
-def markdown(headers: list[str], body: list[list[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    lines = ["| " + " | ".join(headers) + " |", "| --- |" + " ---: |" * (len(headers) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body]) + "\n"
+def strong(key: str, test: Callable[[Row], bool]) -> Cell:
+    """A name, set off where ``test`` of the row holds."""
+    return lambda r: f"**{r[key]}**" if test(r) else str(r[key])
 
 
-def overall() -> list[Row]:
-    """Context recovery over all documents, best first at each keep."""
-    rows = [r for r in rows_of("context_recovery") if r["kind"] is None]
-    return sorted(rows, key=lambda r: (r["keep"], -r["recovery"]))
+def is_full(r: Row) -> bool:
+    """Whether a row is the model that reads everything."""
+    return bool(r["method"] == "full")
 
 
-def recovery() -> str:
+def method(name: str = "method") -> Column:
+    """The method, by what it leaves."""
+    return Column(name, unless(is_full, text("method"), "all tokens"))
+
+
+def overall(name: str = "context_recovery", best: int = -1) -> list[Row]:
+    """Context recovery over all documents, best first at each keep, or with ``best=1`` last."""
+    rows = [r for r in rows_of(name) if r["kind"] is None]
+    return sorted(rows, key=lambda r: (r["keep"], best * r["recovery"]))
+
+
+def recovery() -> Table:
     """Every reducer at every keep."""
-    body = [
-        [
-            f"**{r['reducer']}**" if r["reducer"] == "quickmerge" else r["reducer"],
-            f"{r['keep']:g}",
-            f"{r['recovery']:.3f} ({r['recovery_low']:.3f} to {r['recovery_high']:.3f})",
-            f"{r['nll']:.3f}",
-            f"{r['flops_ratio']:.3f}",
-            f"{r['prefill_speedup']:.2f}x",
-            f"{1e3 * r['reducer_seconds']:.0f} ms",
-            f"{r['cache_bytes'] / 2**20:.1f} MiB ({r['cache_ratio']:.2f})",
-        ]
-        for r in overall()
-    ]
-    headers = ["reducer", "keep", "recovery (95 % interval)", "NLL", "FLOPs", "prefill", "reducer", "cache"]
-    return markdown(headers, body)
+    columns = [
+        Column("reducer", strong("reducer", lambda r: r["reducer"] == "quickmerge")), KEEP, RECOVERY, NLL, *COST,
+        Column("cache", lambda r: f"{MIB * r['cache_bytes']:.1f} MiB ({r['cache_ratio']:.2f})"),
+    ]  # fmt: skip
+    return Table(columns, overall())
 
 
-def kinds() -> str:
+def kinds(name: str = "context_recovery", best: int = -1) -> Table:
     """Recovery by kind of document."""
-    rows = rows_of("context_recovery")
-    names = sorted({r["kind"] for r in rows if r["kind"] is not None})
-    body = []
-    for r in overall():
-        same = {k["kind"]: k for k in rows if (k["reducer"], k["keep"]) == (r["reducer"], r["keep"])}
-        body.append([r["reducer"], f"{r['keep']:g}", *(f"{same[n]['recovery']:.3f}" for n in names)])
-    return markdown(["reducer", "keep", *names], body)
+    found = {(r["reducer"], r["keep"], r["kind"]): r["recovery"] for r in rows_of(name)}
+    names = sorted({kind for _, _, kind in found if kind is not None})
+
+    def of(kind: str) -> Column:
+        return Column(kind, lambda r: f"{found[r['reducer'], r['keep'], kind]:.3f}")
+
+    return Table([Column("reducer", text("reducer")), KEEP, *map(of, names)], overall(name, best))
 
 
-def paired() -> str:
+def paired() -> Table:
     """QuickMerge less the best baseline, document by document, with the interval of that difference."""
     data = rows_of("context_recovery", "documents")
     found = {(r["document"], r["reducer"], r["keep"]): r for r in data}
-    kinds = sorted({r["kind"] for r in data})
-    body = []
+    kinds = [None, *sorted({r["kind"] for r in data})]
+    rows = []
     for keep in sorted({r["keep"] for r in data}):
         rival = next(r["reducer"] for r in overall() if r["keep"] == keep and r["reducer"] != "quickmerge")
-        cells = []
-        for kind in (None, *kinds):
+        row: Row = {"keep": keep, "rival": rival}
+        for kind in kinds:
             mine = [r for r in data if (r["reducer"], r["keep"]) == ("quickmerge", keep) and kind in (None, r["kind"])]
             gain = np.array([found[r["document"], rival, keep]["nll"] - r["nll"] for r in mine])
             worth = np.array([r["nll_none"] - r["nll_full"] for r in mine])
-            low, high = bootstrap(gain, worth, resamples=2000, seed=0)
-            cells.append(f"{gain.sum() / worth.sum():+.3f} ({low:+.3f} to {high:+.3f})")
-        body.append([f"{keep:g}", rival, *cells])
-    return markdown(["keep", "best baseline", "all", *kinds], body)
+            row[f"{kind}"] = gain.sum() / worth.sum()
+            row[f"{kind}_low"], row[f"{kind}_high"] = bootstrap(gain, worth, resamples=2000, seed=0)
+        rows.append(row)
+    columns = [Column(kind or "all", interval(f"{kind}", "+.3f")) for kind in kinds]
+    return Table([KEEP, Column("best baseline", text("rival")), *columns], rows)
 
 
-def short() -> str:
+def short() -> Table:
     """QuickMerge alone, for the README."""
-    rows = [r for r in overall() if r["reducer"] == "quickmerge"]
-    full = rows[0]
-    rivals = [r for r in overall() if r["reducer"] != "quickmerge"]
-    best = {r["keep"]: r for r in sorted(rivals, key=lambda r: float(r["recovery"]))}
-    body = [["1 (all tokens)", "1.000", f"{full['nll_full']:.3f}", "1.00", "1.00x", "1.00", ""]]
-    body += [
-        [
-            f"{r['keep']:g}",
-            f"{r['recovery']:.3f}",
-            f"{r['nll']:.3f}",
-            f"{r['flops_ratio']:.2f}",
-            f"{r['prefill_speedup']:.2f}x",
-            f"{r['cache_ratio']:.2f}",
-            f"{best[r['keep']]['recovery']:.3f} ({best[r['keep']]['reducer']})",
-        ]
-        for r in sorted(rows, key=lambda r: -r["keep"])
-    ]
-    body.append(["0 (no context)", "0.000", f"{full['nll_none']:.3f}", "", "", "", ""])
-    return markdown(["keep", "recovery", "NLL", "prefill FLOPs", "prefill speed", "cache bytes", "best baseline"], body)
+    ours = [r for r in overall() if r["reducer"] == "quickmerge"]
+    rivals = sorted((r for r in overall() if r["reducer"] != "quickmerge"), key=lambda r: float(r["recovery"]))
+    best = {r["keep"]: f"{r['recovery']:.3f} ({r['reducer']})" for r in rivals}
+    full = {"at": "1 (all tokens)", "recovery": 1, "nll": ours[0]["nll_full"], "flops_ratio": 1, "prefill_speedup": 1,
+            "cache_ratio": 1}  # fmt: skip
+    none = {"at": "0 (no context)", "recovery": 0, "nll": ours[0]["nll_none"]}
+    columns = [
+        Column("keep", lambda r: r.get("at") or f"{r['keep']:g}"), Column("recovery", number("recovery", ".3f")), NLL,
+        Column("prefill FLOPs", number("flops_ratio", ".2f")),
+        Column("prefill speed", number("prefill_speedup", ".2f", unit="x")),
+        Column("cache bytes", number("cache_ratio", ".2f")),
+        Column("best baseline", lambda r: best.get(r.get("keep", 0), "")),
+    ]  # fmt: skip
+    return Table(columns, [full, *sorted(ours, key=lambda r: -r["keep"]), none])
 
 
-def speed() -> str:
+def speed(rows: Sequence[Row]) -> Table:
     """Measured prefill speed beside the limit."""
-    body = [
-        [
-            f"{r['tokens']:,}",
-            f"{r['keep']:g}",
-            f"{r['full_seconds']:.2f} s",
-            f"{r['reduced_seconds']:.2f} s",
-            f"{r['speedup']:.2f}x ({r['speedup_q1']:.2f} to {r['speedup_q3']:.2f})",
-            f"{r['allowed_by_flops']:.2f}x",
-            f"{100 * r['of_allowed']:.0f} %",
-            f"{100 * r['reducer_share']:.1f} %",
-        ]
-        for r in rows_of("prefill_speed")
-    ]
-    headers = ["tokens", "keep", "full", "reduced", "speed-up (quartiles)", "FLOPs allow", "of it", "reducer's share"]
-    return markdown(headers, body)
+    columns = [
+        TOKENS, KEEP, Column("full", number("full_seconds", ".2f", unit=" s")),
+        Column("reduced", number("reduced_seconds", ".2f", unit=" s")),
+        Column("speed-up (quartiles)", interval("speedup", ".2f", unit="x", ends=QUARTILES)),
+        Column("FLOPs allow", number("allowed_by_flops", ".2f", unit="x")),
+        Column("of it", number("of_allowed", ".0f", scale=100, unit=" %")),
+        Column("reducer's share", number("reducer_share", ".1f", scale=100, unit=" %")),
+    ]  # fmt: skip
+    return Table(columns, rows)
 
 
-def prior_needle() -> str:
-    """The same with the prior and without."""
-    return needle("prior_needle")
-
-
-def needle(name: str = "needle") -> str:
+def needle(rows: Sequence[Row]) -> Table:
     """A fact in the middle: how often it is still found, in all and by where it stood."""
-    rows = sorted(rows_of(name), key=lambda r: (-r["keep"], r["nll"]))
-    depths = list(rows[0]["exact_by_depth"])
-    body = [
-        [
-            r["reducer"] if r["keep"] < 1 else "all tokens",
-            f"{r['keep']:g}",
-            f"{r['flops_ratio']:.2f}",
-            f"{r['nll']:.3f}",
-            f"{100 * r['exact']:.0f} %",
-            *(f"{100 * r['exact_by_depth'][d]:.0f} %" for d in depths),
-        ]
-        for r in rows
-    ]
-    headers = ["reducer", "keep", "FLOPs", "NLL of the code", "code right", *(f"at {float(d):.0%}" for d in depths)]
-    return markdown(headers, body)
+    rows = sorted(rows, key=lambda r: (-r["keep"], r["nll"]))
+
+    def at(depth: str) -> Column:
+        return Column(f"at {float(depth):.0%}", lambda r: f"{100 * r['exact_by_depth'][depth]:.0f} %")
+
+    columns = [
+        Column("reducer", unless(lambda r: r["keep"] >= 1, text("reducer"), "all tokens")), KEEP,
+        Column("FLOPs", number("flops_ratio", ".2f")), Column("NLL of the code", number("nll", ".3f")),
+        Column("code right", number("exact", ".0f", scale=100, unit=" %")), *map(at, rows[0]["exact_by_depth"]),
+    ]  # fmt: skip
+    return Table(columns, rows)
 
 
-def block_causal() -> str:
+def block_causal(rows: Sequence[Row]) -> Table:
     """Perplexity with a bounded cache."""
-    rows = sorted(rows_of("block_causal"), key=lambda r: (-r["keep"], r["perplexity"]))
-    body = [
-        [
-            r["reducer"],
-            f"{r['keep']:g}",
-            f"{r['entries_at_end']:.0f}",
-            f"{r['perplexity']:.2f}",
-            f"{r['extra_nll']:+.4f} ± {r['extra_nll_stderr']:.4f}",
-        ]
-        for r in rows
-    ]
-    return markdown(["reducer", "keep", "cache entries at the end", "perplexity", "extra nats per token"], body)
+    columns = [
+        Column("reducer", text("reducer")), KEEP, Column("cache entries at the end", number("entries_at_end", ".0f")),
+        Column("perplexity", number("perplexity", ".2f")),
+        Column("extra nats per token", plus_minus("extra_nll", "+.4f", "_stderr")),
+    ]  # fmt: skip
+    return Table(columns, sorted(rows, key=lambda r: (-r["keep"], r["perplexity"])))
 
 
-def prior_recovery() -> str:
+def prior_recovery() -> Table:
     """With the prior and without, and the share of what was lost that it wins back, document by document."""
-    rows = sorted((r for r in rows_of("prior_recovery") if r["kind"] is None), key=lambda r: (r["keep"], r["recovery"]))
     found = {(r["document"], r["reducer"], r["keep"]): r for r in rows_of("prior_recovery", "documents")}
     documents = sorted({key[0] for key in found})
-    body = []
-    for r in rows:
-        back = ""
-        if r["reducer"] == "quickmerge+prior":
-            plain = [found[d, "quickmerge", r["keep"]] for d in documents]
-            gain = np.array([p["nll"] - found[p["document"], r["reducer"], r["keep"]]["nll"] for p in plain])
-            lost = np.array([p["nll"] - p["nll_full"] for p in plain])
-            low, high = bootstrap(gain, lost, resamples=2000, seed=0)
-            back = f"{100 * gain.sum() / lost.sum():.0f} % ({100 * low:.0f} to {100 * high:.0f})"
-        body.append([
-            f"**{r['reducer']}**" if back else r["reducer"], f"{r['keep']:g}",
-            f"{r['recovery']:.3f} ({r['recovery_low']:.3f} to {r['recovery_high']:.3f})", back, f"{r['nll']:.3f}",
-            f"{r['flops_ratio']:.3f}", f"{r['prefill_speedup']:.2f}x", f"{1e3 * r['reducer_seconds']:.0f} ms",
-        ])  # fmt: skip
-    headers = ["reducer", "keep", "recovery (95 % interval)", "won back of what was lost", "NLL", "FLOPs", "prefill",
-               "reducer"]  # fmt: skip
-    return markdown(headers, body)
+
+    def back(r: Row) -> str:
+        if r["reducer"] != "quickmerge+prior":
+            return ""
+        plain = [found[d, "quickmerge", r["keep"]] for d in documents]
+        gain = np.array([p["nll"] - found[p["document"], r["reducer"], r["keep"]]["nll"] for p in plain])
+        lost = np.array([p["nll"] - p["nll_full"] for p in plain])
+        low, high = bootstrap(gain, lost, resamples=2000, seed=0)
+        return f"{100 * gain.sum() / lost.sum():.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+
+    columns = [
+        Column("reducer", strong("reducer", lambda r: r["reducer"] == "quickmerge+prior")), KEEP, RECOVERY,
+        Column("won back of what was lost", back), NLL, *COST,
+    ]  # fmt: skip
+    return Table(columns, overall("prior_recovery", best=1))
 
 
-def prior_kinds() -> str:
-    """Recovery with the prior and without by kind of document."""
-    rows = rows_of("prior_recovery")
-    kinds = sorted({r["kind"] for r in rows if r["kind"] is not None})
-    body = []
-    for r in sorted((r for r in rows if r["kind"] is None), key=lambda r: (r["keep"], r["recovery"])):
-        same = {k["kind"]: k for k in rows if (k["reducer"], k["keep"]) == (r["reducer"], r["keep"])}
-        body.append([r["reducer"], f"{r['keep']:g}", *(f"{same[n]['recovery']:.3f}" for n in kinds)])
-    return markdown(["reducer", "keep", *kinds], body)
-
-
-def prior_ablation() -> str:
+def prior_ablation(rows: Sequence[Row]) -> Table:
     """Short trainings that differ in one thing."""
-    body = [
-        [
-            r["variant"],
-            f"{r['keep']:g}",
-            f"{r['recovery']:.3f} ({r['recovery_low']:.3f} to {r['recovery_high']:.3f})",
-            f"{100 * r['won_back']:.0f} %",
-            f"{r['nll']:.3f}",
-        ]
-        for r in sorted(rows_of("prior_ablation"), key=lambda r: (r["keep"], -r["recovery"]))
-    ]
-    return markdown(["variant", "keep", "recovery (95 % interval)", "won back", "NLL"], body)
+    won = Column("won back", number("won_back", ".0f", scale=100, unit=" %"))
+    rows = sorted(rows, key=lambda r: (r["keep"], -r["recovery"]))
+    return Table([Column("variant", text("variant")), KEEP, RECOVERY, won, NLL], rows)
 
 
-def prior_cost() -> str:
+def prior_cost(rows: Sequence[Row]) -> Table:
     """The prior's own time beside what the prefill saves."""
-    body = [
-        [
-            f"{r['tokens']:,}",
-            f"{r['keep']:g}",
-            f"{r['full_seconds']:.2f} s",
-            f"{r['plain_seconds']:.2f} s",
-            f"{r['prior_seconds']:.2f} s",
-            f"{1e3 * r['prior_own_seconds']:.0f} ms",
-            f"{100 * r['share_of_saved']:.1f} % ({100 * r['share_q1']:.1f} to {100 * r['share_q3']:.1f})",
-            f"{100 * r['flops_share_of_saved']:.1f} %",
-        ]
-        for r in rows_of("prior_cost")
-    ]
-    headers = ["tokens", "keep", "full", "quickmerge", "with prior", "prior's own", "of what is saved (quartiles)",
-               "the same in FLOPs"]  # fmt: skip
-    return markdown(headers, body)
+    columns = [
+        TOKENS, KEEP, *(
+            Column(name, number(f"{key}_seconds", ".2f", unit=" s"))
+            for name, key in (("full", "full"), ("quickmerge", "plain"), ("with prior", "prior"))
+        ),
+        Column("prior's own", number("prior_own_seconds", ".0f", scale=1e3, unit=" ms")),
+        Column(
+            "of what is saved (quartiles)",
+            interval("share_of_saved", ".1f", scale=100, unit=" %", ends=QUARTILES, base="share"),
+        ),
+        Column("the same in FLOPs", number("flops_share_of_saved", ".1f", scale=100, unit=" %")),
+    ]  # fmt: skip
+    return Table(columns, rows)
 
 
-def prior_budget() -> str:
+def prior_budget(rows: Sequence[Row]) -> Table:
     """A fixed share against a budget that follows surprise."""
-    body = [
-        [
-            r["reducer"],
-            f"{r['keep']:g}",
-            r["budget"],
-            f"{r['entries_at_end']:.0f}",
-            f"{r['perplexity']:.2f}",
-            f"{r['gain']:+.4f} ± {r['gain_stderr']:.4f}" if r["budget"] != "fixed share" else "",
-        ]
-        for r in rows_of("prior_budget")
-    ]
-    headers = ["reducer", "keep", "budget", "entries at the end", "perplexity", "nats gained per token"]
-    return markdown(headers, body)
+    gain = unless(lambda r: r["budget"] == "fixed share", plus_minus("gain", "+.4f", "_stderr"))
+    columns = [
+        Column("reducer", text("reducer")), KEEP, Column("budget", text("budget")),
+        Column("entries at the end", number("entries_at_end", ".0f")),
+        Column("perplexity", number("perplexity", ".2f")), Column("nats gained per token", gain),
+    ]  # fmt: skip
+    return Table(columns, rows)
 
 
-def patch_merge() -> str:
+def patch_merge() -> Table:
     """What GridMerge loses, and how far its slots reach, by what similarity counts."""
     rows = rows_of("patch_prior", "similarity")
-    keeps = sorted({r["keep"] for r in rows}, reverse=True)
-    body = []
-    for weight in sorted({r["similarity"] for r in rows}):
-        here = {r["keep"]: r for r in rows if r["similarity"] == weight}
-        body.append([f"{weight:g}", *(f"{100 * here[k]['lost']:.0f} %, {100 * here[k]['far']:.0f} %" for k in keeps)])
-    return markdown(["similarity counts", *(f"keep {keep:g}: lost, far" for keep in keeps)], body)
+    here = {(r["similarity"], r["keep"]): f"{100 * r['lost']:.0f} %, {100 * r['far']:.0f} %" for r in rows}
+
+    def at(keep: float) -> Column:
+        return Column(f"keep {keep:g}: lost, far", lambda r: here[r["similarity"], keep])
+
+    columns = [Column("similarity counts", number("similarity")), *map(at, sorted({k for _, k in here}, reverse=True))]
+    return Table(columns, [{"similarity": weight} for weight in sorted({weight for weight, _ in here})])
 
 
-def patch_prior() -> str:
+def patch_prior(rows: Sequence[Row]) -> Table:
     """Next-slot prediction of pictures per original patch."""
 
-    def share(row: Row, name: str) -> str:
-        if f"{name}_explained" not in row:
-            return ""
-        error = f" ± {row[f'{name}_explained_stderr']:.3f}" if name != "floor" else ""
-        return f"{row[f'{name}_explained']:.3f}{error}"
+    def explained(name: str) -> Cell:
+        there = plus_minus(f"{name}_explained", ".3f", "_stderr")
+        return unless(lambda r: f"{name}_explained" not in r, there)
 
-    body = [
-        [
-            f"{r['kind']}: {r['way']}",
-            f"{r['keep']:g}",
-            str(r["tokens"]),
-            f"{1e3 * r['mse']:.1f} ± {1e3 * r['mse_stderr']:.1f}",
-            share(r, "mse"),
-            share(r, "floor"),
-            share(r, "copy"),
-            f"{r['flops_ratio']:.2f}",
-            f"{r['seconds_ratio']:.2f}",
-        ]
-        for r in rows_of("patch_prior")
-    ]
-    headers = ["", "keep", "tokens", "squared error x 1000", "explained", "at most", "copy alone", "operations", "time"]
-    return markdown(headers, body)
+    columns = [
+        Column("", lambda r: f"{r['kind']}: {r['way']}"), KEEP, Column("tokens", text("tokens")),
+        Column("squared error x 1000", plus_minus("mse", ".1f", "_stderr", scale=1e3)),
+        Column("explained", explained("mse")), Column("at most", number("floor_explained", ".3f")),
+        Column("copy alone", explained("copy")), Column("operations", number("flops_ratio", ".2f")),
+        Column("time", number("seconds_ratio", ".2f")),
+    ]  # fmt: skip
+    return Table(columns, rows)
 
 
-def _with_interval(row: Row, key: str, digits: int) -> str:
-    low, high = (f"{row[f'{key}_{end}']:.{digits}f}" for end in ("low", "high"))
-    return f"{row[key]:.{digits}f} ({low} to {high})"
-
-
-def vision_quality(name: str = "vision_quality") -> str:
+def vision_quality(rows: Sequence[Row]) -> Table:
     """Labels and features of a vision transformer by method at equal operations."""
-    body = []
-    for r in sorted(rows_of(name), key=lambda r: (-(r["asked"] or r["ratio"]), -r["correct"], -r["pooled"])):
-        change = "" if r["method"] == "full" else _with_interval(r, "correct_change", 3)
-        body.append([
-            f"**{r['method']}**" if r["method"].startswith("quickmerge") else r["method"],
-            f"{r['ratio']:.2f}",
-            f"{r['tokens_out']:.0f}",
-            _with_interval(r, "correct", 3),
-            change,
-            _with_interval(r, "pooled", 4),
-            _with_interval(r, "patches", 3),
-        ])  # fmt: skip
-    headers = ["method", "GMAC share", "tokens left", "accuracy (95 %)", "change (paired)", "pooled features",
-               "patch features"]  # fmt: skip
-    return markdown(headers, body)
+    columns = [
+        Column("method", strong("method", lambda r: r["method"].startswith("quickmerge"))),
+        Column("GMAC share", number("ratio", ".2f")), Column("tokens left", number("tokens_out", ".0f")),
+        Column("accuracy (95 %)", interval("correct", ".3f")),
+        Column("change (paired)", unless(is_full, interval("correct_change", ".3f"))),
+        Column("pooled features", interval("pooled", ".4f")), Column("patch features", interval("patches", ".3f")),
+    ]  # fmt: skip
+    rows = sorted(rows, key=lambda r: (-(r["asked"] or r["ratio"]), -r["correct"], -r["pooled"]))
+    return Table(columns, rows)
 
 
-def vision_fashion() -> str:
-    """The same on Fashion-MNIST."""
-    return vision_quality("vision_fashion")
-
-
-def vision_speed() -> str:
+def vision_speed(rows: Sequence[Row]) -> Table:
     """Time of a vision transformer by method beside what operations allow."""
-    body = [
-        [
-            r["method"],
-            f"{r['batch']}",
-            f"{1e3 * r['seconds']:.0f} ms",
-            f"{r['speedup']:.2f}x ({r['speedup_low']:.2f} to {r['speedup_high']:.2f})",
-            f"{r['limit']:.2f}x",
-            f"{r['aim']:.2f}x" if r["aim"] else "",
-        ]
-        for r in rows_of("vision_speed")
-    ]
-    return markdown(["method", "batch", "time", "speed-up (quartiles)", "operations allow", "aim"], body)
+    columns = [
+        Column("method", text("method")), Column("batch", text("batch")),
+        Column("time", number("seconds", ".0f", scale=1e3, unit=" ms")),
+        Column("speed-up (quartiles)", interval("speedup", ".2f", unit="x")),
+        Column("operations allow", number("limit", ".2f", unit="x")),
+        Column("aim", unless(lambda r: not r["aim"], number("aim", ".2f", unit="x"))),
+    ]  # fmt: skip
+    return Table(columns, rows)
 
 
-def vision_video() -> str:
+def vision_video(rows: Sequence[Row]) -> Table:
     """What is left of a video's features when patches are merged across time."""
-    rows = sorted(rows_of("vision_video"), key=lambda r: (-r["keep"], -r["fidelity"]))
-    body = [[r["method"], f"{r['keep']:g}", f"{r['fidelity']:.3f} ({r['low']:.3f} to {r['high']:.3f})"] for r in rows]
-    return markdown(["method", "keep", "patch features (95 %)"], body)
+    features = Column("patch features (95 %)", interval("fidelity", ".3f", ends=("low", "high"), base=""))
+    rows = sorted(rows, key=lambda r: (-r["keep"], -r["fidelity"]))
+    return Table([Column("method", text("method")), KEEP, features], rows)
 
 
-def vlm_quality(data: str = "scenes") -> str:
+VISUAL = Column("visual tokens", number("visual_kept", ".0f"))
+CHANGE = Column("change (paired)", unless(is_full, interval("change", "+.1f", scale=100)))
+
+
+def asked(rows: Sequence[Row], unit: str = "") -> list[Column]:
+    """A column of right answers for each kind of question."""
+
+    def of(kind: str) -> Column:
+        return Column(kind, lambda r: f"{100 * r['kinds'][kind]['exact']:.0f}{unit}")
+
+    return [of(kind) for kind in rows[0]["kinds"]]
+
+
+def vlm_quality(data: str = "scenes") -> Table:
     """Right answers of a vision-language model by method, share of the visual tokens and kind of question."""
-    rows = [r for r in rows_of("vlm_quality") if r["data"] == data]
-    kinds = list(rows[0]["kinds"])
-    body = []
-    for r in sorted(rows, key=lambda r: (-r["keep"], -r["exact"])):
-        full = r["method"] == "full"
-        body.append([
-            "all tokens" if full else r["method"],
-            f"{r['visual_kept']:.0f}",
-            f"{100 * r['exact']:.1f} % ({100 * r['exact_low']:.1f} to {100 * r['exact_high']:.1f})",
-            "" if full else f"{100 * r['change']:+.1f} ({100 * r['change_low']:+.1f} to {100 * r['change_high']:+.1f})",
-            *(f"{100 * r['kinds'][kind]['exact']:.0f} %" for kind in kinds),
-        ])  # fmt: skip
-    return markdown(["method", "visual tokens", "right answers (95 %)", "change (paired)", *kinds], body)
+    rows = sorted(
+        (r for r in rows_of("vlm_quality") if r["data"] == data), key=lambda r: (-r["keep"], -r["exact"])
+    )  # fmt: skip
+    right = Column("right answers (95 %)", interval("exact", ".1f", scale=100, unit=" %"))
+    return Table([method(), VISUAL, right, CHANGE, *asked(rows, " %")], rows)
 
 
-def vlm_mosaics() -> str:
+def vlm_mosaics() -> Table:
     """The same on photographs."""
     return vlm_quality("mosaics")
 
 
-def vlm_speed() -> str:
+def vlm_speed() -> Table:
     """Seconds from a picture to the first token by method, and where they go."""
-    body = [
-        [
-            "all tokens" if r["method"] == "full" else r["method"],
-            f"{r['visual_kept']:.0f}",
-            f"{1e3 * r['seconds']:.0f} ms",
-            f"{r['speedup']:.2f}x ({r['speedup_low']:.2f} to {r['speedup_high']:.2f})",
-            f"{1e3 * r['tower_seconds']:.0f} ms",
-            f"{1e3 * r['prefill_seconds']:.0f} ms",
-            f"{1e3 * r['reducer_seconds']:.1f} ms",
-            f"{r['cache_bytes'] / 2**20:.1f} MiB",
-        ]
-        for r in sorted(rows_of("vlm_quality"), key=lambda r: (-r["keep"], r["seconds"]))
-        if r["data"] == "scenes"
-    ]
-    headers = ["method", "visual tokens", "picture to first token", "speed-up (quartiles)", "vision tower",
-               "language model", "reducer", "cache"]  # fmt: skip
-    return markdown(headers, body)
+    columns = [
+        method(), VISUAL, Column("picture to first token", number("seconds", ".0f", scale=1e3, unit=" ms")),
+        Column("speed-up (quartiles)", interval("speedup", ".2f", unit="x")),
+        Column("vision tower", number("tower_seconds", ".0f", scale=1e3, unit=" ms")),
+        Column("language model", number("prefill_seconds", ".0f", scale=1e3, unit=" ms")),
+        Column("reducer", number("reducer_seconds", ".1f", scale=1e3, unit=" ms")),
+        Column("cache", number("cache_bytes", ".1f", scale=MIB, unit=" MiB")),
+    ]  # fmt: skip
+    rows = sorted(rows_of("vlm_quality"), key=lambda r: (-r["keep"], r["seconds"]))
+    return Table(columns, [r for r in rows if r["data"] == "scenes"])
 
 
-def vlm_places() -> str:
+def vlm_places(rows: Sequence[Row]) -> Table:
     """Where in a vision-language model visual tokens are reduced."""
-    body = [
-        [
-            "all tokens" if r["method"] == "full" else r["method"],
-            f"{100 * r['exact']:.1f} %",
-            "" if r["method"] == "full" else _change(r),
-            *(f"{100 * kind['exact']:.0f}" for kind in r["kinds"].values()),
-        ]
-        for r in rows_of("vlm_places")
-    ]
-    kinds = list(rows_of("vlm_places")[0]["kinds"])
-    return markdown(["where", "right", "change (paired)", *kinds], body)
+    right = Column("right", number("exact", ".1f", scale=100, unit=" %"))
+    return Table([method("where"), right, CHANGE, *asked(rows)], rows)
 
 
-def _change(r: Row) -> str:
-    return f"{100 * r['change']:+.1f} ({100 * r['change_low']:+.1f} to {100 * r['change_high']:+.1f})"
-
-
-def selection() -> str:
+def selection(rows: Sequence[Row]) -> Table:
     """What choosing visual tokens costs, beside the plain way to the same choice."""
-    body = [
-        [
-            r["method"],
-            f"{r['tokens']:,}",
-            f"{r['keep']}",
-            f"{1e3 * r['seconds']:.1f} ms",
-            f"{1e3 * r['plain_seconds']:.1f} ms",
-            f"{r['speedup']:.2f}x ({r['speedup_low']:.2f} to {r['speedup_high']:.2f})",
-        ]
-        for r in rows_of("selection")
-    ]
-    return markdown(["method", "tokens", "kept", "here", "as in the paper, vectorised", "ratio (quartiles)"], body)
+    columns = [
+        Column("method", text("method")), TOKENS, Column("kept", text("keep")),
+        Column("here", number("seconds", ".1f", scale=1e3, unit=" ms")),
+        Column("as in the paper, vectorised", number("plain_seconds", ".1f", scale=1e3, unit=" ms")),
+        Column("ratio (quartiles)", interval("speedup", ".2f", unit="x")),
+    ]  # fmt: skip
+    return Table(columns, rows)
 
 
-def subsets() -> str:
+def subsets(rows: Sequence[Row]) -> Table:
     """Greedy choices beside the best of all subsets."""
-    body = [
-        [r["objective"], f"{r['keep']} of {r['tokens']}", f"{r['subsets']:,}", f"{r['mean']:.3f}", f"{r['least']:.3f}"]
-        for r in rows_of("selection", "subsets")
-    ]
-    return markdown(["greedy", "tokens", "subsets", "of the best, mean", "worst of 40 draws"], body)
+    columns = [
+        Column("greedy", text("objective")), Column("tokens", lambda r: f"{r['keep']} of {r['tokens']}"),
+        Column("subsets", number("subsets", ",")), Column("of the best, mean", number("mean", ".3f")),
+        Column("worst of 40 draws", number("least", ".3f")),
+    ]  # fmt: skip
+    return Table(columns, rows)
 
 
-def _spread(values: list[float], digits: int = 3) -> str:
+# What recognised labels score over seeds. A row holds what was found by each seed.
+
+
+def _spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean and standard deviation over seeds."""
     mean = f"{np.mean(values):.{digits}f}"
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
 
 
-def _labels(found: list[Row]) -> list[str]:
-    """What recognised labels score over seeds: exact recall and precision, then F1 by meaning and its floor."""
-    at = [_spread([r["exact_at"][k]["recall"] for r in found]) for k in ("5", "10")]
-    own = _spread([r["exact_at_own"]["recall"] for r in found])
-    precision = _spread([r["exact"]["precision"] for r in found])
-    means = [_spread([r["meaning"][what] for r in found]) for what in ("recall", "precision", "f1")]
-    floor = f"{np.mean([r['floor']['f1'] for r in found]):.3f}"
-    return [own, *at, precision, " / ".join(mean.split(" ± ")[0] for mean in means[:2]), means[2], floor]
+def _over(name: str, *path: str) -> Column:
+    """A score by mean and deviation over what was found."""
+
+    def cell(r: Row) -> str:
+        values = r["found"]
+        for key in path:
+            values = [value[key] for value in values]
+        return _spread(values)
+
+    return Column(name, cell)
 
 
-LABELS = ["recall at as many as there are", "at 5", "at 10", "precision of all", "R / P by meaning", "F1", "its floor"]
+LABELS = [
+    _over("recall at as many as there are", "exact_at_own", "recall"), _over("at 5", "exact_at", "5", "recall"),
+    _over("at 10", "exact_at", "10", "recall"), _over("precision of all", "exact", "precision"),
+    Column("R / P by meaning", lambda r: " / ".join(
+        f"{np.mean([one['meaning'][what] for one in r['found']]):.3f}" for what in ("recall", "precision"))),
+    _over("F1", "meaning", "f1"),
+    Column("its floor", lambda r: f"{np.mean([one['floor']['f1'] for one in r['found']]):.3f}"),
+]  # fmt: skip
+"""Exact recall and precision, then F1 by meaning and its floor."""
 
 
 def _recognition() -> dict[str, list[Row]]:
@@ -472,119 +393,128 @@ def _recognition() -> dict[str, list[Row]]:
     return grouped
 
 
-def recognition_ways() -> str:
+def recognition_ways() -> Table:
     """Ways to get labels out of a recogniser."""
-    body = []
-    for name, runs in _recognition().items():
-        if name == "paper" or name.startswith("reference"):
-            body += [[name, way, *_labels([run["ways"][way] for run in runs])] for way in runs[0]["ways"]]
-    return markdown(["trained with", "decoded by", *LABELS], body)
+    rows = [
+        {"name": name, "way": way, "found": [run["ways"][way] for run in runs]}
+        for name, runs in _recognition().items() if name == "paper" or name.startswith("reference")
+        for way in runs[0]["ways"]
+    ]  # fmt: skip
+    return Table([Column("trained with", text("name")), Column("decoded by", text("way")), *LABELS], rows)
 
 
-def recognition_ablation() -> str:
+def recognition_ablation() -> Table:
     """Depth, masks and objectives of a recogniser, all decoded by one-shot sampling."""
-    body = []
-    for name, runs in _recognition().items():
-        seconds = _spread([run["train_seconds"] for run in runs], 0)
-        body.append([name, f"{runs[0]['blocks']}", f"{runs[0]['tokens']}",
-                     *_labels([run["ways"]["one-shot"] for run in runs]), f"{seconds} s"])  # fmt: skip
-    return markdown(["variant", "blocks", "image tokens", *LABELS, "training"], body)
+    rows = [
+        {**runs[0], "found": [run["ways"]["one-shot"] for run in runs],
+         "seconds": _spread([run["train_seconds"] for run in runs], 0)}
+        for runs in _recognition().values()
+    ]  # fmt: skip
+    columns = [
+        Column("variant", text("variant")), Column("blocks", text("blocks")), Column("image tokens", text("tokens")),
+        *LABELS, Column("training", lambda r: f"{r['seconds']} s"),
+    ]  # fmt: skip
+    return Table(columns, rows)
 
 
-def recognition_times() -> str:
+def recognition_times() -> Table:
     """Seconds to decode a picture by way, beside one-shot sampling with a cache."""
-    body = []
-    for name, runs in _recognition().items():
-        for way in runs[0].get("times", {}):
-            each = [run["times"][way] for run in runs]
-            seconds = f"{1e3 * np.mean([r['seconds'] for r in each]):.0f} ms"
-            body.append([name, way, seconds, f"{_spread([r['ratio'] for r in each], 2)}x"])
-    return markdown(["trained with", "decoded by", "median of a picture", "beside one-shot"], body)
+    rows = [
+        {"name": name, "way": way, "each": [run["times"][way] for run in runs]}
+        for name, runs in _recognition().items() for way in runs[0].get("times", {})
+    ]  # fmt: skip
+    columns = [
+        Column("trained with", text("name")), Column("decoded by", text("way")),
+        Column("median of a picture", lambda r: f"{1e3 * np.mean([one['seconds'] for one in r['each']]):.0f} ms"),
+        Column("beside one-shot", lambda r: f"{_spread([one['ratio'] for one in r['each']], 2)}x"),
+    ]  # fmt: skip
+    return Table(columns, rows)
 
 
-def recognition_tokens() -> str:
+def recognition_tokens(rows: Sequence[Row]) -> Table:
     """The recogniser of the committed recipe, with all image tokens and with fewer."""
-    body = []
-    for r in rows_of("recognizer_tokens"):
-        seconds = f"{1e3 * r['decode_seconds']:.0f} ms"
-        body.append([r["data"], r["reducer"], f"{r['keep']:g}", f"{r['tokens']:.0f}", *_labels([r]), seconds])
-    return markdown(["pictures", "method", "keep", "image tokens", *LABELS, "decoding"], body)
+    columns = [
+        Column("pictures", text("data")), Column("method", text("reducer")), KEEP,
+        Column("image tokens", number("tokens", ".0f")), *LABELS,
+        Column("decoding", number("decode_seconds", ".0f", scale=1e3, unit=" ms")),
+    ]  # fmt: skip
+    return Table(columns, [{**r, "found": [r]} for r in rows])
 
 
-def recognition_kinds() -> str:
+def recognition_kinds() -> Table:
     """What that recogniser finds among its ten best, by what the labels name."""
     found = {(r["data"], r["kind"], r["way"]): r for r in rows_of("recognizer_tokens", "kinds")}
-    body = []
-    for data, kind in dict.fromkeys((r["data"], r["kind"]) for r in found.values()):
-        ways = [found[data, kind, way] for way in ("one-shot", "best-first")]
-        body.append([data, kind, str(ways[0]["labels"]), *(f"{r['found'] / r['labels']:.3f}" for r in ways)])
-    return markdown(["pictures", "labels of kind", "number", "found by one-shot", "found by best-first"], body)
+
+    def share(way: str) -> Cell:
+        return lambda r: f"{found[r['data'], r['kind'], way]['found'] / r['labels']:.3f}"
+
+    columns = [
+        Column("pictures", text("data")), Column("labels of kind", text("kind")), Column("number", text("labels")),
+        *(Column(f"found by {way}", share(way)) for way in ("one-shot", "best-first")),
+    ]  # fmt: skip
+    return Table(columns, [r for r in found.values() if r["way"] == "one-shot"])
 
 
-def matrix() -> str:
+def matrix() -> Table:
     """The support matrix that the tests hold: families down, attention and cache across."""
     cells: dict[str, str] = json.loads((HERE.parent / "tests" / "merge" / "matrix.json").read_text(encoding="utf-8"))
     split = {tuple(key.split(" / ")): result for key, result in cells.items()}
-    families = sorted({key[0] for key in split})
-    columns = sorted({(key[1], key[3]) for key in split}, key=lambda c: (c[0] == "flex_attention", c))
 
-    def cell(family: str, attention: str, cache: str) -> str:
-        found = {
-            key[2]: result for key, result in split.items() if (key[0], key[1], key[3]) == (family, attention, cache)
-        }
-        passing = [padding for padding, result in found.items() if result == "pass"]
-        if not found:
-            return ""
-        return "padding " + ", ".join(sorted(passing)) if passing else "raises"
+    def of(attention: str, cache: str) -> Column:
+        def cell(r: Row) -> str:
+            found = {key[2]: result for key, result in split.items() if (*key[:2], key[3]) == (
+                r["family"], attention, cache)}  # fmt: skip
+            passing = sorted(padding for padding, result in found.items() if result == "pass")
+            if not found:
+                return ""
+            return "padding " + ", ".join(passing) if passing else "raises"
 
-    headers = ["family", *(f"{attention}, cache {cache}" for attention, cache in columns)]
-    return markdown(headers, [[f, *(cell(f, *column) for column in columns)] for f in families])
+        return Column(f"{attention}, cache {cache}", cell)
 
-
-def made_of(result: str, make: Callable[[Sequence[Row]], tuple[list[str], list[list[str]]]], key: str = "rows") -> str:
-    """A table that ``make`` makes of the rows of a result file, or of another of its lists."""
-    if not (HERE / "results" / f"{result}.json").is_file():
-        return "*Not measured yet.*\n"
-    return markdown(*make(rows_of(result, key)))
+    across = sorted({(key[1], key[3]) for key in split}, key=lambda c: (c[0] == "flex_attention", c))
+    columns = [Column("family", text("family")), *(of(*one) for one in across)]
+    return Table(columns, [{"family": family} for family in sorted({key[0] for key in split})])
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f
-    for f in (
-        recovery,
-        kinds,
-        paired,
-        short,
-        needle,
-        speed,
-        block_causal,
-        matrix,
-        prior_recovery,
-        prior_kinds,
-        prior_needle,
-        prior_ablation,
-        prior_cost,
-        prior_budget,
-        patch_merge,
-        patch_prior,
-        vision_quality,
-        vision_fashion,
-        vision_speed,
-        vision_video,
-        recognition_ways,
-        recognition_ablation,
-        recognition_times,
-        recognition_tokens,
-        recognition_kinds,
-        vlm_quality,
-        vlm_mosaics,
-        vlm_speed,
-        vlm_places,
-        selection,
-        subsets,
-    )
+def made_of(result: str, make: Callable[[Sequence[Row]], Table], key: str = "rows") -> Table | None:
+    """What ``make`` makes of the rows of a result file, or of another of its lists; None where it is missing."""
+    return make(rows_of(result, key)) if (HERE / "results" / f"{result}.json").is_file() else None
+
+
+OWN: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {
+    "speed": ("prefill_speed", speed, "rows"),
+    "needle": ("needle", needle, "rows"),
+    "prior_needle": ("prior_needle", needle, "rows"),
+    "block_causal": ("block_causal", block_causal, "rows"),
+    "prior_ablation": ("prior_ablation", prior_ablation, "rows"),
+    "prior_cost": ("prior_cost", prior_cost, "rows"),
+    "prior_budget": ("prior_budget", prior_budget, "rows"),
+    "patch_prior": ("patch_prior", patch_prior, "rows"),
+    "vision_quality": ("vision_quality", vision_quality, "rows"),
+    "vision_fashion": ("vision_fashion", vision_quality, "rows"),
+    "vision_speed": ("vision_speed", vision_speed, "rows"),
+    "vision_video": ("vision_video", vision_video, "rows"),
+    "vlm_places": ("vlm_places", vlm_places, "rows"),
+    "selection": ("selection", selection, "rows"),
+    "subsets": ("selection", subsets, "subsets"),
+    "recognition_tokens": ("recognizer_tokens", recognition_tokens, "rows"),
 }
-TABLES |= {name: partial(made_of, *of) for name, of in (MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST).items()}
+"""By the name in the docs: the result file, what makes the table of it, and the list that it is made of."""
+TABLES: dict[str, Callable[[], Table | None]] = {
+    make.__name__: make
+    for make in (
+        recovery, kinds, paired, short, matrix, prior_recovery, patch_merge, recognition_ways, recognition_ablation,
+        recognition_times, recognition_kinds, vlm_quality, vlm_mosaics, vlm_speed,
+    )
+}  # fmt: skip
+TABLES["prior_kinds"] = partial(kinds, "prior_recovery", 1)
+TABLES |= {name: partial(made_of, *of) for name, of in (OWN | MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST).items()}
+
+
+def written(name: str) -> str:
+    """The table of that name in Markdown."""
+    table = TABLES[name]()
+    return "*Not measured yet.*\n" if table is None else table.markdown()
 
 
 def main() -> int:
@@ -595,7 +525,7 @@ def main() -> int:
     stale = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        fresh = BLOCK.sub(lambda m: m[1] + TABLES[m[2]]() + m[4], text)
+        fresh = BLOCK.sub(lambda m: m[1] + written(m[2]) + m[4], text)
         if fresh != text:
             stale.append(page.name)
             if not check:

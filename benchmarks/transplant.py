@@ -29,7 +29,6 @@ import torch
 from documents import SAY
 from notes import Notes
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transplant_figure import draw
 from transplant_tables import TRANSPLANT
@@ -259,7 +258,7 @@ def measure(args: argparse.Namespace) -> None:
     notes.remove()
     for name, (file, make, key) in TRANSPLANT.items():
         if file == "transplant" and results[key]:
-            _show(name, *make(results[key]))
+            make(results[key]).print(Console(), title=name)
 
 
 def _case(notes: Notes, bench: Bench, training: Path | None, advance: Say) -> None:
@@ -439,13 +438,6 @@ def short(row: Row) -> Row:
     """What is noted of a passage."""
     kept = ("bytes", "tokens", "bits", "new_tokens", "new_bits")
     return {key: row[key] for key in kept}
-
-
-def _show(title: str, headers: list[str], body: list[list[str]]) -> None:
-    table = Table(*headers, title=title)
-    for cells in body:
-        table.add_row(*cells)
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -1,98 +1,144 @@
-"""Tables of transplanted vocabularies: each takes the rows of a list in a result file and gives headers and cells."""
+"""Tables of transplanted vocabularies: each takes the rows of a list in a result file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from quickmerge.bench.table import Cell, Column, Table, interval, number, text, unless
+
 Row = dict[str, Any]
-Table = tuple[list[str], list[list[str]]]
 PLACES = ("prose", "code", "the language")
 """What the texts of every vocabulary are, in their order; some have but the first."""
+VOCABULARY = Column("vocabulary", text("vocabulary"))
+METHOD = Column("method", lambda r: f"**{r['method']}**" if r["method"] == "auto" else str(r["method"]))
+BITS = interval("bits_per_byte", ".3f")
 
 
 def quality(rows: Sequence[Row]) -> Table:
     """Held-out cosines and bits per byte by method."""
-    body = []
-    for (vocabulary, _), own in _by_method(rows).items():
-        r = own[0]
-        weights = "" if not r["weight_sum_spread"] else f"{r['weight_sum']:.2f} ± {r['weight_sum_spread']:.2f}"
-        cosines = ["" if r[key] is None else f"{r[key]:.3f}" for key in ("centred_cosine", "cosine")]
-        cells = [vocabulary, _name(r), _rule(r["rule"]), *cosines, weights]
-        body.append(cells + _wide([_bits(one) for one in own]))
-    headers = ["vocabulary", "method", "rule that it took", "centred cosine", "cosine", "sum of weights"]
-    return headers + [f"bits per byte, {place} (95 %)" for place in PLACES], body
+    weights = unless(lambda r: not r["weight_sum_spread"],
+                     lambda r: f"{r['weight_sum']:.2f} ± {r['weight_sum_spread']:.2f}")  # fmt: skip
+    columns = [
+        VOCABULARY, METHOD,
+        Column("rule that it took", unless(lambda r: " for " in r["rule"], text("rule"), "by kind of token")),
+        Column("centred cosine", number("centred_cosine", ".3f")), Column("cosine", number("cosine", ".3f")),
+        Column("sum of weights", weights), *by_place("bits per byte, {} (95 %)", BITS),
+    ]  # fmt: skip
+    return Table(columns, _by_method(rows))
 
 
 def apart(rows: Sequence[Row]) -> Table:
     """Bits per token of shared and of new tokens, and how often a new row wins."""
-    body = []
-    for (vocabulary, _), own in _by_method(rows).items():
-        bits = [f"{_cell(r['bits_per_shared_token'])} / {_cell(r['bits_per_new_token'])}" for r in own]
-        won = next(f"{100 * r['logits']['share_won']:.0f} %" for r in own if r["logits"])
-        body.append([vocabulary, _name(own[0]), *_wide(bits), won])
-    best = [[name, "*new tokens*", *_wide([f"{r['new_tokens']} of {r['tokens']}" for r in own]), ""]
-            for (name, method), own in _by_method(rows).items() if method == "auto"]  # fmt: skip
-    headers = ["vocabulary", "method", *(f"{place}: shared / new" for place in PLACES), "a new row wins at"]
-    return headers, best + body
+    shared, new = (number(f"bits_per_{kind}_token", ".2f") for kind in ("shared", "new"))
+
+    def bits(r: Row) -> str:
+        return f"{r['new_tokens']} of {r['tokens']}" if "counts" in r else f"{shared(r)} / {new(r)}"
+
+    def won(r: Row) -> str:
+        if "counts" in r:
+            return ""
+        return next(f"{100 * one['logits']['share_won']:.0f} %" for one in r["own"] if one["logits"])
+
+    lines = _by_method(rows)
+    counts = [{**r, "own": [{**one, "counts": True} for one in r["own"]], "counts": True}
+              for r in lines if r["method"] == "auto"]  # fmt: skip
+    method = Column("method", unless(lambda r: "counts" in r, METHOD.cell, "*new tokens*"))
+    columns = [VOCABULARY, method, *by_place("{}: shared / new", bits), Column("a new row wins at", won)]
+    return Table(columns, counts + lines)
 
 
 def before(rows: Sequence[Row]) -> Table:
     """The model with its own tokenizer, and how finely each cuts."""
-    body = [
-        [r["vocabulary"], r["kind"], _bits(r), f"{r['tokens_per_byte']:.3f}", f"{r['after_tokens_per_byte']:.3f}",
-         f"{100 * (r['after_tokens_per_byte'] / r['tokens_per_byte'] - 1):+.0f} %"]
-        for r in rows
+    columns = [
+        Column("new vocabulary", text("vocabulary")), Column("text", text("kind")),
+        Column("bits per byte before (95 %)", BITS), Column("tokens per byte before", number("tokens_per_byte", ".3f")),
+        Column("after", number("after_tokens_per_byte", ".3f")),
+        Column("change", lambda r: f"{100 * (r['after_tokens_per_byte'] / r['tokens_per_byte'] - 1):+.0f} %"),
     ]  # fmt: skip
-    headers = ["new vocabulary", "text", "bits per byte before (95 %)", "tokens per byte before", "after", "change"]
-    return headers, body
+    return Table(columns, rows)
 
 
 def against_auto(rows: Sequence[Row]) -> Table:
     """What auto took beside what turned out best."""
-    body = [
-        [r["vocabulary"], r["kind"], f"{r['auto_bits_per_byte']:.3f}",
-         f"{r['held_out_only_bits_per_byte']:.3f} ({r['held_out_only']})",
-         f"{r['best']} ({r['best_rule']}), {r['best_bits_per_byte']:.3f}" if r["best"] != "auto" else "auto",
-         "" if r["best"] == "auto" else _gap(r, "behind"), "yes" if r["within_noise"] else "no"]
-        for r in rows
+
+    def is_auto(r: Row) -> bool:
+        return bool(r["best"] == "auto")
+
+    columns = [
+        VOCABULARY, Column("text", text("kind")), Column("auto, bits per byte", number("auto_bits_per_byte", ".3f")),
+        Column("chosen by held-out tokens only",
+               lambda r: f"{r['held_out_only_bits_per_byte']:.3f} ({r['held_out_only']})"),
+        Column("best method", unless(
+            is_auto, lambda r: f"{r['best']} ({r['best_rule']}), {r['best_bits_per_byte']:.3f}", "auto")),
+        Column("auto is behind by (paired)",
+               unless(lambda r: is_auto(r) or not r["behind"], interval("behind", "+.3f"))),
+        Column("best or within noise", lambda r: "yes" if r["within_noise"] else "no"),
     ]  # fmt: skip
-    headers = ["vocabulary", "text", "auto, bits per byte", "chosen by held-out tokens only", "best method",
-               "auto is behind by (paired)", "best or within noise"]  # fmt: skip
-    return headers, body
+    return Table(columns, rows)
 
 
 def decisions(rows: Sequence[Row]) -> Table:
     """Which rule auto took for which kind of token, and how many new ones were in what it chose on."""
-    body = [
-        [r["vocabulary"], kind or "others", f"{r['new_tokens'].get(kind, 0)}", rule]
+    columns = [VOCABULARY, Column("kind of token", text("kind")), Column("new ones in the text", text("new")),
+               Column("rule", text("rule"))]  # fmt: skip
+    return Table(columns, [
+        {"vocabulary": r["vocabulary"], "kind": kind or "others", "new": r["new_tokens"].get(kind, 0), "rule": rule}
         for r in rows for kind, rule in r["rules"].items()
-    ]  # fmt: skip
-    return ["vocabulary", "kind of token", "new ones in the text", "rule"], body
+    ])  # fmt: skip
 
 
 def hidden(rows: Sequence[Row]) -> Table:
     """Bits per byte while shared tokens are hidden."""
     found = {(r["share"], r["method"]): r for r in rows}
-    shares = list(dict.fromkeys(r["share"] for r in rows))
     methods = list(dict.fromkeys(r["method"] for r in rows))
-    body = [[method, *(_bits(found[share, method]) for share in shares)] for method in methods]
-    body.append(["tokens of the text that are new", *(
-        f"{found[s, methods[0]]['new_tokens'] / found[s, methods[0]]['tokens']:.0%}" for s in shares
-    )])  # fmt: skip
-    return ["method", *(f"{share:.0%} hidden" for share in shares)], body
+    new = "tokens of the text that are new"
+
+    def at(share: float) -> Column:
+        def cell(line: Row) -> str:
+            if line["method"] != new:
+                return BITS(found[share, line["method"]])
+            r = found[share, methods[0]]
+            return f"{r['new_tokens'] / r['tokens']:.0%}"
+
+        return Column(f"{share:.0%} hidden", cell)
+
+    columns = [Column("method", text("method")), *map(at, dict.fromkeys(r["share"] for r in rows))]
+    return Table(columns, [{"method": method} for method in (*methods, new)])
 
 
 def speed(rows: Sequence[Row]) -> Table:
     """What matching pursuit costs."""
-    body = []
+
+    def seconds(name: str, way: str) -> Column:
+        return Column(name, lambda r: f"{r['seconds'][way]:.1f} s")
+
+    ratio = interval("ratio", ".2f", unit="x", ends=("low", "high"), base="")
+    columns = [
+        Column("k", text("k")), seconds("straightforward", "straightforward"), seconds("here", "screened"),
+        seconds("float32 products alone", "floor"),
+        Column("ratio (quartiles)", lambda r: ratio(r["speedup"]["screened"])),
+        Column("targets that differ", lambda r: str(r["differences"]["targets"])),
+    ]  # fmt: skip
+    return Table(columns, rows)
+
+
+def by_place(name: str, cell: Cell) -> list[Column]:
+    """A column for each text of a vocabulary, some of which have but the first."""
+
+    def at(order: int) -> Column:
+        there = unless(lambda r: order >= len(r["own"]), lambda r: cell(r["own"][order]))
+        return Column(name.format(PLACES[order]), there)
+
+    return [at(order) for order in range(len(PLACES))]
+
+
+def _by_method(rows: Sequence[Row]) -> list[Row]:
+    """A line for each vocabulary and method: the first of its rows, and under ``own`` one for each kind of text."""
+    found: dict[tuple[str, str], list[Row]] = {}
     for r in rows:
-        ratio = r["speedup"]["screened"]
-        seconds = [f"{r['seconds'][way]:.1f} s" for way in ("straightforward", "screened", "floor")]
-        body.append([f"{r['k']}", *seconds, f"{ratio['ratio']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})",
-                     f"{r['differences']['targets']}"])  # fmt: skip
-    headers = ["k", "straightforward", "here", "float32 products alone", "ratio (quartiles)", "targets that differ"]
-    return headers, body
+        found.setdefault((r["vocabulary"], r["method"]), []).append(r)
+    return [{**own[0], "own": own} for own in found.values()]
 
 
 TRANSPLANT: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {
@@ -105,37 +151,3 @@ TRANSPLANT: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {
     "omp_speed": ("omp_speed", speed, "rows"),
 }
 """By the name in the docs: the result file, what makes the table of it, and the list that it is made of."""
-
-
-def _by_method(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Vocabulary and method: a row for each kind of text."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for r in rows:
-        found.setdefault((r["vocabulary"], r["method"]), []).append(r)
-    return found
-
-
-def _wide(cells: list[str]) -> list[str]:
-    return cells + [""] * (len(PLACES) - len(cells))
-
-
-def _rule(rule: str) -> str:
-    return "by kind of token" if " for " in rule else rule
-
-
-def _name(r: Row) -> str:
-    return f"**{r['method']}**" if r["method"] == "auto" else str(r["method"])
-
-
-def _bits(r: Row) -> str:
-    return f"{r['bits_per_byte']:.3f} ({r['bits_per_byte_low']:.3f} to {r['bits_per_byte_high']:.3f})"
-
-
-def _gap(r: Row, key: str) -> str:
-    if not r[key]:
-        return ""
-    return f"{r[key]:+.3f} ({r[f'{key}_low']:+.3f} to {r[f'{key}_high']:+.3f})"
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from quickmerge.bench.table import Column, Table, number, text
+
 Row = dict[str, Any]
-Table = tuple[list[str], list[list[str]]]
 
 WORDS = {
     "model": "folders of language models", "prior": "priors", "heads": "draft heads", "calm": "CALMs",
@@ -20,31 +21,27 @@ WORDS = {
 
 def inputs(rows: Sequence[Row]) -> Table:
     """How many inputs of each kind ended how, and what the dearest cost."""
-    headers = ["input", "tried", "right work", "one sentence", "anything else", "longest", "most memory"]
     total: Row = {"group": "all"}
     total |= {key: max(r[key] for r in rows) for key in ("seconds", "megabytes")}
     total |= {key: sum(r[key] for r in rows) for key in ("inputs", "right", "sentence")}
-    body = [
-        [
-            WORDS.get(r["group"], r["group"]),
-            f"{r['inputs']:,}",
-            f"{r['right']:,}",
-            f"{r['sentence']:,}",
-            f"{r['inputs'] - r['right'] - r['sentence']:,}",
-            f"{r['seconds']:.1f} s",
-            f"{r['megabytes']:,.0f} MB",
-        ]
-        for r in [*sorted(rows, key=lambda r: list(WORDS).index(r["group"])), total]
-    ]
-    return headers, body
+    columns = [
+        Column("input", lambda r: WORDS.get(r["group"], r["group"])), Column("tried", number("inputs", ",")),
+        Column("right work", number("right", ",")), Column("one sentence", number("sentence", ",")),
+        Column("anything else", lambda r: f"{r['inputs'] - r['right'] - r['sentence']:,}"),
+        Column("longest", number("seconds", ".1f", unit=" s")),
+        Column("most memory", number("megabytes", ",.0f", unit=" MB")),
+    ]  # fmt: skip
+    return Table(columns, [*sorted(rows, key=lambda r: list(WORDS).index(r["group"])), total])
 
 
 def kills(rows: Sequence[Row]) -> Table:
     """How many kills hit each command where. None left anything wrong: the first one that does fails the run."""
-    headers = ["command", "killed at a moment", "killed before a change of the disk", "had ended already"]
-    kinds = ("moment", "change", "late")
-    total: Row = {"job": "all", **{kind: sum(r[kind] for r in rows) for kind in kinds}}
-    return headers, [[r["job"], *(str(r[kind]) for kind in kinds)] for r in [*rows, total]]
+    columns = [
+        Column("command", text("job")), Column("killed at a moment", text("moment")),
+        Column("killed before a change of the disk", text("change")), Column("had ended already", text("late")),
+    ]  # fmt: skip
+    total = {"job": "all", **{kind: sum(r[kind] for r in rows) for kind in ("moment", "change", "late")}}
+    return Table(columns, [*rows, total])
 
 
 TRUST: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {

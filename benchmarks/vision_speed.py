@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import quickmerge as qm
@@ -69,12 +69,7 @@ def main() -> int:
             rows.append({**row, "limit": limit, "aim": AIMS.get(row["method"])})
     meta = {"model": "ViT-S/16, 224 pixels, random weights", "dtype": args.dtype, "device": args.device}
     write_json(args.out, {"rows": rows, "meta": meta, "environment": environment()})
-    table = Table("method", "batch", "ms", "speed-up (quartiles)", "operations allow", "aim")
-    for r in rows:
-        spread = f"{r['speedup']:.2f}x ({r['speedup_low']:.2f} to {r['speedup_high']:.2f})"
-        aim = f"{r['aim']:.2f}x" if r["aim"] else ""
-        table.add_row(r["method"], f"{r['batch']}", f"{1e3 * r['seconds']:.0f}", spread, f"{r['limit']:.2f}x", aim)
-    Console().print(table)
+    tables.vision_speed(rows).print(Console())
     return 0
 
 

@@ -12,11 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
+import tables
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 import quickmerge as qm
@@ -25,7 +25,7 @@ from quickmerge.console.options import quiet, write_json
 from quickmerge.datasets import VideoClips
 from quickmerge.datasets.images import evenly
 from quickmerge.datasets.labelled import PixelFormat
-from quickmerge.merge.bench.vision import interval
+from quickmerge.merge.bench.vision import mean_interval
 from quickmerge.merge.reducers.pooling import GridMerge
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.vision.vit import encode_frames
@@ -60,14 +60,11 @@ def main() -> int:
                     found.setdefault((name, keep), []).append(float(F.cosine_similarity(features, full, dim=-1).mean()))
     rows = []
     for (name, keep), values in found.items():
-        middle, low, high = interval(values)
+        middle, low, high = mean_interval(values)
         rows.append({"method": name, "keep": keep, "fidelity": middle, "low": low, "high": high, "clips": len(values)})
     meta = {"model": "vit-small-14", "frames": args.frames, "stride": args.stride, "videos": [p.name for p in videos]}
     write_json(args.out, {"rows": rows, "meta": meta, "environment": environment()})
-    table = Table("method", "keep", "fidelity")
-    for r in sorted(rows, key=lambda r: (-r["keep"], -r["fidelity"])):
-        table.add_row(r["method"], f"{r['keep']:g}", f"{r['fidelity']:.3f} ({r['low']:.3f} to {r['high']:.3f})")
-    Console().print(table)
+    tables.vision_video(rows).print(Console())
     return 0
 
 

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import quickmerge as qm
 from quickmerge.bench.environment import environment
@@ -76,10 +76,7 @@ def main() -> int:
     rows = answer_rows(records)
     meta = {"model": Path(args.model).name, "keep": args.keep, "dtype": args.dtype, "scenes": len(pictures)}
     write_json(args.out, {"rows": rows, "meta": meta, "environment": environment()})
-    table = Table("place", "right", "change")
-    for row in rows:
-        table.add_row(row["method"], f"{row['exact']:.3f}", f"{row['change']:+.3f}")
-    Console().print(table)
+    tables.vlm_places(rows).print(Console())
     return 0
 
 

@@ -139,15 +139,17 @@ def test_bench_report_averages_where_there_are_only_kinds() -> None:
     assert "means over the kinds" in text_of(bench_report(only, {}))
 
 
-@pytest.mark.parametrize("width", [60, 80, 140])
+@pytest.mark.parametrize("width", [64, 80, 140])
 def test_bench_table_fits_the_terminal(width: int) -> None:
     stream = io.StringIO()
     named = [row | {"reducer": "[red]random"} if row["reducer"] == "random" else row for row in rows()]
     bench_table(named, Console(file=stream, width=width))
     lines = stream.getvalue().splitlines()
     assert max(map(len, lines)) <= width
-    assert "[red]random" in stream.getvalue() and ("interval" in lines[0]) == (width > 116)
-    assert lines[1].split()[:3] == ["quickmerge", "50%", "94%" if width < 116 else "1,024"]
+    assert "[red]random" in stream.getvalue() and ("interval" in stream.getvalue()) == (width > 116)
+    first = next(line for line in lines if line.startswith("quickmerge"))
+    assert first.split()[:3] == ["quickmerge", "50%", "94%" if width < 116 else "1,024"]
+    assert "…" not in stream.getvalue()
 
 
 def test_numbers_read_well() -> None:

@@ -305,9 +305,9 @@ def test_a_run_that_was_broken_off_goes_on(start, tmp_path, monkeypatch) -> None
     assert 0 < rows["multipole", 16, "{}"]["kept"] <= 16
     # the tables are made of just these
     for make in (tables.context, tables.variants):
-        headers, body = make(unbroken["rows"])
-        assert body and {len(row) for row in body} == {len(headers)}
-    assert [row[0] for row in tables.context(unbroken["rows"])[1][:3]] == ["multipole"] * 3
+        table = make(unbroken["rows"])
+        assert table.body
+    assert [row[0] for row in tables.context(unbroken["rows"]).body[:3]] == ["multipole"] * 3
 
 
 def test_retrieval_and_generation_write_their_tables(start, tmp_path) -> None:
@@ -320,12 +320,11 @@ def test_retrieval_and_generation_write_their_tables(start, tmp_path) -> None:
         "window",
         "best keys",
     }
-    headers, body = tables.retrieval(found["rows"])
-    assert len(body) == len(found["rows"]) and {len(row) for row in body} == {len(headers)} == {3}
+    table = tables.retrieval(found["rows"])
+    assert len(table.body) == len(found["rows"]) and len(table.headers) == 3
     found = json.loads((tmp_path / "multipole_generation.json").read_text())
-    headers, body = tables.generation(found["rows"])
-    assert [row[0] for row in body] == ["updated", "clustered anew", "joined to old clusters", "never clustered"]
-    assert {len(row) for row in body} == {len(headers)}
+    table = tables.generation(found["rows"])
+    assert [row[0] for row in table.body] == ["updated", "clustered anew", "joined to old clusters", "never clustered"]
 
 
 def test_what_is_wrong_is_told_in_one_sentence(start, tmp_path, capsys) -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from quickmerge.bench.rows import TableRow, by_reducer, is_full, is_ours, overall
+from quickmerge.bench.rows import by_reducer, is_full, is_ours, overall
+from quickmerge.bench.table import Row
 from quickmerge.errors import QuickmergeError
 from quickmerge.viz.charts import inline_svg
 from quickmerge.viz.drawing import (
@@ -205,7 +206,7 @@ class Line:
     points: list[Point]
 
 
-def lines_of(rows: Sequence[TableRow], x: Cost, y: str, theme: Theme, *, dark: bool) -> list[Line]:
+def lines_of(rows: Sequence[Row], x: Cost, y: str, theme: Theme, *, dark: bool) -> list[Line]:
     """Return a line for every reducer that has points, ours last."""
     made: list[Line] = []
     for name, group in by_reducer(rows).items():
@@ -224,7 +225,7 @@ def lines_of(rows: Sequence[TableRow], x: Cost, y: str, theme: Theme, *, dark: b
     return made
 
 
-def full_at(rows: Sequence[TableRow], x: Cost) -> float | None:
+def full_at(rows: Sequence[Row], x: Cost) -> float | None:
     """Return what the full prompt costs, or None where no row tells."""
     if x != "prefill_seconds":
         return 1.0
@@ -236,7 +237,7 @@ def full_at(rows: Sequence[TableRow], x: Cost) -> float | None:
     return median(measured) if measured else None
 
 
-def _point(row: TableRow, x: str, y: str) -> Point | None:
+def _point(row: Row, x: str, y: str) -> Point | None:
     at, value = number(row, x), number(row, y)
     if at is None or value is None:
         return None
@@ -254,7 +255,7 @@ _MANY = 9
 _ABOVE = 4.0  # points between an interval and the keep value over it
 
 
-def pareto_svg(rows: Sequence[TableRow], *, x: Cost = "flops_ratio", y: str = _RECOVERY) -> str:
+def pareto_svg(rows: Sequence[Row], *, x: Cost = "flops_ratio", y: str = _RECOVERY) -> str:
     """Return an inline SVG of recovery against cost, one line for each reducer over its keep values.
 
     Args:
@@ -269,7 +270,7 @@ def pareto_svg(rows: Sequence[TableRow], *, x: Cost = "flops_ratio", y: str = _R
 
 def pareto_png(
     path: str | os.PathLike[str],
-    rows: Sequence[TableRow],
+    rows: Sequence[Row],
     *,
     x: Cost = "flops_ratio",
     y: str = _RECOVERY,
@@ -283,7 +284,7 @@ def pareto_png(
         return save(_draw(rows, x, y, title=name, dark=dark), path)
 
 
-def _draw(rows: Sequence[TableRow], x: Cost, y: str, *, title: str | None, dark: bool) -> Figure:
+def _draw(rows: Sequence[Row], x: Cost, y: str, *, title: str | None, dark: bool) -> Figure:
     if x not in COSTS:
         raise QuickmergeError(f"Cannot draw against {x!r}; the costs are {', '.join(COSTS)}.")
     theme = DARK if dark else LIGHT

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
 
+from quickmerge.bench.table import Cell, Column, Row, Table
 from quickmerge.errors import QuickmergeError
 from quickmerge.viz.format import NONE, clean, count, loss, number, one_line, percent, seconds, share, size, times
-
-TableRow: TypeAlias = Mapping[str, object]
 
 _FULL = ("full", "none", "identity")
 _NOT_AVERAGED = ("recovery_low", "recovery_high")
 
 
-def name_of(row: TableRow) -> str:
+def name_of(row: Row) -> str:
     """Return the reducer of ``row``."""
     if row.get("reducer") is None:
         raise QuickmergeError("Every benchmark row needs the name of its reducer under 'reducer'.")
@@ -26,17 +24,17 @@ def is_ours(name: str) -> bool:
     return name.lower().startswith("quickmerge")
 
 
-def is_full(row: TableRow) -> bool:
+def is_full(row: Row) -> bool:
     """Return whether ``row`` is the unreduced run."""
     return name_of(row).lower() in _FULL
 
 
-def has_kind(row: TableRow) -> bool:
+def has_kind(row: Row) -> bool:
     """Return whether ``row`` is about one kind of document only."""
     return row.get("kind") is not None
 
 
-def overall(rows: Sequence[TableRow]) -> list[TableRow]:
+def overall(rows: Sequence[Row]) -> list[Row]:
     """Return the rows over all documents.
 
     Where there are only rows by kind, they are averaged for each reducer and keep value; their intervals cannot
@@ -45,15 +43,15 @@ def overall(rows: Sequence[TableRow]) -> list[TableRow]:
     whole = [row for row in rows if not has_kind(row)]
     if whole:
         return whole
-    groups: dict[tuple[str, float | None], list[TableRow]] = {}
+    groups: dict[tuple[str, float | None], list[Row]] = {}
     for row in rows:
         groups.setdefault((name_of(row), number(row, "keep")), []).append(row)
     return [_mean(group) for group in groups.values()]
 
 
-def by_reducer(rows: Sequence[TableRow]) -> dict[str, list[TableRow]]:
+def by_reducer(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Return the rows of each reducer from its smallest keep value up, ours last (drawn on top)."""
-    groups: dict[str, list[TableRow]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         if not is_full(row):
             groups.setdefault(name_of(row), []).append(row)
@@ -61,10 +59,10 @@ def by_reducer(rows: Sequence[TableRow]) -> dict[str, list[TableRow]]:
     return {name: sorted(groups[name], key=lambda row: number(row, "keep") or 0.0) for name in ordered}
 
 
-def ranked(rows: Sequence[TableRow]) -> list[TableRow]:
+def ranked(rows: Sequence[Row]) -> list[Row]:
     """Return rows as a reader compares them: the unreduced run, then by keep value, best recovery first."""
 
-    def key(row: TableRow) -> tuple[bool, float, bool, float, str]:
+    def key(row: Row) -> tuple[bool, float, bool, float, str]:
         recovery = number(row, "recovery")
         keep = number(row, "keep")
         return (not is_full(row), -(keep or 0.0), recovery is None, -(recovery or 0.0), name_of(row))
@@ -72,7 +70,7 @@ def ranked(rows: Sequence[TableRow]) -> list[TableRow]:
     return sorted(rows, key=key)
 
 
-def _mean(group: Sequence[TableRow]) -> TableRow:
+def _mean(group: Sequence[Row]) -> Row:
     result: dict[str, object] = {"reducer": group[0]["reducer"]}
     for name in group[0]:
         if name not in ("reducer", "kind", *_NOT_AVERAGED):
@@ -84,60 +82,57 @@ def _mean(group: Sequence[TableRow]) -> TableRow:
 # The rows of a benchmark written out as cells of a table.
 
 
-HEADERS = (
-    "reducer",
-    "keep",
-    "tokens",
-    "recovery",
-    "interval",
-    "NLL",
-    "prefill",
-    "speed-up",
-    "reducer time",
-    "compute",
-    "cache",
-)
-# What a narrow terminal leaves out.
-SPARE = ("tokens", "interval", "NLL", "reducer time")
+def _in(write: Callable[[float | None], str], key: str) -> Cell:
+    return lambda row: write(number(row, key))
 
 
-def cells(row: TableRow) -> tuple[str, ...]:
-    """Return ``row`` as the cells under :data:`HEADERS`."""
+def _interval(row: Row) -> str:
     low, high = number(row, "recovery_low"), number(row, "recovery_high")
+    return NONE if low is None or high is None else f"{percent(low)} to {percent(high)}"
+
+
+def _cache(row: Row) -> str:
     ratio = number(row, "cache_ratio")
-    return (
-        name_of(row),
-        share(number(row, "keep")),
-        count(number(row, "tokens_kept")),
-        percent(number(row, "recovery")),
-        NONE if low is None or high is None else f"{percent(low)} to {percent(high)}",
-        loss(number(row, "nll")),
-        seconds(number(row, "prefill_seconds")),
-        times(number(row, "prefill_speedup")),
-        seconds(number(row, "reducer_seconds")),
-        percent(number(row, "flops_ratio")),
-        size(number(row, "cache_bytes")) if ratio is None else percent(ratio),
-    )
+    return size(number(row, "cache_bytes")) if ratio is None else percent(ratio)
 
 
-def by_kind(rows: Sequence[TableRow]) -> tuple[list[str], list[list[str]], list[TableRow]]:
-    """Return the recovery by kind of document: the kinds, one line of cells for each reducer and keep, their rows."""
-    some = [row for row in rows if has_kind(row) and not is_full(row)]
-    kinds = sorted({clean(row["kind"]) for row in some})
-    groups: dict[tuple[str, float | None], list[TableRow]] = {}
-    for row in ranked(some):
+REDUCER = Column("reducer", name_of)
+KEEP = Column("keep", _in(share, "keep"))
+COLUMNS = (
+    REDUCER,
+    KEEP,
+    Column("tokens", _in(count, "tokens_kept"), spare=True),
+    Column("recovery", _in(percent, "recovery")),
+    Column("interval", _interval, spare=True),
+    Column("NLL", _in(loss, "nll"), spare=True),
+    Column("prefill", _in(seconds, "prefill_seconds")),
+    Column("speed-up", _in(times, "prefill_speedup")),
+    Column("reducer time", _in(seconds, "reducer_seconds"), spare=True),
+    Column("compute", _in(percent, "flops_ratio")),
+    Column("cache", _cache),
+)
+
+
+def by_kind(rows: Sequence[Row]) -> Table | None:
+    """The recovery by kind of document, a row for each reducer and keep; None where no row has a kind."""
+    some = ranked([row for row in rows if has_kind(row) and not is_full(row)])
+    groups: dict[tuple[str, float | None], list[Row]] = {}
+    for row in some:
         groups.setdefault((name_of(row), number(row, "keep")), []).append(row)
 
-    def key(item: tuple[tuple[str, float | None], list[TableRow]]) -> tuple[float, float]:
-        values = [value for row in item[1] if (value := number(row, "recovery")) is not None]
-        return -(item[0][1] or 0.0), -sum(values) / max(1, len(values))
+    def key(group: list[Row]) -> tuple[float, float]:
+        values = [value for row in group if (value := number(row, "recovery")) is not None]
+        return -(number(group[0], "keep") or 0.0), -sum(values) / max(1, len(values))
 
-    lines, firsts = [], []
-    for (name, keep), group in sorted(groups.items(), key=key):
-        found = {clean(row["kind"]): percent(number(row, "recovery")) for row in group}
-        lines.append([name, share(keep), *(found.get(kind, NONE) for kind in kinds)])
-        firsts.append(group[0])
-    return kinds, lines, firsts
+    def of(kind: str) -> Column:
+        found = {(name_of(row), number(row, "keep")): row for row in some if clean(row["kind"]) == kind}
+        return Column(kind, lambda row: percent(number(
+            found.get((name_of(row), number(row, "keep")), {}), "recovery")))  # fmt: skip
+
+    kinds = sorted({clean(row["kind"]) for row in some})
+    if not kinds:
+        return None
+    return Table([REDUCER, KEEP, *map(of, kinds)], [group[0] for group in sorted(groups.values(), key=key)])
 
 
 # Say in one sentence what the numbers say, and never more.
@@ -193,7 +188,7 @@ def _survival(recovery: float) -> str:
     return f"{word} {percent(recovery)} of the benefit of reading the document survived"
 
 
-def bench_verdict(rows: Sequence[TableRow]) -> str:
+def bench_verdict(rows: Sequence[Row]) -> str:
     """Return one sentence on a benchmark: our best reducer against the best other one near a quarter of the tokens."""
     scored = [row for row in rows if number(row, "recovery") is not None and not is_full(row)]
     ours = [row for row in scored if is_ours(name_of(row))]
@@ -217,21 +212,21 @@ def bench_verdict(rows: Sequence[TableRow]) -> str:
     )
 
 
-def _result(row: TableRow) -> str:
+def _result(row: Row) -> str:
     return f"{one_line(name_of(row), 40)} recovers {_numbers(row, of=' of the benefit of reading the full documents')}"
 
 
-def _numbers(row: TableRow, of: str = "") -> str:
+def _numbers(row: Row, of: str = "") -> str:
     compute = number(row, "flops_ratio")
     cost = "" if compute is None else f" for {percent(compute)} of the compute"
     return f"{percent(_recovery(row))}{of}{cost}"
 
 
-def _recovery(row: TableRow) -> float:
+def _recovery(row: Row) -> float:
     return number(row, "recovery") or 0.0
 
 
-def _overlap(one: TableRow, other: TableRow) -> bool:
+def _overlap(one: Row, other: Row) -> bool:
     ends = [number(row, key) for row in (one, other) for key in ("recovery_low", "recovery_high")]
     low, high, other_low, other_high = ends
     if low is None or high is None or other_low is None or other_high is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quickmerge.bench.table import Cell, Column, Table, interval, number, text, unless
 from quickmerge.calm.cost import BATCHES, measure_speed, speed_rows, writing_cost
 from quickmerge.calm.evaluate import BrierText, compare, is_calm, text_terms
 from quickmerge.viz.page import facts, heading, page, paragraph, table, write_page
@@ -114,11 +115,20 @@ _METHOD = (
 )
 
 
+MODEL = Column("model", text("method"))
+PATCH = Column("K", unless(lambda r: r["kind"] == "tokens", text("patch")))
+BRIER = Column("BrierLM", interval("brier_lm", ".2f"))
+PARAMETERS = Column("parameters", number("parameters", ".2f", scale=1e-6, unit=" M"))
+OPERATIONS = Column("operations/token", lambda r: f"{r['flops'] / 1e6:.2f} M ({r['flops_ratio']:.2f}x)")
+gap = interval("gap", "+.2f")
+"""The difference to the model that others are set beside."""
+
+
 def calm_table(rows: Rows, speeds: Rows, draws: Rows, console: Console) -> None:
     """Print BrierLM, cost and speed of every model, and what temperatures do."""
-    _print(console, *brier_cells(rows, speeds, short=True))
+    brier_table(rows, speeds).print(console)
     if draws:
-        _print(console, *draw_cells(draws))
+        draws_table(draws).print(console)
     first = rows[0]
     console.print(
         f"95 % intervals over {first['groups']} {first['unit']}, {first['positions']} places; speed: median of rounds"
@@ -127,88 +137,52 @@ def calm_table(rows: Rows, speeds: Rows, draws: Rows, console: Console) -> None:
 
 def write_calm_report(path: Path, rows: Rows, speeds: Rows, draws: Rows, meta: Mapping[str, Any]) -> None:
     """Write the rows and what was measured as a page."""
-    blocks = [heading("Quality beside cost"), _table(*brier_cells(rows, speeds))]
+    blocks = [heading("Quality beside cost"), brier_table(rows, speeds).html()]
     blocks += [paragraph(words) for words in _METHOD]
-    blocks += [heading("Brier scores of the next one to four tokens"), _table(*term_cells(rows))]
+    blocks += [heading("Brier scores of the next one to four tokens"), terms_table(rows).html()]
     if draws:
-        blocks += [heading("Sampling at a temperature"), _table(*draw_cells(draws))]
+        blocks += [heading("Sampling at a temperature"), draws_table(draws).html()]
     blocks.append(table(["", "this run"], facts(meta), align="ll"))
     write_page(path, page("Several tokens as one vector: quality and cost", blocks))
 
 
-def brier_cells(rows: Rows, speeds: Rows, *, short: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells: BrierLM, the difference, parameters, operations and tokens a second by batch."""
-    batches = list(dict.fromkeys(s["batch"] for s in speeds))
-    headers = ["model", "K", "BrierLM", "difference", "parameters", "operations/token"]
-    headers += [f"tokens/s, batch {batch}" for batch in batches]
-    pace = {(s["method"], s["batch"]): s for s in speeds}
-    body = []
-    for r in rows:
-        gap = "" if "gap" not in r else f"{r['gap']:+.2f} ({r['gap_low']:+.2f} to {r['gap_high']:+.2f})"
-        cells = [
-            str(r["method"]),
-            "" if r["kind"] == "tokens" else str(r["patch"]),
-            f"{r['brier_lm']:.2f} ({r['brier_lm_low']:.2f} to {r['brier_lm_high']:.2f})",
-            gap,
-            f"{r['parameters'] / 1e6:.2f} M",
-            f"{r['flops'] / 1e6:.2f} M ({r['flops_ratio']:.2f}x)",
-        ]
-        for batch in batches:
-            s = pace[r["method"], batch]
-            spread = "" if short else f" ({s['per_second_low']:.0f} to {s['per_second_high']:.0f})"
-            cells.append(f"{s['per_second']:.0f}{spread}, {s['speedup']:.2f}x")
-        body.append(cells)
-    return headers, body
-
-
-def term_cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells: the four scores with their intervals."""
-    body = [
-        [
-            str(r["method"]),
-            *(
-                f"{term:.4f} ({low:.4f} to {high:.4f})"
-                for term, low, high in zip(r["terms"], r["terms_low"], r["terms_high"], strict=True)
-            ),
-        ]
-        for r in rows
+def brier_table(rows: Rows, speeds: Rows) -> Table:
+    """BrierLM, the difference, parameters, operations and tokens a second by batch."""
+    paces = [
+        Column(f"tokens/s, batch {batch}", pace(speeds, batch), short=pace(speeds, batch, spread=False))
+        for batch in dict.fromkeys(s["batch"] for s in speeds)
     ]
-    return ["model", *(f"Brier-{n}" for n in range(1, 5))], body
+    return Table([MODEL, PATCH, BRIER, Column("difference", gap), PARAMETERS, OPERATIONS, *paces], rows)
 
 
-def draw_cells(draws: Rows) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells: what a temperature does, and the draws that it takes beside those of the formula."""
-    headers = ["model", "temperature", "method", "right", "same twice", "draws", "by the formula", "gave up",
-               "operations/token"]  # fmt: skip
-    body = [
-        [
-            str(r["method"]),
-            f"{r['temperature']:.3g}",
-            str(r["temperature_method"]),
-            f"{100 * r['right']:.1f} %",
-            f"{100 * r['same']:.1f} %",
-            f"{r['draws']:.1f}",
-            f"{r['expected']:.1f}",
-            f"{100 * r['gave_up']:.0f} %",
-            f"{r['flops'] / 1e6:.1f} M",
-        ]
-        for r in draws
-    ]
-    return headers, body
+def pace(speeds: Rows, batch: int, form: str = ".0f", *, spread: bool = True) -> Cell:
+    """Tokens a second of a row's model at that batch, with quartiles, and their ratio to the other model's."""
+    found = {s["method"]: s for s in speeds if s["batch"] == batch}
+    write = (interval if spread else number)("per_second", form)
+    return lambda r: f"{write(found[r['method']])}, {found[r['method']]['speedup']:.2f}x"
 
 
-def _table(headers: list[str], body: list[list[str]]) -> str:
-    return table(headers, body, align="l" + "r" * (len(headers) - 1))
+def terms_table(rows: Rows) -> Table:
+    """The four scores with their intervals."""
+
+    def term(n: int) -> Column:
+        def cell(r: Mapping[str, Any]) -> str:
+            middle, low, high = (f"{r[f'terms{end}'][n]:.4f}" for end in ("", "_low", "_high"))
+            return f"{middle} ({low} to {high})"
+
+        return Column(f"Brier-{n + 1}", cell)
+
+    return Table([MODEL, *map(term, range(4))], rows)
 
 
-def _print(console: Console, headers: list[str], body: list[list[str]]) -> None:
-    from rich.table import Table
-
-    from quickmerge.terminal import plain
-
-    printed = Table()
-    for at, name in enumerate(headers):
-        printed.add_column(plain(name), justify="left" if at == 0 else "right", overflow="fold")
-    for cells in body:
-        printed.add_row(*map(plain, cells))
-    console.print(printed)
+def draws_table(draws: Rows) -> Table:
+    """What a temperature does, and the draws that it takes beside those of the formula."""
+    columns = [
+        MODEL, Column("temperature", number("temperature", ".3g")), Column("method", text("temperature_method")),
+        Column("right", number("right", ".1f", scale=100, unit=" %")),
+        Column("same twice", number("same", ".1f", scale=100, unit=" %")), Column("draws", number("draws", ".1f")),
+        Column("by the formula", number("expected", ".1f")),
+        Column("gave up", number("gave_up", ".0f", scale=100, unit=" %")),
+        Column("operations/token", number("flops", ".1f", scale=1e-6, unit=" M")),
+    ]  # fmt: skip
+    return Table(columns, draws)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quickmerge.bench.table import Column, Table, half_width, interval, number, text, unless
 from quickmerge.viz.page import facts, heading, page, paragraph, table, write_page
 
 if TYPE_CHECKING:
@@ -13,7 +14,30 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 
-_HEADERS = ["temperature", "method", "tokens a pass", "speed", "tokens/s", "nodes", "drafting", "same text"]
+
+def is_plain(row: Mapping[str, Any]) -> bool:
+    """Whether a row is the model alone."""
+    return bool(row["method"] == "plain")
+
+
+TEMPERATURE = Column("temperature", number("temperature"))
+METHOD = Column("method", text("method"), "l")
+PER_SECOND = Column("tokens/s", number("per_second", ".1f"))
+NODES = Column("nodes", number("nodes", ".1f"))
+DRAFTING = Column("drafting", number("draft_share", ".0f", scale=100, unit=" %"))
+SAME = Column(
+    "same text", unless(lambda r: r["same"] is None or is_plain(r), lambda r: f"{r['same']} of {r['prompts']}")
+)
+_SPEED = number("speedup", ".2f", unit="x")
+COLUMNS = (
+    METHOD,
+    Column("tokens a pass", lambda r: (number("per_pass", ".2f") if is_plain(r) else half_width("per_pass", ".2f"))(r)),
+    Column("speed", lambda r: (_SPEED if is_plain(r) else interval("speedup", ".2f", unit="x"))(r), short=_SPEED),
+    PER_SECOND,
+    NODES,
+    DRAFTING,
+    SAME,
+)
 _METHOD = (
     "Tokens a pass are new tokens over passes of the model. The prompt's pass and the token that it gives are left out "
     "on both sides; the token that the model adds to the accepted ones is counted. So plain decoding has exactly 1. "
@@ -27,22 +51,9 @@ _METHOD = (
 
 def drafters_table(rows: Rows, console: Console) -> None:
     """Print the rows, a table for each temperature, the fastest last."""
-    from rich.table import Table
-
-    from quickmerge.terminal import plain
-
     for temperature in sorted({row["temperature"] for row in rows}):
-        printed = Table(title="greedy" if temperature == 0 else f"temperature {temperature:g}", title_justify="left")
-        for name in _HEADERS[1:]:
-            # Where there is no room, the names of methods go over several lines, and no number does.
-            method = name == "method"
-            printed.add_column(
-                "\n".join(name.split()), justify="left" if method else "right", no_wrap=not method,
-                overflow="fold" if method else "ellipsis",
-            )  # fmt: skip
-        for row in ordered(row for row in rows if row["temperature"] == temperature):
-            printed.add_row(*map(plain, _cells(row, quartiles=False)))
-        console.print(printed)
+        title = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+        Table(COLUMNS, ordered(row for row in rows if row["temperature"] == temperature)).print(console, title=title)
     console.print(
         "tokens a pass: the model's own token counted, ± half of the 95 % interval over prompts; speed: median"
     )
@@ -51,30 +62,18 @@ def drafters_table(rows: Rows, console: Console) -> None:
 def write_drafters_report(path: Path, rows: Rows, meta: Mapping[str, Any]) -> None:
     """Write the rows and what was measured as a page."""
     body = ordered(rows)
+    drafted = [row for row in body if "reached" in row]
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["kinds"]))
-    asked = [
-        [f"{row['temperature']:g}", row["method"], *(f"{row['kinds'][kind]['per_pass']:.2f}" for kind in kinds)]
-        for row in body
-    ]
-    depth = max(len(row.get("reached", ())) for row in rows)
-    reached = [
-        [
-            f"{row['temperature']:g}",
-            row["method"],
-            *_padded([f"{100 * share:.0f} %" for share in row["reached"]], depth),
-        ]
-        for row in body
-        if "reached" in row
-    ]
-    places = ["temperature", "method", *(f"{i + 1}" for i in range(depth))]
+    named = [Column("temperature", TEMPERATURE.cell, "r"), METHOD]
+    depths = range(max((len(row["reached"]) for row in drafted), default=0))
     blocks = [
         heading("Tokens a pass, and speed"),
-        table(_HEADERS, [_cells(row) for row in body], align="rl" + "r" * 6),
+        Table([named[0], *COLUMNS], body).html(),
         *(paragraph(words) for words in _METHOD),
         heading("Passes that accepted so many drafted tokens or more"),
-        table(places, reached, align="rl" + "r" * depth),
+        Table([*named, *map(_reached, depths)], drafted).html(),
         heading("Tokens a pass, by kind of prompt"),
-        table(["temperature", "method", *kinds], asked, align="rl" + "r" * len(kinds)),
+        Table([*named, *map(_per_pass, kinds)], body).html(),
         table(["", "this run"], facts(meta), align="ll"),
     ]
     write_page(path, page(f"{meta['model']}: several tokens a step on {meta['prompts']} prompts", blocks))
@@ -82,19 +81,13 @@ def write_drafters_report(path: Path, rows: Rows, meta: Mapping[str, Any]) -> No
 
 def ordered(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """By temperature, plain decoding first, then the slowest to the fastest."""
-    return sorted(rows, key=lambda row: (row["temperature"], row["method"] != "plain", row["speedup"]))
+    return sorted(rows, key=lambda row: (row["temperature"], not is_plain(row), row["speedup"]))
 
 
-def _cells(row: Mapping[str, Any], *, quartiles: bool = True) -> list[str]:
-    per_pass, speed, same = f"{row['per_pass']:.2f}", f"{row['speedup']:.2f}x", ""
-    if row["method"] != "plain":
-        per_pass += f" ±{(row['per_pass_high'] - row['per_pass_low']) / 2:.2f}"
-        speed += f" ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})" if quartiles else ""
-        same = "" if row["same"] is None else f"{row['same']} of {row['prompts']}"
-    drafted = ["", ""] if "nodes" not in row else [f"{row['nodes']:.1f}", f"{100 * row['draft_share']:.0f} %"]
-    cells = [row["method"], per_pass, speed, f"{row['per_second']:.1f}", *drafted, same]
-    return [f"{row['temperature']:g}", *cells] if quartiles else cells
+def _reached(depth: int) -> Column:
+    there = unless(lambda r: depth >= len(r["reached"]), lambda r: f"{100 * r['reached'][depth]:.0f} %")
+    return Column(f"{depth + 1}", there)
 
 
-def _padded(cells: list[str], width: int) -> list[str]:
-    return cells + [""] * (width - len(cells))
+def _per_pass(kind: str) -> Column:
+    return Column(kind, lambda r: f"{r['kinds'][kind]['per_pass']:.2f}")

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
+from quickmerge.bench.table import Column, Row, Table, number, text
 from quickmerge.console.options import JSON, check_output, one_sentence, progress, quiet, read_text, write_json
 from quickmerge.errors import QuickmergeError, clean_name
 from quickmerge.terminal import plain
@@ -20,10 +19,6 @@ if TYPE_CHECKING:
 
 SHOWN = 8
 """Rules that the table shows of each matrix; the JSON has all."""
-COLUMNS = {
-    "rule": "rule", "centred_cosine": "centred", "cosine": "cosine", "error": "error", "offset": "offset",
-    "donor_residual": "donor", "weight_sum": "weights",
-}  # fmt: skip
 LEGEND = (
     "centred: cosine to the true row, both without the common mean (what is compared); error: relative; offset: along "
     "the mean row; donor: what is left of the donor's vector; weights: their sum and its spread."
@@ -35,14 +30,36 @@ MEANINGS = {
 }  # fmt: skip
 
 
+def _weights(row: Row) -> str:
+    if row["weight_sum_spread"]:
+        return f"{row['weight_sum']:.2f}±{row['weight_sum_spread']:.2f}"
+    return number("weight_sum", ".3f")(row)
+
+
+_COUNTS = (Column("rows", text("what"), "l"), Column("how many", text("count")))
+_ON_TEXT = (Column("", text("what"), "l"), Column("before", text("before")), Column("after", text("after")))
+_RULES = (
+    Column("rule", text("rule"), "l"),
+    Column("centred", number("centred_cosine", ".3f")),
+    Column("cosine", number("cosine", ".3f")),
+    Column("error", number("error", ".3f")),
+    Column("offset", number("offset", ".3f")),
+    Column("donor", number("donor_residual", ".3f")),
+    Column("weights", _weights),
+)
+_BITS = (Column("rule", text("rule"), "l"), Column("bits per byte", number("bits_per_byte", ".3f")))
+_KINDS = (
+    Column("kind of token", text("kind"), "l"),
+    Column("new in the text", text("new")),
+    Column("rule", text("rule"), "l"),
+)
+
+
 def print_transplant(report: Report, console: Console) -> None:
     """Print what was done."""
-    table = Table("rows", "how many", title="The new vocabulary")
-    for kind, count in report.counts.items():
-        if count:
-            table.add_row(MEANINGS[kind], f"{count:,}")
-    table.add_row("all", f"{report.rows:,} (before: {report.base_rows:,})")
-    console.print(table)
+    counts = [{"what": MEANINGS[kind], "count": f"{count:,}"} for kind, count in report.counts.items() if count]
+    counts.append({"what": "all", "count": f"{report.rows:,} (before: {report.base_rows:,})"})
+    Table(_COUNTS, counts).print(console, title="The new vocabulary")
     if report.identical:
         console.print("The tokenizer is the model's own: nothing changed.")
     if report.way_back:
@@ -62,17 +79,19 @@ def print_transplant(report: Report, console: Console) -> None:
 
 def print_quality(quality: TextQuality, console: Console) -> None:
     """Print what it cost on a text."""
-    table = Table("", "before", "after", title="On the text")
     old, new = quality.before.as_dict(), quality.after.as_dict()
+    lines = []
     for key, words in (
         ("bits_per_byte", "bits per byte"), ("tokens_per_byte", "tokens per byte"), ("bits_per_shared_token",
         "bits per shared token"), ("bits_per_new_token", "bits per new token"),
     ):  # fmt: skip
         if old[key] is not None or new[key] is not None:
-            table.add_row(words, *("" if one[key] is None else f"{one[key]:.3f}" for one in (old, new)))
-    table.add_row("tokens", f"{old['tokens']:,}", f"{new['tokens']:,}")
-    table.add_row("of them new", "", f"{new['new_tokens']:,} ({new['new_tokens'] / new['tokens']:.1%})")
-    console.print(table)
+            written = number(key, ".3f")
+            lines.append({"what": words, "before": written(old), "after": written(new)})
+    lines.append({"what": "tokens", "before": f"{old['tokens']:,}", "after": f"{new['tokens']:,}"})
+    share = new["new_tokens"] / new["tokens"]
+    lines.append({"what": "of them new", "after": f"{new['new_tokens']:,} ({share:.1%})"})
+    Table(_ON_TEXT, lines).print(console, title="On the text")
     if quality.logits is not None:
         logits = quality.logits
         console.print(
@@ -96,20 +115,10 @@ def _print_rules(side: str, made: Any, *, tied: bool, console: Console) -> None:
     if made["table"]:
         rows = made["table"][:SHOWN]
         rows += [row for row in made["table"][SHOWN:] if row["best"] or row["rule"] == "mean"]
-        table = Table(
-            box=SIMPLE,
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-            title=f"{name}: {made['held_out']} shared tokens, hidden and rebuilt",
-        )
-        for key, words in COLUMNS.items():
-            table.add_column(words, no_wrap=key == "rule", justify="left" if key == "rule" else "right")
-        for row in rows:
-            cells = [_cell(row[key]) for key in COLUMNS]
-            if row["weight_sum_spread"]:
-                cells[-1] = f"{row['weight_sum']:.2f}±{row['weight_sum_spread']:.2f}"
-            table.add_row(*(plain(cell, "bold" if row["best"] else "") for cell in cells))
-        console.print(table)
+        Table(_RULES, rows).print(
+            console, title=f"{name}: {made['held_out']} shared tokens, hidden and rebuilt",
+            style=lambda row: "bold" if row["best"] else "",
+        )  # fmt: skip
         console.print(LEGEND)
         best = next(row for row in made["table"] if row["best"])
         if best["by_kind"]:
@@ -136,30 +145,16 @@ def _print_rules(side: str, made: Any, *, tied: bool, console: Console) -> None:
 
 def _print_decision(decision: Any, console: Console) -> None:
     """What rows by each rule made of the text, for all new tokens, and which were taken for which kind of token."""
-
-    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0), title="on the text, rows by one rule")
-    table.add_column("rule")
-    table.add_column("bits per byte", justify="right")
-    rules = decision["candidates"]
-    alone = [one for one in decision["tried"] if one["kind"] is None]
-    for one in sorted(alone, key=lambda one: one["bits_per_byte"]):
-        table.add_row(plain(rules[one["candidate"]]), f"{one['bits_per_byte']:.3f}")
-    table.add_row("by kind of token, as follows", f"{decision['bits_per_byte']:.3f}")
-    console.print(table)
-    kinds = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    kinds.add_column("kind of token")
-    kinds.add_column("new in the text", justify="right")
-    kinds.add_column("rule")
-    for kind, rule in decision["rules"].items():
-        kinds.add_row(*map(plain, [kind or "others", decision["new_tokens"].get(kind, 0), rule]))
-    console.print(kinds)
+    alone = sorted((one for one in decision["tried"] if one["kind"] is None), key=lambda one: one["bits_per_byte"])
+    rules = [{"rule": decision["candidates"][one["candidate"]], "bits_per_byte": one["bits_per_byte"]} for one in alone]
+    rules.append({"rule": "by kind of token, as follows", "bits_per_byte": decision["bits_per_byte"]})
+    Table(_BITS, rules).print(console, title="on the text, rows by one rule")
+    new = decision["new_tokens"]
+    kinds = [
+        {"kind": kind or "others", "new": new.get(kind, 0), "rule": rule} for kind, rule in decision["rules"].items()
+    ]
+    Table(_KINDS, kinds).print(console)
     console.print(f"Chosen on {decision['bytes']:,} bytes of the text; what is measured below are others.")
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 # ``quickmerge transplant``: another tokenizer for a model, without training.

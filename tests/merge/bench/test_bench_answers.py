@@ -37,7 +37,7 @@ def rows(timed: bool = True) -> list[dict[str, Any]]:
 def printed(width: int, timed: bool = True) -> list[str]:
     text = io.StringIO()
     answers_table(rows(timed), Console(file=text, width=width))
-    return [" ".join(line.replace("│", " ").split()) for line in text.getvalue().splitlines()]
+    return [" ".join(line.split()) for line in text.getvalue().splitlines()]
 
 
 def test_a_wide_terminal_gets_one_table() -> None:
@@ -53,7 +53,7 @@ def test_a_narrow_terminal_gets_two_that_fit(timed: bool) -> None:
     answers_table(rows(timed), Console(file=text, width=80))
     assert max(map(len, text.getvalue().splitlines())) <= 80 and "…" not in text.getvalue()
     lines = printed(80, timed)
-    assert ("trimtokenator 64 52.0 ±3.0 -18.0 ±5.0" + (" 1234 1.40x 1.5" if timed else "")) in lines
+    assert ("trimtokenator 64 52.0 ±3.0 -18.0 ±5.0" + (" 1234 1.40x 20 1.5" if timed else "")) in lines
     assert "trimtokenator 64 52 53 54 55 56 57" in lines
     assert "600 questions about 64 pictures: 100 colour," in " ".join(lines)
 
@@ -70,7 +70,7 @@ def test_a_kind_that_a_row_lacks_is_a_dash() -> None:
     text = io.StringIO()
     answers_table(some, Console(file=text, width=200))
     (line,) = (line for line in text.getvalue().splitlines() if "random" in line)
-    assert [cell.strip() for cell in line.split("│")[5:-1]] == ["31", "32", "33", "–", "35", "36"]
+    assert line.split()[-6:] == ["31", "32", "33", "–", "35", "36"]
 
 
 def test_the_page_has_every_number(tmp_path: Path) -> None:

@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 from quickmerge.bench.pareto import Cost, pareto_svg
 from quickmerge.bench.quality import continuation_nll, document_nll, recovery
 from quickmerge.bench.rows import (
-    HEADERS,
-    SPARE,
+    COLUMNS,
     bench_verdict,
     by_kind,
-    cells,
     has_kind,
     is_full,
     is_ours,
@@ -23,6 +21,7 @@ from quickmerge.bench.rows import (
     overall,
     ranked,
 )
+from quickmerge.bench.table import Table
 from quickmerge.datasets.text import Document
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.attach import reduce
@@ -129,7 +128,6 @@ def _rows(records: Sequence[Row], kind: str | None) -> list[Row]:
 
 
 _FEW = 4  # documents that are named one by one
-_WIDE = 116  # columns that the whole table takes in a terminal
 _METHOD = (
     "Every reducer read the same documents with the same model. NLL is how surprised the model is, on average, by "
     "each token of the text that really follows a document: lower is better.",
@@ -172,26 +170,12 @@ def bench_report(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> 
                 else ""
             )
             blocks.append(figure(pareto_svg(whole, x=cost), words + bars))
-    strong = [order for order, row in enumerate(whole) if is_ours(name_of(row))]
     averaged = " Rows are means over the kinds of document." if all(has_kind(row) for row in rows) else ""
-    blocks += [
-        heading("Every result"),
-        table(
-            HEADERS,
-            [cells(row) for row in whole],
-            align="lrrrrrrrrrr",
-            strong=strong,
-            caption=f"By the share of tokens kept, best recovery first.{averaged}",
-            ruled=_groups(whole),
-        ),
-    ]
-    kinds, lines, firsts = by_kind(rows)
-    if kinds:
-        ours = [order for order, row in enumerate(firsts) if is_ours(name_of(row))]
-        blocks += [
-            heading("Recovery by kind of document"),
-            table(["reducer", "keep", *kinds], lines, strong=ours, ruled=_groups(firsts)),
-        ]
+    caption = f"By the share of tokens kept, best recovery first.{averaged}"
+    blocks += [heading("Every result"), _grouped(Table(COLUMNS, whole), caption)]
+    kinds = by_kind(rows)
+    if kinds is not None:
+        blocks += [heading("Recovery by kind of document"), _grouped(kinds)]
     blocks += [heading("How this was measured"), *(paragraph(text) for text in (*_METHOD, *_more(meta)))]
     told = {key: value for key, value in meta.items() if key not in ("title", "subtitle", "interval", "method")}
     if told:
@@ -201,6 +185,12 @@ def bench_report(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> 
         filter(None, (str(meta.get("model") or ""), _names(meta.get("documents"))))
     )
     return page(title, blocks, subtitle=clean(subtitle))
+
+
+def _grouped(made: Table, caption: str = "") -> str:
+    """A table in which rows of one keep value stand together, ours set off."""
+    ours = [order for order, row in enumerate(made.rows) if is_ours(name_of(row))]
+    return made.html(caption, strong=ours, ruled=_groups(made.rows))
 
 
 def _groups(rows: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -216,24 +206,12 @@ def _more(meta: Mapping[str, Any]) -> list[str]:
 
 def bench_table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print the results to ``console``, best recovery first within each keep value, ours bold."""
-    from rich.table import Table
 
-    from quickmerge.terminal import plain
+    def style(row: Mapping[str, Any]) -> str:
+        return "bold cyan" if is_ours(name_of(row)) else "dim" if is_full(row) else ""
 
-    shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    picked = [order for order, header in enumerate(HEADERS) if console.width >= _WIDE or header not in SPARE]
-    for order, header in enumerate(HEADERS[order] for order in picked):
-        shown.add_column(header, justify="right" if order else "left", no_wrap=True)
-    previous: float | None = None
-    for row in ranked(overall(rows)):
-        keep = number(row, "keep")
-        if previous is not None and keep != previous:
-            shown.add_row()
-        previous = keep
-        style = "bold cyan" if is_ours(name_of(row)) else "dim" if is_full(row) else ""
-        line = cells(row)
-        shown.add_row(*(plain(line[order], style) for order in picked))
-    console.print(shown)
+    whole = ranked(overall(rows))
+    Table(COLUMNS, whole).print(console, style=style, ruled=_groups(whole))
 
 
 def _names(documents: object) -> str:

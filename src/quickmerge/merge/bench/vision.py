@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quickmerge.bench.quality import bootstrap
+from quickmerge.bench.table import Column, Table, half_width, interval, number, text
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.attach import reduce
 from quickmerge.merge.bench.vision_cost import LinearProbe, once_at, removal_at, vision_shape
@@ -287,14 +288,14 @@ def _row(records: Sequence[Row], arm: Arm) -> Row:
         values = [r[key] for r in mine]
         if any(v is None for v in values):
             continue
-        row[key], row[f"{key}_low"], row[f"{key}_high"] = interval(values)
+        row[key], row[f"{key}_low"], row[f"{key}_high"] = mean_interval(values)
         if key == "correct":
             lost = [r[key] - full[r["image"]][key] for r in mine]
-            row["correct_change"], row["correct_change_low"], row["correct_change_high"] = interval(lost)
+            row["correct_change"], row["correct_change_low"], row["correct_change_high"] = mean_interval(lost)
     return row
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean, and the ends of its 95 % bootstrap interval over images."""
     return sum(values) / len(values), *bootstrap(np.array(values), np.ones(len(values)), resamples=2000, seed=0)
 
@@ -353,48 +354,37 @@ _METHOD = (
 )
 
 
-def headers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the columns are called; there is one for labels only where there are labels."""
-    labels = ["correct"] if any("correct" in row for row in rows) else []
-    return ["method", "compute", "tokens out", *labels, "pooled", "patches", "images/s", "speed-up"]
+def _faithful(header: str, key: str, form: str) -> Column:
+    """A share with its interval, where there is one."""
+
+    def there(rows: Sequence[Mapping[str, Any]]) -> bool:
+        return any(key in row for row in rows)
+
+    return Column(header, interval(key, form), short=half_width(key, form), when=there)
 
 
-def cells(row: Mapping[str, Any], labelled: bool, short: bool = False) -> list[str]:
-    """One line of the table; ``short`` gives half the width of an interval for its ends."""
-
-    def share(key: str, digits: int) -> str:
-        if short:
-            return f"{row[key]:.{digits}f} ±{(row[f'{key}_high'] - row[f'{key}_low']) / 2:.{digits}f}"
-        low, high = (f"{row[f'{key}_{end}']:.{digits}f}" for end in ("low", "high"))
-        return f"{row[key]:.{digits}f} ({low} to {high})"
-
-    labels = [share("correct", 3)] if labelled else []
-    fast = f"{row['images_per_second']:.1f}" if "images_per_second" in row else "–"
-    gain = f"{row['speedup']:.2f}x" if "speedup" in row else "–"
-    out = f"{row['tokens_out']:.0f}"
-    return [row["method"], f"{row['ratio']:.2f}", out, *labels, share("pooled", 4), share("patches", 3), fast, gain]
+COLUMNS = (
+    Column("method", text("method")),
+    Column("compute", number("ratio", ".2f")),
+    Column("tokens out", number("tokens_out", ".0f")),
+    _faithful("correct", "correct", ".3f"),
+    _faithful("pooled", "pooled", ".4f"),
+    _faithful("patches", "patches", ".3f"),
+    Column("images/s", number("images_per_second", ".1f", none="–")),
+    Column("speed-up", number("speedup", ".2f", unit="x", none="–")),
+)
 
 
 def vision_table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print the rows."""
-    from rich.table import Table
-
-    from quickmerge.terminal import plain
-
-    names = headers(rows)
-    printed = Table(*names, caption="± is half of the 95 % interval over images")
-    for row in _ordered(rows):
-        printed.add_row(*map(plain, cells(row, "correct" in names, short=True)))
-    console.print(printed)
+    Table(COLUMNS, _ordered(rows)).print(console, caption="± is half of the 95 % interval over images")
 
 
 def write_vision_report(path: Path, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
     """Write the rows and what was measured as a page."""
-    names = headers(rows)
-    body = [cells(row, "correct" in names) for row in _ordered(rows)]
     blocks = [
         heading("What survives, for what it costs"),
-        table(names, body, align="l" + "r" * (len(names) - 1), caption="Cheapest last, most faithful first."),
+        Table(COLUMNS, _ordered(rows)).html("Cheapest last, most faithful first."),
         *(paragraph(words) for words in _METHOD),
         table(["", "this run"], facts(meta), align="ll"),
     ]

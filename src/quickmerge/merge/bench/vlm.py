@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from quickmerge.bench.quality import bootstrap
+from quickmerge.bench.table import Column, Table, half_width, number, text, unless
 from quickmerge.datasets.annotated import Annotated
 from quickmerge.datasets.images import open_image
 from quickmerge.errors import QuickmergeError
@@ -21,7 +22,6 @@ from quickmerge.viz.page import facts, heading, page, paragraph, table, write_pa
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 Row = dict[str, Any]
 Advance = Callable[[str], None]
@@ -181,7 +181,6 @@ def _now(model: Any) -> float:
 
 Rows = Sequence[Mapping[str, Any]]
 
-_FIRST = ["method", "visual tokens"]
 _CAPTION = "% of the questions answered to the letter; ± is half of the 95 % interval over pictures"
 _METHOD = (
     "Right is the % of the questions that greedy decoding answers to the letter; change is that minus the model as it "
@@ -192,96 +191,63 @@ _METHOD = (
 )
 
 
-def kinds_of(rows: Rows) -> list[str]:
-    """Every kind of question, in order."""
-    return list(dict.fromkeys(kind for row in rows for kind in row["kinds"]))
+def _timed(rows: Rows) -> bool:
+    return "seconds" in rows[0]
 
 
-def cost_headers(rows: Rows, reducer: bool = True) -> list[str]:
-    """What the columns beside method and tokens are called; those of time are there only where it was taken."""
-    timed = ["ms to answer", "speed-up", *(["reducer ms"] if reducer else []), "cache MiB"]
-    return ["right", "change", *(timed if "seconds" in rows[0] else [])]
+METHOD = Column("method", text("method"))
+TOKENS = Column(
+    "visual tokens", lambda r: f"{r['visual_kept']:.0f} of {r['visual_in']:.0f}", short=number("visual_kept", ".0f")
+)
+CHANGE = Column("change", unless(lambda r: r["method"] == "full", half_width("change", "+.1f", scale=100), "–"))
+COST = (
+    Column("right", half_width("exact", ".1f", scale=100)),
+    CHANGE,
+    Column("ms to answer", number("seconds", ".0f", scale=1e3), when=_timed),
+    Column("speed-up", number("speedup", ".2f", unit="x"), when=_timed),
+    Column("reducer ms", number("reducer_seconds", ".0f", scale=1e3), when=_timed, spare=True),
+    Column("cache MiB", number("cache_bytes", ".1f", scale=2**-20), when=_timed),
+)
 
 
-def cost_cells(row: Mapping[str, Any], reducer: bool = True) -> list[str]:
-    """One line of these columns."""
-    full = row["method"] == "full"
-    cells = [
-        f"{100 * row['exact']:.1f} ±{50 * (row['exact_high'] - row['exact_low']):.1f}",
-        "–" if full else f"{100 * row['change']:+.1f} ±{50 * (row['change_high'] - row['change_low']):.1f}",
-    ]
-    if "seconds" in row:
-        own = [f"{1e3 * row['reducer_seconds']:.0f}"] if reducer else []
-        cells += [f"{1e3 * row['seconds']:.0f}", f"{row['speedup']:.2f}x", *own, f"{row['cache_bytes'] / 2**20:.1f}"]
-    return cells
+def kind_columns(rows: Rows) -> list[Column]:
+    """The % of right answers, a column for each kind of question."""
 
+    def of(kind: str) -> Column:
+        right = unless(lambda r: kind not in r["kinds"], lambda r: f"{100 * r['kinds'][kind]['exact']:.0f}", "–")
+        return Column(kind, right)
 
-def kind_cells(row: Mapping[str, Any], kinds: Sequence[str]) -> list[str]:
-    """The % of right answers to each kind of question."""
-    return [f"{100 * row['kinds'][kind]['exact']:.0f}" if kind in row["kinds"] else "–" for kind in kinds]
+    return [of(kind) for kind in dict.fromkeys(kind for row in rows for kind in row["kinds"])]
 
 
 def answers_table(rows: Rows, console: Console) -> None:
     """Print the rows, by share and the most right first; as two tables where one is too wide."""
-    from quickmerge.terminal import plain
-
-    kinds, body = kinds_of(rows), ordered(rows)
-    first = [[row["method"], f"{row['visual_kept']:.0f}"] for row in body]
-    asked = [kind_cells(row, kinds) for row in body]
-    costs = [cost_cells(row) for row in body]
-    whole = _table(cost_headers(rows) + kinds, first, [a + b for a, b in zip(costs, asked, strict=True)])
-    whole.caption = _CAPTION
-    if console.measure(whole, options=console.options.update(width=1000)).maximum <= console.width:
-        console.print(whole)
+    kinds, body = kind_columns(rows), ordered(rows)
+    whole = Table([METHOD, TOKENS, *COST, *kinds], body)
+    if whole.fits(console):
+        whole.print(console, caption=_CAPTION)
         return
-    cost = _table(cost_headers(rows, reducer=False), first, [cost_cells(row, reducer=False) for row in body])
-    by_kind = _table(kinds, first, asked)
-    cost.caption, by_kind.caption = _CAPTION, plain(_questions(rows))
-    console.print(cost)
-    console.print(by_kind)
+    Table([METHOD, TOKENS, *COST], body).print(console, caption=_CAPTION)
+    Table([METHOD, TOKENS, *kinds], body).print(console, caption=_questions(rows))
 
 
 def write_answers_report(path: Path, rows: Rows, meta: Mapping[str, Any]) -> None:
     """Write the rows and what was measured as a page."""
-    kinds, body = kinds_of(rows), ordered(rows)
-    first = [[row["method"], f"{row['visual_kept']:.0f} of {row['visual_in']:.0f}"] for row in body]
-    cost, asked = [*_FIRST, *cost_headers(rows)], [*_FIRST, *kinds]
+    body = ordered(rows)
     blocks = [
         heading("What is still answered, for what it costs"),
-        table(cost, [a + cost_cells(row) for a, row in zip(first, body, strict=True)], align=_align(cost)),
+        Table([METHOD, TOKENS, *COST], body).html(),
         *(paragraph(words) for words in _METHOD),
         heading("Right, by kind of question"),
-        table(
-            asked, [a + kind_cells(row, kinds) for a, row in zip(first, body, strict=True)], align=_align(asked),
-            caption=_questions(rows),
-        ),
+        Table([METHOD, TOKENS, *kind_columns(rows)], body).html(_questions(rows)),
         table(["", "this run"], facts(meta), align="ll"),
-    ]  # fmt: skip
+    ]
     write_page(path, page(f"{meta['model']}: fewer visual tokens on {_several(meta['images'], 'picture')}", blocks))
 
 
 def ordered(rows: Rows) -> list[Mapping[str, Any]]:
     """The model as it is, then by the share that was asked for, most right answers first."""
     return sorted(rows, key=lambda row: (row["method"] != "full", -row["keep"], -row["exact"]))
-
-
-def _table(headers: Sequence[str], first: Sequence[list[str]], rest: Sequence[list[str]]) -> Table:
-    from rich.table import Table
-
-    from quickmerge.terminal import plain
-
-    printed = Table()
-    for name in (*_FIRST, *headers):
-        # Names take a line for each word, so that most tables fit, and cells one line.
-        lines = plain("\n".join(name.split()))
-        printed.add_column(lines, justify="left" if name == _FIRST[0] else "right", no_wrap=True)
-    for start, end in zip(first, rest, strict=True):
-        printed.add_row(*map(plain, [*start, *end]))
-    return printed
-
-
-def _align(headers: Sequence[str]) -> str:
-    return "l" + "r" * (len(headers) - 1)
 
 
 def _questions(rows: Rows) -> str:
