@@ -84,7 +84,7 @@ def test_a_run_that_was_broken_off_goes_on(start, tmp_path, monkeypatch) -> None
     # the tables are made of just these
     monkeypatch.setattr(tables, "rows_of", lambda name: unbroken["rows"])
     for table in (tables.vlm_quality, tables.vlm_mosaics, tables.vlm_speed):
-        lines = table().splitlines()
+        lines = table().markdown().splitlines()
         assert len(lines) == 2 + 4 and lines[2].startswith("| all tokens | 36 |")
         assert len({line.count("|") for line in lines}) == 1
 

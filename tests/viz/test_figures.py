@@ -130,10 +130,8 @@ def test_drawing_leaves_matplotlib_as_it_was() -> None:
 
 def test_importing_reports_loads_nothing_heavy() -> None:
     code = (
-        "import sys, quickmerge.merge.demo, quickmerge.merge.bench.text, quickmerge.report.tokenmap\n"
-        "import quickmerge.viz as report\n"
-        "report.token_map_text\n"
-        "print([name for name in ('matplotlib', 'rich') if name in sys.modules])"
+        "import sys, quickmerge.viz.tokenmap, quickmerge.viz.page, quickmerge.bench.table\n"
+        "print([name for name in ('matplotlib', 'rich', 'torch') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

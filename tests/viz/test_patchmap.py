@@ -10,7 +10,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import quickmerge.viz as report
 from quickmerge.errors import QuickmergeError
 from quickmerge.viz.drawing import DARK, LIGHT, rgb
 from quickmerge.viz.patchmap import (
@@ -532,8 +531,3 @@ def test_errors_say_what_is_allowed(call: Any, words: str, tmp_path: Path, monke
     with pytest.raises(ValueError, match=words):
         call()
     assert not list(tmp_path.iterdir())
-
-
-def test_names_are_exported() -> None:
-    for name in ("PatchStage", "group_colours", "merged_picture", "video_animation", "video_strip", "write_picture"):
-        assert name in report.__all__ and getattr(report, name).__name__ == name
