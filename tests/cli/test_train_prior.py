@@ -11,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from video_samples import write_frames
 
 SMALL = ["--width", "16", "--context", "60", "--target", "10", "--layer", "1", "--keep", "0.4", "--batch", "2",
          "--save-every", "2"]  # fmt: skip
@@ -113,12 +115,8 @@ def test_images_and_videos_train_too(run, tmp_path) -> None:
 
 
 def test_videos_train_too(run, tmp_path) -> None:
-    ffmpeg = pytest.importorskip("imageio_ffmpeg")
-    writer = ffmpeg.write_frames(str(tmp_path / "a.mp4"), (32, 32), fps=8)
-    writer.send(None)
-    for number in range(9):
-        writer.send(bytes([20 * number % 256]) * (32 * 32 * 3))
-    writer.close()
+    pytest.importorskip("av")
+    write_frames(tmp_path / "a.mp4", (np.full((32, 32, 3), 20 * number, np.uint8) for number in range(9)), fps=8)
     small = ["--size", 16, "--patch", 4, "--frames", 4, "--width", 48, "--steps", 1, "--batch", 2, "--keep", "0.5"]
     code, told, err = run("train", "prior", "--data", tmp_path / "a.mp4", "--out", tmp_path / "p", *small)
     assert code == 0 and "2 clips of 4 frames" in err and "wrote" in told

@@ -9,22 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from video_samples import write_frames
 
-imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+pytest.importorskip("av")
 
 
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
     """Twelve frames of a square that moves."""
-    path = tmp_path / "clip.mp4"
-    writer = imageio_ffmpeg.write_frames(str(path), (48, 48), fps=8, macro_block_size=1)
-    writer.send(None)
-    for t in range(12):
-        frame = np.full((48, 48, 3), 40, dtype=np.uint8)
+    frames = np.full((12, 48, 48, 3), 40, dtype=np.uint8)
+    for t, frame in enumerate(frames):
         frame[8:24, 2 * t : 2 * t + 16] = (200, 120, 40)
-        writer.send(np.ascontiguousarray(frame))
-    writer.close()
-    return path
+    return write_frames(tmp_path / "clip.mp4", frames, fps=8)
 
 
 def test_show_paints_an_image(run, tiny: Path, photos: Path, tmp_path: Path) -> None:

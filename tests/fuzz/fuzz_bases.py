@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 TEXT = "The sea was calm and the ship went on. " * 12
 
@@ -98,13 +97,10 @@ def build(base: Path) -> None:
 
 
 def _clip(path: Path) -> None:
-    import imageio_ffmpeg
     import numpy as np
+    from video_samples import write_frames
 
-    writer: Any = imageio_ffmpeg.write_frames(str(path), (48, 48), fps=8, macro_block_size=1)
-    writer.send(None)
-    for t in range(12):
-        frame = np.full((48, 48, 3), 40, dtype=np.uint8)
+    frames = np.full((12, 48, 48, 3), 40, dtype=np.uint8)
+    for t, frame in enumerate(frames):
         frame[8:24, 2 * t : 2 * t + 16] = (200, 120, 40)
-        writer.send(np.ascontiguousarray(frame))
-    writer.close()
+    write_frames(path, frames, fps=8, pix_fmt="yuv420p")

@@ -1,7 +1,7 @@
 """Videos as clips of frames.
 
-Frames are decoded by ffmpeg, a program of its own, and a video is a stranger's file: it is opened as one of `KINDS`, by
-what it begins with, so that no playlist or list of further files is followed; no protocol but that of this file is
+A video is a stranger's file. FFmpeg's libraries, by way of PyAV, are handed one open file and nothing else: it is read
+as one of `KINDS`, by what it begins with, so that no playlist or list of further files is followed, and no protocol is
 allowed; frames, pixels of a frame and seconds are bounded.
 """
 
@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import stat
-import subprocess
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from quickmerge.datasets.images import Size, height_and_width
-from quickmerge.errors import QuickmergeError, clean_name, need, whole_number
+from quickmerge.errors import QuickmergeError, clean_name, first_sentence, need, whole_number
+
+__all__ = ["KINDS", "VideoClips", "read_frames"]
 
 KINDS = ("AVI", "FLV", "GIF", "Matroska", "MP4", "MPEG", "Ogg")
 """What is opened; WebM is Matroska, and MOV is MP4."""
@@ -46,11 +52,11 @@ class VideoClips(Dataset[Tensor]):
         fps: frames a second that the video is brought to first, by dropping or repeating; None leaves it alone.
         cache_bytes: memory for decoded frames. The videos not used for longest are let go beyond it, and of a video
             that takes more only some clips are held at once.
-        seconds: how long ffmpeg may read one video; None allows 20 and 4 more for every megabyte of it.
+        seconds: how long one video may be read; None allows 20 and 4 more for every megabyte of it.
 
     Raises:
         ValueError: a number is out of range.
-        QuickmergeError: `imageio-ffmpeg` is not installed; from whatever needs the frames first, a video is none of
+        QuickmergeError: PyAV is not installed; from whatever needs the frames first, a video is none of
             `KINDS`, can't be read in time, has frames of more than 16 million pixels, or none is long enough for one
             clip.
     """
@@ -75,7 +81,7 @@ class VideoClips(Dataset[Tensor]):
         self._files = files
         if not files:
             raise QuickmergeError("there are no videos to train on")
-        self._ffmpeg = _ffmpeg()
+        need("av", "video", "videos")
         self._cache_bytes, self._seconds = cache_bytes, seconds
         self._cache: OrderedDict[int, tuple[int, Tensor]] = OrderedDict()  # the first clip that is held, and frames
         self._clips: list[tuple[int, int]] | None = None
@@ -143,9 +149,8 @@ class VideoClips(Dataset[Tensor]):
 
     def _frames_of(self, file: Path, most: int | None = None) -> int:
         # The same way as the frames will be read, for the header of a file need not tell the truth. Nothing is scaled.
-        enough = [] if most is None else ["-frames:v", str(most)]
-        report = self._run(file, self._rate(), [*enough, "-f", "null", "-progress", "pipe:1", "-"])
-        return int(report.rpartition(b"frame=")[2].split()[0])
+        with closing(read_frames(file, fps=self.fps, seconds=self._seconds)) as frames:
+            return sum(1 for _ in islice(frames, most))
 
     def _decoded(self, video: int, clip: int) -> Tensor:
         """The frames of a clip, ``(frames, 3, H, W)`` uint8; fewer where the video ends too early."""
@@ -169,47 +174,203 @@ class VideoClips(Dataset[Tensor]):
 
     def _read(self, file: Path, first: int, clips: int) -> Tensor:
         """So many clips from the ``first`` on, ``(T, 3, H, W)`` uint8."""
-        span = self.frames * self.stride
-        steps = [
-            *self._rate(),
-            *([f"trim=start_frame={first * span}"] if first else []),
-            f"framestep={self.stride}",
-            f"scale={self.width}:{self.height}:force_original_aspect_ratio=increase:flags=bicubic",
-            f"crop={self.width}:{self.height}",
-        ]
-        enough = ["-frames:v", str(clips * self.frames)]
-        raw = self._run(file, steps, [*enough, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"])
-        pixels = np.frombuffer(bytearray(raw), np.uint8).reshape(-1, self.height, self.width, 3)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        start, cover = first * self.frames * self.stride, _Cover(self.height, self.width)
+        found = np.empty((clips * self.frames, self.height, self.width, 3), np.uint8)
+        at = 0
+        with closing(read_frames(file, fps=self.fps, seconds=self._seconds)) as frames:
+            for frame in islice(frames, start, start + (len(found) - 1) * self.stride + 1, self.stride):
+                try:
+                    found[at] = cover(frame)
+                except Exception as error:  # no way to scale what it is made of, say
+                    raise _unreadable(file, error) from error
+                at += 1
+        return torch.from_numpy(found[:at]).permute(0, 3, 1, 2)
 
-    def _rate(self) -> list[str]:
-        return [] if self.fps is None else [f"fps={self.fps}"]
 
-    def _run(self, file: Path, steps: list[str], output: list[str]) -> bytes:
-        kind, size = _kind_of(file)
-        seconds = SECONDS + SECONDS_PER_MB * size / 1e6 if self._seconds is None else self._seconds
-        limits = ["-protocol_whitelist", "file", "-max_pixels", str(MOST_PIXELS), "-threads", str(THREADS)]
-        # "file:" keeps a name with a colon in it from being taken for the address of something else
-        given = ["-nostdin", "-v", "error", *limits, "-f", kind, "-i", f"file:{file.absolute()}", "-map", "0:v:0"]
-        # every frame as it is: without this, ffmpeg repeats and drops frames to even out their times
-        steady = ["-fps_mode", "passthrough", "-vf", ",".join(steps or ["null"])]
-        command = [self._ffmpeg, *given, *steady, *output]
+def read_frames(file: Path, *, fps: float | None = None, seconds: float | None = None) -> Generator[Any, None, None]:
+    """The frames of a video one after the other, upright or not, as PyAV's `VideoFrame`; close what this returns.
+
+    No frame is decoded before it is asked for, but for the few that the decoder's threads work at ahead. A damaged
+    part of a video is left out, as players do.
+
+    Args:
+        file: the video.
+        fps: frames a second that it is brought to, by dropping or repeating; None gives every frame as it is.
+        seconds: how long reading may take in all; None allows 20 and 4 more for every megabyte of the file.
+
+    Raises:
+        QuickmergeError: PyAV is not installed; the file is none of `KINDS`, can't be read or takes too long, or a
+            frame has more than 16 million pixels.
+    """
+    av = need("av", "video", "videos")
+    kind, size = _kind_of(file)
+    seconds = SECONDS + SECONDS_PER_MB * size / 1e6 if seconds is None else seconds
+    clock = _Clock(seconds)
+    # The limit of pixels is for the decoders that find out what the streams are. What a container names besides itself
+    # would be opened by a protocol, and of those none is allowed.
+    options = {"max_pixels": str(MOST_PIXELS), "protocol_whitelist": "none"}
+    try:
+        with (
+            file.open("rb") as content,
+            av.open(_Timed(content, clock), format=kind, options=options, metadata_errors="replace") as container,
+        ):
+            if not container.streams.video:
+                raise QuickmergeError(f"{file} can't be read as a video: there is none in it")
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise QuickmergeError(
+                    f"{file} can't be read as a video: it is coded in a way that nothing here decodes"
+                )
+            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+            stream.codec_context.thread_count, stream.thread_type = THREADS, "AUTO"
+            frames = _decoded(av, container.demux(stream))
+            for frame in frames if fps is None else _at_rate(av, stream, frames, fps):
+                clock.check()
+                yield frame
+            clock.check()  # a file that was not read in time may be taken for one that ends early
+    except QuickmergeError:
+        raise
+    except _LateError:
+        pass
+    except Exception as error:  # PyAV raises FFmpeg's errors, and whatever of Python a file leads it to
+        if not clock.late:
+            raise _unreadable(file, error) from error
+    if clock.late:
+        raise QuickmergeError(
+            f"{file} can't be read as a video: it takes longer than {seconds:.3g} seconds, give a shorter one"
+        )
+
+
+def _unreadable(file: Path, error: Exception) -> QuickmergeError:
+    said = getattr(error, "strerror", None) or first_sentence(error)
+    return QuickmergeError(f"{file} can't be read as a video: {clean_name(said)}")
+
+
+class _LateError(Exception):
+    pass
+
+
+class _Clock:
+    """Says when time is up; once it has, it stays so."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self.late = False
+
+    def check(self) -> None:
+        self.late = self.late or time.monotonic() > self._end
+        if self.late:
+            raise _LateError
+
+
+class _Timed:
+    """A file that is read no longer than the clock allows; it is all that FFmpeg is given."""
+
+    def __init__(self, content: BinaryIO, clock: _Clock) -> None:
+        self._check, self._read = clock.check, content.read
+        self.seek, self.tell = content.seek, content.tell
+
+    def read(self, size: int) -> bytes:
+        self._check()
+        return self._read(size)
+
+
+def _decoded(av: Any, packets: Iterator[Any]) -> Iterator[Any]:
+    error, any_came = None, False
+    while True:
         try:
-            done = subprocess.run(command, capture_output=True, check=False, stdin=subprocess.DEVNULL, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            raise QuickmergeError(
-                f"{file} can't be read as a video: it takes longer than {seconds:.3g} seconds, give a shorter one"
-            ) from None
-        except OSError as error:
-            raise QuickmergeError(f"{self._ffmpeg}, which reads videos, does not run: {error.strerror}") from None
-        if done.returncode:
-            said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
-            raise QuickmergeError(f"{file} can't be read as a video: {clean_name(said[-1])}")
-        return done.stdout
+            frames = next(packets).decode()
+        except StopIteration:
+            break
+        except av.FFmpegError as fault:
+            error = fault
+            continue
+        for frame in frames:
+            any_came = True
+            yield frame
+    if error is not None and not any_came:
+        raise error
+
+
+def _at_rate(av: Any, stream: Any, frames: Iterator[Any], fps: float) -> Iterator[Any]:
+    """Frames dropped and repeated so that so many stand for a second; which, their times say."""
+    graph = av.filter.Graph()
+    graph.link_nodes(graph.add_buffer(template=stream), graph.add("fps", f"fps={fps}"), graph.add("buffersink"))
+    graph.configure()
+    lasts = max(1, round(1 / (stream.average_rate or 25) / stream.time_base))
+
+    def pulled() -> Iterator[Any]:
+        while True:
+            try:
+                yield graph.pull()
+            except (av.BlockingIOError, av.EOFError):
+                return
+
+    start, behind = stream.start_time or 0, None
+    for frame in frames:
+        frame.duration = frame.duration or lasts
+        if frame.pts is None:
+            frame.pts = behind or 0
+        else:  # from 0 on; where videos were put together, and times go back by more than a second, they go on
+            frame.pts -= start
+            if behind is not None and (behind - frame.pts) * stream.time_base > 1:
+                start, frame.pts = start + frame.pts - behind, behind
+        behind = frame.pts + frame.duration
+        graph.push(frame)
+        yield from pulled()
+    graph.push(None)
+    yield from pulled()
+
+
+class _Cover:
+    """Turns frames upright, scales them to cover a size and cuts them to it around their centre."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self.height, self.width = height, width
+        self._graph: Any = None
+        self._for: tuple[Any, ...] = ()
+
+    def __call__(self, frame: Any) -> NDArray[np.uint8]:
+        """``(H, W, 3)`` uint8."""
+        turned = _turns(frame)
+        given = frame.width, frame.height, frame.format.name, turned
+        if given != self._for:  # also in the midst of a video
+            av = need("av", "video", "videos")
+            graph = av.filter.Graph()
+            nodes = [
+                graph.add_buffer(
+                    width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+                ),
+                *(graph.add(name, settings) for name, settings in turned),
+                graph.add("scale", f"{self.width}:{self.height}:force_original_aspect_ratio=increase:flags=bicubic"),
+                graph.add("crop", f"{self.width}:{self.height}"),
+                graph.add("format", "rgb24"),
+                graph.add("buffersink"),
+            ]
+            graph.link_nodes(*nodes).configure()
+            self._graph, self._for = graph, given
+        self._graph.push(frame)
+        pixels: NDArray[np.uint8] = self._graph.pull().to_ndarray()
+        return pixels
+
+
+def _turns(frame: Any) -> tuple[tuple[str, str], ...]:
+    """The filters that turn a frame the way it was filmed, by the matrix that may come with it.
+
+    It takes a pixel of the frame at ``(x, y)`` to ``(a x + c y, b x + d y)`` and stands there as ``a b u c d v x y w``.
+    Only quarter turns and mirrors are followed.
+    """
+    told = frame.side_data.get("DISPLAYMATRIX")
+    if told is None or len(bytes(told)) != 36:
+        return ()
+    a, b, _, c, d, *_ = np.frombuffer(bytes(told), np.int32).tolist()
+    across, down = (a, d) if abs(a) >= abs(b) else (c, b)
+    swapped = () if abs(a) >= abs(b) else (("transpose", "cclock_flip"),)
+    return (*swapped, *((("hflip", ""),) if across < 0 else ()), *((("vflip", ""),) if down < 0 else ()))
 
 
 def _kind_of(file: Path) -> tuple[str, int]:
-    """What ffmpeg calls the kind of a video, by what the file begins with; and its size in bytes.
+    """What FFmpeg calls the kind of a video, by what the file begins with; and its size in bytes.
 
     Raises:
         QuickmergeError: it can't be read, is no regular file, or of no kind of `KINDS`.
@@ -244,11 +405,4 @@ BEGINNINGS = {
     b"\x00\x00\x01\xba": "mpeg",
     b"\x00\x00\x01\xb3": "mpegvideo",
 }
-"""The first bytes of kinds, and ffmpeg's names of what reads them."""
-
-
-def _ffmpeg() -> str:
-    try:
-        return str(need("imageio_ffmpeg", "video", "videos").get_ffmpeg_exe())
-    except RuntimeError as error:
-        raise QuickmergeError(f"imageio-ffmpeg brings no ffmpeg for this machine: {error}") from None
+"""The first bytes of kinds, and FFmpeg's names of what reads them."""
