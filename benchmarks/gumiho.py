@@ -27,6 +27,7 @@ from rich.console import Console
 
 import quickmerge as qm
 from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import Arm
 from quickmerge.console.options import one_sentence, progress, quiet, write_json
 from quickmerge.datasets.prompts import Prompt
 from quickmerge.errors import QuickmergeError
@@ -34,7 +35,7 @@ from quickmerge.models import cache_folder
 from quickmerge.models.identity import model_hash
 from quickmerge.speculative.bench import (
     TRANSFORMERS_LOOKUP,
-    DraftArm,
+    draft_arm,
     draft_records,
     draft_rows,
     paired_row,
@@ -89,8 +90,8 @@ def measure(args: argparse.Namespace) -> None:
     heads = {name: Gumiho.from_pretrained(folder) for name, folder in folders.items()}
     prompts = held_out_prompts(args.documents, args.prompts)
     model, tokenizer = qm.load(args.model)
-    arms = [TRANSFORMERS_LOOKUP, DraftArm("lookup", qm.PromptLookup(), args.tree)]
-    arms += [DraftArm(name, drafter, args.tree) for name, drafter in heads.items()]
+    arms = [TRANSFORMERS_LOOKUP, draft_arm("lookup", qm.PromptLookup(), args.tree)]
+    arms += [draft_arm(name, drafter, args.tree) for name, drafter in heads.items()]
     trees = tree_arms(*next(iter(folders.items()))) if folders else tree_arms("lookup", None)
     settings = {
         "model": model_hash(model), "prompts": _told(prompts), "arms": [arm.name for arm in arms],
@@ -147,7 +148,7 @@ def _answers(
     args: argparse.Namespace,
     advance: Any,
     prompts: list[Prompt],
-    arms: list[DraftArm],
+    arms: list[Arm],
     temperatures: list[float],
 ) -> list[dict[str, Any]]:
     """The records of one part, those that are noted already among them."""
@@ -185,15 +186,15 @@ def parse_drafters(text: str) -> dict[str, Path]:
     return found
 
 
-def tree_arms(name: str, folder: Path | None) -> list[DraftArm]:
+def tree_arms(name: str, folder: Path | None) -> list[Arm]:
     """Fixed trees and ``auto`` for one drafter, and Full Tree Attention where it has parallel heads."""
     drafter = qm.PromptLookup() if folder is None else Gumiho.from_pretrained(folder)
-    arms = [DraftArm(f"{name}, {tree} nodes", drafter, tree) for tree in TREES] + [DraftArm(f"{name}, auto", drafter)]
+    arms = [draft_arm(f"{name}, {tree} nodes", drafter, tree) for tree in TREES] + [draft_arm(f"{name}, auto", drafter)]
     if folder is not None:
-        arms.append(DraftArm("lookup, auto", qm.PromptLookup()))
+        arms.append(draft_arm("lookup, auto", qm.PromptLookup()))
     if folder is not None and drafter.config.heads:
         arms += [
-            DraftArm(f"{name}, {FTA_TREE} nodes, fta={fta}", Gumiho.from_pretrained(folder, fta=fta), FTA_TREE)
+            draft_arm(f"{name}, {FTA_TREE} nodes, fta={fta}", Gumiho.from_pretrained(folder, fta=fta), FTA_TREE)
             for fta in ("duplicate", "reference")
         ]
     return arms

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers import DynamicCache
 
 import quickmerge as qm
 from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import interleave, now
 from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.summary import cache_bytes
@@ -97,14 +99,14 @@ def ways_of(model: Any, ids: Tensor, budget: int) -> list[Way]:
 def turn(model: Any, way: Way, ids: Tensor, new: int, note: bool) -> Tensor:
     """Generate ``new`` tokens greedily, note the seconds, and take the tokens back from the cache; returns them."""
     kept = [getattr(layer, "clusters", None) for layer in way.cache.layers]
-    began = time.perf_counter()
+    began = now(model.device)
     context = timing(model) if way.settings is None else qm.multipole(model, way.settings)
     with torch.inference_mode(), context as inside:
         whole = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new, max_new_tokens=new,
             pad_token_id=0, **cache_argument(model.generate, way.cache),
         )  # fmt: skip
-    seconds = time.perf_counter() - began
+    seconds = now(model.device) - began
     if way.settings is None:
         attention, update = inside.seconds, 0.0
     else:
@@ -127,13 +129,13 @@ def measure(model: Any, ids: Tensor, args: argparse.Namespace, advance: Any) -> 
     turn(model, ways[-1], ids, 1, note=True)  # clusters the prompt
     clustering = ways[-1].update.pop()
     ways[-1].seconds.clear(), ways[-1].attention.clear()
-    said: dict[str, Tensor] = {}
-    for index in range(args.rounds + 1):
-        shift = index % len(ways)
-        for way in ways[shift:] + ways[:shift]:
-            # the first round warms up
-            said[way.name] = turn(model, way, ids, args.new, note=index > 0)
-            advance()
+
+    def written(way: Way, ids: Tensor, number: int, note: bool = True) -> Tensor:
+        advance()
+        return turn(model, way, ids, args.new, note=note)
+
+    texts = interleave(ways, [ids], written, rounds=args.rounds, warm_up=partial(written, note=False))
+    said = {way.name: own[-1] for way, own in zip(ways, texts, strict=True)}
     rows = []
     for way in ways:
         shares = [(a + u) / s for a, u, s in zip(way.attention, way.update, way.seconds, strict=True)]

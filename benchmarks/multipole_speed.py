@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -29,6 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import quickmerge as qm
 from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import interleave, seconds_of
 from quickmerge.console.options import progress, write_json
 from quickmerge.multipole.attend import attend_and_count
 from quickmerge.multipole.clustering import cluster, extend
@@ -95,11 +95,11 @@ def measure(shape: Shape, tokens: int, args: argparse.Namespace) -> dict[str, An
     query, keys, values = drawn(shape, tokens, args)
     first, last = clustered(tokens - 1, settings)
     start, end = (torch.full((args.batch,), column, device=args.device) for column in (first, last))
-    seconds_of = Clock(args.device)
+    seconds = partial(seconds_of, device=args.device)
     built: list[Any] = []
-    clustering = seconds_of(lambda: built.append(cluster(keys, values, None, start, end - settings.interval, settings)))
+    clustering = seconds(lambda: built.append(cluster(keys, values, None, start, end - settings.interval, settings)))
     updates = [
-        seconds_of(lambda: built.append(extend(built[0], keys, values, None, end, settings)))
+        seconds(lambda: built.append(extend(built[0], keys, values, None, end, settings)))
         for _ in range(args.updates + 1)
     ][1:]
     clusters = built[-1]
@@ -109,13 +109,11 @@ def measure(shape: Shape, tokens: int, args: argparse.Namespace) -> dict[str, An
         **{name: lambda way=way: way(query, keys, values, scaling) for name, way in DENSE.items()},
         "multipole": step,
     }  # fmt: skip
-    seen: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
-    for index in range(args.rounds + 1):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            spent = seconds_of(ways[name])
-            if index:  # the first round warms up
-                seen[name].append(spent)
+
+    def timed(name: str, *_: object) -> float:
+        return seconds(ways[name])
+
+    seen = dict(zip(ways, interleave(list(ways), [None], timed, rounds=args.rounds, warm_up=timed), strict=True))
     kept = float(step()[1].float().mean())
     fastest = min(DENSE, key=lambda name: statistics.median(seen[name]))
     update = statistics.median(updates) / settings.interval
@@ -131,23 +129,6 @@ def measure(shape: Shape, tokens: int, args: argparse.Namespace) -> dict[str, An
                                  statistics.median(seen["multipole"]) + update),
         "prefill_seconds": prefill(shape, tokens, keys, values, args) if tokens <= args.prefill else None,
     }  # fmt: skip
-
-
-class Clock:
-    """Seconds that a call takes, until the device has finished it."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = torch.device(device).type == "cuda"
-
-    def __call__(self, call: Callable[[], Any]) -> float:
-        """Run and time."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        call()
-        if self.cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
 
 
 def drawn(shape: Shape, tokens: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,16 +207,14 @@ def paid(clustering: float, dense: float, own: float) -> float | None:
 def prefill(shape: Shape, tokens: int, keys: Tensor, values: Tensor, args: argparse.Namespace) -> float:
     """Seconds of causal dense attention over the whole prompt, for setting the clustering beside."""
     query = torch.randn(args.batch, shape.queries, tokens, shape.width, dtype=keys.dtype, device=keys.device)
-    return Clock(args.device)(
-        lambda: scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=True)
-    )
+    attend = partial(scaled_dot_product_attention, query, keys, values, is_causal=True, enable_gqa=True)
+    return seconds_of(attend, args.device)
 
 
 def bandwidth(device: str) -> float:
     """Bytes a second that a plain sum over a large block reads here, the best of five."""
     block = torch.ones(BLOCK, device=device)
-    seconds_of = Clock(device)
-    return 4 * len(block) / min(seconds_of(block.sum) for _ in range(5))
+    return 4 * len(block) / min(seconds_of(block.sum, device) for _ in range(5))
 
 
 def show(rows: list[dict[str, Any]]) -> None:

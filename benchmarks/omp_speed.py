@@ -25,6 +25,7 @@ from rich.console import Console
 from torch import Tensor
 
 from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import interleave
 from quickmerge.console.options import progress, write_json
 from quickmerge.transplant.omp import Sparse, combine, fast_bfloat16, omp
 
@@ -111,21 +112,20 @@ WAYS: dict[str, Callable[[Tensor, Tensor, int], Any]] = {
 
 def measure(targets: Tensor, atoms: Tensor, k: int, blocks: int, advance: Callable[[], None]) -> dict[str, Any]:
     """All ways at one k."""
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-    found: dict[str, list[Sparse]] = {name: [] for name in WAYS}
-    names = list(WAYS)
-    for way in WAYS.values():  # warms up
-        way(targets[:BATCH], atoms, 2)
-    for index, block in enumerate(targets.chunk(blocks)):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            began = time.process_time()
-            result = WAYS[name](block, atoms, k)
-            spent = time.process_time() - began
-            seconds[name].append(spent * max(1, k / FLOOR) if name == "floor" else spent)
-            if result is not None:
-                found[name].append(result)
-            advance()
-    whole = {name: _whole(parts) for name, parts in found.items() if parts}
+
+    def timed(name: str, block: Tensor, number: int) -> tuple[float, Any]:
+        began = time.process_time()  # of the CPU, whatever else runs
+        result = WAYS[name](block, atoms, k)
+        spent = time.process_time() - began
+        advance()
+        return spent * max(1, k / FLOOR) if name == "floor" else spent, result
+
+    def begun(name: str, block: Tensor, number: int) -> None:
+        WAYS[name](block[:BATCH], atoms, 2)
+
+    found = dict(zip(WAYS, interleave(list(WAYS), targets.chunk(blocks), timed, warm_up=begun), strict=True))
+    seconds = {name: [spent for spent, _ in each] for name, each in found.items()}
+    whole = {name: _whole([result for _, result in each]) for name, each in found.items() if name != "floor"}
     plain = whole["straightforward"]
     left = (targets - combine(plain, atoms)).norm(dim=1) / targets.norm(dim=1)
     total = {name: sum(times) for name, times in seconds.items()}

@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import tables
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import Arm, interleave
 from quickmerge.console.options import quiet, write_json
 from quickmerge.data import demo_document
 from quickmerge.merge.attach import reduce
 from quickmerge.merge.bench.cost import model_shape, plan_cost
 from quickmerge.merge.observe import observe
 from quickmerge.merge.reducers import QuickMerge
+from quickmerge.merge.summary import RunStats
 from quickmerge.merge.tokens import Schedule
 from quickmerge.models import load
 
@@ -48,30 +53,33 @@ def main() -> None:
     rows = []
     for tokens in map(int, args.tokens.split(",")):
         prompt = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
-        for keep in map(float, args.keep.split(",")):
+        for keep in track(list(map(float, args.keep.split(","))), f"{tokens} tokens", transient=True):
             reducer = replace(QuickMerge(), keep=keep)
-            runs = {"full": observe(model), "reduced": reduce(model, reducer, min_tokens=0)}
-            seen: dict[str, list[float]] = {"full": [], "reduced": [], "own": []}
-            for round_ in track(range(args.rounds + 1), f"{tokens} tokens, keep {keep:g}", transient=True):
-                for name, run in runs.items():
-                    with torch.inference_mode(), run:
-                        model(prompt, use_cache=True, logits_to_keep=1)
-                    if round_:  # the first round warms up
-                        seen[name].append(run.summary().prefill_seconds)
-                if round_:
-                    seen["own"].append(runs["reduced"].summary().reducer_seconds)
-            ratios = [a / b for a, b in zip(seen["full"], seen["reduced"], strict=True)]
+            arms = [Arm("full", partial(observe, model)), Arm("reduced", partial(reduce, model, reducer, min_tokens=0))]
+            timed = partial(read, model)
+            found = interleave(arms, [prompt], timed, rounds=args.rounds, warm_up=timed)
+            full, reduced = ([stats.prefill_seconds for stats in each] for each in found)
+            own = [stats.reducer_seconds for stats in found[1]]
+            ratios = [a / b for a, b in zip(full, reduced, strict=True)]
             allowed = plan_cost(shape, reducer, schedule, tokens).speedup
             low, _, high = quantiles(ratios, n=4)
             rows.append({
                 "tokens": tokens, "keep": keep, "layer": schedule.layers[0], "rounds": args.rounds,
-                "full_seconds": median(seen["full"]), "reduced_seconds": median(seen["reduced"]),
+                "full_seconds": median(full), "reduced_seconds": median(reduced),
                 "speedup": median(ratios), "speedup_q1": low, "speedup_q3": high, "allowed_by_flops": allowed,
-                "of_allowed": median(ratios) / allowed, "reducer_seconds": median(seen["own"]),
-                "reducer_share": median(o / r for o, r in zip(seen["own"], seen["reduced"], strict=True)),
+                "of_allowed": median(ratios) / allowed, "reducer_seconds": median(own),
+                "reducer_share": median(o / r for o, r in zip(own, reduced, strict=True)),
             })  # fmt: skip
     write_json(args.out, {"rows": rows, "environment": environment(), "model": args.model})
     tables.speed(rows).print(Console())
+
+
+def read(model: Any, arm: Arm, prompt: Tensor, turn: int) -> RunStats:
+    """What an arm took to read a prompt ``(1, N)``."""
+    with torch.inference_mode(), arm.context() as run:
+        model(prompt, use_cache=True, logits_to_keep=1)
+    stats: RunStats = run.summary()
+    return stats
 
 
 if __name__ == "__main__":

@@ -11,14 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
-import torch
+from prefill_speed import read
 from rich.progress import track
 
 import quickmerge as qm
 from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import Arm, interleave
 from quickmerge.console.options import quiet
 from quickmerge.data import demo_document, shipped_prior
 from quickmerge.merge.bench.cost import model_shape
@@ -44,29 +46,24 @@ def main() -> int:
     ids = tokenizer(demo_document() * 4, return_tensors="pt")["input_ids"]
     rows = []
     for tokens in args.tokens:
-        for keep in args.keep:
+        for keep in track(args.keep, f"{tokens} tokens", transient=True):
             plain = qm.QuickMerge(keep=keep)
-            ways = {
-                "full": None,
-                "plain": plain,
-                "prior": QuickMergePrior.from_prior(prior, keep=keep),
-            }
-            seconds: dict[str, list[float]] = {name: [] for name in ways}
-            own: dict[str, list[float]] = {name: [] for name in ways}
-            for turn in track(range(args.rounds + 1), f"{tokens} tokens, keep {keep:g}", transient=True):
-                for name, way in ways.items():
-                    run = observe(model) if way is None else qm.reduce(model, way, min_tokens=0)
-                    with torch.inference_mode(), run:
-                        model(ids[:, :tokens], use_cache=True, logits_to_keep=1)
-                    stats = run.summary()
-                    if turn:  # the first turn pays for allocation
-                        seconds[name].append(stats.prefill_seconds)
-                        own[name].append(stats.reducer_seconds)
-                    counts = stats.tokens_per_layer
+            learnt = QuickMergePrior.from_prior(prior, keep=keep)
+            arms = [
+                Arm("full", partial(observe, model)), Arm("plain", partial(qm.reduce, model, plain, min_tokens=0)),
+                Arm("prior", partial(qm.reduce, model, learnt, min_tokens=0)),
+            ]  # fmt: skip
+            timed = partial(read, model)
+            found = interleave(arms, [ids[:, :tokens]], timed, rounds=args.rounds, warm_up=timed)
+            seconds, own = (
+                {arm.name: [getattr(one, of) for one in each] for arm, each in zip(arms, found, strict=True)}
+                for of in ("prefill_seconds", "reducer_seconds")
+            )
+            counts = found[-1][-1].tokens_per_layer
             saved = [f - p for f, p in zip(seconds["full"], seconds["plain"], strict=True)]
             extra = [w - p for w, p in zip(own["prior"], own["plain"], strict=True)]
             share = [e / s for e, s in zip(extra, saved, strict=True)]
-            more = shape.reducer_flops(ways["prior"], counts) - shape.reducer_flops(plain, counts)
+            more = shape.reducer_flops(learnt, counts) - shape.reducer_flops(plain, counts)
             less = shape.prefill_flops([counts[0]] * len(counts)) - shape.prefill_flops(counts)
             low, _, high = quantiles(share, n=4)
             rows.append({

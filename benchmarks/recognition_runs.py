@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quickmerge.bench.harness import interleave, now, seconds_of
 from quickmerge.console.options import write_json
 from quickmerge.errors import QuickmergeError
 from quickmerge.recognition import Guess, Prefix, Recognizer, decode
@@ -120,21 +120,18 @@ def measure_ways(
 def measure_times(recognizer: Recognizer, features: Tensor, count: int) -> dict[str, Any]:
     """Seconds to read one picture's prefix and decode it, by way, one way after the other for each picture.
 
-    The order turns from picture to picture, and the first picture, which warms everything up, does not count.
+    The order turns from picture to picture; before that every way warms up on the first one.
     """
-    seconds: dict[str, list[float]] = {way: [] for way in TIMED}
-    names = list(TIMED)
-    for index in range(count + 1):
-        one = features[index % len(features)][None].float()
-        for way in names[index % len(names) :] + names[: index % len(names)]:
-            began = time.perf_counter()
-            TIMED[way](recognizer, recognizer.prefix(one))
-            seconds[way].append(time.perf_counter() - began)
-    base = seconds["one-shot"][1:]
+
+    def timed(way: str, one: Tensor, number: int) -> float:
+        return seconds_of(lambda: TIMED[way](recognizer, recognizer.prefix(one)), one.device)
+
+    shown = [features[index % len(features)][None].float() for index in range(count)]
+    seconds = dict(zip(TIMED, interleave(list(TIMED), shown, timed, warm_up=timed), strict=True))
     out = {}
     for way, each in seconds.items():
-        low, middle, high = statistics.quantiles(each[1:], n=4)
-        ratio = statistics.median(one / other for one, other in zip(each[1:], base, strict=True))
+        low, middle, high = statistics.quantiles(each, n=4)
+        ratio = statistics.median(one / other for one, other in zip(each, seconds["one-shot"], strict=True))
         out[way] = {"seconds": middle, "low": low, "high": high, "ratio": ratio}
     return out
 
@@ -151,23 +148,25 @@ def measure_reduced(
 
     The ways to reduce take turns from batch to batch, so that a busy moment does not fall on one of them.
     """
-    labelled: dict[tuple[str, float], list[list[str]]] = {arm: [] for arm in arms}
-    tokens, spent = dict.fromkeys(arms, 0), dict.fromkeys(arms, 0.0)
     seen = {arm: look(*arm) for arm in arms}
-    for batch in range(len(seen[arms[0]])):
-        turn = batch % len(arms)
-        for arm in [*arms[turn:], *arms[:turn]]:
-            features, valid = seen[arm][batch]
-            began = time.perf_counter()
-            guesses = WAYS["one-shot"](recognizer, recognizer.prefix(features.float(), valid))
-            spent[arm] += time.perf_counter() - began
-            labelled[arm] += [[guess.label for guess in row] for row in guesses]
-            tokens[arm] += features.shape[0] * features.shape[1] if valid is None else int(valid.sum())
-    return [
-        {"reducer": arm[0], "keep": arm[1], "tokens": tokens[arm] / len(given),
-         "decode_seconds": spent[arm] / len(given), **scores(labels, given, encode)}
-        for arm, given in labelled.items()
-    ]  # fmt: skip
+
+    def guessed(arm: tuple[str, float], batch: int, number: int) -> tuple[float, int, list[list[str]]]:
+        features, valid = seen[arm][batch]
+        began = now(features.device)
+        guesses = WAYS["one-shot"](recognizer, recognizer.prefix(features.float(), valid))
+        spent = now(features.device) - began
+        tokens = features.shape[0] * features.shape[1] if valid is None else int(valid.sum())
+        return spent, tokens, [[guess.label for guess in row] for row in guesses]
+
+    rows = []
+    for (reducer, keep), found in zip(arms, interleave(arms, range(len(seen[arms[0]])), guessed), strict=True):
+        spent, tokens, batches = zip(*found, strict=True)
+        given = [row for batch in batches for row in batch]
+        rows.append({
+            "reducer": reducer, "keep": keep, "tokens": sum(tokens) / len(given),
+            "decode_seconds": sum(spent) / len(given), **scores(labels, given, encode),
+        })  # fmt: skip
+    return rows
 
 
 def finished(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import combinations
@@ -27,6 +26,7 @@ from torch.nn.functional import normalize
 
 import quickmerge as qm
 from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import interleave, seconds_of
 from quickmerge.console.options import progress, write_json
 from quickmerge.datasets.labelled import load_batch
 from quickmerge.merge.reducers.trimtokenator import alignment
@@ -154,12 +154,12 @@ def plain_trim(x: Tensor, text: Tensor, near: int, count: int) -> Tensor:
 
 def both(ours: Callable[[], Tensor], plain: Callable[[], Tensor]) -> tuple[float, float]:
     """Seconds of both, one after the other, after one round that does not count."""
-    seconds = []
-    for way in (ours, plain, ours, plain):
-        began = time.perf_counter()
-        way()
-        seconds.append(time.perf_counter() - began)
-    return seconds[2], seconds[3]
+
+    def timed(way: Callable[[], Tensor], *_: object) -> float:
+        return seconds_of(way)
+
+    (own,), (other,) = interleave([ours, plain], [None], timed, warm_up=timed)
+    return own, other
 
 
 def against_all_subsets(objective: str, model: Any, processor: Any, paths: list[Path]) -> dict[str, Any]:

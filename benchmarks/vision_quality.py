@@ -74,10 +74,10 @@ def main() -> int:
     everything = arms(model, methods, args.ratio, batches[0], trained=trained)
     with progress() as bar:
         task = bar.add_task("measuring", total=(1 + len(everything)) * len(batches))
-        rows, _ = bench_images(
+        rows = bench_images(
             model, batches, everything, labels=[image.label for image in test], classes=classes, probe=probe,
             advance=lambda label: bar.update(task, advance=1, description=label),
-        )  # fmt: skip
+        ).rows  # fmt: skip
     meta = {
         "data": args.data, "images": len(test), "labels": "head" if probe is None else f"probe, l2 {probe.l2:g}",
         "model": "vit-small-14" if args.classifier is None else "vit-small-14, fine-tuned",

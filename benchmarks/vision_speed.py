@@ -22,8 +22,9 @@ from torch import nn
 
 import quickmerge as qm
 from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import Arm
 from quickmerge.console.options import progress, write_json
-from quickmerge.merge.bench.vision import Arm, look, time_arms
+from quickmerge.merge.bench.vision import look, time_arms
 from quickmerge.merge.bench.vision_cost import vision_shape
 from quickmerge.merge.reducers.dynamicvit import Predictor
 from quickmerge.models.encoder import find_encoder
@@ -78,7 +79,7 @@ def ways_of(model: Any, config: Any) -> list[Arm]:
 
     def way(name: str, reducer: qm.Reducer, layer: Any) -> Arm:
         attach: Callable[[], Any] = lambda: qm.reduce(model, reducer, layer)  # noqa: E731
-        return Arm(name, 1.0, attach)
+        return Arm(name, attach, {"keep": 1.0})
 
     torch.manual_seed(1)
     predictors = nn.ModuleList(Predictor(config.hidden_size) for _ in range(3)).to(model.device, model.dtype).eval()

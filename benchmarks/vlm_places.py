@@ -20,18 +20,18 @@ from rich.console import Console
 
 import quickmerge as qm
 from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import Arm
 from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.datasets.annotated import read_annotated
 from quickmerge.datasets.images import evenly
 from quickmerge.errors import QuickmergeError
-from quickmerge.merge.bench.answers import AnswerArm
 from quickmerge.merge.bench.vlm import answer_records, answer_rows
 from quickmerge.models import cache_folder
 
 HERE = Path(__file__).parent
 
 
-def arms(model: Any, keep: float) -> list[AnswerArm]:
+def arms(model: Any, keep: float) -> list[Arm]:
     """Each place, for prompts that are read one by one: inside the language model the question matters too."""
     third = len(model.model.language_model.layers) // 3
     places: dict[str, dict[str, Any]] = {
@@ -41,7 +41,8 @@ def arms(model: Any, keep: float) -> list[AnswerArm]:
         f"in front of block {2 * third}": {"layer": 2 * third},
         f"behind the projector and in front of block {third}": {"layer": [0, third]},
     }
-    return [AnswerArm(name, keep, partial(_attach, model, keep, place), shared=False) for name, place in places.items()]
+    settings = {"keep": keep, "shared": False}
+    return [Arm(name, partial(_attach, model, keep, place), settings) for name, place in places.items()]
 
 
 def _attach(model: Any, keep: float, place: dict[str, Any]) -> Any:

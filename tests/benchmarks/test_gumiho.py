@@ -74,7 +74,7 @@ def test_a_run_that_was_broken_off_goes_on(start, tmp_path: Path, monkeypatch) -
 
     monkeypatch.setattr(script, "draft_records", counted)
     # trees of one size alone, since what is chosen by time differs from run to run
-    monkeypatch.setattr(script, "DraftArm", lambda name, drafter, tree=4: script_arm(name, drafter, tree))
+    monkeypatch.setattr(script, "draft_arm", lambda name, drafter, tree=4: script_arm(name, drafter, tree))
     with pytest.raises(KeyboardInterrupt):
         start()
     notes = tmp_path / "notes.jsonl"
@@ -104,7 +104,7 @@ def test_a_run_that_was_broken_off_goes_on(start, tmp_path: Path, monkeypatch) -
         assert table.body, make.__name__
 
 
-script_arm = script.DraftArm
+script_arm = script.draft_arm
 
 
 def plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -21,10 +21,12 @@ def test_all_write_equally_much_in_turn() -> None:
     records = measure_speed(models, prompts, batches=(1, 3), new=10, rounds=2, advance=told.append)
     assert models["plain"].generation_config.to_dict() == before
     assert [(r["method"], r["batch"], r["round"], r["tokens"]) for r in records] == [
-        ("calm", 1, 0, 10), ("plain", 1, 0, 10), ("plain", 1, 1, 10), ("calm", 1, 1, 10),
-        ("calm", 3, 0, 30), ("plain", 3, 0, 30), ("plain", 3, 1, 30), ("calm", 3, 1, 30),
+        ("calm", 1, 0, 10), ("calm", 1, 1, 10), ("plain", 1, 0, 10), ("plain", 1, 1, 10),
+        ("calm", 3, 0, 30), ("calm", 3, 1, 30), ("plain", 3, 0, 30), ("plain", 3, 1, 30),
     ]  # fmt: skip
-    assert told[0] == "calm, batch 1" and all(r["seconds"] > 0 for r in records)
+    turns = ["calm", "plain", "plain", "calm"]
+    assert told == [f"{name}, batch {batch}" for batch in (1, 3) for name in turns]
+    assert all(r["seconds"] > 0 for r in records)
 
 
 def test_rows_are_medians_of_rounds_and_of_their_ratios() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from quickmerge.bench.harness import Arm
 from quickmerge.datasets.prompts import Prompt
 from quickmerge.errors import QuickmergeError
 from quickmerge.speculative import PromptLookup
 from quickmerge.speculative.bench import (
     PLAIN,
     TRANSFORMERS_LOOKUP,
-    DraftArm,
     bench_drafters,
+    draft_arm,
     draft_records,
     draft_rows,
     prepare,
@@ -41,10 +41,10 @@ def tokenizer(tiny_folder: Path) -> Any:
 
 
 @pytest.fixture
-def arms(model) -> list[DraftArm]:
+def arms(model) -> list[Arm]:
     torch.manual_seed(0)
     heads = Gumiho.new(model, serial_layers=1, heads=2, mlp_depth=2)
-    return [DraftArm("lookup", PromptLookup()), DraftArm("heads", heads, tree=6), TRANSFORMERS_LOOKUP]
+    return [draft_arm("lookup", PromptLookup()), draft_arm("heads", heads, tree=6), TRANSFORMERS_LOOKUP]
 
 
 def test_every_way_writes_the_model_s_own_text_and_passes_are_counted_alike(model, tokenizer, arms) -> None:
@@ -74,19 +74,20 @@ def test_sampling_is_seeded_and_takes_the_given_temperature(model, tokenizer, ar
 
 
 def test_what_is_done_once_is_in_no_count(model, tokenizer) -> None:
-    arm = DraftArm("lookup", PromptLookup())
+    arm = draft_arm("lookup", PromptLookup())
     assert prepare(model, arm) > 0 and prepare(model, PLAIN) == 0
     ids = prompt_ids(model, tokenizer, "", "the sea", 4)
     assert write(model, tokenizer, ids, arm, max_new_tokens=4).passes <= 4
     with pytest.raises(ValueError, match="tree must be a whole number of at least 1, got 0"):
-        prepare(model, replace(arm, tree=0))
+        draft_arm("none", PromptLookup(), tree=0)
     with pytest.raises(QuickmergeError, match="must fit the model's 128 positions, got 2 and 127 tokens"):
         prompt_ids(model, tokenizer, "", "the sea", 127)
 
 
 def test_methods_take_turns_and_their_order_turns(model, tokenizer, arms) -> None:
     told: list[str] = []
-    rows, records = bench_drafters(model, tokenizer, PROMPTS, arms, max_new_tokens=6, advance=told.append)
+    found = bench_drafters(model, tokenizer, PROMPTS, arms, max_new_tokens=6, advance=told.append)
+    rows, records = found.rows, found.records
     names = ["plain", *(arm.name for arm in arms)]
     assert [label.split(": ")[1] for label in told] == [
         names[(turn + number) % 4] for number in range(3) for turn in range(4)
@@ -99,7 +100,7 @@ def test_methods_take_turns_and_their_order_turns(model, tokenizer, arms) -> Non
 
 def test_other_text_is_counted_as_other(model, tokenizer) -> None:
     """An arm whose settings change the text is found out."""
-    odd = DraftArm("odd", settings={"repetition_penalty": 3.0})
+    odd = Arm("odd", settings={"repetition_penalty": 3.0})
     record = draft_records(model, tokenizer, PROMPTS[0], [odd], 0, max_new_tokens=20)[1]
     assert record["method"] == "odd" and record["same"] is False
     assert draft_rows(draft_records(model, tokenizer, PROMPTS[0], [odd], 0, max_new_tokens=20))[1]["same"] == 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quickmerge.bench.harness import Result
 from quickmerge.bench.table import Cell, Column, Table, interval, number, text, unless
 from quickmerge.calm.cost import BATCHES, measure_speed, speed_rows, writing_cost
 from quickmerge.calm.evaluate import BrierText, compare, is_calm, text_terms
@@ -37,7 +38,7 @@ def bench_calm(
     seed: int = 0,
     against: str | None = None,
     advance: Callable[[str, int], None] = lambda _, __: None,
-) -> tuple[list[Row], list[Row], dict[str, Tensor]]:
+) -> tuple[Result, dict[str, Tensor]]:
     """Measure every model at the same places, and let all write on in turn.
 
     Args:
@@ -53,7 +54,7 @@ def bench_calm(
         advance: called with a label and the places or turns done.
 
     Returns:
-        A row for each model, one for each model and batch, and the terms ``(P, 4)`` of each model.
+        A row for each model, and of each model and batch its speed as a record; and the terms ``(P, 4)`` of each model.
     """
     ordinary = [name for name, model in models.items() if not is_calm(model)]
     other = against if against is not None else (ordinary or list(models))[0]
@@ -68,7 +69,7 @@ def bench_calm(
             models, prompts, batches=batches, new=new, rounds=rounds, advance=lambda label: advance(label, 1)
         )
         speeds = speed_rows(records, other)
-    return rows, speeds, terms
+    return Result(rows, speeds), terms
 
 
 def calm_rows(models: Mapping[str, Any], terms: dict[str, Tensor], text: BrierText, *, against: str) -> list[Row]:

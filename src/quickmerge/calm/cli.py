@@ -200,7 +200,6 @@ def bench(
         raise QuickmergeError(f"--model must name at least one CALM (a folder of train calm), got {model}")
     documents = [read_text(path) for path in text]
     quiet()
-    from quickmerge.bench.environment import environment
     from quickmerge.calm.bench import bench_calm, calm_table, write_calm_report
     from quickmerge.calm.cost import temperature_rows
     from quickmerge.calm.evaluate import brier_text
@@ -216,7 +215,7 @@ def bench(
         def advance(label: str, done: int) -> None:
             bar.update(task, advance=done, description=label)
 
-        rows, speeds, _ = bench_calm(
+        found, _ = bench_calm(
             loaded, read, samples=samples, batches=sizes, new=max_new_tokens, rounds=rounds, advance=advance
         )
         draws: list[dict[str, Any]] = []
@@ -224,15 +223,14 @@ def bench(
             if temperatures and draws_chunks(one):
                 bar.update(task, description=f"{name} at temperatures")
                 draws += [{"method": name, **row} for row in temperature_rows(one, read, temperatures)]
-    meta = {
-        "models": list(folders), "documents": ["/".join(path.absolute().parts[-2:]) for path in text],
-        "window": context, "places": len(read.places), "samples": samples, "new_tokens": max_new_tokens,
-        "rounds": rounds, "environment": environment(),
-    }  # fmt: skip
-    write_json(json, {"rows": rows, "speeds": speeds, "temperatures": draws, "meta": meta})
-    calm_table(rows, speeds, draws, Terminal())
+    found = found.about(
+        models=list(folders), documents=["/".join(path.absolute().parts[-2:]) for path in text], window=context,
+        places=len(read.places), samples=samples, new_tokens=max_new_tokens, rounds=rounds,
+    )  # fmt: skip
+    write_json(json, found.as_dict("speeds", temperatures=draws))
+    calm_table(found.rows, found.records, draws, Terminal())
     if report is not None:
-        write_calm_report(report, rows, speeds, draws, meta)
+        write_calm_report(report, found.rows, found.records, draws, found.meta)
         print(f"wrote {clean_name(report)}")
 
 

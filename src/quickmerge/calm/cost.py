@@ -13,7 +13,6 @@ What the head, the encoder and the decoder spend is counted by running them on o
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from quickmerge.bench.harness import Arm, interleave, now
 from quickmerge.calm import temperature as sharper
 from quickmerge.calm.evaluate import BrierText, is_calm
 from quickmerge.calm.temperature import Drawn, exact, expected_draws, split_inverse
@@ -203,7 +203,7 @@ def measure_speed(
         advance: called with a label before each turn.
 
     Returns:
-        A record for each turn: its method, batch, round, seconds, and tokens that were written.
+        A record for each turn, by model: its method, batch, round, seconds, and tokens that were written.
 
     Raises:
         QuickmergeError: there are too few prompts.
@@ -215,18 +215,20 @@ def measure_speed(
         raise QuickmergeError(
             f"prompts must be at least {max(batches)}, as many as the largest batch, got {len(prompts)}"
         )
+    arms = [Arm(name, settings={"model": model}) for name, model in models.items()]
+
+    def written(arm: Arm, rows: Tensor, turn: int) -> Row:
+        advance(f"{arm.name}, batch {len(rows)}")
+        seconds, tokens = write_on(arm.settings["model"], rows, new, seed=turn)
+        return {"method": arm.name, "batch": len(rows), "round": turn, "seconds": seconds, "tokens": tokens}
+
+    def begun(arm: Arm, rows: Tensor, turn: int) -> None:
+        write_on(arm.settings["model"], rows, min(new, 8), seed=0)
+
     records = []
-    names = list(models)
     for batch in batches:
-        rows = prompts[:batch]
-        for name in names:
-            write_on(models[name], rows, min(new, 8), seed=0)
-        for turn in range(rounds):
-            for at in range(len(names)):
-                name = names[(at + turn) % len(names)]
-                advance(f"{name}, batch {batch}")
-                seconds, tokens = write_on(models[name], rows, new, seed=turn)
-                records.append({"method": name, "batch": batch, "round": turn, "seconds": seconds, "tokens": tokens})
+        for own in interleave(arms, [prompts[:batch]], written, rounds=rounds, warm_up=begun):
+            records += own
     return records
 
 
@@ -235,8 +237,7 @@ def write_on(model: Any, prompts: Tensor, new: int, seed: int) -> tuple[float, i
     prompts = prompts.to(model.device)
     torch.manual_seed(seed)
     with torch.inference_mode(), _endless(model):
-        _wait(model)
-        start = time.perf_counter()
+        start = now(model.device)
         if is_calm(model):
             out = model.generate(prompts, torch.ones_like(prompts), max_new_tokens=new, eos_token_id=[], seed=seed)
         else:
@@ -244,8 +245,7 @@ def write_on(model: Any, prompts: Tensor, new: int, seed: int) -> tuple[float, i
                 prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, do_sample=True, top_k=0,
                 top_p=1.0, temperature=1.0,
             )  # fmt: skip
-        _wait(model)
-        seconds = time.perf_counter() - start
+        seconds = now(model.device) - start
     return seconds, (out.shape[1] - prompts.shape[1]) * len(out)
 
 
@@ -282,11 +282,6 @@ def _endless(model: Any) -> Iterator[None]:
         yield
     finally:
         config.eos_token_id, config.pad_token_id = known
-
-
-def _wait(model: Any) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
 
 
 # What a temperature does to a CALM: how often it is right, how often it repeats itself, and the draws it takes.

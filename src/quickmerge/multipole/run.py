@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from quickmerge.bench.harness import now
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, near_match
 from quickmerge.models.attachment import Attachment, PerThread, refuse_tracing
 from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache, without_cache
@@ -237,10 +238,8 @@ class MultipoleRun(Attachment):
 
     def clock(self) -> float:
         """Seconds, after the device has finished what it was given."""
-        device = self.decoder.base.device
-        if isinstance(device, torch.device) and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
+        device: Any = self.decoder.base.device
+        return now(device)
 
     def summary(self) -> MultipoleStats:
         """Clusters, rows read, seconds and bytes of the last prompt and what came after; prints as a few lines."""

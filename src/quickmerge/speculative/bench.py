@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quickmerge.bench.harness import Arm, Result, interleave, now
 from quickmerge.bench.quality import bootstrap, check_fits, check_room
 from quickmerge.datasets.prompts import Prompt
 from quickmerge.errors import QuickmergeError
@@ -25,9 +25,9 @@ from quickmerge.speculative.target import check_target
 __all__ = [
     "PLAIN",
     "TRANSFORMERS_LOOKUP",
-    "DraftArm",
     "Written",
     "bench_drafters",
+    "draft_arm",
     "draft_records",
     "draft_rows",
     "paired_row",
@@ -38,28 +38,31 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class DraftArm:
-    """A way to write a text.
+def draft_arm(name: str, drafter: Drafter, tree: int | str = "auto") -> Arm:
+    """A way to write a text with a drafter; the settings of all such arms are arguments of ``generate``.
 
-    Attributes:
+    Args:
         name: what tables call it.
-        drafter: what drafts; None for nobody.
+        drafter: what drafts.
         tree: the nodes of a step, or ``"auto"``; see `quickmerge.SpeculativeDecoding`.
-        settings: further arguments of ``generate``, such as ``prompt_lookup_num_tokens``.
+
+    Raises:
+        ValueError: ``tree`` is not what `quickmerge.SpeculativeDecoding` takes.
     """
-
-    name: str
-    drafter: Drafter | None = None
-    tree: int | str = "auto"
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    return Arm(name, settings={"custom_generate": SpeculativeDecoding(drafter, tree=tree)})
 
 
-PLAIN = DraftArm("plain")
+PLAIN = Arm("plain")
 """The model alone, one token a pass."""
 
-TRANSFORMERS_LOOKUP = DraftArm("lookup (transformers)", settings={"prompt_lookup_num_tokens": 10})
+TRANSFORMERS_LOOKUP = Arm("lookup (transformers)", settings={"prompt_lookup_num_tokens": 10})
 """The prompt lookup that transformers has, a single continuation of up to ten tokens."""
+
+
+def engine_of(arm: Arm) -> SpeculativeDecoding | None:
+    """What decodes in place of the model's own loop, if anything does."""
+    engine: SpeculativeDecoding | None = arm.settings.get("custom_generate")
+    return engine
 
 
 @dataclass(frozen=True)
@@ -126,29 +129,28 @@ def prompt_ids(model: Any, tokenizer: Any, document: str, prompt: str, max_new_t
     return ids
 
 
-def prepare(model: Any, arm: DraftArm) -> float:
+def prepare(model: Any, arm: Arm) -> float:
     """Do what is done once for a model: try whether it reads a tree, and measure c(T) for ``"auto"``; in seconds.
 
     Raises:
         QuickmergeError: the model can't read a tree, or the drafter was not made for it.
-        ValueError: ``arm.tree`` is not what `quickmerge.SpeculativeDecoding` takes.
     """
-    if arm.drafter is None:
+    engine = engine_of(arm)
+    if engine is None:
         return 0.0
-    start = time.perf_counter()
-    engine = SpeculativeDecoding(arm.drafter, tree=arm.tree)
+    start = now(model.device)
     check_target(model)
-    arm.drafter.check(model)
+    engine.drafter.check(model)
     if engine.auto:
         measure(model, engine.nodes)
-    return time.perf_counter() - start
+    return now(model.device) - start
 
 
 def write(
     model: Any,
     tokenizer: Any,
     ids: Tensor,
-    arm: DraftArm = PLAIN,
+    arm: Arm = PLAIN,
     *,
     max_new_tokens: int = 128,
     sample: bool = False,
@@ -174,10 +176,6 @@ def write(
     """
     prepare(model, arm)
     given: dict[str, Any] = {**(settings or {}), **arm.settings}
-    engine = None
-    if arm.drafter is not None:
-        engine = SpeculativeDecoding(arm.drafter, tree=arm.tree)
-        given["custom_generate"] = engine
     if temperature is not None:
         check_temperature("temperature", temperature)
         given["temperature"] = temperature
@@ -190,8 +188,8 @@ def write(
     hook = model.base_model.register_forward_hook(count)
     torch.manual_seed(seed)
     try:
-        start = time.perf_counter()
-        with torch.inference_mode():
+        start = now(model.device)
+        with torch.inference_mode(), arm.context():
             out = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -200,10 +198,10 @@ def write(
                 pad_token_id=tokenizer.pad_token_id,
                 **given,
             )
-        new = out[0, ids.shape[1] :].cpu()  # waits for the device
-        seconds = time.perf_counter() - start
+        seconds = now(model.device) - start
     finally:
         hook.remove()
+    new, engine = out[0, ids.shape[1] :].cpu(), engine_of(arm)
     text = tokenizer.decode(new, skip_special_tokens=True).strip()
     return Written(new, text, passes, seconds, engine.stats if engine is not None else None)
 
@@ -222,12 +220,12 @@ def bench_drafters(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    arms: Sequence[DraftArm],
+    arms: Sequence[Arm],
     *,
     temperatures: Sequence[float] = (0.0,),
     max_new_tokens: int = 128,
     advance: Advance = lambda _: None,
-) -> tuple[list[Row], list[Row]]:
+) -> Result:
     """Write on from every prompt in every way, and by the model alone.
 
     Args:
@@ -249,11 +247,11 @@ def bench_drafters(
             model, tokenizer, prompt, arms, number, temperatures=temperatures, max_new_tokens=max_new_tokens,
             advance=advance,
         )  # fmt: skip
-    return draft_rows(records), records
+    return Result(draft_rows(records), records)
 
 
 def warm_up(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], arms: Sequence[DraftArm], temperatures: Sequence[float]
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], arms: Sequence[Arm], temperatures: Sequence[float]
 ) -> None:
     """Let every way write a few tokens once, unmeasured: the first time pays for allocation and for measuring c(T).
 
@@ -272,7 +270,7 @@ def draft_records(
     model: Any,
     tokenizer: Any,
     prompt: Prompt,
-    arms: Sequence[DraftArm],
+    arms: Sequence[Arm],
     number: int,
     *,
     temperatures: Sequence[float] = (0.0,),
@@ -287,20 +285,21 @@ def draft_records(
     ids = prompt_ids(model, tokenizer, "", prompt.text, max_new_tokens)
     records = []
     for temperature in temperatures:
-        done = {}
-        for turn in range(len(everything)):
-            arm = everything[(turn + number) % len(everything)]
+
+        def written(arm: Arm, ids: Tensor, number: int, temperature: float = temperature) -> Written:
             advance(f"{prompt.kind}: {arm.name}")
-            done[arm.name] = write(
+            return write(
                 model, tokenizer, ids, arm, max_new_tokens=max_new_tokens, seed=number, **_drawing(temperature)
             )
-        own = done[PLAIN.name].ids
-        for arm in everything:
-            found = done[arm.name]
+
+        done = [found for (found,) in interleave(everything, [ids], written, first=number)]
+        own = done[0].ids
+        for arm, found in zip(everything, done, strict=True):
+            engine = engine_of(arm)
             measured = {key: value for key, value in found.as_dict().items() if key != "text"}
             records.append({
                 "prompt": number, "kind": prompt.kind, "temperature": temperature, "method": arm.name,
-                "tree": arm.tree if arm.drafter is not None else None, "prompt_tokens": ids.shape[1], **measured,
+                "tree": None if engine is None else _tree(engine), "prompt_tokens": ids.shape[1], **measured,
                 "text": hashlib.sha256(found.ids.numpy().tobytes()).hexdigest()[:16],
                 "same": found.ids.tolist() == own.tolist() if temperature == 0 else None,
             })  # fmt: skip
@@ -384,6 +383,10 @@ def paired_row(records: Sequence[Row], first: str, other: str, temperature: floa
         "speedup": middle, "speedup_low": quarter, "speedup_high": upper,
         "faster": sum(p > 1 for p in pace) / len(pace),
     }  # fmt: skip
+
+
+def _tree(engine: SpeculativeDecoding) -> int | str:
+    return "auto" if engine.auto else engine.nodes
 
 
 def _drawing(temperature: float) -> dict[str, Any]:

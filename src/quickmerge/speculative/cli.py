@@ -27,9 +27,10 @@ from quickmerge.console.options import (
 from quickmerge.errors import QuickmergeError, clean_name, near_match
 
 if TYPE_CHECKING:
+    from quickmerge.bench.harness import Arm
     from quickmerge.datasets.prompts import Prompt
     from quickmerge.speculative import Drafter
-    from quickmerge.speculative.bench import DraftArm, Written
+    from quickmerge.speculative.bench import Written
 
 DECODE_EXAMPLE = (
     "Example: quickmerge bench decode --drafter runs/gumiho,lookup --prompts prompts.jsonl --temperature 0,1"
@@ -60,10 +61,10 @@ def generate_drafter(
     document, prompt = parse_question(prompt, file)
     check_model(model, question(document, prompt))
     # what takes seconds to import comes after what can be told at once
-    from quickmerge.speculative.bench import PLAIN, DraftArm, prepare, prompt_ids, write
+    from quickmerge.speculative.bench import PLAIN, draft_arm, prepare, prompt_ids, write
     from quickmerge.terminal import Terminal
 
-    arm = DraftArm(drafter_name(drafter), load_drafter(drafter), nodes)
+    arm = draft_arm(drafter_name(drafter), load_drafter(drafter), nodes)
     lm, tokenizer = load_writer(model)
     alone, errors = Alone.writing(lm, tokenizer), Terminal(stderr=True)
     with errors.status("measuring what a pass costs (once)"), one_sentence(alone):
@@ -71,7 +72,7 @@ def generate_drafter(
         prepare(lm, arm)
         write(lm, tokenizer, ids[:, -8:], max_new_tokens=1)  # what is run first pays for allocation
 
-    def ask(way: DraftArm | None) -> Written:
+    def ask(way: Arm | None) -> Written:
         return write(
             lm, tokenizer, ids, way or PLAIN, max_new_tokens=max_new_tokens, sample=sample, temperature=temperature,
             seed=seed,
@@ -184,8 +185,7 @@ def decode(
     json: JSON = None,
 ) -> None:
     """Tokens for each pass of the model, and speed, of drafters beside plain decoding of the same prompts."""
-    from quickmerge.bench.environment import environment
-    from quickmerge.speculative.bench import PLAIN, DraftArm, bench_drafters
+    from quickmerge.speculative.bench import PLAIN, bench_drafters, draft_arm
     from quickmerge.speculative.report import drafters_table, write_drafters_report
     from quickmerge.terminal import Terminal
 
@@ -198,7 +198,7 @@ def decode(
     taken = [PLAIN.name, *names]
     if twice := [name for name in names if taken.count(name) > 1]:
         raise QuickmergeError(f"--drafter must give each drafter a name of its own, got {twice[0]!r} for two ways")
-    arms = [DraftArm(name, load_drafter(source), nodes) for name, source in zip(names, given, strict=True)]
+    arms = [draft_arm(name, load_drafter(source), nodes) for name, source in zip(names, given, strict=True)]
     asked = _prompts(prompts)[:limit]
     lm, tokenizer = load_writer(model)
     with progress() as bar, one_sentence(Alone.writing(lm, tokenizer)):
@@ -207,18 +207,17 @@ def decode(
         def advance(label: str) -> None:
             bar.update(task, advance=1, description=label)
 
-        rows, records = bench_drafters(
+        found = bench_drafters(
             lm, tokenizer, asked, arms, temperatures=temperatures, max_new_tokens=max_new_tokens, advance=advance
         )
-    meta = {
-        "model": model, "prompts": len(asked), "max_new_tokens": max_new_tokens,
-        "prompts_file": prompts.name if prompts is not None else "about the shipped document",
-        "environment": environment(),
-    }  # fmt: skip
-    write_json(json, {"rows": rows, "prompts": records, "meta": meta})
-    drafters_table(rows, Terminal())
+    found = found.about(
+        model=model, prompts=len(asked), max_new_tokens=max_new_tokens,
+        prompts_file=prompts.name if prompts is not None else "about the shipped document",
+    )  # fmt: skip
+    write_json(json, found.as_dict("prompts"))
+    drafters_table(found.rows, Terminal())
     if report is not None:
-        write_drafters_report(report, rows, meta)
+        write_drafters_report(report, found.rows, found.meta)
         print(f"wrote {clean_name(report)}")
 
 

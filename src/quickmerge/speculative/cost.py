@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import median
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
+from quickmerge.bench.harness import seconds_of
 from quickmerge.models.compat import cache_argument
 from quickmerge.speculative.target import Columns, Target
 from quickmerge.speculative.tree import Tree, pack
 
-__all__ = ["Cost", "Pace", "best_size", "measure", "wait"]
+__all__ = ["Cost", "Pace", "best_size", "measure"]
 
 
 FloatArray = NDArray[np.floating[Any]]
@@ -123,20 +123,11 @@ def _measure(model: PreTrainedModel, sizes: list[int]) -> Cost:
     for turn in range(REPEATS + 1):
         for size, taken in zip(sizes, times, strict=True):
             packed = pack([Tree.chain([1 % config.vocab_size] * size)], model.device)
-            wait(model.device)
-            start = time.perf_counter()
-            target.read(packed)
-            wait(model.device)
+            seconds = seconds_of(partial(target.read, packed), model.device)
             if turn:  # the first one of each size warms up
-                taken.append(time.perf_counter() - start)
+                taken.append(seconds)
             cache.crop(-size)
     return Cost(tuple(sizes), tuple(median(taken) for taken in times))
-
-
-def wait(device: torch.device) -> None:
-    """Wait for what the device has been given to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # Whether to draft at all: a draft that costs more than it gives is left out for a while.

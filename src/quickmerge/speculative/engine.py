@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
+from quickmerge.bench.harness import now
 from quickmerge.errors import QuickmergeError, whole_number
 from quickmerge.models.compat import (
     AlternatingCodebooksLogitsProcessor,
@@ -34,7 +35,7 @@ from quickmerge.models.compat import (
     is_users_cache,
 )
 from quickmerge.models.generation import check_temperature
-from quickmerge.speculative.cost import Cost, Pace, best_size, measure, wait
+from quickmerge.speculative.cost import Cost, Pace, best_size, measure
 from quickmerge.speculative.drafter import Drafter, Stats, serving
 from quickmerge.speculative.prompt import Room, read_prompt
 from quickmerge.speculative.target import Target, check_target
@@ -328,8 +329,7 @@ class _Run:
         packed = self._pack([trees.get(i, _NOTHING) for i in range(len(self.rows))], device)
         logits, features = self.target.read(packed)
         best = _best(logits) if self.rows[0].plain else None
-        wait(device)
-        self.stats.target_seconds += time.perf_counter() - start
+        self.stats.target_seconds += now(device) - start
         paths: list[list[int]] = [[] for _ in self.rows]
         for i in live:
             paths[i] = walk(trees[i], self.rows[i], logits[i], None if best is None else best[i])

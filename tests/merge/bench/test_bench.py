@@ -41,7 +41,8 @@ def fitted(model, docs: list[Document]):
 def test_rows_hold_every_column_and_one_full_reference(tiny_llama) -> None:
     docs = documents(["prose", "code"])
     model = fitted(tiny_llama, docs)
-    rows, records = bench(model, docs, [QuickMerge(pool=1), QuickMerge(), Random()], [0.6, 1.0], layer=1)
+    found = bench(model, docs, [QuickMerge(pool=1), QuickMerge(), Random()], [0.6, 1.0], layer=1)
+    rows, records = found.rows, found.records
     assert len(records) == 2 * 3 * 2
     assert len(rows) == 6 * 3  # all documents, and each of two kinds
     assert all(set(row) >= KEYS for row in rows)

@@ -9,8 +9,9 @@ import transformers
 from torch.nn.functional import cosine_similarity
 
 import quickmerge as qm
+from quickmerge.bench.harness import Arm
 from quickmerge.errors import QuickmergeError
-from quickmerge.merge.bench.vision import Arm, arms, bench_images, look, time_arms
+from quickmerge.merge.bench.vision import arms, bench_images, look, time_arms
 from quickmerge.merge.tokens.removal import Removal
 
 SIZES: dict[str, Any] = {
@@ -37,7 +38,8 @@ def images(rows: int = 3) -> torch.Tensor:
 
 def test_the_model_as_it_is_is_perfectly_true_to_itself() -> None:
     model, x = build(), images()
-    rows, records = bench_images(model, [x, x[:1]], arms(model, [qm.ToMe(), qm.Random()], [0.6], x))
+    found = bench_images(model, [x, x[:1]], arms(model, [qm.ToMe(), qm.Random()], [0.6], x))
+    rows, records = found.rows, found.records
     assert [row["method"] for row in rows] == ["full", "tome", "random", "smaller images"]
     assert rows[0]["pooled"] == pytest.approx(1) and rows[0]["patches"] == pytest.approx(1) and rows[0]["ratio"] == 1
     assert len(records) == 4 * 4 and {r["image"] for r in records} == {0, 1, 2, 3}
@@ -49,7 +51,7 @@ def test_the_model_as_it_is_is_perfectly_true_to_itself() -> None:
 
 def test_features_are_those_of_the_slots_by_size() -> None:
     model, x = build(), images()
-    arm = Arm("tome", 0.6, lambda: qm.reduce(model, qm.ToMe(), Removal(9)))
+    arm = Arm("tome", lambda: qm.reduce(model, qm.ToMe(), Removal(9)), {"keep": 0.6})
     seen = look(model, x, arm)
     with torch.no_grad(), qm.reduce(model, qm.ToMe(), Removal(9), unmerge=True):
         full = model(x).last_hidden_state
@@ -58,7 +60,8 @@ def test_features_are_those_of_the_slots_by_size() -> None:
     assert seen.entering == [65, 56, 47, 38] and seen.leaving == [56, 47, 38, 29]
     dense = look(model, x)
     want = cosine_similarity(seen.pooled, dense.pooled, dim=-1)
-    rows, records = bench_images(model, [x], [arm])
+    found = bench_images(model, [x], [arm])
+    rows, records = found.rows, found.records
     assert [r["pooled"] for r in records if r["method"] == "tome"] == pytest.approx(want.tolist())
     assert rows[1]["tokens"] == pytest.approx((56 + 47 + 38 + 29) / 4)
 
@@ -68,7 +71,7 @@ def test_a_head_is_asked_for_labels() -> None:
     with torch.no_grad():
         guesses = [("a", "b", "c")[i] for i in model(x).logits.argmax(-1).tolist()]
     labels = [*guesses[:3], "none"]
-    rows, _ = bench_images(model, [x], arms(model, [qm.ToMe()], [0.7], x), labels=labels, classes=("a", "b", "c"))
+    rows = bench_images(model, [x], arms(model, [qm.ToMe()], [0.7], x), labels=labels, classes=("a", "b", "c")).rows
     assert rows[0]["correct"] == 0.75 and rows[0]["agrees"] == 1 and rows[0]["correct_change"] == 0
     with pytest.raises(QuickmergeError, match="one for each of 4 images"):
         bench_images(model, [x], [], labels=labels[:2], classes=("a", "b", "c"))
@@ -79,7 +82,7 @@ def test_a_head_is_asked_for_labels() -> None:
 def test_smaller_images_cost_what_was_asked_and_come_back_to_the_grid() -> None:
     model, x = build(), images()
     arm = arms(model, [], [0.5], x)[0]
-    assert arm.resize == 48  # 36 patches of 64
+    assert arm.settings["resize"] == 48  # 36 patches of 64
     seen = look(model, x, arm, (8, 8))
     assert seen.patches.shape == (3, 64, 32) and seen.leaving[0] == 37
 

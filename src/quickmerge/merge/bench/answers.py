@@ -10,7 +10,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from quickmerge.bench.harness import Arm
 from quickmerge.datasets.annotated import Question
 from quickmerge.datasets.labelled import PixelFormat
 from quickmerge.errors import QuickmergeError
@@ -28,7 +29,7 @@ from quickmerge.models.compat import cache_argument, returned_cache
 from quickmerge.models.load_vision import ask_inputs
 from quickmerge.models.vlm import find_vlm
 
-__all__ = ["FULL", "RESIZE", "AnswerArm", "Answered", "AskedQuestion", "answer_arms", "ask", "exact_answers"]
+__all__ = ["FULL", "RESIZE", "Answered", "AskedQuestion", "answer_arms", "ask", "exact_answers"]
 
 
 @dataclass(frozen=True)
@@ -164,44 +165,18 @@ def _common(asked: Sequence[AskedQuestion], image: int) -> int | None:
     return count if count > int(where[-1]) + 1 else None
 
 
-# The ways in which a vision-language model is asked: as it is, with every method, and with smaller images.
+# The ways in which a vision-language model is asked: as it is, with every method, and with smaller images. Settings of
+# their arms: ``keep``, the share of the visual tokens; ``processor``, which makes smaller images, where it is not the
+# model's own; ``shared``, whether what is left of a picture is the same for all questions about it (usually).
 
 
-@dataclass(frozen=True)
-class AnswerArm:
-    """One way to answer: a reducer behind the projector, or smaller images.
-
-    Args:
-        name: what the tables call it.
-        keep: the share of the visual tokens that was asked for.
-        attach: makes the run; None for the model as it is.
-        processor: makes smaller images; None for the model's own.
-        shared: whether what is left of a picture is the same for all questions about it.
-    """
-
-    name: str
-    keep: float
-    attach: Callable[[], AbstractContextManager[Any]] | None = None
-    processor: Any = None
-    shared: bool = True
-
-    @property
-    def label(self) -> str:
-        """What it is called while it is measured."""
-        return self.name if self.keep == 1 else f"{self.name} {self.keep:g}"
-
-    def context(self) -> AbstractContextManager[Any]:
-        """The run to enter, or nothing."""
-        return nullcontext() if self.attach is None else self.attach()
-
-
-FULL = AnswerArm("full", 1.0)
+FULL = Arm("full", settings={"keep": 1.0})
 RESIZE = "smaller images"
 
 
 def answer_arms(
     model: Any, processor: Any, reducers: Sequence[Reducer], keeps: Sequence[float], *, smaller: bool = True
-) -> list[AnswerArm]:
+) -> list[Arm]:
     """Every method at every share of the visual tokens, and smaller images of about as many.
 
     Args:
@@ -211,15 +186,15 @@ def answer_arms(
         keeps: shares of the visual tokens to keep.
         smaller: also the model as it is on smaller images, where its tower takes images of several sizes.
     """
-    found: list[AnswerArm] = []
+    found: list[Arm] = []
     for keep in keeps:
         for reducer in reducers:
             method = replace(reducer, keep=keep)
-            attach = _attach(model, method)
-            found.append(AnswerArm(method.label, keep, attach, shared="text" not in method.asks))
+            settings = {"keep": keep, "shared": "text" not in method.asks}
+            found.append(Arm(method.label, _attach(model, method), settings))
         small = _smaller(model, processor, keep) if smaller else None
         if small is not None:
-            found.append(AnswerArm(RESIZE, keep, None, small))
+            found.append(Arm(RESIZE, settings={"keep": keep, "processor": small}))
     return found
 
 

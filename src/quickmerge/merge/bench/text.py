@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from quickmerge.bench.harness import Arm, Result, interleave
 from quickmerge.bench.pareto import Cost, pareto_svg
 from quickmerge.bench.quality import continuation_nll, document_nll, recovery
 from quickmerge.bench.rows import (
@@ -46,11 +48,12 @@ def bench(
     layer: Any = None,
     advance: Callable[[str], None] = lambda _: None,
     **settings: Any,
-) -> tuple[list[Row], list[Row]]:
+) -> Result:
     """Measure recovery and cost of every reducer at every keep.
 
     For each document the full model is timed before and after the reduced ones, and a reducer's speed-up is taken
-    against the mean of the two, so that a machine that slows down does so for both.
+    against the mean of the two, so that a machine that slows down does so for both. The reducers take turns, in another
+    order for each document.
 
     Args:
         model: a supported causal LM in eval mode.
@@ -68,8 +71,33 @@ def bench(
     shape = model_shape(model)
     # A context is measured as long as it is.
     whatever = settings if settings.get("mode") == "block_causal" else {"min_tokens": 0, **settings}
+    arms = [
+        Arm(
+            reducer.label, partial(reduce, model, replace(reducer, keep=keep), layer, **whatever),
+            {"keep": keep, "reducer": reducer},
+        )
+        for keep in keeps
+        for reducer in reducers
+    ]  # fmt: skip
+
+    def measured(arm: Arm, document: Document, number: int) -> Row:
+        advance(f"{document.name}: {arm.label}")
+        run: Any = arm.context()
+        nll = document_nll(model, document, run)
+        stats = run.summary()
+        return {
+            "document": document.name, "kind": document.kind, "reducer": arm.name, "keep": arm.keep,
+            "tokens_in": stats.tokens_in, "tokens_kept": stats.tokens_kept,
+            "nll": float(nll.mean()), "nll_full": full, "nll_none": none,
+            "prefill_seconds": stats.prefill_seconds, "reducer_seconds": stats.reducer_seconds,
+            "flops_ratio": shape.flops_ratio(arm.settings["reducer"], stats.tokens_per_layer),
+            "cache_bytes": stats.prompt_cache_bytes,
+            "cache_ratio": stats.prompt_cache_bytes / stats.prompt_cache_bytes_full,
+            "reducer_bytes": stats.reducer_bytes,
+        }  # fmt: skip
+
     records: list[Row] = []
-    for document in documents:
+    for order, document in enumerate(documents):
         advance(f"{document.name}: full")
         # Once unmeasured: the first pass of a new length pays for allocation.
         document_nll(model, document)
@@ -77,23 +105,7 @@ def bench(
         full = float(document_nll(model, document, watch).mean())
         before = watch.summary().prefill_seconds
         none = float(continuation_nll(model, None, document.target, nullcontext()).mean())
-        here: list[Row] = []
-        for keep in keeps:
-            for reducer in reducers:
-                advance(f"{document.name}: {reducer.label} {keep:g}")
-                run = reduce(model, replace(reducer, keep=keep), layer, **whatever)
-                nll = document_nll(model, document, run)
-                stats = run.summary()
-                here.append({
-                    "document": document.name, "kind": document.kind, "reducer": reducer.label, "keep": keep,
-                    "tokens_in": stats.tokens_in, "tokens_kept": stats.tokens_kept,
-                    "nll": float(nll.mean()), "nll_full": full, "nll_none": none,
-                    "prefill_seconds": stats.prefill_seconds, "reducer_seconds": stats.reducer_seconds,
-                    "flops_ratio": shape.flops_ratio(reducer, stats.tokens_per_layer),
-                    "cache_bytes": stats.prompt_cache_bytes,
-                    "cache_ratio": stats.prompt_cache_bytes / stats.prompt_cache_bytes_full,
-                    "reducer_bytes": stats.reducer_bytes,
-                })  # fmt: skip
+        here = [record for (record,) in interleave(arms, [document], measured, first=order)]
         document_nll(model, document, watch)
         for record in here:
             record["prefill_seconds_full"] = (before + watch.summary().prefill_seconds) / 2
@@ -104,7 +116,7 @@ def bench(
     if len(kinds) > 1:
         for kind in kinds:
             rows += _rows([r for r in records if r["kind"] == kind], kind)
-    return rows, records
+    return Result(rows, records)
 
 
 def _rows(records: Sequence[Row], kind: str | None) -> list[Row]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quickmerge.bench.harness import Arm, Result, interleave, seconds_of
 from quickmerge.bench.quality import bootstrap
 from quickmerge.bench.table import Column, Table, half_width, interval, number, text
 from quickmerge.errors import QuickmergeError
@@ -35,46 +36,27 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One way to run the model: a reducer where it acts, or smaller images.
+# Settings of the arms: ``keep``, the share of the operations that was asked for, None for a method that comes as it was
+# trained; ``resize``, pixels of both sides that images are brought to first; ``model``, the one that is run where a
+# method was trained with its own.
 
-    Args:
-        name: what the tables call it.
-        ratio: the share of the operations that was asked for, None for a method that comes as it was trained.
-        attach: makes the run, None for the model as it is.
-        resize: pixels of both sides that images are brought to first, None for as they are.
-        model: the model that is run, None for the one that is measured; a method may have been trained with its own.
-    """
+FULL = Arm("full", settings={"keep": 1.0})
 
-    name: str
-    ratio: float | None
-    attach: Callable[[], VisionRun] | None = None
-    resize: int | None = None
-    model: Any = None
 
-    @property
-    def label(self) -> str:
-        """What it is called while it is measured."""
-        return self.name if self.ratio is None else f"{self.name} {self.ratio:g}"
+def images_of(arm: Arm, x: Tensor) -> Tensor:
+    """The images ``(B, C, H, W)`` as an arm sees them."""
+    side = arm.settings.get("resize")
+    if side is None:
+        return x
+    return F.interpolate(x, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
 
-    def context(self) -> AbstractContextManager[Any]:
-        """The run to enter, or nothing."""
-        return nullcontext() if self.attach is None else self.attach()
 
-    def images(self, x: Tensor) -> Tensor:
-        """The images as this arm sees them."""
-        if self.resize is None:
-            return x
-        size = (self.resize, self.resize)
-        return F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
-
-    def run(self, model: Any, images: Tensor) -> Any:
-        """The model's output for what `images` gave; positions are stretched where the model has to be told."""
-        model = self.model or model
-        if self.resize is not None and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
-            return model(images, interpolate_pos_encoding=True)
-        return model(images)
+def run_arm(arm: Arm, model: Any, images: Tensor) -> Any:
+    """The model's output for what `images_of` gave; positions are stretched where the model has to be told."""
+    model = arm.settings.get("model") or model
+    if "resize" in arm.settings and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        return model(images, interpolate_pos_encoding=True)
+    return model(images)
 
 
 @dataclass
@@ -125,13 +107,15 @@ def arms(
         for reducer in reducers:
             if reducer.once:
                 block, kept = once_at(shape, ratio, tokens)
-                found.append(Arm(reducer.label, ratio, _attach(model, replace(reducer, keep=Count(kept)), block)))
-                continue
-            found.append(Arm(reducer.label, ratio, _attach(model, reducer, removal_at(shape, ratio, tokens, prefix))))
+                attach = _attach(model, replace(reducer, keep=Count(kept)), block)
+            else:
+                attach = _attach(model, reducer, removal_at(shape, ratio, tokens, prefix))
+            found.append(Arm(reducer.label, attach, {"keep": ratio}))
         if smaller and pixels.ndim == 4:
-            found.append(Arm("smaller images", ratio, None, _smaller(shape, encoder, ratio, pixels, prefix)))
+            side = _smaller(shape, encoder, ratio, pixels, prefix)
+            found.append(Arm("smaller images", settings={"keep": ratio, "resize": side}))
     for reducer, own in trained:
-        found.append(Arm(reducer.label, None, _attach(own or model, reducer, None), model=own))
+        found.append(Arm(reducer.label, _attach(own or model, reducer, None), {"model": own}))
     return found
 
 
@@ -176,11 +160,11 @@ def look(model: Any, x: Tensor, arm: Arm | None = None, grid: tuple[int, int] | 
         arm: how to run it; None for as it is.
         grid: height and width of the patch grid that ``patches`` are brought to, where images are made smaller.
     """
-    arm = arm or Arm("full", 1.0)
-    encoder = find_encoder(arm.model or model)
-    images = arm.images(x)
+    arm = arm or FULL
+    encoder = find_encoder(arm.settings.get("model") or model)
+    images = images_of(arm, x)
     with torch.no_grad(), _watch(encoder) as seen, arm.context() as run:
-        out = arm.run(model, images)
+        out = run_arm(arm, model, images)
     hidden: Tensor = seen["hidden"].float()
     frames, rows, columns = encoder.grid(images)
     level: Level | None = run.call.last if run is not None else None
@@ -215,8 +199,9 @@ def bench_images(
     labels: Sequence[Any] | None = None,
     classes: Sequence[Any] | None = None,
     probe: LinearProbe | None = None,
+    rounds: int = 0,
     advance: Callable[[str], None] = lambda _: None,
-) -> tuple[list[Row], list[Row]]:
+) -> Result:
     """Measure what every method does to the features, and to the labels where there are any.
 
     Fidelity is the cosine of an image's features with those of the model as it is: of what is pooled (class token and
@@ -229,6 +214,7 @@ def bench_images(
         labels: the true label of every image, in order.
         classes: what the model's outputs stand for, where it has a head.
         probe: a probe of pooled features, where it has none.
+        rounds: how often each is timed on the first batch; 0 leaves times out.
         advance: called with a label before each measurement, for progress.
 
     Returns:
@@ -244,7 +230,7 @@ def bench_images(
         raise QuickmergeError("labels need classes (for a model with a head) or a probe, got neither")
     encoder = find_encoder(model)
     shape = vision_shape(encoder)
-    everything = [Arm("full", 1.0), *methods]
+    everything = [FULL, *methods]
     records: list[Row] = []
     first = 0
     for batch in batches:
@@ -260,14 +246,18 @@ def bench_images(
             ratio = shape.ratio(int(full.entering[0]), seen.entering, seen.leaving)
             for i in range(len(batch)):
                 records.append({
-                    "image": first + i, "method": arm.name, "asked": arm.ratio, "ratio": ratio,
+                    "image": first + i, "method": arm.name, "asked": arm.keep, "ratio": ratio,
                     "pooled": float(pooled[i]), "patches": float(patches[i]),
                     "correct": None if labels is None or guess is None else float(guess[i] == labels[first + i]),
                     "agrees": None if guess is None or reference is None else float(guess[i] == reference[i]),
                     "tokens": sum(seen.leaving) / len(seen.leaving), "tokens_out": seen.leaving[-1],
                 })  # fmt: skip
         first += len(batch)
-    return [_row(records, arm) for arm in everything], records
+    rows = [_row(records, arm) for arm in everything]
+    if rounds:
+        times = time_arms(model, batches[0], methods, rounds, advance)
+        rows = [row | spent for row, spent in zip(rows, times, strict=True)]
+    return Result(rows, records)
 
 
 def _guess(seen: Seen, classes: Sequence[Any] | None, probe: LinearProbe | None) -> list[Any] | None:
@@ -279,9 +269,9 @@ def _guess(seen: Seen, classes: Sequence[Any] | None, probe: LinearProbe | None)
 
 
 def _row(records: Sequence[Row], arm: Arm) -> Row:
-    mine = [r for r in records if (r["method"], r["asked"]) == (arm.name, arm.ratio)]
+    mine = [r for r in records if (r["method"], r["asked"]) == (arm.name, arm.keep)]
     full = {r["image"]: r for r in records if r["method"] == "full"}
-    row: Row = {"method": arm.name, "asked": arm.ratio, "images": len(mine)}
+    row: Row = {"method": arm.name, "asked": arm.keep, "images": len(mine)}
     for key in ("ratio", "tokens", "tokens_out"):
         row[key] = sum(r[key] for r in mine) / len(mine)
     for key in ("pooled", "patches", "correct", "agrees"):
@@ -311,36 +301,25 @@ def time_arms(
         One row for each method: median seconds, images a second, and of the ratio to the model as it is in the same
         round the median and the quartiles.
     """
-    everything = [Arm("full", 1.0), *methods]
-    images = [arm.images(x) for arm in everything]
-    spent: list[list[float]] = [[] for _ in everything]
-    with torch.inference_mode():
-        for round_ in range(rounds + 1):
-            for turn in range(len(everything)):
-                at = (turn + round_) % len(everything)
-                advance(everything[at].label)
-                with everything[at].context():
-                    _wait(x)
-                    start = time.perf_counter()
-                    everything[at].run(model, images[at])
-                    _wait(x)
-                    if round_:  # the first round warms up
-                        spent[at].append(time.perf_counter() - start)
+    everything = [FULL, *methods]
+
+    def timed(arm: Arm, x: Tensor, number: int) -> float:
+        advance(arm.label)
+        images = images_of(arm, x)
+        with torch.inference_mode(), arm.context():
+            return seconds_of(partial(run_arm, arm, model, images), x.device)
+
+    spent = interleave(everything, [x], timed, rounds=rounds, warm_up=timed)
     rows = []
     for arm, seconds in zip(everything, spent, strict=True):
         gain = [a / b for a, b in zip(spent[0], seconds, strict=True)]
         low, middle, high = quantiles(gain, n=4) if len(gain) > 1 else gain * 3
         rows.append({
-            "method": arm.name, "asked": arm.ratio, "rounds": rounds,
+            "method": arm.name, "asked": arm.keep, "rounds": rounds,
             "batch": len(x), "seconds": median(seconds), "images_per_second": len(x) / median(seconds),
             "speedup": middle, "speedup_low": low, "speedup_high": high,
         })  # fmt: skip
     return rows
-
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
 
 
 # The benchmark of vision transformers in a terminal and on a page.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from quickmerge.bench.harness import Arm, Result, interleave, seconds_of
 from quickmerge.bench.quality import bootstrap
 from quickmerge.bench.table import Column, Table, half_width, number, text, unless
 from quickmerge.datasets.annotated import Annotated
 from quickmerge.datasets.images import open_image
 from quickmerge.errors import QuickmergeError
-from quickmerge.merge.bench.answers import FULL, AnswerArm, ask, exact_answers
+from quickmerge.merge.bench.answers import FULL, ask, exact_answers
 from quickmerge.merge.observe import observe
 from quickmerge.viz.page import facts, heading, page, paragraph, table, write_page
 
@@ -31,11 +32,11 @@ def bench_answers(
     model: Any,
     processor: Any,
     pictures: Sequence[Annotated],
-    arms: Sequence[AnswerArm],
+    arms: Sequence[Arm],
     *,
     rounds: int = 5,
     advance: Advance = lambda _: None,
-) -> tuple[list[Row], list[Row]]:
+) -> Result:
     """Measure what every method costs in right answers, and in time.
 
     Args:
@@ -62,11 +63,11 @@ def bench_answers(
     if rounds:
         times = time_answers(model, processor, pictures, arms, rounds, advance)
         rows = [row | spent for row, spent in zip(rows, times, strict=True)]
-    return rows, records
+    return Result(rows, records)
 
 
 def answer_records(
-    model: Any, processor: Any, picture: Annotated, arms: Sequence[AnswerArm], advance: Advance = lambda _: None
+    model: Any, processor: Any, picture: Annotated, arms: Sequence[Arm], advance: Advance = lambda _: None
 ) -> list[Row]:
     """What the model as it is and every arm answered to the questions about one picture: one record each."""
     image = open_image(picture.path)
@@ -74,8 +75,9 @@ def answer_records(
     records = []
     for arm in (FULL, *arms):
         advance(arm.label)
-        asked = usual if arm.processor is None else ask(model, arm.processor, image, picture.questions)
-        answered = exact_answers(model, asked, arm.context(), shared=arm.shared)
+        own = arm.settings.get("processor")
+        asked = usual if own is None else ask(model, own, image, picture.questions)
+        answered = exact_answers(model, asked, arm.context(), shared=arm.settings.get("shared", True))
         records.append({
             "image": f"{picture.path.parent.name}/{picture.path.name}", "method": arm.name, "keep": arm.keep,
             "visual_in": int((usual[0].ids == model.config.image_token_id).sum()),
@@ -126,7 +128,7 @@ def time_answers(
     model: Any,
     processor: Any,
     pictures: Sequence[Annotated],
-    arms: Sequence[AnswerArm],
+    arms: Sequence[Arm],
     rounds: int,
     advance: Advance = lambda _: None,
 ) -> list[Row]:
@@ -138,28 +140,21 @@ def time_answers(
         (``reducer_seconds``) and of the tower with what is measured there (``tower_seconds``); of the ratio to the
         whole of the model as it is in the same round the median and the quartiles; and ``cache_bytes`` behind it.
     """
-    everything = (FULL, *arms)
-    spent: list[list[Row]] = [[] for _ in everything]
-    with torch.inference_mode():
-        for round_ in range(rounds + 1):
-            picture = pictures[max(0, round_ - 1) % len(pictures)]
-            image = open_image(picture.path)
-            for turn in range(len(everything)):
-                at = (turn + round_) % len(everything)
-                arm = everything[at]
-                advance(arm.label)
-                (asked,) = ask(model, arm.processor or processor, image, picture.questions[:1])
-                with observe(model) if arm.attach is None else arm.attach() as run:
-                    start = _now(model)
-                    model(**asked.inputs, use_cache=True, logits_to_keep=1)
-                    seconds = _now(model) - start
-                    stats: Any = run.summary()  # of a model with pictures
-                if round_:  # the first round warms up
-                    spent[at].append({
-                        "seconds": seconds, "prefill_seconds": stats.prefill_seconds,
-                        "reducer_seconds": stats.reducer_seconds, "tower_seconds": stats.tower_seconds,
-                        "cache_bytes": stats.prompt_cache_bytes,
-                    })  # fmt: skip
+
+    def timed(arm: Arm, picture: Annotated, number: int) -> Row:
+        advance(arm.label)
+        image, own = open_image(picture.path), arm.settings.get("processor") or processor
+        (asked,) = ask(model, own, image, picture.questions[:1])
+        with torch.inference_mode(), observe(model) if arm.attach is None else arm.context() as run:
+            seconds = seconds_of(partial(model, **asked.inputs, use_cache=True, logits_to_keep=1), model.device)
+            stats: Any = run.summary()  # of a model with pictures
+        return {
+            "seconds": seconds, "prefill_seconds": stats.prefill_seconds, "reducer_seconds": stats.reducer_seconds,
+            "tower_seconds": stats.tower_seconds, "cache_bytes": stats.prompt_cache_bytes,
+        }  # fmt: skip
+
+    shown = [pictures[turn % len(pictures)] for turn in range(rounds)]
+    spent = interleave((FULL, *arms), shown, timed, warm_up=timed)
     rows = []
     for each in spent:
         row: Row = {key: median(one[key] for one in each) for key in each[0]}
@@ -167,13 +162,6 @@ def time_answers(
         low, middle, high = quantiles(gain, n=4) if len(gain) > 1 else gain * 3
         rows.append({**row, "rounds": rounds, "speedup": middle, "speedup_low": low, "speedup_high": high})
     return rows
-
-
-def _now(model: Any) -> float:
-    """Seconds, after the device has finished what it was given."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
 
 
 # The benchmark of vision-language models in a terminal and on a page.

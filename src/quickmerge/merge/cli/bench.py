@@ -62,7 +62,6 @@ def text(
     json: JSON = None,
 ) -> None:
     """Context recovery and cost of every reducer at every keep, on the same target tokens of your documents."""
-    from quickmerge.bench.environment import environment
     from quickmerge.datasets.text import LEAST, split_document
     from quickmerge.merge.bench.text import bench as measure
     from quickmerge.merge.bench.text import bench_report, bench_table
@@ -96,16 +95,15 @@ def text(
         def advance(label: str) -> None:
             bar.update(task, advance=1, description=Path(label).name)
 
-        rows, records = measure(lm, documents, methods, keeps, layer=depth, advance=advance)
-    meta = {
-        "model": model, "context": context, "target": target, "layer": layer or "default",
-        "documents": [document.name for document in documents], "environment": environment(),
-        "reducers": {m.label: repr(m) for m in methods},
-    }  # fmt: skip
-    write_json(json, {"rows": rows, "documents": records, "meta": meta})
-    bench_table(rows, Terminal())
+        found = measure(lm, documents, methods, keeps, layer=depth, advance=advance)
+    found = found.about(
+        model=model, context=context, target=target, layer=layer or "default",
+        documents=[document.name for document in documents], reducers={m.label: repr(m) for m in methods},
+    )  # fmt: skip
+    write_json(json, found.as_dict("documents"))
+    bench_table(found.rows, Terminal())
     if out is not None:
-        write_page(out / "report.html", bench_report(rows, meta))
+        write_page(out / "report.html", bench_report(found.rows, found.meta))
         print(f"wrote {clean_name(out / 'report.html')}")
 
 
@@ -139,10 +137,9 @@ def image(
 
     Labels count where the folder has one for each class and the model a head for them.
     """
-    from quickmerge.bench.environment import environment
     from quickmerge.datasets.images import open_image
     from quickmerge.datasets.labelled import load_batch
-    from quickmerge.merge.bench.vision import arms, bench_images, time_arms, vision_table, write_vision_report
+    from quickmerge.merge.bench.vision import arms, bench_images, vision_table, write_vision_report
     from quickmerge.merge.reducers import make_reducer
     from quickmerge.terminal import Terminal
 
@@ -173,15 +170,14 @@ def image(
         def advance(label: str) -> None:
             bar.update(task, advance=1, description=label)
 
-        rows, records = bench_images(network, batches, everything, labels=labels, classes=classes, advance=advance)
-        times = time_arms(network, batches[0], everything, rounds, advance)
-    for row, spent in zip(rows, times, strict=True):
-        row |= {k: v for k, v in spent.items() if k not in ("method", "asked")}
-    meta = {"model": model, "images": len(paths), "folder": image.name, "environment": environment()}
-    write_json(json, {"rows": rows, "images": records, "meta": meta})
-    vision_table(rows, Terminal())
+        found = bench_images(
+            network, batches, everything, labels=labels, classes=classes, rounds=rounds, advance=advance
+        )
+    found = found.about(model=model, images=len(paths), folder=image.name)
+    write_json(json, found.as_dict("images"))
+    vision_table(found.rows, Terminal())
     if report is not None:
-        write_vision_report(report, rows, meta)
+        write_vision_report(report, found.rows, found.meta)
         print(f"wrote {clean_name(report)}")
 
 
@@ -241,7 +237,6 @@ def vlm(
     json: JSON = None,
 ) -> None:
     """Right answers by kind of question, and time, of every method at every share of the visual tokens."""
-    from quickmerge.bench.environment import environment
     from quickmerge.datasets.annotated import read_annotated
     from quickmerge.datasets.images import evenly, open_image
     from quickmerge.merge.bench.answers import answer_arms
@@ -267,10 +262,10 @@ def vlm(
         def advance(label: str) -> None:
             bar.update(task, advance=1, description=label)
 
-        rows, records = bench_answers(seeing, processor, pictures, arms, rounds=rounds, advance=advance)
-    meta = {"model": model, "images": len(pictures), "folder": image.name, "environment": environment()}
-    write_json(json, {"rows": rows, "images": records, "meta": meta})
-    answers_table(rows, Terminal())
+        found = bench_answers(seeing, processor, pictures, arms, rounds=rounds, advance=advance)
+    found = found.about(model=model, images=len(pictures), folder=image.name)
+    write_json(json, found.as_dict("images"))
+    answers_table(found.rows, Terminal())
     if report is not None:
-        write_answers_report(report, rows, meta)
+        write_answers_report(report, found.rows, found.meta)
         print(f"wrote {clean_name(report)}")

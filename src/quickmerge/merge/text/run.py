@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import time
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import Cache
 
+from quickmerge.bench.harness import now
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.summary import RunStats, cache_bytes, cache_bytes_full
 from quickmerge.models.attachment import Attachment, PerThread, refuse_tracing
@@ -127,10 +126,8 @@ class Run(Attachment):
 
     def clock(self) -> float:
         """Seconds, after the device has finished what it was given."""
-        device = self.decoder.base.device
-        if isinstance(device, torch.device) and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
+        device: Any = self.decoder.base.device
+        return now(device)
 
     def summary(self) -> RunStats:
         """Tokens in and kept per layer, seconds and cache bytes of the last prompt; prints as a few lines."""

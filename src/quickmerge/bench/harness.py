@@ -1,0 +1,125 @@
+"""What every benchmark does alike: arms that take turns, one clock, and a result that says where it was measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from quickmerge.bench.environment import environment
+
+__all__ = ["Arm", "Result", "interleave", "now", "seconds_of"]
+
+A = TypeVar("A")
+I = TypeVar("I")  # noqa: E741
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the ways that are compared: what tables call it, and what is done to the model meanwhile.
+
+    Attributes:
+        name: what tables call it.
+        attach: makes what is entered while the arm has its turn, such as a run of `quickmerge.reduce`; None for the
+            model as it is.
+        settings: whatever else the arm differs in. ``keep`` is the share that was asked for, in a benchmark's own unit.
+    """
+
+    name: str
+    attach: Callable[..., AbstractContextManager[Any]] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def keep(self) -> float | None:
+        """The share that was asked for, None for an arm that comes as it is."""
+        share: float | None = self.settings.get("keep")
+        return share
+
+    @property
+    def label(self) -> str:
+        """What it is called while it is measured."""
+        return self.name if self.keep in (None, 1) else f"{self.name} {self.keep:g}"
+
+    def context(self, *given: Any) -> AbstractContextManager[Any]:
+        """What to enter for a turn: what ``attach`` makes of ``given``, or nothing."""
+        return nullcontext() if self.attach is None else self.attach(*given)
+
+
+def interleave(
+    arms: Sequence[A],
+    items: Sequence[I],
+    measure: Callable[[A, I, int], T],
+    *,
+    rounds: int = 1,
+    first: int = 0,
+    warm_up: Callable[[A, I, int], object] | None = None,
+) -> list[list[T]]:
+    """Let every arm take its turn at every item, in an order that turns from item to item.
+
+    So a machine that slows down, or a cache that fills, is no arm's own.
+
+    Args:
+        arms: the ways that are compared.
+        items: what each is measured on, such as images or prompts.
+        measure: called with an arm, an item and the item's number.
+        rounds: how often all items come up.
+        first: the number of the first item, where the items are some of many.
+        warm_up: called once for each arm before all else, with the first item; what it gives is thrown away.
+
+    Returns:
+        For each arm what ``measure`` gave, ``len(items) * rounds`` of it in the order of the items' numbers.
+    """
+    if warm_up is not None:
+        for arm in arms:
+            warm_up(arm, items[0], first)
+    found: list[list[T]] = [[] for _ in arms]
+    for number, item in enumerate([*items] * rounds, first):
+        for turn in range(len(arms)):
+            at = (turn + number) % len(arms)
+            found[at].append(measure(arms[at], item, number))
+    return found
+
+
+def now(device: torch.device | str | None = None) -> float:
+    """Seconds by a clock that runs evenly, read after ``device`` has done all that it was given (None: the CPU)."""
+    if device is not None and torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device | str | None = None) -> float:
+    """Seconds that ``call`` takes, until ``device`` has done all of it."""
+    began = now(device)
+    call()
+    return now(device) - began
+
+
+@dataclass
+class Result:
+    """What a benchmark found.
+
+    Attributes:
+        rows: a line for each arm, as tables show them.
+        records: what they are made of, one for each arm and item.
+        meta: what was measured with which settings; the environment is always among it.
+    """
+
+    rows: list[dict[str, Any]]
+    records: list[dict[str, Any]]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.meta = {**self.meta, "environment": self.meta.get("environment") or environment()}
+
+    def about(self, **meta: Any) -> Result:
+        """The same with more of what was measured."""
+        return Result(self.rows, self.records, {**meta, **self.meta})
+
+    def as_dict(self, records: str = "records", **more: Any) -> dict[str, Any]:
+        """Everything, for JSON; ``records`` is what those are called there, and ``more`` are further lists."""
+        return {"rows": self.rows, records: self.records, **more, "meta": self.meta}
