@@ -26,7 +26,7 @@ from documents import SAY
 from rich.console import Console
 
 from quickmerge.bench.environment import environment
-from quickmerge.bench.quality import bootstrap
+from quickmerge.bench.stats import ratio_interval
 from quickmerge.calm.cli import parse_models
 from quickmerge.calm.cli_train import AE_CHUNKS, Sources
 from quickmerge.calm.evaluate import SIGMAS, AutoencoderScores, autoencoder_scores
@@ -127,7 +127,7 @@ def together(found: Mapping[str, tuple[Any, AutoencoderScores]], whole: Autoenco
     for sigma in scores[0].accuracy:
         right = tokens * [score.accuracy[sigma] for score in scores]
         whole_chunks = chunks * [score.chunk_accuracy[sigma] for score in scores]
-        low, high = bootstrap(right, tokens, resamples=2000, seed=0)
+        low, high = ratio_interval(right, tokens)
         row |= {
             f"accuracy_{sigma:g}": float(right.sum() / tokens.sum()),
             f"accuracy_{sigma:g}_low": low, f"accuracy_{sigma:g}_high": high,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import quickmerge as qm
+from quickmerge.bench.harness import Arm
 from quickmerge.models.decoder import find_decoder, watch
 from quickmerge.multipole.clustering import bounds
 from quickmerge.multipole.clusters import Clusters
@@ -24,95 +25,59 @@ WIDE = 2048
 BUDGETS = (0, 64, 128, 512)
 
 
-class Arm(Protocol):
-    """One way to attend.
+def arm(name: str, settings: qm.Multipole, budget: int | None, attach: Any = None) -> Arm:
+    """One way to attend: ``attach(model, cache)`` is what makes the model read the cache in this way.
 
-    ``name`` and ``budget`` go into the results; ``settings`` are those of multipole attention whose sink, buffer and
-    clusters are meant, also where something else is read in place of the clusters.
+    ``budget`` goes into the results, as keys that are read exactly (None: all); ``multipole`` are the settings whose
+    sink, buffer and clusters are meant, also where something else is read in place of the clusters.
     """
-
-    name: str
-    budget: int | None
-    settings: qm.Multipole
-
-    def attach(self, model: Any, cache: qm.MultipoleCache) -> AbstractContextManager[Any]:
-        """Inside the context that this returns ``model`` reads ``cache`` in this way."""
-        ...
+    return Arm(name, attach, {"budget": budget, "multipole": settings})
 
 
-@dataclass(frozen=True)
-class Dense:
+def dense(name: str = "dense") -> Arm:
     """The model's own attention."""
-
-    name: str = "dense"
-    budget: int | None = None
-    settings: qm.Multipole = USUAL
-
-    def attach(self, model: Any, cache: qm.MultipoleCache) -> AbstractContextManager[Any]:
-        """Nothing."""
-        return nullcontext()
+    return arm(name, USUAL, None)
 
 
-@dataclass(frozen=True)
-class Clustered:
-    """`quickmerge.multipole` as a user runs it."""
-
-    name: str
-    settings: qm.Multipole
-
-    @property
-    def budget(self) -> int | None:
-        """Keys that are read exactly; None: all."""
-        return None if self.settings.budget >= ALL else self.settings.budget
-
-    def attach(self, model: Any, cache: qm.MultipoleCache) -> AbstractContextManager[Any]:
-        """Clusters of an earlier arm with the same settings of clustering are used again."""
-        return qm.multipole(model, self.settings)
+def clusters(name: str, settings: qm.Multipole) -> Arm:
+    """`quickmerge.multipole` as a user runs it; clusters of an earlier arm with such settings are used again."""
+    budget = None if settings.budget >= ALL else settings.budget
+    return arm(name, settings, budget, lambda model, cache: qm.multipole(model, settings))
 
 
-@dataclass(frozen=True)
-class Labelled(Clustered):
+def labelled(name: str, settings: qm.Multipole, how: str = "runs") -> Arm:
     """The same with other labels than those of k-means: ``runs`` of successive keys, or ``random`` ones."""
 
-    how: str = "runs"
-
-    def attach(self, model: Any, cache: qm.MultipoleCache) -> AbstractContextManager[Any]:
-        """Puts the clusters of these labels into the cache."""
-        first, last = clustered(cache.get_seq_length(), self.settings)
-        length, count = last - first, self.settings.clusters(last - first)
+    def attach(model: Any, cache: qm.MultipoleCache) -> AbstractContextManager[Any]:
+        first, last = clustered(cache.get_seq_length(), settings)
+        length, count = last - first, settings.clusters(last - first)
         for index, layer in enumerate(cache.layers):
             shape = (*layer.keys.shape[:2], length)
-            if self.how == "runs":
+            if how == "runs":
                 labels = (torch.arange(length) * count // length).expand(shape)
             else:
                 labels = torch.randint(count, shape, generator=torch.Generator().manual_seed(index))
             start = torch.full(shape[:1], first)
             layer.clusters = Clusters.from_labels(layer.keys, layer.values, labels, start, count)
-            layer.coarse, layer.made_with, layer.stale = None, self.settings, False
-        return qm.multipole(model, self.settings)
+            layer.coarse, layer.made_with, layer.stale = None, settings, False
+        return qm.multipole(model, settings)
+
+    return replace(clusters(name, settings), attach=attach)
 
 
-@dataclass(frozen=True)
-class Window:
+def window(name: str, budget: int, settings: qm.Multipole, centroids: bool = False) -> Arm:
     """A sliding window with sink that reads as many keys as multipole attention, or as many bytes.
 
     Args:
         name: in the results.
         budget: clustered keys that it reads, the most recent ones.
-        settings: see `Arm`.
+        settings: see `arm`.
         centroids: read as many more keys as multipole attention has centroids.
     """
 
-    name: str
-    budget: int | None
-    settings: qm.Multipole
-    centroids: bool = False
-
-    def attach(self, model: Any, cache: qm.MultipoleCache) -> AbstractContextManager[Any]:
-        """Attention behind a mask."""
-        first, last = clustered(cache.get_seq_length(), self.settings)
-        extra = self.settings.clusters(last - first) if self.centroids else 0
-        begin = last - (self.budget or 0) - extra
+    def attach(model: Any, cache: qm.MultipoleCache) -> Masked:
+        first, last = clustered(cache.get_seq_length(), settings)
+        begin = last - budget - (settings.clusters(last - first) if centroids else 0)
 
         def seen(query: Tensor, key: Tensor, scaling: float) -> Tensor:
             column = torch.arange(key.shape[2])
@@ -120,18 +85,14 @@ class Window:
 
         return Masked(model, seen)
 
+    return arm(name, settings, budget, attach)
 
-@dataclass(frozen=True)
-class Best:
+
+def best(name: str, budget: int, settings: qm.Multipole) -> Arm:
     """The keys of the largest attention, known by reading all of it: the limit of every selection without centroids."""
 
-    name: str
-    budget: int | None
-    settings: qm.Multipole
-
-    def attach(self, model: Any, cache: qm.MultipoleCache) -> AbstractContextManager[Any]:
-        """Attention behind a mask."""
-        first, last = clustered(cache.get_seq_length(), self.settings)
+    def attach(model: Any, cache: qm.MultipoleCache) -> Masked:
+        first, last = clustered(cache.get_seq_length(), settings)
 
         def seen(query: Tensor, key: Tensor, scaling: float) -> Tensor:
             heads, q, n = key.shape[1], query.shape[2], key.shape[2]
@@ -139,12 +100,14 @@ class Best:
             score = (grouped @ key.transpose(2, 3)).unflatten(2, (-1, q)) * scaling
             score = score.masked_fill(~causal(q, n), -torch.inf)
             share = score.softmax(-1).sum(2)[..., first:last]  # one choice for the query heads of a key's head
-            best = share.topk(min(self.budget or 0, last - first), -1).indices
+            largest = share.topk(min(budget, last - first), -1).indices
             chosen = torch.ones(*share.shape[:3], n, dtype=torch.bool)
-            chosen[..., first:last] = torch.zeros_like(share, dtype=torch.bool).scatter(-1, best, True)
+            chosen[..., first:last] = torch.zeros_like(share, dtype=torch.bool).scatter(-1, largest, True)
             return chosen.repeat_interleave(query.shape[1] // heads, 1)
 
         return Masked(model, seen)
+
+    return arm(name, settings, budget, attach)
 
 
 class Masked:
@@ -189,36 +152,36 @@ def clustered(tokens: int, settings: qm.Multipole) -> tuple[int, int]:
 def context_arms(budgets: tuple[int, ...] = BUDGETS) -> list[Arm]:
     """All that is compared on long contexts. Arms that share clusters stand together."""
     some = [budget for budget in budgets if budget]
-    arms: list[Arm] = [Dense()]
+    arms: list[Arm] = [dense()]
     for space in ("rotated", "windowed"):
         base = replace(USUAL, space=space)
         for budget in (*budgets, ALL):
-            arms.append(Clustered("multipole", replace(base, budget=budget)))
-            arms.append(Clustered("sparse", replace(base, budget=budget, replacement=False)))
-    arms += [Clustered("multipole", replace(USUAL, budget=budget, first=2)) for budget in some]
+            arms.append(clusters("multipole", replace(base, budget=budget)))
+            arms.append(clusters("sparse", replace(base, budget=budget, replacement=False)))
+    arms += [clusters("multipole", replace(USUAL, budget=budget, first=2)) for budget in some]
     wide = replace(USUAL, budget=WIDE, select="top_p")
-    arms += [Clustered("multipole", replace(wide, top_p=p)) for p in (0.8, 0.9, 0.95)]
-    arms += [Clustered("multipole", replace(USUAL, budget=budget, variance=True)) for budget in budgets]
+    arms += [clusters("multipole", replace(wide, top_p=p)) for p in (0.8, 0.9, 0.95)]
+    arms += [clusters("multipole", replace(USUAL, budget=budget, variance=True)) for budget in budgets]
     for ratio in (1 / 8, 1 / 32):
-        arms += [Clustered("multipole", replace(USUAL, budget=budget, ratio=ratio)) for budget in some]
+        arms += [clusters("multipole", replace(USUAL, budget=budget, ratio=ratio)) for budget in some]
     two = replace(USUAL, ratio=1 / 8, coarse=1 / 64)
-    arms += [Clustered("multipole", replace(two, budget=budget)) for budget in some]
-    arms += [Labelled("runs of keys", replace(USUAL, budget=budget)) for budget in budgets]
-    arms += [Labelled("random clusters", replace(USUAL, budget=budget), "random") for budget in budgets]
-    arms += [Window("window", budget, USUAL) for budget in budgets]
-    arms += [Window("window of as many bytes", budget, USUAL, centroids=True) for budget in budgets]
-    arms += [Best("best keys", budget, USUAL) for budget in budgets]
+    arms += [clusters("multipole", replace(two, budget=budget)) for budget in some]
+    arms += [labelled("runs of keys", replace(USUAL, budget=budget)) for budget in budgets]
+    arms += [labelled("random clusters", replace(USUAL, budget=budget), "random") for budget in budgets]
+    arms += [window("window", budget, USUAL) for budget in budgets]
+    arms += [window("window of as many bytes", budget, USUAL, centroids=True) for budget in budgets]
+    arms += [best("best keys", budget, USUAL) for budget in budgets]
     return arms
 
 
 def retrieval_arms(budgets: tuple[int, ...] = BUDGETS) -> list[Arm]:
     """What is compared where the context holds something that is needed again."""
-    arms: list[Arm] = [Dense()]
+    arms: list[Arm] = [dense()]
     for space in ("rotated", "windowed"):
         for budget in budgets:
             base = replace(USUAL, space=space, budget=budget)
-            arms += [Clustered("multipole", base), Clustered("sparse", replace(base, replacement=False))]
-    arms += [Labelled("runs of keys", replace(USUAL, budget=budget)) for budget in budgets]
-    arms += [Window("window", budget, USUAL) for budget in budgets]
-    arms += [Best("best keys", budget, USUAL) for budget in budgets]
+            arms += [clusters("multipole", base), clusters("sparse", replace(base, replacement=False))]
+    arms += [labelled("runs of keys", replace(USUAL, budget=budget)) for budget in budgets]
+    arms += [window("window", budget, USUAL) for budget in budgets]
+    arms += [best("best keys", budget, USUAL) for budget in budgets]
     return arms

@@ -30,6 +30,7 @@ from transformers import DynamicCache
 import quickmerge as qm
 from quickmerge.bench.environment import environment
 from quickmerge.bench.harness import interleave, now
+from quickmerge.bench.stats import spread
 from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.summary import cache_bytes
@@ -139,12 +140,12 @@ def measure(model: Any, ids: Tensor, args: argparse.Namespace, advance: Any) -> 
     rows = []
     for way in ways:
         shares = [(a + u) / s for a, u, s in zip(way.attention, way.update, way.seconds, strict=True)]
-        low, middle, high = statistics.quantiles([a / b for a, b in zip(ways[0].seconds, way.seconds, strict=True)])
+        gain = [a / b for a, b in zip(ways[0].seconds, way.seconds, strict=True)]
         inside = [a / b for a, b in zip(ways[1].seconds, way.seconds, strict=True)]
         rows.append({
             "tokens": ids.shape[1], "new": args.new, "name": way.name,
             "tokens_per_second": args.new / statistics.median(way.seconds),
-            "speedup": middle, "speedup_low": low, "speedup_high": high, "speedup_in_place": statistics.median(inside),
+            **spread("speedup", gain), "speedup_in_place": statistics.median(inside),
             "attention_share": statistics.median(shares),
             "attention_seconds_per_step": statistics.median(way.attention) / args.new,
             "update_seconds_per_step": statistics.median(way.update) / args.new,

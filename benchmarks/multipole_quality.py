@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from multipole_arms import ALL, USUAL, Arm, Clustered, Dense, context_arms, retrieval_arms
+from multipole_arms import ALL, USUAL, context_arms, dense, retrieval_arms
 from multipole_steps import generation_arms
 from multipole_texts import Copied, Piece, copied, pieces, written
 from notes import Notes
@@ -33,12 +33,14 @@ from torch.nn.functional import cross_entropy
 
 import quickmerge as qm
 from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import Arm
 from quickmerge.bench.table import Column, Table, number, text
 from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.errors import QuickmergeError
 from quickmerge.models import cache_folder
 from quickmerge.models.compat import cache_argument
 from quickmerge.models.identity import model_hash
+from quickmerge.multipole.run import MultipoleRun
 
 HERE = Path(__file__).parent
 PARTS = ("context", "retrieval", "generation")
@@ -59,9 +61,9 @@ def filled(model: Any, ids: Tensor) -> tuple[qm.MultipoleCache, Tensor]:
 
 def read(model: Any, cache: qm.MultipoleCache, inputs: Tensor, arm: Arm) -> tuple[Tensor, float | None]:
     """Logits ``(q, V)`` after each of ``inputs (1, q)``, and clustered keys read exactly where that is counted."""
-    with torch.inference_mode(), arm.attach(model, cache) as run:
+    with torch.inference_mode(), arm.context(model, cache) as run:
         logits: Tensor = model(inputs, **cache_argument(model, cache), use_cache=True).logits[0].float()
-    return logits, run.summary().kept if isinstance(arm, Clustered) else None
+    return logits, run.summary().kept if isinstance(run, MultipoleRun) else None
 
 
 def compared(model: Any, cache: qm.MultipoleCache, inputs: Tensor, wanted: Tensor, arms: Sequence[Arm]) -> list[Record]:
@@ -80,10 +82,14 @@ def compared(model: Any, cache: qm.MultipoleCache, inputs: Tensor, wanted: Tenso
 def told(arm: Arm) -> Record:
     """The arm in the results: its name, its budget, and the settings that are not the usual ones."""
     usual = asdict(USUAL)
-    own = {k: v for k, v in asdict(arm.settings).items() if v != usual[k] and k not in ("budget", "replacement")}
+    own = {
+        k: v
+        for k, v in asdict(arm.settings["multipole"]).items()
+        if v != usual[k] and k not in ("budget", "replacement")
+    }
     if "select" in own:
-        own["top_p"] = arm.settings.top_p
-    return {"name": arm.name, "budget": arm.budget, "settings": own}
+        own["top_p"] = arm.settings["multipole"].top_p
+    return {"name": arm.name, "budget": arm.settings["budget"], "settings": own}
 
 
 def scores(logits: Tensor, own: Tensor, wanted: Tensor) -> Record:
@@ -114,7 +120,7 @@ def retrieval_records(model: Any, copy: Copied, arms: Sequence[Arm]) -> list[Rec
     """A span's second copy without its first token; beside it, by full attention, a span that was never there."""
     cache, _ = filled(model, copy.context)
     found = compared(model, cache, copy.span[:, :-1], copy.span[0, 1:], arms)
-    unseen = compared(model, cache, copy.other[:, :-1], copy.other[0, 1:], [Dense("dense, another span")])
+    unseen = compared(model, cache, copy.other[:, :-1], copy.other[0, 1:], [dense("dense, another span")])
     return [{**record, "length": copy.filler, "kind": copy.kind} for record in found + unseen]
 
 
@@ -132,7 +138,7 @@ def generation_records(model: Any, piece: Piece, args: argparse.Namespace) -> li
         cache, after = filled(model, prompt)
         logits, buffers = [after[None]], []
         for inputs in text[:, :-1].split(USUAL.interval, 1):
-            prepare(cache, arm.settings)
+            prepare(cache, arm.settings["multipole"])
             logits.append(read(model, cache, inputs, arm)[0])
             clusters = cache.layers[0].clusters
             buffers.append(cache.get_seq_length() - (int(clusters.end[0]) if clusters is not None else 0))

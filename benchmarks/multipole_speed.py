@@ -29,6 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import quickmerge as qm
 from quickmerge.bench.environment import environment
 from quickmerge.bench.harness import interleave, seconds_of
+from quickmerge.bench.stats import quartiles, spread
 from quickmerge.console.options import progress, write_json
 from quickmerge.multipole.attend import attend_and_count
 from quickmerge.multipole.clustering import cluster, extend
@@ -164,17 +165,11 @@ DENSE = {"sdpa": sdpa, "sdpa, grouped": sdpa_grouped, "matmul, grouped": matmul_
 """Ways to the same dense attention of one query."""
 
 
-def quartiles(times: list[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    return statistics.quantiles(times, n=4)
-
-
 def ratios(dense: list[float], multipole: list[float], update: float) -> dict[str, float]:
     """Dense over multipole round by round: the attention alone, and with an even share of the updates."""
-    low, middle, high = quartiles([a / b for a, b in zip(dense, multipole, strict=True)])
-    whole = quartiles([a / (b + update) for a, b in zip(dense, multipole, strict=True)])
-    return {"speedup": middle, "speedup_low": low, "speedup_high": high, "speedup_with_updates": whole[1],
-            "speedup_with_updates_low": whole[0], "speedup_with_updates_high": whole[2]}  # fmt: skip
+    alone = [a / b for a, b in zip(dense, multipole, strict=True)]
+    whole = [a / (b + update) for a, b in zip(dense, multipole, strict=True)]
+    return spread("speedup", alone) | spread("speedup_with_updates", whole)
 
 
 def limit(

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from multipole_arms import USUAL, Arm, Clustered, Dense, clustered
+from multipole_arms import USUAL, clustered, clusters, dense
 
 import quickmerge as qm
+from quickmerge.bench.harness import Arm
 from quickmerge.multipole import Clusters
 
 Prepare = Callable[[qm.MultipoleCache, qm.Multipole], None]
@@ -17,9 +18,9 @@ Prepare = Callable[[qm.MultipoleCache, qm.Multipole], None]
 
 def generation_arms(budgets: Sequence[int]) -> Iterator[tuple[str, Arm, Prepare]]:
     """Name, attention, and what is done to the cache in front of every step."""
-    yield "dense", Dense(), leave
+    yield "dense", dense(), leave
     for budget in budgets:
-        usual, stale = (Clustered("", replace(USUAL, budget=budget, update=update)) for update in (True, False))
+        usual, stale = (clusters("", replace(USUAL, budget=budget, update=update)) for update in (True, False))
         yield "updated", usual, leave
         yield "clustered anew", usual, forget
         yield "joined to old clusters", stale, join_old

@@ -12,7 +12,6 @@ for all. Times are of this process's CPU, so that other work on the machine does
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from quickmerge.bench.environment import environment
 from quickmerge.bench.harness import interleave
+from quickmerge.bench.stats import quartiles
 from quickmerge.console.options import progress, write_json
 from quickmerge.transplant.omp import Sparse, combine, fast_bfloat16, omp
 
@@ -142,7 +142,7 @@ def _whole(parts: list[Sparse]) -> Sparse:
 
 def speedup(plain: list[float], other: list[float]) -> dict[str, float]:
     """The ratio of all, and the quartiles over blocks."""
-    low, _, high = statistics.quantiles([a / b for a, b in zip(plain, other, strict=True)], n=4)
+    low, _, high = quartiles([a / b for a, b in zip(plain, other, strict=True)])
     return {"ratio": sum(plain) / sum(other), "low": low, "high": high}
 
 

@@ -12,7 +12,7 @@ import argparse
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import tables
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from quickmerge.bench.environment import environment
 from quickmerge.bench.harness import Arm, interleave
+from quickmerge.bench.stats import quartiles
 from quickmerge.console.options import quiet, write_json
 from quickmerge.data import demo_document
 from quickmerge.merge.attach import reduce
@@ -62,7 +63,7 @@ def main() -> None:
             own = [stats.reducer_seconds for stats in found[1]]
             ratios = [a / b for a, b in zip(full, reduced, strict=True)]
             allowed = plan_cost(shape, reducer, schedule, tokens).speedup
-            low, _, high = quantiles(ratios, n=4)
+            low, _, high = quartiles(ratios)
             rows.append({
                 "tokens": tokens, "keep": keep, "layer": schedule.layers[0], "rounds": args.rounds,
                 "full_seconds": median(full), "reduced_seconds": median(reduced),

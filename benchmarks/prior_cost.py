@@ -13,7 +13,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 from prefill_speed import read
 from rich.progress import track
@@ -21,6 +21,7 @@ from rich.progress import track
 import quickmerge as qm
 from quickmerge.bench.environment import environment
 from quickmerge.bench.harness import Arm, interleave
+from quickmerge.bench.stats import quartiles
 from quickmerge.console.options import quiet
 from quickmerge.data import demo_document, shipped_prior
 from quickmerge.merge.bench.cost import model_shape
@@ -65,7 +66,7 @@ def main() -> int:
             share = [e / s for e, s in zip(extra, saved, strict=True)]
             more = shape.reducer_flops(learnt, counts) - shape.reducer_flops(plain, counts)
             less = shape.prefill_flops([counts[0]] * len(counts)) - shape.prefill_flops(counts)
-            low, _, high = quantiles(share, n=4)
+            low, _, high = quartiles(share)
             rows.append({
                 "tokens": tokens, "keep": keep, "rounds": args.rounds,
                 **{f"{name}_seconds": median(times) for name, times in seconds.items()},

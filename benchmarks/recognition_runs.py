@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quickmerge.bench.harness import interleave, now, seconds_of
+from quickmerge.bench.stats import quartiles
 from quickmerge.console.options import write_json
 from quickmerge.errors import QuickmergeError
 from quickmerge.recognition import Guess, Prefix, Recognizer, decode
@@ -130,7 +131,7 @@ def measure_times(recognizer: Recognizer, features: Tensor, count: int) -> dict[
     seconds = dict(zip(TIMED, interleave(list(TIMED), shown, timed, warm_up=timed), strict=True))
     out = {}
     for way, each in seconds.items():
-        low, middle, high = statistics.quantiles(each, n=4)
+        low, middle, high = quartiles(each)
         ratio = statistics.median(one / other for one, other in zip(each, seconds["one-shot"], strict=True))
         out[way] = {"seconds": middle, "low": low, "high": high, "ratio": ratio}
     return out

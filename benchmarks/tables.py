@@ -23,7 +23,7 @@ from multipole_tables import MULTIPOLE
 from transplant_tables import TRANSPLANT
 from trust_tables import TRUST
 
-from quickmerge.bench.quality import bootstrap
+from quickmerge.bench.stats import ratio_interval
 from quickmerge.bench.table import Cell, Column, Table, interval, number, plus_minus, text, unless
 
 HERE = Path(__file__).parent
@@ -106,7 +106,7 @@ def paired() -> Table:
             gain = np.array([found[r["document"], rival, keep]["nll"] - r["nll"] for r in mine])
             worth = np.array([r["nll_none"] - r["nll_full"] for r in mine])
             row[f"{kind}"] = gain.sum() / worth.sum()
-            row[f"{kind}_low"], row[f"{kind}_high"] = bootstrap(gain, worth, resamples=2000, seed=0)
+            row[f"{kind}_low"], row[f"{kind}_high"] = ratio_interval(gain, worth)
         rows.append(row)
     columns = [Column(kind or "all", interval(f"{kind}", "+.3f")) for kind in kinds]
     return Table([KEEP, Column("best baseline", text("rival")), *columns], rows)
@@ -179,7 +179,7 @@ def prior_recovery() -> Table:
         plain = [found[d, "quickmerge", r["keep"]] for d in documents]
         gain = np.array([p["nll"] - found[p["document"], r["reducer"], r["keep"]]["nll"] for p in plain])
         lost = np.array([p["nll"] - p["nll_full"] for p in plain])
-        low, high = bootstrap(gain, lost, resamples=2000, seed=0)
+        low, high = ratio_interval(gain, lost)
         return f"{100 * gain.sum() / lost.sum():.0f} % ({100 * low:.0f} to {100 * high:.0f})"
 
     columns = [

@@ -36,7 +36,7 @@ from transplant_texts import corpus, passages
 
 import quickmerge as qm
 from quickmerge.bench.environment import environment
-from quickmerge.bench.quality import bootstrap
+from quickmerge.bench.stats import ratio_interval
 from quickmerge.console.options import one_sentence, progress, quiet, write_json
 from quickmerge.errors import QuickmergeError
 from quickmerge.models import cache_folder
@@ -385,7 +385,7 @@ def told(kind: str, own: Sequence[Row]) -> Row:
     """Sums over passages, and the interval of bits per byte over passages drawn anew."""
     total = {key: sum(one[key] for one in own) for key in own[0]}
     bits, size = (np.array([one[key] for one in own], float) for key in ("bits", "bytes"))
-    low, high = bootstrap(bits, size, resamples=RESAMPLES, seed=0)
+    low, high = ratio_interval(bits, size, resamples=RESAMPLES)
     old = total["tokens"] - total["new_tokens"]
     return {
         "kind": kind, "bits_per_byte": total["bits"] / total["bytes"], "bits_per_byte_low": low,
@@ -400,7 +400,7 @@ def gap(own: Sequence[Row], other: Sequence[Row]) -> tuple[float, float, float]:
     """Bits per byte more than another method's on the same passages, and the interval of that."""
     more = np.array([one["bits"] - two["bits"] for one, two in zip(own, other, strict=True)])
     size = np.array([one["bytes"] for one in own], float)
-    return float(more.sum() / size.sum()), *bootstrap(more, size, resamples=RESAMPLES, seed=0)
+    return float(more.sum() / size.sum()), *ratio_interval(more, size, resamples=RESAMPLES)
 
 
 def rival(name: str, kind: str, chosen: Mapping[str, Row], own: Mapping[str, list[Row]]) -> Row:

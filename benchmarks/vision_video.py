@@ -21,11 +21,11 @@ from torch import Tensor
 
 import quickmerge as qm
 from quickmerge.bench.environment import environment
+from quickmerge.bench.stats import mean_interval
 from quickmerge.console.options import quiet, write_json
 from quickmerge.datasets import VideoClips
 from quickmerge.datasets.images import evenly
 from quickmerge.datasets.labelled import PixelFormat
-from quickmerge.merge.bench.vision import mean_interval
 from quickmerge.merge.reducers.pooling import GridMerge
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.vision.vit import encode_frames

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import quickmerge as qm
+from quickmerge.bench.harness import Arm
 from quickmerge.errors import QuickmergeError
 
 WORDS = 60
@@ -72,7 +73,7 @@ def start(documents, model, tokenizer, tmp_path, monkeypatch) -> Callable[..., i
     return start
 
 
-def read(model: Any, cache: qm.MultipoleCache, inputs: Tensor, arm: arms.Arm) -> Tensor:
+def read(model: Any, cache: qm.MultipoleCache, inputs: Tensor, arm: Arm) -> Tensor:
     logits = script.read(model, cache, inputs, arm)[0]
     cache.crop(-inputs.shape[1])
     return logits
@@ -123,34 +124,34 @@ def test_arms_meet_where_they_must(model) -> None:
     ids = torch.randint(2, WORDS, (1, 700), generator=torch.Generator().manual_seed(2))
     cache, _ = script.filled(model, ids[:, :670])
     inputs, usual = ids[:, 670:], qm.Multipole()
-    own = read(model, cache, inputs, arms.Dense())
+    own = read(model, cache, inputs, arms.dense())
     assert torch.allclose(own, model(ids).logits[0, 670:].detach(), atol=1e-4)
     first, last = arms.clustered(670, usual)
     assert (first, last) == (10, 10 + 4 * 128)
     every = [
-        arms.Clustered("", replace(usual, budget=arms.ALL)),
-        arms.Clustered("", replace(usual, budget=arms.ALL, space="windowed", replacement=False)),
-        arms.Labelled("", replace(usual, budget=arms.ALL)),
-        arms.Window("", last - first, usual),
-        arms.Best("", last - first, usual),
+        arms.clusters("", replace(usual, budget=arms.ALL)),
+        arms.clusters("", replace(usual, budget=arms.ALL, space="windowed", replacement=False)),
+        arms.labelled("", replace(usual, budget=arms.ALL)),
+        arms.window("", last - first, usual),
+        arms.best("", last - first, usual),
     ]
     for arm in every:
         assert torch.allclose(read(model, cache, inputs, arm), own, atol=2e-4)
     none = replace(usual, budget=0, replacement=False)
     nothing = [
-        read(model, cache, inputs, arms.Window("", 0, usual)),
-        read(model, cache, inputs, arms.Best("", 0, usual)),
+        read(model, cache, inputs, arms.window("", 0, usual)),
+        read(model, cache, inputs, arms.best("", 0, usual)),
     ]
     nothing += [
-        read(model, cache, inputs, arms.Clustered("", none)),
-        read(model, cache, inputs, arms.Labelled("", none)),
+        read(model, cache, inputs, arms.clusters("", none)),
+        read(model, cache, inputs, arms.labelled("", none)),
     ]
     assert not torch.allclose(nothing[0], own, atol=0.1)
     for one in nothing[1:]:
         assert torch.allclose(one, nothing[0], atol=2e-4)
     # and the cache is as it was
     assert cache.get_seq_length() == 670
-    assert torch.equal(read(model, cache, inputs, arms.Dense()), own)
+    assert torch.equal(read(model, cache, inputs, arms.dense()), own)
 
 
 def test_a_window_reads_as_many_bytes(model) -> None:
@@ -159,7 +160,7 @@ def test_a_window_reads_as_many_bytes(model) -> None:
     key = torch.zeros(1, 2, 404, 8)
     first, last = arms.clustered(400, usual)
     seen = [
-        arms.Window("", 16, usual, centroids).attach(model, cache).seen(key, key, 1.0) for centroids in (False, True)
+        arms.window("", 16, usual, centroids).attach(model, cache).seen(key, key, 1.0) for centroids in (False, True)
     ]
     clusters = usual.clusters(last - first)
     assert [int(s[first:last].sum()) for s in seen] == [16, 16 + clusters]
@@ -172,7 +173,7 @@ def test_the_best_keys_are_those_of_a_literal_search(model) -> None:
     rng = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 4, 5, 8, generator=rng), torch.randn(1, 2, 65, 8, generator=rng)
     first, last = arms.clustered(60, usual)
-    seen = arms.Best("", 4, usual).attach(model, cache).seen(query, key, 0.7)
+    seen = arms.best("", 4, usual).attach(model, cache).seen(query, key, 0.7)
     for head in range(2):
         for q in range(5):
             share = torch.zeros(65, dtype=torch.float64)
@@ -189,7 +190,7 @@ def test_the_best_keys_are_those_of_a_literal_search(model) -> None:
 def test_runs_of_keys_are_runs(model) -> None:
     usual = qm.Multipole(budget=16)
     cache, _ = script.filled(model, torch.randint(2, WORDS, (1, 400)))
-    arms.Labelled("", usual).attach(model, cache)
+    arms.labelled("", usual).attach(model, cache)
     clusters = cache.layers[1].clusters
     labels = clusters.labels[0, 0]
     assert (labels.diff() >= 0).all() and set(clusters.members.flatten().tolist()) == {16}
@@ -229,7 +230,7 @@ def test_reading_in_steps_shows_each_token_what_generating_it_would(model) -> No
     ids = torch.randint(2, WORDS, (1, usual.sink + 2 * 128 + 200), generator=torch.Generator().manual_seed(4))
     prompt, text = ids[:, : usual.sink + 2 * 128], ids[:, usual.sink + 2 * 128 :]
     cache, _ = script.filled(model, prompt)
-    at_once = [script.read(model, cache, part, arms.Clustered("", usual))[0] for part in text.split(128, 1)]
+    at_once = [script.read(model, cache, part, arms.clusters("", usual))[0] for part in text.split(128, 1)]
     cache, _ = script.filled(model, prompt)
     with torch.inference_mode(), qm.multipole(model, usual) as run:
         alone = [model(token, **past(cache), use_cache=True).logits[0] for token in text.split(1, 1)]
@@ -242,7 +243,7 @@ def test_tokens_join_the_nearest_old_cluster(model) -> None:
     settings = qm.Multipole(budget=16, update=False)
     ids = torch.randint(2, WORDS, (1, 10 + 4 * 128), generator=torch.Generator().manual_seed(6))
     cache, _ = script.filled(model, ids[:, : 10 + 2 * 128])
-    script.read(model, cache, ids[:, 10 + 2 * 128 :][:, :128], arms.Clustered("", settings))
+    script.read(model, cache, ids[:, 10 + 2 * 128 :][:, :128], arms.clusters("", settings))
     old = [layer.clusters for layer in cache.layers]
     steps.join_old(cache, settings)
     for layer, before in zip(cache.layers, old, strict=True):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from quickmerge.bench.stats import ratio_interval
 from quickmerge.datasets.text import Document
 from quickmerge.errors import QuickmergeError
 from quickmerge.models.compat import cache_argument
@@ -154,21 +155,10 @@ def recovery(
     if worth.sum() <= 0:
         raise ValueError("full context must predict the continuation better than none, got a gain of "
                          f"{worth.sum():.3f} nats over {len(worth)} documents")  # fmt: skip
-    low, high = bootstrap(gain, worth, resamples=resamples, seed=seed)
+    low, high = ratio_interval(gain, worth, resamples=resamples, seed=seed)
     return Recovery(
         float(gain.sum() / worth.sum()), low, high, float(reduced.mean()), float(whole.mean()), float(bare.mean())
     )
-
-
-def bootstrap(
-    top: np.ndarray[Any, Any], bottom: np.ndarray[Any, Any], *, resamples: int, seed: int
-) -> tuple[float, float]:
-    """95 % percentile interval of ``sum(top) / sum(bottom)`` over documents drawn with replacement."""
-    draw = np.random.default_rng(seed).integers(0, len(top), (resamples, len(top)))
-    below = bottom[draw].sum(1)
-    ratio = top[draw].sum(1)[below > 0] / below[below > 0]
-    low, high = np.percentile(ratio, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def check_fits(model: Any, what: str, ids: Tensor, max_new_tokens: int) -> None:

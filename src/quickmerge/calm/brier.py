@@ -30,7 +30,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quickmerge.errors import QuickmergeError, whole_number
+from quickmerge.bench.stats import bootstrap
+from quickmerge.errors import QuickmergeError
 
 __all__ = [
     "GRAMS",
@@ -212,13 +213,17 @@ def brier_score(
     """
     table = _checked(terms)
     sums, counts = _by_group(table, groups)
-    drawn = _resampled(sums, counts, resamples, seed)
+
+    def score(*drawn: NDArray[Any], axis: int) -> NDArray[Any]:
+        means = _means(drawn, axis)
+        both: NDArray[Any] = np.stack([_of_means(means), *means])
+        return both
+
+    lows, highs = (ends.tolist() for ends in bootstrap(score, *sums.T, counts, resamples=resamples, seed=seed))
     means = table.mean(0)
-    low, high = np.percentile(_of_means(drawn), [2.5, 97.5])
-    terms_low, terms_high = np.percentile(drawn, [2.5, 97.5], axis=0)
     return BrierScore(
-        float(_of_means(means)), float(low), float(high), tuple(means.tolist()), tuple(terms_low.tolist()),
-        tuple(terms_high.tolist()), len(table), len(counts),
+        float(_of_means(means)), lows[0], highs[0], tuple(means.tolist()), tuple(lows[1:]), tuple(highs[1:]),
+        len(table), len(counts),
     )  # fmt: skip
 
 
@@ -234,8 +239,15 @@ def brier_gap(
     tables = [_checked(first), _checked(second)]
     if len(tables[0]) != len(tables[1]):
         raise ValueError(f"terms must be of the same positions, got {len(tables[0])} and {len(tables[1])}")
-    drawn = [_of_means(_resampled(*_by_group(table, groups), resamples, seed)) for table in tables]
-    low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
+    (mine, counts), (other, _) = (_by_group(table, groups) for table in tables)
+
+    def gap(*drawn: NDArray[Any], axis: int) -> NDArray[Any]:
+        *sums, count = drawn
+        first, second = (_of_means(_means((*half, count), axis)) for half in (sums[:GRAMS], sums[GRAMS:]))
+        difference: NDArray[Any] = first - second
+        return difference
+
+    low, high = bootstrap(gap, *mine.T, *other.T, counts, resamples=resamples, seed=seed)
     value = _of_means(tables[0].mean(0)) - _of_means(tables[1].mean(0))
     return BrierGap(float(value), float(low), float(high))
 
@@ -252,7 +264,7 @@ def _blocks(samples: Tensor) -> Sequence[Tensor]:
 
 def _of_means(means: NDArray[Any]) -> NDArray[Any]:
     # Each by itself: the product of two negative means is positive.
-    product: NDArray[Any] = np.maximum(means, 0).prod(-1)
+    product: NDArray[Any] = np.maximum(means, 0).prod(0)
     return 100 * product ** (1 / GRAMS)
 
 
@@ -278,12 +290,8 @@ def _by_group(table: NDArray[Any], groups: Sequence[int] | Tensor | None) -> tup
     return sums, np.bincount(which).astype(np.float64)
 
 
-def _resampled(sums: NDArray[Any], counts: NDArray[Any], resamples: int, seed: int) -> NDArray[Any]:
-    """Means ``(resamples, 4)`` over groups that are drawn with replacement."""
-    resamples = whole_number("resamples", resamples)
-    random = np.random.default_rng(seed)
-    out = []
-    for start in range(0, resamples, block := max(1, AT_ONCE // (8 * len(counts)))):
-        draw = random.integers(0, len(counts), (min(block, resamples - start), len(counts)))
-        out.append(sums[draw].sum(1) / counts[draw].sum(1)[:, None])
-    return np.concatenate(out)
+def _means(drawn: Sequence[NDArray[Any]], axis: int) -> NDArray[Any]:
+    """``(4, ...)`` means of groups that were drawn: four sums of each, and its number of terms."""
+    *sums, counts = drawn
+    means: NDArray[Any] = np.stack([each.sum(axis) for each in sums]) / counts.sum(axis)
+    return means

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from quickmerge.bench.harness import Arm, interleave, now
+from quickmerge.bench.stats import spread
 from quickmerge.calm import temperature as sharper
 from quickmerge.calm.evaluate import BrierText, is_calm
 from quickmerge.calm.temperature import Drawn, exact, expected_draws, split_inverse
@@ -263,8 +263,7 @@ def speed_rows(records: Sequence[Row], against: str | None = None) -> list[Row]:
         row: Row = {"method": method, "batch": batch, "against": other, "rounds": len(pace)}
         ratios = [pace[turn] / own[turn] for turn in pace]
         for name, values in (("per_second", list(pace.values())), ("speedup", ratios)):
-            low, _, high = quantiles(values, n=4) if len(values) > 1 else values * 3
-            row |= {name: median(values), f"{name}_low": low, f"{name}_high": high}
+            row |= spread(name, values)
         rows.append(row)
     return rows
 

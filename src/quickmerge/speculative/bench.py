@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from quickmerge.bench.harness import Arm, Result, interleave, now
-from quickmerge.bench.quality import bootstrap, check_fits, check_room
+from quickmerge.bench.quality import check_fits, check_room
+from quickmerge.bench.stats import bootstrap, ratio_interval, spread
 from quickmerge.datasets.prompts import Prompt
 from quickmerge.errors import QuickmergeError
 from quickmerge.models.chat import document_chat
@@ -322,11 +323,10 @@ def draft_rows(records: Sequence[Row]) -> list[Row]:
             r["prompt"]: r for r in records if (r["temperature"], r["method"]) == (temperature, PLAIN.name)
         }  # fmt: skip
         gain = [_pace(r) / _pace(own[r["prompt"]]) for r in mine]
-        low, middle, high = quantiles(gain, n=4) if len(gain) > 1 else gain * 3
         row: Row = {
             "temperature": temperature, "method": method, "tree": mine[0]["tree"], "prompts": len(mine),
             "tokens": sum(r["tokens"] for r in mine), "passes": sum(r["passes"] for r in mine), **_per_pass(mine),
-            "speedup": middle, "speedup_low": low, "speedup_high": high,
+            **spread("speedup", gain),
             "per_second": sum(r["tokens"] for r in mine) / sum(r["seconds"] for r in mine),
             "same": sum(r["same"] for r in mine) if temperature == 0 else None,
             "kinds": {
@@ -371,16 +371,17 @@ def paired_row(records: Sequence[Row], first: str, other: str, temperature: floa
     tokens, passes = (
         np.array([[found[n][key] - 1 for n in shared] for found in pair], float) for key in ("tokens", "passes")
     )
-    draw = np.random.default_rng(0).integers(0, len(shared), (2000, len(shared)))
-    drawn = tokens[:, draw].sum(-1) / np.maximum(1, passes[:, draw].sum(-1))
-    mean = tokens.sum(-1) / np.maximum(1, passes.sum(-1))
-    low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
+
+    def gain(*counts: Any, axis: int) -> Any:
+        first, other, passes_first, passes_other = (count.sum(axis) for count in counts)
+        return first / np.maximum(1, passes_first) - other / np.maximum(1, passes_other)
+
+    low, high = bootstrap(gain, *tokens, *passes)
     pace = [_pace(pair[0][n]) / _pace(pair[1][n]) for n in shared]
-    quarter, middle, upper = quantiles(pace, n=4) if len(pace) > 1 else pace * 3
     return {
         "temperature": temperature, "method": first, "other": other, "prompts": len(shared),
-        "gain": float(mean[0] - mean[1]), "gain_low": float(low), "gain_high": float(high),
-        "speedup": middle, "speedup_low": quarter, "speedup_high": upper,
+        "gain": float(gain(*tokens, *passes, axis=-1)), "gain_low": float(low), "gain_high": float(high),
+        **spread("speedup", pace),
         "faster": sum(p > 1 for p in pace) / len(pace),
     }  # fmt: skip
 
@@ -406,5 +407,5 @@ def _per_pass(records: Sequence[Row], *, interval: bool = True) -> Row:
         return {"per_pass": 1.0, "per_pass_low": 1.0, "per_pass_high": 1.0}
     found: Row = {"per_pass": float(tokens.sum() / passes.sum())}
     if interval:
-        found["per_pass_low"], found["per_pass_high"] = bootstrap(tokens, passes, resamples=2000, seed=0)
+        found["per_pass_low"], found["per_pass_high"] = ratio_interval(tokens, passes)
     return found

@@ -9,16 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from quickmerge.bench.harness import Arm, Result, interleave, seconds_of
-from quickmerge.bench.quality import bootstrap
+from quickmerge.bench.stats import mean_interval, spread
 from quickmerge.bench.table import Column, Table, half_width, interval, number, text
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.attach import reduce
@@ -285,11 +284,6 @@ def _row(records: Sequence[Row], arm: Arm) -> Row:
     return row
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 % bootstrap interval over images."""
-    return sum(values) / len(values), *bootstrap(np.array(values), np.ones(len(values)), resamples=2000, seed=0)
-
-
 def time_arms(
     model: Any, x: Tensor, methods: Sequence[Arm], rounds: int, advance: Callable[[str], None] = lambda _: None
 ) -> list[Row]:
@@ -313,11 +307,10 @@ def time_arms(
     rows = []
     for arm, seconds in zip(everything, spent, strict=True):
         gain = [a / b for a, b in zip(spent[0], seconds, strict=True)]
-        low, middle, high = quantiles(gain, n=4) if len(gain) > 1 else gain * 3
         rows.append({
             "method": arm.name, "asked": arm.keep, "rounds": rounds,
             "batch": len(x), "seconds": median(seconds), "images_per_second": len(x) / median(seconds),
-            "speedup": middle, "speedup_low": low, "speedup_high": high,
+            **spread("speedup", gain),
         })  # fmt: skip
     return rows
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from quickmerge.bench.harness import Arm, Result, interleave, seconds_of
-from quickmerge.bench.quality import bootstrap
+from quickmerge.bench.stats import ratio_interval, spread
 from quickmerge.bench.table import Column, Table, half_width, number, text, unless
 from quickmerge.datasets.annotated import Annotated
 from quickmerge.datasets.images import open_image
@@ -114,8 +113,7 @@ def answer_rows(records: Sequence[Row]) -> list[Row]:
             row[key] = sum(r[key] for r in mine) / len(mine)
         for name, values in (("exact", right), ("change", change)):
             row[name] = sum(values) / sum(count)
-            low, high = bootstrap(np.array(values, float), np.array(count, float), resamples=2000, seed=0)
-            row[f"{name}_low"], row[f"{name}_high"] = float(low), float(high)
+            row[f"{name}_low"], row[f"{name}_high"] = ratio_interval(values, count)
         row["kinds"] = {
             kind: {"questions": len(kinds[kind]), "exact": sum(kinds[kind]) / len(kinds[kind])}
             for kind in sorted(kinds)
@@ -159,8 +157,7 @@ def time_answers(
     for each in spent:
         row: Row = {key: median(one[key] for one in each) for key in each[0]}
         gain = [full["seconds"] / one["seconds"] for full, one in zip(spent[0], each, strict=True)]
-        low, middle, high = quantiles(gain, n=4) if len(gain) > 1 else gain * 3
-        rows.append({**row, "rounds": rounds, "speedup": middle, "speedup_low": low, "speedup_high": high})
+        rows.append({**row, "rounds": rounds, **spread("speedup", gain)})
     return rows
 
 
