@@ -16,17 +16,29 @@ import re
 import stat
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import yaml  # type: ignore[import-untyped]
 from safetensors import SafetensorError
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, door
 from quickmerge.staging import Stage, new_part, new_stage, stages, sweep, sync, sync_all
 
-__all__ = ["check_output", "follow", "read_text", "settle", "told", "write_bytes", "write_folder", "write_json"]
+__all__ = [
+    "check_output",
+    "follow",
+    "read_settings",
+    "read_text",
+    "settle",
+    "told",
+    "write_bytes",
+    "write_folder",
+    "write_json",
+]
 
 PATIENCE = 5.0
 """Seconds that a reader of a named pipe is waited for."""
@@ -81,6 +93,51 @@ def read_text(path: Path, *, first: int | None = None, most: int | None = None) 
     if "\0" in text:
         raise QuickmergeError(f"{path} must be text, got binary data (a zero byte at offset {text.index(chr(0))})")
     return text
+
+
+MOST_SETTINGS = 2**20
+"""Bytes of a file with settings: what is longer is something else."""
+
+
+class _Yaml(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML 1.2's words alone: ``no`` and ``off`` are words, and ``12:30`` is no number of base 60."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+for _kind_of, _pattern, _first in (
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", "[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+):
+    _Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_kind_of}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_Yaml.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))  # 010 is ten
+
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    ".yaml": lambda text: yaml.load(text, _Yaml),
+    ".yml": lambda text: yaml.load(text, _Yaml),
+    ".toml": tomllib.loads,
+    ".json": json.loads,
+}
+"""What reads settings, by the ending of a file."""
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Settings by name, from a YAML, TOML or JSON file.
+
+    Raises:
+        QuickmergeError: the file has another ending, can't be read or understood, or holds something else.
+    """
+    read = SETTINGS.get(path.suffix.lower())
+    if read is None:
+        raise QuickmergeError(f"{path} must be a .yaml, .toml or .json file")
+    text = read_text(path, most=MOST_SETTINGS)
+    with door(f"{path} can't be understood"):
+        given = read(text)
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise QuickmergeError(f"{path} must hold settings by name, got a {type(given).__name__}")
+    return given
 
 
 def check_output(*paths: Path | None) -> None:

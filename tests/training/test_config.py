@@ -41,10 +41,16 @@ def test_what_is_not_allowed_is_named(name: str, given: Any) -> None:
     assert repr(given[1] if given == (0.9, 1.0) else given) in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", [".toml", ".json"])
+TEXTS = {
+    ".toml": "steps = 7\nbetas = [0.8, 0.9]\n", ".json": '{"steps": 7, "betas": [0.8, 0.9]}',
+    ".yaml": "steps: 7\nbetas: [0.8, 0.9]\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".toml", ".json", ".yaml"])
 def test_a_file_gives_the_same_settings(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"settings{suffix}"
-    path.write_text({".toml": "steps = 7\nbetas = [0.8, 0.9]\n", ".json": '{"steps": 7, "betas": [0.8, 0.9]}'}[suffix])
+    path.write_text(TEXTS[suffix])
     assert TrainingConfig.from_file(path) == TrainingConfig(steps=7, betas=(0.8, 0.9))
 
 
@@ -64,7 +70,8 @@ def test_a_dict_goes_through_json_and_back() -> None:
         ("a.toml", "steps = ", "can't be understood"),
         ("a.json", "[1]", "got a list"),
         ("a.json", '{"steps": 0}', "steps must be a whole number of at least 1, got 0"),
-        ("a.yaml", "steps: 7", "must be a .toml or .json file"),
+        ("a.yaml", "steps: seven", "steps must be a whole number of at least 1, got 'seven'"),
+        ("a.ini", "steps: 7", "must be a .yaml, .toml or .json file"),
     ],
 )
 def test_a_bad_file_is_told_in_one_sentence(tmp_path: Path, name: str, text: str, told: str) -> None:

@@ -19,7 +19,7 @@ from quickmerge.calm.texts import CalmTexts
 from quickmerge.calm.train import CalmAutoencoderTexts, CalmText, DiscreteTexts, new_autoencoder, new_discrete
 from quickmerge.merge.prior import Prior, PriorConfig
 from quickmerge.merge.prior.train_patches import PriorPatches
-from quickmerge.training.config import Objective
+from quickmerge.training.objective import Objective
 
 
 def one_chunk(rows: int = 2) -> Tensor:

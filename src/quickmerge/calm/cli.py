@@ -19,7 +19,9 @@ from quickmerge.console.options import (
     check_output,
     load_writer,
     one_sentence,
+    parse_numbers,
     parse_question,
+    parse_wholes,
     progress,
     quiet,
     read_text,
@@ -72,7 +74,7 @@ def generate(
     model: Annotated[str, typer.Option("--model", help="A folder of train calm.")],
     file: Annotated[Path | None, typer.Argument(help="UTF-8 text that stands before the prompt.")] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest text.", rich_help_panel=WRITING)
+        int, typer.Option("--max-new-tokens", min=1, help="Longest text.", rich_help_panel=WRITING)
     ] = 128,
     temperature: Annotated[
         float | None,
@@ -172,16 +174,14 @@ def bench(
         str, typer.Option("--model", help="Folders of train calm, name=FOLDER too; models of the same tokenizer.")
     ],
     context: Annotated[int, typer.Option("--context", help="Tokens of a window.")] = 256,
-    limit: Annotated[
-        int, typer.Option("--limit", min=1, metavar="N", help="Places of the texts that are measured.")
-    ] = 2000,
-    samples: Annotated[int, typer.Option("--samples", min=2, metavar="N", help="Draws at each place.")] = 16,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Places of the texts that are measured.")] = 2000,
+    samples: Annotated[int, typer.Option("--samples", min=2, help="Draws at each place.")] = 16,
     batch: Annotated[str, typer.Option("--batch", help="Texts written at a time, with commas; '' for no times.")] = (
         "1,8,32"
     ),
-    rounds: Annotated[int, typer.Option("--rounds", min=2, metavar="N", help="How often the models take turns.")] = 5,
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="How often the models take turns.")] = 5,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=2, metavar="N", help="Of a text.", rich_help_panel=WRITING)
+        int, typer.Option("--max-new-tokens", min=2, help="Of a text.", rich_help_panel=WRITING)
     ] = 128,
     temperature: Annotated[
         str | None,
@@ -260,12 +260,10 @@ def parse_batches(text: str) -> list[int]:
     """``"1,8,32"`` as numbers; ``""`` for none, so that nothing is timed."""
     if not text.strip():
         return []
-    try:
-        batches = [int(part) for part in text.split(",")]
-    except ValueError:
-        batches = [0]
+    what = "whole numbers of at least 1 with commas (1,8,32)"
+    batches = parse_wholes("--batch", text, what)
     if min(batches) < 1:
-        raise QuickmergeError(f"--batch must be whole numbers of at least 1 with commas (1,8,32), got {text!r}")
+        raise QuickmergeError(f"--batch must be {what}, got {text!r}")
     return list(dict.fromkeys(batches))
 
 
@@ -275,10 +273,7 @@ def parse_temperatures(text: str | None) -> list[float]:
 
     if text is None:
         return []
-    try:
-        temperatures = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise QuickmergeError(f"--temperature must be numbers in (0, 1] with commas (0.5,0.7), got {text!r}") from None
+    temperatures = parse_numbers("--temperature", text, "numbers in (0, 1] with commas (0.5,0.7)")
     for temperature in temperatures:
         split_inverse(temperature)
     return temperatures

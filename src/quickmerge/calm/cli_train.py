@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quickmerge.console.options import load_model, one_sentence, progress, quiet, read_text
-from quickmerge.console.training import tell
+from quickmerge.console.training import OUT, Training, make_config, tell, trains
 from quickmerge.errors import QuickmergeError, near_match
+from quickmerge.files import read_settings
 from quickmerge.terminal import say
+from quickmerge.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from quickmerge.calm import CalmAutoencoder
     from quickmerge.calm.texts import CalmTexts
-    from quickmerge.training import TrainingConfig
 
 KIND = "quickmerge-calm-autoencoder"
 AE_CHUNKS = 16
@@ -45,19 +46,6 @@ def read_texts(paths: Sequence[Path], held_out: Sequence[Path], column: str | No
     if kind != "text":
         raise QuickmergeError(f"--data must name texts, got {kind}")
     return Texts(documents, [read_text(path) for path in held_out])
-
-
-def calm_config(config: Path | None, *, usual: Mapping[str, Any] | None = None, **options: Any) -> TrainingConfig:
-    """Settings from a file, if there is one, with the options that were given before it."""
-    from quickmerge.training import TrainingConfig
-
-    given = {name: value for name, value in options.items() if value is not None}
-    if config is not None:
-        return replace(TrainingConfig.from_file(config), **given)
-    steps = given.get("steps", STEPS)
-    standard = {"steps": steps, "batch": 16, "learning_rate": 1e-3, "warmup": min(50, steps), "final": 0.05,
-                "weight_decay": 0.1, "betas": (0.9, 0.95), "save_every": 200}  # fmt: skip
-    return TrainingConfig(**{**standard, **(usual or {}), **given})
 
 
 class Sources:
@@ -284,131 +272,114 @@ STAGES = ("both", "autoencoder", "model", "discrete")
 ENCODES = ("both", "autoencoder")  # stages in which an autoencoder is trained
 SPEAKS = ("both", "model")  # stages in which a CALM is
 READS = ("both", "model", "discrete")  # stages in which a backbone is
+SHARED = ("precision", "seed", "save_every", "max_minutes", "log_with")
+"""Options of the training that both stages have in common."""
 
-STEPS = 3000
 
-
+@trains(
+    steps=3000, batch=16, learning_rate=1e-3, warmup=50, final=0.05, weight_decay=0.1, betas=(0.9, 0.95), save_every=200
+)
 def calm(
-    data: Annotated[
-        list[Path], typer.Option("--data", help="Text files, folders of them, or a dataset on disk; several.")
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the model, its checkpoints and metrics.")],
+    data: Annotated[list[Path], typer.Option("--data", help="Texts, folders of them, or a dataset on disk.")],
+    out: OUT,
     stage: Annotated[
         str,
-        typer.Option(
-            "--stage",
-            help="autoencoder; model, on an autoencoder; both, into OUT/autoencoder and OUT; or discrete: an ordinary "
-            "language model on the same tokens, to compare with.",
-        ),
+        typer.Option("--stage", help="autoencoder, model, both, or discrete (ordinary)."),
     ] = "both",
     autoencoder: Annotated[
         Path | None,
-        typer.Option(
-            "--autoencoder",
-            help="model, discrete: folder of one, which gives the tokenizer and the chunks "
-            "too. Default of model: OUT/autoencoder.",
-        ),
+        typer.Option("--autoencoder", help="model, discrete: a folder. Default: OUT/autoencoder."),
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option("--tokenizer", help="A model's name or folder, or tokenizer.json. Default: smollm2-135m's."),
+        typer.Option("--tokenizer", help="A model or tokenizer.json. Default: smollm2-135m's."),
     ] = None,
     vocabulary: Annotated[
-        int | None, typer.Option("--vocabulary", help="Make a tokenizer of so many tokens of the texts instead.")
+        int | None, typer.Option("--vocabulary", help="Make a tokenizer of so many tokens instead.")
     ] = None,
     patch: Annotated[int | None, typer.Option("--patch", help="Tokens of a chunk, K. Default: 4.")] = None,
-    chunks: Annotated[int, typer.Option("--chunks", help="Chunks that the language model reads at once.")] = 64,
-    latent: Annotated[
-        int | None, typer.Option("--latent", help="Features of the vector of a chunk. Default: 128.")
-    ] = None,
+    chunks: Annotated[int, typer.Option("--chunks", help="Chunks that the language model reads.")] = 64,
+    latent: Annotated[int | None, typer.Option("--latent", help="Features of a vector. Default: 128.")] = None,
     ae_width: Annotated[
-        int | None, typer.Option("--ae-width", help="Features inside the autoencoder. Default: 512.")
+        int | None, typer.Option("--ae-width", help="Features inside the autoencoder. Default: 512.", hidden=True)
     ] = None,
     token_dropout: Annotated[
-        float | None, typer.Option("--token-dropout", help="Share of tokens hidden from the encoder. Default: 0.15.")
+        float | None,
+        typer.Option("--token-dropout", help="Share of tokens hidden from the encoder. Default: 0.15.", hidden=True),
     ] = None,
     latent_dropout: Annotated[
-        float | None, typer.Option("--latent-dropout", help="Share of the vector's features dropped. Default: 0.15.")
+        float | None,
+        typer.Option("--latent-dropout", help="Share of the vector's features dropped. Default: 0.15.", hidden=True),
     ] = None,
     kl_weight: Annotated[
-        float | None, typer.Option("--kl-weight", help="Price of what a vector says, per nat. Default: 0.001.")
+        float | None,
+        typer.Option("--kl-weight", help="Price of what a vector says, per nat. Default: 0.001.", hidden=True),
     ] = None,
     kl_floor: Annotated[
-        float | None, typer.Option("--kl-floor", help="Nats that are free in each feature. Default: 0.5.")
+        float | None, typer.Option("--kl-floor", help="Nats that are free in each feature. Default: 0.5.", hidden=True)
     ] = None,
     sampled: Annotated[
         int | None,
         typer.Option(
-            "--sampled",
-            min=0,
-            help="Compare with so many sampled tokens; 0: with all. Default: 8192 of a "
-            "vocabulary above 16384, else all.",
+            "--sampled", min=0, help="Tokens that each is compared with; 0: all. Default: 8192, or all.", hidden=True
         ),
     ] = None,
     embeddings: Annotated[
-        str | None, typer.Option("--embeddings", help="Begin from this model's token embeddings; same tokenizer.")
+        str | None,
+        typer.Option("--embeddings", help="Begin from this model's token embeddings; same tokenizer.", hidden=True),
     ] = None,
     ae_config: Annotated[
-        Path | None, typer.Option("--ae-config", help="both: training settings of the autoencoder, .toml or .json.")
+        Path | None, typer.Option("--ae-config", help="both: settings of the autoencoder's training, a file.")
     ] = None,
     ae_steps: Annotated[int | None, typer.Option("--ae-steps", help="both: the autoencoder's steps.")] = None,
-    ae_batch: Annotated[int | None, typer.Option("--ae-batch", help="both: its batch, of 16 chunks each.")] = None,
+    ae_batch: Annotated[
+        int | None, typer.Option("--ae-batch", help="both: its batch, of 16 chunks each.", hidden=True)
+    ] = None,
     ae_learning_rate: Annotated[
-        float | None, typer.Option("--ae-learning-rate", help="both: its learning rate.")
+        float | None, typer.Option("--ae-learning-rate", help="both: its learning rate.", hidden=True)
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option("--backbone", help="Model whose architecture is used, untrained. Default: a Llama.")
+        str | None, typer.Option("--backbone", help="Model whose architecture is used. Default: a Llama.")
     ] = None,
     layers: Annotated[int | None, typer.Option("--layers", help="Its blocks. Default: 4.")] = None,
     width: Annotated[int | None, typer.Option("--width", help="Its features. Default: 256.")] = None,
-    heads: Annotated[int | None, typer.Option("--heads", help="Its attention heads. Default: 4.")] = None,
-    head: Annotated[
-        str | None, typer.Option("--head", help="What draws the next vector: energy, flow or diffusion.")
-    ] = None,
+    heads: Annotated[int | None, typer.Option("--heads", help="Its attention heads. Default: 4.", hidden=True)] = None,
+    head: Annotated[str | None, typer.Option("--head", help="energy, flow or diffusion: draws vectors.")] = None,
     blocks: Annotated[
-        int | None, typer.Option("--blocks", help="Blocks of that head. Default: a quarter of the layers.")
+        int | None, typer.Option("--blocks", help="Blocks of that head. Default: a quarter of the layers.", hidden=True)
     ] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", help="Vectors drawn at each position in training. Default: 8.")
+        int | None,
+        typer.Option("--samples", help="Vectors drawn at each position in training. Default: 8.", hidden=True),
     ] = None,
     targets: Annotated[
-        int | None, typer.Option("--targets", help="Draws of the true vector they are held against. Default: 100.")
+        int | None,
+        typer.Option("--targets", help="Draws of the true vector they are held against. Default: 100.", hidden=True),
     ] = None,
-    alpha: Annotated[float | None, typer.Option("--alpha", help="Exponent of the energy score. Default: 1.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="Training settings, .toml or .json; options go before it.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help=f"Optimizer steps. Default: {STEPS}.")] = None,
-    batch: Annotated[int | None, typer.Option("--batch", help="Windows per step and process. Default: 16.")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="Default: 0.003 for the autoencoder, else 0.001.")
-    ] = None,
-    precision: Annotated[str | None, typer.Option("--precision", help="no, bf16 or fp16. Default: no.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Default: 0.")] = None,
-    save_every: Annotated[int | None, typer.Option("--save-every", help="Steps between checkpoints.")] = None,
-    max_minutes: Annotated[
-        float | None, typer.Option("--max-minutes", help="Stop each stage cleanly after so long.")
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", help="Exponent of the energy score. Default: 1.", hidden=True)
     ] = None,
     held_out: Annotated[
         list[Path] | None,
-        typer.Option("--held-out", help="Texts to measure the autoencoder on; training shares no passage with them."),
+        typer.Option("--held-out", help="Texts that training must share no passage with."),
     ] = None,
-    column: Annotated[str | None, typer.Option("--column", help="Column of a dataset on disk.")] = None,
+    column: Annotated[str | None, typer.Option("--column", help="Column of a dataset on disk.", hidden=True)] = None,
+    *,
+    training: Training,
 ) -> None:
     """Train a CALM: an autoencoder of chunks of tokens, and a language model on its vectors."""
     if stage not in STAGES:
         raise QuickmergeError(f"--stage must be one of {', '.join(STAGES)}, got {stage!r}{near_match(stage, STAGES)}")
     shape = {"latent": latent, "width": ae_width, "token_dropout": token_dropout, "latent_dropout": latent_dropout,
              "kl_weight": kl_weight, "kl_floor": kl_floor}  # fmt: skip
-    own: dict[str, Any] = {"config": ae_config, "steps": ae_steps, "batch": ae_batch, "learning_rate": ae_learning_rate}
+    own: dict[str, Any] = {"steps": ae_steps, "batch": ae_batch, "learning_rate": ae_learning_rate}
     drawing = {"head": head, "blocks": blocks, "samples": samples, "targets": targets, "alpha": alpha}
     reading = {"backbone": backbone, "layers": layers, "width": width, "heads": heads}
     for places, options in (
         (ENCODES, {"latent": latent, "ae-width": ae_width, "token-dropout": token_dropout, "kl-weight": kl_weight,
                    "latent-dropout": latent_dropout, "kl-floor": kl_floor, "sampled": sampled,
                    "embeddings": embeddings}),
-        (("both",), {f"ae-{name.replace('_', '-')}": value for name, value in own.items()}),
+        (("both",), {f"ae-{name.replace('_', '-')}": value for name, value in {"config": ae_config, **own}.items()}),
         (SPEAKS, drawing),
         (READS, reading),
         (("model", "discrete"), {"autoencoder": autoencoder}),
@@ -421,20 +392,12 @@ def calm(
     if tokenizer is not None and vocabulary is not None:
         raise QuickmergeError(f"give either --tokenizer or --vocabulary, got {tokenizer} and {vocabulary}")
     quiet()
-    shared: dict[str, Any] = {
-        "precision": precision,
-        "seed": seed,
-        "save_every": save_every,
-        "max_minutes": max_minutes,
-    }
-    settings: dict[str, Any] = {"config": config, "steps": steps, "batch": batch, "learning_rate": learning_rate}
     with one_sentence():
         # Settings first: what is wrong with them should not be told after an hour of the first stage.
-        last = None if stage == "autoencoder" else calm_config(**settings, **shared)
+        last = None if stage == "autoencoder" else training.config
         first = None
         if stage in ENCODES:
-            chosen = settings if stage == "autoencoder" else own
-            first = calm_config(**chosen, **shared, usual={"learning_rate": 3e-3})
+            first = _first_config(training, ae_config, _given(own) if stage == "both" else None)
         texts = read_texts(data, held_out or [], column)
         found = Sources(out, autoencoder, tokenizer, vocabulary, patch)
         if stage in SPEAKS:
@@ -443,18 +406,37 @@ def calm(
             into = out / "autoencoder" if stage == "both" else out
             done = train_autoencoder(
                 texts, found.tokens(texts), into, first, patch=found.chunk, shape=_given(shape), sampled=sampled,
-                embeddings=embeddings, resume=resume,
+                embeddings=embeddings, resume=training.resume,
             )  # fmt: skip
             if not done or last is None:
                 return
         assert last is not None
         if stage == "discrete":
-            train_discrete(texts, found, out, last, chunks=chunks, reading=_given(reading), resume=resume)
+            train_discrete(texts, found, out, last, chunks=chunks, reading=_given(reading), resume=training.resume)
         else:
             train_model(
                 texts, found, out, last, chunks=chunks, reading=_given(reading), drawing=_given(drawing),
-                resume=resume, whole=stage == "both",
+                resume=training.resume, whole=stage == "both",
             )  # fmt: skip
+
+
+def _first_config(training: Training, file: Path | None, own: dict[str, Any] | None) -> TrainingConfig:
+    """Settings of the autoencoder's training.
+
+    Args:
+        training: what was said of the command's training.
+        file: ``--ae-config``.
+        own: where a model is trained after it, the autoencoder's own options; else all that was said is about it.
+    """
+    usual = {**training.usual, "learning_rate": 3e-3}
+    if own is None:
+        return make_config(usual, training.given)
+    shared, typed = ({name: said[name] for name in SHARED if name in said} for said in (training.given, training.typed))
+    if file is not None:
+        said = TrainingConfig.from_file(file).to_dict()
+        left = set(SHARED) - set(read_settings(file))
+        shared |= {name: value for name, value in said.items() if name not in left}
+    return make_config(usual, {**shared, **typed, **own})
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

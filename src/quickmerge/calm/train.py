@@ -20,8 +20,9 @@ from quickmerge.errors import QuickmergeError, UnsupportedModelError, near_match
 from quickmerge.models.compat import CONFIG_NOTES, causal_lm_names
 from quickmerge.models.identity import model_hash
 from quickmerge.models.part import save_model
-from quickmerge.training.config import Objective, TrainingConfig
+from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
+from quickmerge.training.objective import Objective
 
 __all__ = [
     "CalmAutoencoderTexts",

@@ -84,7 +84,6 @@ def text(
         typer.Option(
             "--budget",
             min=0,
-            metavar="N",
             help="Tokens of clusters read exactly. Default: 512.",
             rich_help_panel=CHEAPER,
         ),

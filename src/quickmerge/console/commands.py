@@ -1,16 +1,20 @@
-"""How commands are made: sub-commands of which one is meant where none is named, and errors that name the right one."""
+"""How commands are made: each with ``--config``; sub-commands, of which one is meant where none is named."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from quickmerge.console.config import take_config
 from quickmerge.errors import QuickmergeError
 
-__all__ = ["Choice", "Command", "add", "choice"]
+__all__ = ["Choice", "Command", "add", "choice", "with_options"]
 
 
 class Command(TyperCommand):
@@ -18,6 +22,12 @@ class Command(TyperCommand):
 
     An option that it has not, and a sub-command beside it has, is an error that names that one.
     """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        for param in self.params:
+            if getattr(param, "min", None) is not None and not param.metavar:
+                param.metavar = "N"  # what "int range [x>=1]" takes of a line, the help lacks
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read what was given.
@@ -98,7 +108,7 @@ def choice(name: str, usual: str, **signs: str) -> typer.Typer:
 
 
 def add(app: typer.Typer, name: str, function: Callable[..., None], example: str) -> None:
-    """Add a command to an app.
+    """Add a command to an app, with ``--config``, and ``--help-all`` where some options are hidden.
 
     Args:
         app: of the whole program, or one of sub-commands.
@@ -106,4 +116,70 @@ def add(app: typer.Typer, name: str, function: Callable[..., None], example: str
         function: does it; its docstring is the help.
         example: stands below the help.
     """
-    app.command(name, epilog=example, cls=Command)(function)
+    hidden = [each for each in inspect.signature(function, eval_str=True).parameters.values() if _is_hidden(each)]
+    more = [inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=CONFIG)]
+    if hidden:
+        told = f"Show the other {len(hidden)} options too."
+        option = typer.Option("--help-all", is_eager=True, callback=_show_all, help=told)
+        more.append(
+            inspect.Parameter(
+                "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
+            )
+        )
+
+    def run(**options: Any) -> None:
+        for parameter in more:
+            options.pop(parameter.name)
+        function(**options)
+
+    app.command(name, epilog=example, cls=Command)(with_options(function, run, more))
+
+
+CONFIG = Annotated[
+    Path | None,
+    typer.Option("--config", is_eager=True, callback=take_config, help="Options from this file: YAML, TOML or JSON."),
+]
+
+
+def with_options(
+    function: Callable[..., None],
+    run: Callable[..., None],
+    more: Sequence[inspect.Parameter],
+    *,
+    place: str | None = None,
+) -> Callable[..., None]:
+    """A function as typer reads it: with the parameters of another, and more.
+
+    Args:
+        function: whose name, docstring and parameters it has.
+        run: what it does.
+        more: further parameters.
+        place: the parameter in whose place they stand; None puts them last.
+    """
+    own = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in
+           inspect.signature(function, eval_str=True).parameters.values()]  # fmt: skip
+    at = len(own) if place is None else [each.name for each in own].index(place)
+    parameters = [*own[:at], *more, *own[at if place is None else at + 1 :]]
+
+    @wraps(function)
+    def command(**options: Any) -> None:
+        run(**options)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    return command
+
+
+def _is_hidden(parameter: inspect.Parameter) -> bool:
+    """Whether only ``--help-all`` shows an option; one without help is shown by neither."""
+    told = getattr(parameter.annotation, "__metadata__", ())
+    return any(getattr(info, "hidden", False) and bool(info.help) for info in told)
+
+
+def _show_all(context: typer.Context, asked: bool) -> None:
+    if asked and not context.resilient_parsing:
+        for parameter in context.command.params:
+            if getattr(parameter, "help", None):
+                parameter.hidden = False  # type: ignore[attr-defined]
+        print(context.get_help())
+        raise typer.Exit()

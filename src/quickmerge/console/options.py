@@ -38,9 +38,7 @@ REDUCERS = Annotated[
 KEEP = Annotated[float, typer.Option("--keep", help="Share of the tokens kept, in (0, 1].", rich_help_panel=FEWER)]
 TOKENS = Annotated[
     int | None,
-    typer.Option(
-        "--tokens", min=1, metavar="N", help="Tokens of an image that are kept, not --keep.", rich_help_panel=FEWER
-    ),
+    typer.Option("--tokens", min=1, help="Tokens of an image that are kept, not --keep.", rich_help_panel=FEWER),
 ]
 LAYER = Annotated[
     str | None,
@@ -51,7 +49,6 @@ MIN_TOKENS = Annotated[
     typer.Option(
         "--min-tokens",
         min=0,
-        metavar="N",
         help="Texts of fewer tokens are read in full. Default: 256.",
         rich_help_panel=FEWER,
     ),
@@ -61,7 +58,7 @@ PRIOR = Annotated[
     typer.Option("--prior", help="A trained prior for quickmerge: smollm2-135m, a folder.", rich_help_panel=FEWER),
 ]
 MAX_NEW_TOKENS = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer.", rich_help_panel=WRITING)
+    int, typer.Option("--max-new-tokens", min=1, help="Longest answer.", rich_help_panel=WRITING)
 ]
 SAMPLE = Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.", rich_help_panel=WRITING)]
 TEMPERATURE = Annotated[
@@ -133,16 +130,31 @@ def told_min_tokens(given: int | None) -> dict[str, Any]:
     return {} if given is None else {"min_tokens": given}
 
 
+def parse_numbers(option: str, text: str, what: str = "numbers with commas (0.2,0.42)") -> list[float]:
+    """``"0.9,0.95"`` as numbers.
+
+    Raises:
+        QuickmergeError: one of them is none; the message names the ``option``, and ``what`` it must be.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise QuickmergeError(f"{option} must be {what}, got {text!r}") from None
+
+
+def parse_wholes(option: str, text: str, what: str = "whole numbers with commas (4,8,11)") -> list[int]:
+    """``"3,6,9"`` as whole numbers; as `parse_numbers`."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise QuickmergeError(f"{option} must be {what}, got {text!r}") from None
+
+
 def parse_layer(text: str | None) -> int | list[int] | None:
     """``"8"`` is one block, ``"8,14"`` several, None the default."""
     if text is None:
         return None
-    try:
-        layers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise QuickmergeError(
-            f"--layer must be a whole number or several with commas (8,14,20), got {text!r}"
-        ) from None
+    layers = parse_wholes("--layer", text, "a whole number or several with commas (8,14,20)")
     return layers[0] if len(layers) == 1 else layers
 
 
@@ -157,10 +169,7 @@ def parse_shares(option: str, text: str) -> list[float]:
     Raises:
         QuickmergeError: it is something else; the message names the option.
     """
-    try:
-        shares = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise QuickmergeError(f"{option} must be numbers in (0, 1] with commas (0.2,0.42), got {text!r}") from None
+    shares = parse_numbers(option, text, "numbers in (0, 1] with commas (0.2,0.42)")
     for share in shares:
         check_share(option, share)
     return shares

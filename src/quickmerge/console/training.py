@@ -1,58 +1,161 @@
-"""What the train commands share: their options, the settings these make, and how a run's end is told."""
+"""What the train commands share: the options that `TrainingConfig` makes, and how a run's end is told."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from quickmerge.console.options import one_sentence
-from quickmerge.errors import clean_name
+from quickmerge.console.commands import with_options
+from quickmerge.console.config import NONE
+from quickmerge.console.options import one_sentence, parse_numbers
+from quickmerge.errors import QuickmergeError, clean_name
+from quickmerge.training.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from quickmerge.training import TrainingConfig, TrainingResult
+    from quickmerge.training import TrainingResult
 
-BATCH = 16
+__all__ = ["ALIGN", "OUT", "TRAINING", "Training", "make_config", "tell", "trains"]
 
-OUT = Annotated[Path, typer.Option("--out", help="Folder for the result, its checkpoints and metrics.")]
-RESUME = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
-CONFIG = Annotated[
-    Path | None, typer.Option("--config", help="Training settings, .toml or .json; options go before it.")
-]
-STEPS = Annotated[int | None, typer.Option("--steps", help="Optimizer steps. Default: 1000.")]
-BATCHES = Annotated[int | None, typer.Option("--batch", help=f"Images per step and process. Default: {BATCH}.")]
-RATE = Annotated[float | None, typer.Option("--learning-rate", help="The highest. Default: 0.001.")]
-PRECISION = Annotated[str | None, typer.Option("--precision", help="no, bf16 or fp16. Default: no.")]
-SEED = Annotated[int | None, typer.Option("--seed", help="Default: 0.")]
-SAVE_EVERY = Annotated[int | None, typer.Option("--save-every", help="Steps between checkpoints.")]
-MINUTES = Annotated[float | None, typer.Option("--max-minutes", help="Stop cleanly after so long.")]
+TRAINING = "Training"
+"""The group in which a command's help shows these options."""
+
+OUT = Annotated[Path, typer.Option("--out", help="Folder for the result, checkpoints and metrics.")]
 ALIGN = Annotated[
     int,
-    typer.Option("--align", help="First fit the projector to the words that stand in boxes, by so many pictures."),
+    typer.Option("--align", help="Images by which the projector is first fitted to words in boxes.", hidden=True),
 ]
-USUAL_STEPS = 1000
+USUAL = {"steps": 1000, "batch": 4, "learning_rate": 1e-3, "warmup": 30, "save_every": 100}
+"""Settings of a training whose command has no others."""
+SHOWN = ("steps", "batch", "learning_rate", "precision", "seed", "save_every", "max_minutes", "log_with")
+"""Settings that ``--help`` shows; the others are in ``--help-all``."""
 
 
-def training_config(path: Path | None, **options: Any) -> TrainingConfig:
-    """Settings from a file, if there is one, with the options that were given before it."""
-    from quickmerge.training import TrainingConfig
+@dataclass(frozen=True)
+class Training:
+    """What the options of a training command say.
 
-    given = {name: value for name, value in options.items() if value is not None}
+    Args:
+        usual: the command's own defaults.
+        given: settings that were given, on the command line or in a file.
+        typed: those of them that were given on the command line.
+        resume: go on from the newest checkpoint.
+    """
+
+    usual: Mapping[str, Any]
+    given: Mapping[str, Any]
+    typed: Mapping[str, Any]
+    resume: bool
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The settings of the run.
+
+        Raises:
+            QuickmergeError: one of them is not allowed.
+        """
+        return make_config(self.usual, self.given)
+
+
+def make_config(usual: Mapping[str, Any], given: Mapping[str, Any]) -> TrainingConfig:
+    """The settings of a run; the usual warm-up is no longer than the run.
+
+    Args:
+        usual: settings where nothing else was said.
+        given: what was.
+
+    Raises:
+        QuickmergeError: one of them is not allowed.
+    """
+    settings = {**usual, **given}
+    if "warmup" not in given and isinstance(settings["steps"], int):
+        settings["warmup"] = max(0, min(settings.get("warmup", 0), settings["steps"]))
     with one_sentence():
-        if path is not None:
-            return replace(TrainingConfig.from_file(path), **given)
-        steps = given.get("steps", USUAL_STEPS)
-        usual = {"steps": steps, "batch": 4, "learning_rate": 1e-3, "warmup": min(30, steps), "save_every": 100}
-        return TrainingConfig(**{**usual, **given})
+        return TrainingConfig(**settings)
 
 
-def vision_config(path: Path | None, **options: Any) -> TrainingConfig:
-    """Training settings, with a batch of images where neither the file nor an option says another."""
-    if path is None and options.get("batch") is None:
-        options["batch"] = BATCH
-    return training_config(path, **options)
+def trains(**usual: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for every setting of `TrainingConfig`, and ``--resume``, as its argument ``training``.
+
+    Args:
+        usual: the command's defaults, where they are not those of `USUAL` or of `TrainingConfig`.
+    """
+    usual = {**USUAL, **usual}
+    hints = get_type_hints(TrainingConfig)
+    helps = _helps()
+    kinds = {
+        field.name: _Kind(hints[field.name], usual.get(field.name, field.default)) for field in fields(TrainingConfig)
+    }
+    options = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=kind.shown,
+            annotation=Annotated[kind.type, typer.Option(
+                "--" + name.replace("_", "-"), help=helps.get(name), metavar=kind.metavar, hidden=name not in SHOWN,
+                rich_help_panel=TRAINING,
+            )],
+        )
+        for name, kind in kinds.items()
+    ]  # fmt: skip
+    resume = typer.Option("--resume", help="Go on from the newest checkpoint in --out.", rich_help_panel=TRAINING)
+    options.append(
+        inspect.Parameter("resume", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, resume])
+    )
+    asking = inspect.Parameter("context_", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        def run(context_: typer.Context, **given: Any) -> None:
+            sources = {name: str(getattr(context_.get_parameter_source(name), "name", "DEFAULT")) for name in kinds}
+            values = {name: given.pop(name) for name in kinds}
+            said = {name: kinds[name].value(name, values[name]) for name in kinds if sources[name] != "DEFAULT"}
+            typed = {name: value for name, value in said.items() if sources[name] == "COMMANDLINE"}
+            function(training=Training(usual, said, typed, given.pop("resume")), **given)
+
+        return with_options(function, run, [*options, asking], place="training")
+
+    return decorate
+
+
+class _Kind:
+    """How a setting is written on the command line.
+
+    Args:
+        hint: its type.
+        default: what it is where nobody says.
+    """
+
+    def __init__(self, hint: Any, default: Any) -> None:
+        self.several = "tuple" in str(hint)
+        self.optional = default is not None and type(None) in getattr(hint, "__args__", ())
+        self.type: Any = str if self.several or self.optional else hint
+        self.metavar = "numbers" if self.several else f"number|{NONE}" if self.optional else None
+        self.shown = ",".join(map(repr, default)) if self.several else str(default) if self.optional else default
+
+    def value(self, name: str, given: Any) -> Any:
+        """What was written, as `TrainingConfig` takes it."""
+        option = "--" + name.replace("_", "-")
+        if self.several:
+            return tuple(parse_numbers(option, given, "numbers with commas (0.9,0.999)"))
+        if not self.optional:
+            return given
+        if given == NONE:
+            return None
+        try:
+            return float(given)
+        except ValueError:
+            raise QuickmergeError(f"{option} must be a number or {NONE}, got {given!r}") from None
+
+
+def _helps() -> dict[str, str]:
+    """What the docstring of `TrainingConfig` says of each setting, up to the first semicolon."""
+    told = inspect.getdoc(TrainingConfig) or ""
+    found = re.findall(r"^    (\w+): (.+?)(?=\n    \w+: |\n\n|\Z)", told, flags=re.M | re.S)
+    clear = {name: " ".join(text.split()).split(";")[0].replace("`", "").replace('"', "") for name, text in found}
+    return {name: text[0].upper() + text[1:].rstrip(".") + "." for name, text in clear.items()}
 
 
 def tell(result: TrainingResult, out: Path) -> None:

@@ -8,21 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quickmerge.console.options import MODEL, load_model, one_sentence, progress, quiet
-from quickmerge.console.training import (
-    ALIGN,
-    CONFIG,
-    MINUTES,
-    OUT,
-    PRECISION,
-    RATE,
-    RESUME,
-    SAVE_EVERY,
-    SEED,
-    STEPS,
-    tell,
-    vision_config,
-)
+from quickmerge.console.options import MODEL, load_model, one_sentence, parse_wholes, progress, quiet
+from quickmerge.console.training import ALIGN, OUT, Training, tell, trains
 from quickmerge.errors import FetchError, QuickmergeError, clean_name
 from quickmerge.terminal import say
 
@@ -33,48 +20,45 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: quickmerge train recognizer --data scenes/train --test scenes/test --out runs/recognizer"
 
 
+@trains(batch=16)
 def recognizer(
-    data: Annotated[
-        str, typer.Option("--data", help="A folder with images and annotations.jsonl, or several with commas.")
-    ],
+    data: Annotated[str, typer.Option("--data", help="Folders with images and annotations.jsonl, with commas.")],
     out: OUT,
     model: MODEL = "smollm2-135m",
     vision: Annotated[
-        str, typer.Option("--vision", help="vit-small-14, a folder, or a Hugging Face id of a vision transformer.")
+        str, typer.Option("--vision", help="vit-small-14, a folder, or a Hugging Face id.")
     ] = "vit-small-14",
     test: Annotated[Path | None, typer.Option("--test", help="Such a folder to measure the recogniser on.")] = None,
     blocks: Annotated[int, typer.Option("--blocks", help="First blocks of the language model that are used.")] = 6,
     layers: Annotated[
         str | None,
-        typer.Option("--vision-layers", help="Hidden states of the encoder that are read (4,8,11). Default: the last."),
+        typer.Option(
+            "--vision-layers",
+            help="Hidden states of the encoder that are read (4,8,11). Default: the last.",
+            hidden=True,
+        ),
     ] = None,
     objective: Annotated[
-        str, typer.Option("--objective", help="paper: all first tokens at one row; reference: as published.")
+        str,
+        typer.Option("--objective", help="paper: all first tokens at one row; reference: as published.", hidden=True),
     ] = "paper",
     mask: Annotated[
-        str, typer.Option("--mask", help="What labels see: independent, prefix or causal (see the docs).")
+        str, typer.Option("--mask", help="What labels see: independent, prefix or causal.", hidden=True)
     ] = "independent",
     align: ALIGN = 0,
     prompt: Annotated[
-        str, typer.Option("--prompt", help="What stands between the image and a label.")
+        str, typer.Option("--prompt", help="What stands between the image and a label.", hidden=True)
     ] = "The objects in the image are",
-    resume: RESUME = False,
-    config: CONFIG = None,
-    steps: STEPS = None,
-    batch: Annotated[int | None, typer.Option("--batch", help="Images per step and process. Default: 16.")] = None,
-    learning_rate: RATE = None,
-    precision: PRECISION = None,
-    seed: SEED = None,
-    save_every: SAVE_EVERY = None,
-    max_minutes: MINUTES = None,
     features: Annotated[
         bool | None,
         typer.Option(
             "--keep-features/--read-again",
-            help="Read the images once and keep the features in memory, or read them in every step. "
-            "Default: once, where they fit.",
+            help="Keep the features in memory or read in every step. Default: keep what fits.",
+            hidden=True,
         ),
     ] = None,
+    *,
+    training: Training,
 ) -> None:
     """Train a recogniser: it names the objects in a picture in free words, most probable first."""
     quiet()
@@ -85,10 +69,8 @@ def recognizer(
     from quickmerge.recognition import Recognizer
     from quickmerge.recognition.train import train_recognizer
 
-    settings = vision_config(
-        config, steps=steps, batch=batch, learning_rate=learning_rate, precision=precision, seed=seed,
-        save_every=save_every, max_minutes=max_minutes,
-    )  # fmt: skip
+    settings = training.config
+    depths = None if layers is None else parse_wholes("--vision-layers", layers)
     folders = [Path(part) for part in data.split(",")]
     scenes, held_out = annotated(folders), None if test is None else annotated([test])
     encoder, processor = load_vision(vision)
@@ -97,7 +79,7 @@ def recognizer(
         torch.manual_seed(settings.seed)
         form = PixelFormat.of(processor)
         network = Recognizer.new(
-            encoder, language, tokenizer, blocks=blocks, layers=parse_vision_layers(layers), mask=mask, prompt=prompt,
+            encoder, language, tokenizer, blocks=blocks, layers=depths, mask=mask, prompt=prompt,
             image_size=min(form.height, form.width), mean=form.mean, std=form.std,
         )  # fmt: skip
         del encoder, language  # the recogniser has copies of what it needs
@@ -107,20 +89,12 @@ def recognizer(
         say(f"{len(dataset)} pictures with {kinds} different labels{left}")
         shown = settings.steps * settings.batch * settings.accumulate
         keep_features(network, dataset, features, shown=shown, half=settings.precision == "bf16")
-        result = train_recognizer(network, dataset, settings, out, objective=objective, align=align, resume=resume)
+        result = train_recognizer(
+            network, dataset, settings, out, objective=objective, align=align, resume=training.resume
+        )
         tell(result, out)
         if held_out is not None and result.finished:
             measure(network, scenes_of(held_out, network))
-
-
-def parse_vision_layers(text: str | None) -> list[int] | None:
-    """``"4,8,11"`` as numbers; None stays None."""
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise QuickmergeError(f"--vision-layers must be whole numbers with commas (4,8,11), got {text!r}") from None
 
 
 def annotated(folders: Sequence[Path]) -> list[Any]:

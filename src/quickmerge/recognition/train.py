@@ -21,8 +21,9 @@ from quickmerge.recognition.language import read
 from quickmerge.recognition.model import Recognizer
 from quickmerge.recognition.network import Prefix
 from quickmerge.training.align import Words, fitted_of, patch_texts, placed_pictures
-from quickmerge.training.config import Objective, TrainingConfig, with_data
+from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
+from quickmerge.training.objective import Objective, with_data
 from quickmerge.training.packing import packed_mask, packed_positions
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from quickmerge.console.options import (
     check_output,
     load_writer,
     one_sentence,
+    parse_numbers,
     parse_question,
     progress,
     write_json,
@@ -171,15 +172,13 @@ def decode(
         Path | None,
         typer.Option("--prompts", help="A prompt a line, or .jsonl. Default: a dozen about the shipped document."),
     ] = None,
-    limit: Annotated[
-        int, typer.Option("--limit", min=1, metavar="N", help="Prompts that are answered, the first ones.")
-    ] = 64,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts that are answered, the first ones.")] = 64,
     tree: Annotated[str, typer.Option("--tree", help="Drafted tokens that a pass reads: auto or a number.")] = "auto",
     temperature: Annotated[
         str, typer.Option("--temperature", help="With commas; 0 is greedy.", rich_help_panel=WRITING)
     ] = "0",
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=2, metavar="N", help="Longest answer.", rich_help_panel=WRITING)
+        int, typer.Option("--max-new-tokens", min=2, help="Longest answer.", rich_help_panel=WRITING)
     ] = 128,
     out: REPORT = None,
     json: JSON = None,
@@ -223,10 +222,7 @@ def decode(
 
 def parse_temperatures(text: str) -> list[float]:
     """``"0,1"`` as numbers of at least 0."""
-    try:
-        temperatures = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise QuickmergeError(f"--temperature must be numbers with commas (0,1), got {text!r}") from None
+    temperatures = parse_numbers("--temperature", text, "numbers with commas (0,1)")
     from quickmerge.models.generation import check_temperature
 
     for temperature in temperatures:

@@ -7,23 +7,17 @@ from typing import TYPE_CHECKING
 from quickmerge._lazy import lazy
 
 if TYPE_CHECKING:
-    from quickmerge.training.config import Dataset as Dataset
-    from quickmerge.training.config import Objective as Objective
     from quickmerge.training.config import TrainingConfig as TrainingConfig
     from quickmerge.training.loop import TrainingResult as TrainingResult
     from quickmerge.training.loop import train as train
+    from quickmerge.training.objective import Dataset as Dataset
+    from quickmerge.training.objective import Objective as Objective
 
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "config": (
-            "Dataset",
-            "Objective",
-            "TrainingConfig",
-        ),
-        "loop": (
-            "TrainingResult",
-            "train",
-        ),
+        "config": ("TrainingConfig",),
+        "loop": ("TrainingResult", "train"),
+        "objective": ("Dataset", "Objective"),
     },
 )

@@ -1,22 +1,17 @@
-"""What a training run is told."""
+"""What a training run is told. Without torch, so that the command line can make its options of it."""
 
 from __future__ import annotations
 
-import json
 import math
-import tomllib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
-
-import torch
-from torch import Tensor, nn
+from typing import Any
 
 from quickmerge.errors import QuickmergeError, near_match, whole_number
+from quickmerge.files import read_settings
 
-__all__ = ["PRECISIONS", "SCHEDULES", "Dataset", "Objective", "TrainingConfig"]
+__all__ = ["PRECISIONS", "SCHEDULES", "TrainingConfig"]
 
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -38,8 +33,8 @@ class TrainingConfig:
         weight_decay: AdamW's decay, of parameters of two or more dimensions only.
         betas: AdamW's decay rates of the two moments, each in [0, 1).
         clip: the gradient is scaled down to this norm; None never.
-        precision: ``"no"`` for float32, or the type that autocast computes in: ``"bf16"``, ``"fp16"`` (GPU only).
-        seed: of the data order and of all that is random in a step.
+        precision: what autocast computes in: ``"no"``, ``"bf16"``, ``"fp16"`` (GPU only).
+        seed: of the order of the data and of what is random in a step.
         save_every: steps between checkpoints; the last step always makes one.
         log_every: steps that a line of ``metrics.jsonl`` is the mean of.
         max_minutes: stop after the step in which this call has run so long; None never.
@@ -93,13 +88,13 @@ class TrainingConfig:
 
     @classmethod
     def from_file(cls, path: Path | str) -> TrainingConfig:
-        """Read settings from a ``.toml`` or ``.json`` file; what is left out has its default.
+        """Read settings from a YAML, TOML or JSON file; what is left out has its default.
 
         Raises:
             QuickmergeError: the file can't be read, holds an unknown setting, or one that is not allowed.
         """
         path = Path(path)
-        given = _read(path)
+        given = read_settings(path)
         names = [field.name for field in fields(cls)]
         for name in given:
             if name not in names:
@@ -117,76 +112,3 @@ def _number(name: str, value: object, words: str, allowed: Callable[[float], boo
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and allowed(value)):  # type: ignore[arg-type]
         raise ValueError(f"{name} must be a number {words}, got {value!r}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    readers = {".toml": tomllib.loads, ".json": json.loads}
-    if path.suffix.lower() not in readers:
-        raise QuickmergeError(f"{path} must be a .toml or .json file")
-    try:
-        given = readers[path.suffix.lower()](path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise QuickmergeError(f"{path} can't be read: {error.strerror}") from None
-    except ValueError as error:  # both readers' errors, and text that is not UTF-8
-        raise QuickmergeError(f"{path} can't be understood: {error}") from None
-    if not isinstance(given, dict):
-        raise QuickmergeError(f"{path} must hold settings by name, got a {type(given).__name__}")
-    return given
-
-
-# What is trained, and on what.
-
-
-class Objective(nn.Module, ABC):
-    """A loss and the parameters that it trains: all of the module's that require a gradient.
-
-    Only these and the persistent buffers are put into checkpoints. A frozen base model must therefore stay outside
-    the module tree (held in a list or a closure, not as an attribute that is a module) or have no parameter that
-    requires a gradient. What stays outside does not move with the module: move it in `place`.
-
-    Under several processes every forward must return the same names, and every trained parameter must have its part
-    in the loss unless `uses_every_parameter` is False.
-    """
-
-    uses_every_parameter: ClassVar[bool] = True
-    """False if a step may leave parameters without gradient. Several processes then look for them in every step."""
-
-    @abstractmethod
-    def forward(self, batch: Any, progress: float) -> dict[str, Tensor]:
-        """The loss of a batch, and whatever else is worth a column in the metrics.
-
-        All that is random must come from torch's, numpy's or Python's global generators: they are seeded anew before
-        every micro-step, and so a resumed run repeats them.
-
-        Args:
-            batch: what the collate function made of some items, on the training device.
-            progress: share of the training that is done, ``step / steps``, in [0, 1).
-
-        Returns:
-            Scalars by name, each a mean over the items of the batch; ``"loss"`` is the one that is minimised.
-        """
-
-    def group_of(self, name: str) -> str:
-        """The group that a trained parameter is in, by its name. Default: there is one group."""
-        return ""
-
-    def rate_of(self, group: str, progress: float) -> float:
-        """What the learning rate of a group's parameters is multiplied with. Nothing but the arguments may decide."""
-        return 1.0
-
-    def place(self, device: torch.device) -> None:
-        """Move what the objective holds outside its module tree. Called once, before the first step."""
-
-
-class Dataset(Protocol):
-    """Items by index. `describe(index) -> str` may be there too: it names an item in error messages."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-def with_data(fingerprint: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
-    """Add to what must stay the same in a resumed run what the dataset says of itself, if it says anything."""
-    told = getattr(dataset, "fingerprint", None)
-    return {**fingerprint, "data": told()} if callable(told) else dict(fingerprint)

@@ -36,8 +36,9 @@ from quickmerge.training.checkpoint import (
     optimizer_tensors,
     trained_parameters,
 )
-from quickmerge.training.config import Dataset, Objective, TrainingConfig
+from quickmerge.training.config import TrainingConfig
 from quickmerge.training.metrics import Meter, Show, append_line, cut_after, shown
+from quickmerge.training.objective import Dataset, Objective
 from quickmerge.training.step import Stepper, on_main, start
 
 __all__ = ["LateSignals", "TrainingResult", "check_same", "find", "run_identity", "train"]

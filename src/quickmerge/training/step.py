@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.training.checkpoint import trained_parameters
-from quickmerge.training.config import Dataset, Objective, TrainingConfig
+from quickmerge.training.config import TrainingConfig
 from quickmerge.training.metrics import NAMES, Stream, seed_generators
+from quickmerge.training.objective import Dataset, Objective
 
 __all__ = ["Step", "Stepper", "learning_rate", "on_main", "share_buffers", "start", "total"]
 

@@ -167,69 +167,59 @@ EXAMPLE = (
 
 
 def transplant(
-    base: Annotated[str, typer.Option("--base", help="The model that is kept: smollm2-135m, a folder, or a hub id.")],
+    base: Annotated[str, typer.Option("--base", help="The model that is kept: smollm2-135m, a folder, a hub id.")],
     out: Annotated[Path, typer.Option("--out", help="Write the new model here (a folder).")],
     donor: Annotated[
         str | None,
-        typer.Option(
-            "--donor",
-            help="Where vectors of the new tokens come from: a model, or a .safetensors file with a row for each id.",
-        ),
+        typer.Option("--donor", help="Vectors of new tokens: a model, or .safetensors by id."),
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option("--tokenizer", help="The wanted tokenizer: a folder, a file or a name. Default: --donor's."),
+        typer.Option("--tokenizer", help="The wanted tokenizer. Default: --donor's."),
     ] = None,
     method: Annotated[
         str,
         typer.Option(
             "--method",
-            help="auto, omp, omp-raw, nearest, least-squares, procrustes, subword-first, subword-last, subword-mean, "
-            "subword-decay, subword-pulled, mean or zero.",
+            help="auto, omp, omp-raw, nearest, least-squares, procrustes, subword-first, -last, -mean, -decay, "
+            "-pulled, mean or zero.",
         ),
     ] = "auto",
     k: Annotated[
-        int | None, typer.Option("--k", help="Shared tokens that make a row. Default: held-out ones say.")
+        int | None, typer.Option("--k", help="Shared tokens that make a row. Default: held-out ones say.", hidden=True)
     ] = None,
     choose_by: Annotated[
         str,
-        typer.Option(
-            "--choose-by",
-            help="What auto trusts: text, what the text costs with the new rows, for each kind of token; or held-out, "
-            "how well hidden shared tokens are rebuilt (the base need not fit into memory).",
-        ),
+        typer.Option("--choose-by", help="auto trusts: text (what it costs), or held-out (tokens)."),
     ] = "text",
     special: Annotated[
         list[str] | None,
-        typer.Option(
-            "--special", help="NEW=TEXT: a special token and the base's text for it; several, or a JSON file."
-        ),
+        typer.Option("--special", help="NEW=TEXT, a special token's text in the base; or JSON."),
     ] = None,
     pad_to_multiple_of: Annotated[
-        int | None, typer.Option("--pad-to-multiple-of", help="Round the number of rows up to a multiple of this.")
+        int | None,
+        typer.Option("--pad-to-multiple-of", help="Round the number of rows up to a multiple of this.", hidden=True),
     ] = None,
-    vocab_size: Annotated[int | None, typer.Option("--vocab-size", help="Exactly so many rows.")] = None,
+    vocab_size: Annotated[int | None, typer.Option("--vocab-size", help="Exactly so many rows.", hidden=True)] = None,
     clip: Annotated[
-        float | None, typer.Option("--clip", help="Scale new rows down to this quantile of shared rows' norms (0.99).")
+        float | None,
+        typer.Option("--clip", help="Scale new rows down to this quantile of shared rows' norms (0.99).", hidden=True),
     ] = None,
     donor_text: Annotated[
-        list[Path] | None, typer.Option("--donor-text", help="UTF-8 files to make vectors from, without a --donor.")
+        list[Path] | None, typer.Option("--donor-text", help="Texts to make vectors from, without a --donor.")
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--text",
-            help="UTF-8 files of the kind that the model is for; several. auto chooses on every other passage and is "
-            "measured on the rest. Default: the shipped document, in English.",
-        ),
+        typer.Option("--text", help="Texts to choose and measure by. Default: shipped."),
     ] = None,
     more: Annotated[list[Path] | None, typer.Argument(help="Further files after --text.", show_default=False)] = None,
-    quality: Annotated[bool, typer.Option("--quality/--no-quality", help="Measure bits per byte.")] = True,
+    quality: Annotated[bool, typer.Option("--quality/--no-quality", help="Measure bits per byte.", hidden=True)] = True,
     keep_dropped: Annotated[
-        bool, typer.Option("--keep-dropped/--no-keep-dropped", help="Put unused rows aside, for the way back.")
+        bool,
+        typer.Option("--keep-dropped/--no-keep-dropped", help="Put unused rows aside, for the way back.", hidden=True),
     ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Match and compare, and write nothing.")] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the held-out tokens.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the held-out tokens.", hidden=True)] = 0,
     json: JSON = None,
 ) -> None:
     """Give a model another tokenizer, without training, and say what it costs.

@@ -39,10 +39,8 @@ VLM_EXAMPLE = (
 )
 BATCH = 8
 
-IMAGES = Annotated[
-    int, typer.Option("--limit", min=1, metavar="N", help="Images to read, evenly taken from the folder.")
-]
-ROUNDS = Annotated[int, typer.Option("--rounds", min=2, metavar="N", help="How often the methods take turns.")]
+IMAGES = Annotated[int, typer.Option("--limit", min=1, help="Images to read, evenly taken from the folder.")]
+ROUNDS = Annotated[int, typer.Option("--rounds", min=2, help="How often the methods take turns.")]
 
 
 def text(

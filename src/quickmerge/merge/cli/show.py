@@ -24,6 +24,8 @@ from quickmerge.console.options import (
     load_model,
     one_sentence,
     parse_layer,
+    parse_numbers,
+    parse_wholes,
     quiet,
     read_text,
     told_min_tokens,
@@ -67,9 +69,7 @@ def text(
     model: Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, or a Hugging Face id.")] = (
         "smollm2-135m"
     ),
-    limit: Annotated[
-        int, typer.Option("--limit", min=1, metavar="N", help="Tokens to read from the start of the text.")
-    ] = 2048,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Tokens to read from the start of the text.")] = 2048,
     reducer: Annotated[
         str, typer.Option("--reducer", help="See quickmerge ls; settings follow.", rich_help_panel=FEWER)
     ] = "quickmerge",
@@ -80,7 +80,6 @@ def text(
         typer.Option(
             "--min-tokens",
             min=0,
-            metavar="N",
             help="Texts of fewer tokens are read in full. Default: 0.",
             rich_help_panel=FEWER,
         ),
@@ -215,8 +214,8 @@ def _share(tokens: int, patches: int) -> float:
 def video(
     video: Annotated[Path, typer.Argument(help="Video to show.", metavar="FILE")],
     model: SEEING = "vit-small-14",
-    frames: Annotated[int, typer.Option("--frames", min=1, metavar="N", help="How many frames.")] = 8,
-    stride: Annotated[int, typer.Option("--stride", min=1, metavar="N", help="Take every so many frames.")] = 4,
+    frames: Annotated[int, typer.Option("--frames", min=1, help="How many frames.")] = 8,
+    stride: Annotated[int, typer.Option("--stride", min=1, help="Take every so many frames.")] = 4,
     reducer: Annotated[
         str, typer.Option("--reducer", help="See quickmerge ls; settings follow.", rich_help_panel=FEWER)
     ] = "grid",
@@ -282,13 +281,9 @@ def parse_removal(text: str) -> Any:
     from quickmerge.merge.tokens.removal import Removal
 
     number, colon, inflection = text.partition(":")
-    try:
-        numbers = [int(part) for part in number.split(",")]
-        bend = float(inflection) if colon else 0.0
-    except ValueError:
-        raise QuickmergeError(
-            f"--remove must be tokens per block (13), with an inflection (13:-1) or listed (20,20,10), got {text!r}"
-        ) from None
+    what = "tokens per block (13), with an inflection (13:-1) or listed (20,20,10)"
+    numbers = parse_wholes("--remove", number, what)
+    (bend,) = parse_numbers("--remove", inflection, what) if colon else (0.0,)
     with one_sentence():
         return Removal(numbers[0] if len(numbers) == 1 else tuple(numbers), bend)
 

@@ -7,23 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quickmerge.console.options import MODEL, one_sentence, quiet
-from quickmerge.console.training import (
-    ALIGN,
-    BATCHES,
-    CONFIG,
-    MINUTES,
-    OUT,
-    PRECISION,
-    RATE,
-    RESUME,
-    SAVE_EVERY,
-    SEED,
-    STEPS,
-    tell,
-    training_config,
-    vision_config,
-)
+from quickmerge.console.options import MODEL, one_sentence, parse_wholes, quiet
+from quickmerge.console.training import ALIGN, OUT, Training, tell, trains
 from quickmerge.errors import QuickmergeError, clean_name
 from quickmerge.terminal import say
 
@@ -37,31 +22,28 @@ CLASSIFIER_EXAMPLE = (
 
 DATA = Annotated[Path, typer.Option("--data", help="A folder with a folder of images for each class.")]
 TEST = Annotated[Path | None, typer.Option("--test", help="Such a folder to measure the accuracy on.")]
-SMOOTHING = Annotated[float, typer.Option("--smoothing", help="Share of the target that all classes get.")]
-AUGMENT = Annotated[bool, typer.Option("--augment/--no-augment", help="Cut and mirror the images at random.")]
+SMOOTHING = Annotated[float, typer.Option("--smoothing", help="Share of the target that all classes get.", hidden=True)]
+AUGMENT = Annotated[
+    bool, typer.Option("--augment/--no-augment", help="Cut and mirror the images at random.", hidden=True)
+]
 
 
+@trains(batch=16)
 def classifier(
     data: DATA,
     out: OUT,
     model: Annotated[
-        str, typer.Option("--model", help="vit-small-14, a folder, or a Hugging Face id of a vision transformer.")
+        str, typer.Option("--model", help="vit-small-14, a folder, or a Hugging Face id.")
     ] = "vit-small-14",
     test: TEST = None,
-    resume: RESUME = False,
-    config: CONFIG = None,
-    steps: STEPS = None,
-    batch: BATCHES = None,
-    learning_rate: RATE = None,
     backbone_rate: Annotated[
-        float, typer.Option("--backbone-rate", help="The transformer's rate as a share of the head's; 0: head alone.")
+        float,
+        typer.Option("--backbone-rate", help="The backbone's rate as a share of the others'; 0: it stays."),
     ] = 0.1,
-    precision: PRECISION = None,
-    seed: SEED = None,
-    save_every: SAVE_EVERY = None,
-    max_minutes: MINUTES = None,
     smoothing: SMOOTHING = 0.1,
     augment: AUGMENT = True,
+    *,
+    training: Training,
 ) -> None:
     """Fine-tune a vision transformer to classify images; what it writes is an ordinary transformers folder."""
     quiet()
@@ -69,10 +51,7 @@ def classifier(
 
     from quickmerge.merge.train.classify import new_classifier, train_classifier
 
-    settings = vision_config(
-        config, steps=steps, batch=batch, learning_rate=learning_rate, precision=precision, seed=seed,
-        save_every=save_every, max_minutes=max_minutes,
-    )  # fmt: skip
+    settings = training.config
     classes, images = labelled(data)
     backbone, processor = load_backbone(model)
     with one_sentence():
@@ -82,7 +61,14 @@ def classifier(
         held_out = held_out_pictures(test, classes, processor)
         say(f"{len(dataset)} images of {len(classes)} classes")
         result = train_classifier(
-            network, processor, dataset, settings, out, smoothing=smoothing, backbone_rate=backbone_rate, resume=resume
+            network,
+            processor,
+            dataset,
+            settings,
+            out,
+            smoothing=smoothing,
+            backbone_rate=backbone_rate,
+            resume=training.resume,
         )
         tell(result, out)
         if held_out is not None and result.finished:
@@ -152,8 +138,9 @@ DYNAMICVIT_EXAMPLE = (
 )
 
 
+@trains(batch=16)
 def dynamicvit(
-    model: Annotated[str, typer.Option("--model", help="An image classifier: a folder or a Hugging Face id.")],
+    model: Annotated[str, typer.Option("--model", help="A classifier: a folder or a Hugging Face id.")],
     data: DATA,
     out: OUT,
     keep: Annotated[
@@ -163,27 +150,23 @@ def dynamicvit(
         str | None, typer.Option("--layers", help="Blocks before which patches drop out. Default: 3,6,9 of 12.")
     ] = None,
     test: TEST = None,
-    resume: RESUME = False,
-    config: CONFIG = None,
-    steps: STEPS = None,
-    batch: BATCHES = None,
-    learning_rate: RATE = None,
     backbone_rate: Annotated[
         float, typer.Option("--backbone-rate", help="The classifier's rate as a share of the predictors'; 0: it stays.")
     ] = 0.01,
     frozen: Annotated[
-        float, typer.Option("--frozen", help="Share of the training in which the classifier stays as it is at first.")
+        float,
+        typer.Option("--frozen", help="Share of the training in which the classifier stays.", hidden=True),
     ] = 1 / 6,
-    ratio_weight: Annotated[float, typer.Option("--ratio-weight", help="Weight of the kept shares' loss.")] = 2.0,
+    ratio_weight: Annotated[
+        float, typer.Option("--ratio-weight", help="Weight of the kept shares' loss.", hidden=True)
+    ] = 2.0,
     distill_weight: Annotated[
-        float, typer.Option("--distill-weight", help="Weight of each distance from the teacher.")
+        float, typer.Option("--distill-weight", help="Weight of each distance from the teacher.", hidden=True)
     ] = 0.5,
-    precision: PRECISION = None,
-    seed: SEED = None,
-    save_every: SAVE_EVERY = None,
-    max_minutes: MINUTES = None,
     smoothing: SMOOTHING = 0.1,
     augment: AUGMENT = True,
+    *,
+    training: Training,
 ) -> None:
     """Train DynamicViT on a classifier, which it is distilled from and fine-tuned with."""
     quiet()
@@ -191,10 +174,8 @@ def dynamicvit(
     from quickmerge.merge.train.dynamicvit import DynamicViTSettings, train_dynamicvit
     from quickmerge.models import load_vision
 
-    options = vision_config(
-        config, steps=steps, batch=batch, learning_rate=learning_rate, precision=precision, seed=seed,
-        save_every=save_every, max_minutes=max_minutes,
-    )  # fmt: skip
+    options = training.config
+    depths = None if layers is None else parse_wholes("--layers", layers, "whole numbers with commas (3,6,9)")
     with one_sentence():
         settings = DynamicViTSettings(
             ratio=ratio_weight, logits=distill_weight, features=distill_weight, smoothing=smoothing,
@@ -212,19 +193,12 @@ def dynamicvit(
         if held_out is not None:
             measure("accuracy with every patch", network, held_out)
         result = train_dynamicvit(
-            network, processor, dataset, options, out, name=model, keep=keep, layers=_blocks(layers), settings=settings,
-            resume=resume,
+            network, processor, dataset, options, out, name=model, keep=keep, layers=depths, settings=settings,
+            resume=training.resume,
         )  # fmt: skip
         tell(result, out)
         if held_out is not None and result.finished:
             _measure_reduced(network, out, held_out)
-
-
-def _blocks(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(part) for part in text.split(",")]
-    except ValueError:
-        raise QuickmergeError(f"--layers must be whole numbers with commas (3,6,9), got {text!r}") from None
 
 
 def _measure_reduced(network: Any, out: Path, held_out: Any) -> None:
@@ -253,15 +227,17 @@ VISION = Annotated[str, typer.Option("--vision", help="vit-small-14, a folder, o
 LAYERS = Annotated[
     str, typer.Option("--layers", help="Depths of the vision transformer whose features the model gets, together.")
 ]
-QUESTIONS = Annotated[int, typer.Option("--questions", help="At most so many of a picture in a step.")]
+QUESTIONS = Annotated[int, typer.Option("--questions", help="At most so many of an image in a step.", hidden=True)]
 WARMUP_LANGUAGE = Annotated[
-    float, typer.Option("--warmup-language", help="Share of the training in which the language model stays.")
+    float,
+    typer.Option("--warmup-language", help="Share of the training in which the language model stays.", hidden=True),
 ]
 LANGUAGE_RATE = Annotated[
-    float, typer.Option("--language-rate", help="The language model's rate as a share of the projector's.")
+    float, typer.Option("--language-rate", help="The language model's rate as a share of the projector's.", hidden=True)
 ]
 
 
+@trains(learning_rate=VLM_RATE)
 def vlm(
     data: VLM_DATA,
     out: OUT,
@@ -269,19 +245,12 @@ def vlm(
     vision: VISION = "vit-small-14",
     layers: LAYERS = "4,8,11",
     test: VLM_TEST = None,
-    resume: RESUME = False,
-    config: CONFIG = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps. Default: 1000.")] = None,
-    batch: Annotated[int | None, typer.Option("--batch", help="Pictures per step and process. Default: 4.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help=f"Default: {VLM_RATE}.")] = None,
     questions: QUESTIONS = 10,
     align: ALIGN = 0,
     warmup_language: WARMUP_LANGUAGE = 0.1,
     language_rate: LANGUAGE_RATE = 0.3,
-    precision: PRECISION = None,
-    seed: SEED = None,
-    save_every: SAVE_EVERY = None,
-    max_minutes: MINUTES = None,
+    *,
+    training: Training,
 ) -> None:
     """Train a LLaVA of a vision transformer and a language model; it writes an ordinary transformers folder."""
     quiet()
@@ -291,13 +260,8 @@ def vlm(
     from quickmerge.merge.train.new_vlm import new_vlm
     from quickmerge.models import load, load_vision
 
-    if config is None and learning_rate is None:
-        learning_rate = VLM_RATE
-    settings = training_config(
-        config, steps=steps, batch=batch, learning_rate=learning_rate, precision=precision, seed=seed,
-        save_every=save_every, max_minutes=max_minutes,
-    )  # fmt: skip
-    depths = _depths(layers)
+    settings = training.config
+    depths = parse_wholes("--layers", layers)
     pictures, held_out = _pictures("--data", data), _pictures("--test", test)
     tower, image_processor = load_vision(vision)
     language, tokenizer = load(model)
@@ -309,18 +273,11 @@ def vlm(
         say(f"{len(dataset)} pictures with {sum(len(each.questions) for each in dataset.pictures)} questions")
         result = train_vlm(
             made, processor, dataset, settings, out, align=align, warmup_language=warmup_language,
-            language_rate=language_rate, resume=resume,
+            language_rate=language_rate, resume=training.resume,
         )  # fmt: skip
         tell(result, out)
         if asked is not None and result.finished:
             _measure(made, asked)
-
-
-def _depths(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise QuickmergeError(f"--layers must be whole numbers with commas (4,8,11), got {text!r}") from None
 
 
 def _pictures(option: str, folders: str | None) -> list[Any]:

@@ -17,65 +17,59 @@ from quickmerge.console.options import (
     quiet,
     read_text,
 )
-from quickmerge.console.training import training_config
-from quickmerge.errors import clean_name
+from quickmerge.console.training import OUT, Training, tell, trains
 
 if TYPE_CHECKING:
     from quickmerge.datasets import Data
-    from quickmerge.training import TrainingConfig, TrainingResult
+    from quickmerge.training import TrainingConfig
 
 EXAMPLE = "Example: quickmerge train prior --model smollm2-135m --data texts/ --keep 0.1,0.2,0.42 --out runs/prior"
-STEPS = 1000
 
 
+@trains()
 def prior(
     data: Annotated[
         list[Path],
-        typer.Option("--data", help="Text files, images, videos, folders of them, or a dataset on disk; several."),
+        typer.Option("--data", help="Texts, images, videos, folders of them, a dataset."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the prior, its checkpoints and metrics.")],
+    out: OUT,
     more: Annotated[list[Path] | None, typer.Argument(help="Further paths after --data.", show_default=False)] = None,
     model: MODEL = "smollm2-135m",
     keep: Annotated[str, typer.Option("--keep", help="Shares to train at, with commas.")] = "0.1,0.2,0.42",
     layer: LAYER = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="Training settings, .toml or .json; options go before it.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help=f"Optimizer steps. Default: {STEPS}.")] = None,
-    batch: Annotated[int | None, typer.Option("--batch", help="Items per step and process. Default: 4.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Default: 0.001.")] = None,
-    precision: Annotated[str | None, typer.Option("--precision", help="no, bf16 or fp16. Default: no.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Default: 0.")] = None,
-    save_every: Annotated[int | None, typer.Option("--save-every", help="Steps between checkpoints.")] = None,
-    max_minutes: Annotated[float | None, typer.Option("--max-minutes", help="Stop cleanly after so long.")] = None,
-    width: Annotated[int, typer.Option("--width", help="Features per slot inside the prior.")] = 256,
-    layers: Annotated[int, typer.Option("--layers", help="Transformer blocks of the prior.")] = 2,
-    head: Annotated[str, typer.Option("--head", help="gaussian, mixture, energy, flow or diffusion.")] = "gaussian",
-    directions: Annotated[str, typer.Option("--directions", help="forward or both.")] = "both",
+    width: Annotated[int, typer.Option("--width", help="Features per slot inside the prior.", hidden=True)] = 256,
+    layers: Annotated[int, typer.Option("--layers", help="Transformer blocks of the prior.", hidden=True)] = 2,
+    head: Annotated[
+        str, typer.Option("--head", help="gaussian, mixture, energy, flow or diffusion.", hidden=True)
+    ] = "gaussian",
+    directions: Annotated[str, typer.Option("--directions", help="forward or both.", hidden=True)] = "both",
     depths: Annotated[
-        str | None, typer.Option("--depths", help="Blocks where slots are corrected (8,16), or none. Default: several.")
+        str | None,
+        typer.Option(
+            "--depths", help="Blocks where slots are corrected (8,16), or none. Default: several.", hidden=True
+        ),
     ] = None,
-    saliency: Annotated[bool, typer.Option("--saliency/--no-saliency", help="Learn a term of the saliency.")] = True,
+    saliency: Annotated[
+        bool, typer.Option("--saliency/--no-saliency", help="Learn a term of the saliency.", hidden=True)
+    ] = True,
     context: Annotated[int, typer.Option("--context", help="Text: tokens that are merged.")] = 1024,
-    target: Annotated[int, typer.Option("--target", help="Text: tokens that are predicted after them.")] = 192,
+    target: Annotated[int, typer.Option("--target", help="Text: tokens that are predicted.")] = 192,
     held_out: Annotated[
-        list[Path] | None, typer.Option("--held-out", help="Texts that training must not share a passage with.")
+        list[Path] | None, typer.Option("--held-out", help="Texts that training must share no passage with.")
     ] = None,
-    half: Annotated[bool, typer.Option("--half", help="Store the weights in float16.")] = False,
-    column: Annotated[str | None, typer.Option("--column", help="Column of a dataset on disk.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store the weights in float16.", hidden=True)] = False,
+    column: Annotated[str | None, typer.Option("--column", help="Column of a dataset on disk.", hidden=True)] = None,
     size: Annotated[int, typer.Option("--size", help="Images and video: side of the square that is read.")] = 128,
-    patch: Annotated[int, typer.Option("--patch", help="Images and video: side of a patch.")] = 8,
-    frames: Annotated[int, typer.Option("--frames", help="Video: frames per clip.")] = 8,
+    patch: Annotated[int, typer.Option("--patch", help="Images and video: side of a patch.", hidden=True)] = 8,
+    frames: Annotated[int, typer.Option("--frames", help="Video: frames per clip.", hidden=True)] = 8,
+    *,
+    training: Training,
 ) -> None:
     """Train the prior over merged tokens: of a language model's prompts, or of images or video."""
     quiet()
     from quickmerge.datasets import find_data
 
-    settings = training_config(
-        config, steps=steps, batch=batch, learning_rate=learning_rate, precision=precision, seed=seed,
-        save_every=save_every, max_minutes=max_minutes,
-    )  # fmt: skip
+    settings = training.config
     keeps = parse_keeps(keep)
     found = find_data([*data, *(more or [])])
     with one_sentence():
@@ -84,13 +78,13 @@ def prior(
             blocks = None if depths is None else [] if depths == "none" else _blocks(depths)
             _train_text(
                 found, out, model=model, keeps=keeps, layer=parse_layer(layer), depths=blocks, config=settings,
-                resume=resume, shape={**shape, "saliency": saliency}, context=context, target=target,
+                resume=training.resume, shape={**shape, "saliency": saliency}, context=context, target=target,
                 held_out=[read_text(path) for path in held_out or []], column=column, half=half,
             )  # fmt: skip
         else:
             _train_pictures(
-                found, out, keeps=keeps, config=settings, resume=resume, shape=shape, half=half, size=size, patch=patch,
-                frames=frames, column=column,
+                found, out, keeps=keeps, config=settings, resume=training.resume, shape=shape, half=half,
+                size=size, patch=patch, frames=frames, column=column,
             )  # fmt: skip
 
 
@@ -142,7 +136,7 @@ def _train_text(
         lm, windows, config, out, name=model, keeps=keeps, layer=layer, depths=depths, context=context,
         resume=resume, half=half, **shape,
     )  # fmt: skip
-    _tell(result, out)
+    tell(result, out)
 
 
 def _train_pictures(
@@ -176,9 +170,4 @@ def _train_pictures(
         dataset, config, out, keeps=keeps, patch=patch, kind="videos" if found.kind == "videos" else "images",
         resume=resume, half=half, **shape,
     )  # fmt: skip
-    _tell(result, out)
-
-
-def _tell(result: TrainingResult, out: Path) -> None:
-    told = "wrote" if result.finished else f"stopped after step {result.steps}; go on with --resume:"
-    print(f"{told} {clean_name(out)}")
+    tell(result, out)

@@ -21,8 +21,9 @@ from quickmerge.merge.prior.model import BACKWARD, FORWARD, Prior
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.pooling import GridMerge
 from quickmerge.merge.tokens.view import TokenView
-from quickmerge.training.config import Dataset, Objective, TrainingConfig
+from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
+from quickmerge.training.objective import Dataset, Objective
 
 Patch: TypeAlias = Size
 """Pixels of both sides of a patch, or height and width."""

@@ -28,8 +28,9 @@ from quickmerge.models.compat import cache_argument
 from quickmerge.models.decoder import find_decoder
 from quickmerge.models.identity import model_hash
 from quickmerge.models.part import model_label
-from quickmerge.training.config import Dataset, Objective, TrainingConfig
+from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
+from quickmerge.training.objective import Dataset, Objective
 
 DRAWS = 2
 """Keeps that each step trains at, drawn from those that are trained for."""

@@ -24,9 +24,10 @@ from quickmerge.models.compat import attention_implementation
 from quickmerge.models.identity import model_hash
 from quickmerge.models.part import save_model
 from quickmerge.training.align import align_projector, projector_input
-from quickmerge.training.config import Objective, TrainingConfig, with_data
+from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
 from quickmerge.training.metrics import share_shown
+from quickmerge.training.objective import Objective, with_data
 from quickmerge.training.packing import additive, packed_mask, packed_positions
 
 __all__ = ["Answer", "answer_ids", "evaluate_answers", "prompt_ids", "scaled_inputs", "train_vlm"]

@@ -16,8 +16,9 @@ from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.models.encoder import find_encoder
 from quickmerge.models.identity import model_hash
 from quickmerge.models.part import save_model
-from quickmerge.training.config import Dataset, Objective, TrainingConfig, with_data
+from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
+from quickmerge.training.objective import Dataset, Objective, with_data
 
 BACKBONE, HEAD = "backbone", "head"
 

@@ -22,8 +22,9 @@ from quickmerge.models.encoder import find_encoder
 from quickmerge.models.identity import model_hash
 from quickmerge.models.part import model_label, save_model
 from quickmerge.together import write_together
-from quickmerge.training.config import Dataset, Objective, TrainingConfig, with_data
+from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
+from quickmerge.training.objective import Dataset, Objective, with_data
 
 
 def ratio_loss(masks: Sequence[Tensor], keep: float) -> Tensor:

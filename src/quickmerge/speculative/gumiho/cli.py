@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quickmerge.console.options import MODEL, load_writer, one_sentence, progress, quiet, read_text
-from quickmerge.errors import QuickmergeError, clean_name
+from quickmerge.console.training import OUT, Training, tell, trains
+from quickmerge.errors import QuickmergeError
+from quickmerge.terminal import say
 
 if TYPE_CHECKING:
     from quickmerge.speculative.gumiho.texts import DraftTexts
@@ -19,79 +20,97 @@ EXAMPLE = (
     "Example: quickmerge train gumiho --model smollm2-135m --data texts/ --generate 2000 --draft-vocab 8192 "
     "--out runs/gumiho"
 )
-STEPS = 2000
 SHARE_OF_MEMORY = 0.5
 """Of the memory that is free, so much may go into features."""
 
 
+@trains(
+    steps=2000, batch=8, learning_rate=1e-3, warmup=100, weight_decay=0.0, betas=(0.9, 0.95), clip=0.5, save_every=200
+)
 def gumiho(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the heads, their checkpoints and metrics.")],
+    out: OUT,
     data: Annotated[
-        list[Path] | None, typer.Option("--data", help="Text files, folders of them, or a dataset on disk; several.")
+        list[Path] | None, typer.Option("--data", help="Texts, folders of them, or a dataset on disk.")
     ] = None,
     model: MODEL = "smollm2-135m",
     generate: Annotated[
-        int, typer.Option("--generate", min=0, help="Let the model answer so many prompts made of the texts.")
+        int, typer.Option("--generate", min=0, help="Prompts made of the texts that the model answers.")
     ] = 0,
     answers: Annotated[
         Path | None,
-        typer.Option("--answers", help="File of the model's answers, written with --generate and read without it."),
+        typer.Option("--answers", help="The answers: written with --generate, else read."),
     ] = None,
     windows: Annotated[
-        int | None, typer.Option("--windows", min=0, help="Train on so many windows of the texts too. Default: all.")
+        int | None, typer.Option("--windows", min=0, help="Windows of the texts to train on too. Default: all.")
     ] = None,
-    length: Annotated[int, typer.Option("--length", help="Tokens of a text that is trained on.")] = 256,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="Training settings, .toml or .json; options go before it.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help=f"Optimizer steps. Default: {STEPS}.")] = None,
-    batch: Annotated[int | None, typer.Option("--batch", help="Texts per step and process. Default: 8.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Default: 0.001.")] = None,
-    precision: Annotated[str | None, typer.Option("--precision", help="no, bf16 or fp16. Default: no.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Default: 0.")] = None,
-    save_every: Annotated[int | None, typer.Option("--save-every", help="Steps between checkpoints.")] = None,
-    max_minutes: Annotated[float | None, typer.Option("--max-minutes", help="Stop cleanly after so long.")] = None,
+    length: Annotated[int, typer.Option("--length", help="Tokens of a text.")] = 256,
     serial: Annotated[int, typer.Option("--serial", help="Tokens drafted one after the other.")] = 2,
-    serial_layers: Annotated[int, typer.Option("--serial-layers", help="Transformer layers that do so.")] = 2,
+    serial_layers: Annotated[
+        int, typer.Option("--serial-layers", help="Transformer layers that draft one after the other.", hidden=True)
+    ] = 2,
     inner: Annotated[
-        int | None, typer.Option("--inner", help="Width inside such a layer. Default: as in the model.")
+        int | None, typer.Option("--inner", help="Width inside such a layer. Default: as in the model.", hidden=True)
     ] = None,
-    heads: Annotated[int, typer.Option("--heads", help="Further tokens, drafted by a parallel head each.")] = 5,
-    mlp_depth: Annotated[int, typer.Option("--mlp-depth", help="Linear layers of a parallel head.")] = 6,
-    mlp_width: Annotated[int | None, typer.Option("--mlp-width", help="Their width. Default: the model's.")] = None,
-    activation: Annotated[str, typer.Option("--activation", help="silu or relu, of parallel heads.")] = "silu",
+    heads: Annotated[int, typer.Option("--heads", help="Further tokens, each by a parallel head.")] = 5,
+    mlp_depth: Annotated[int, typer.Option("--mlp-depth", help="Linear layers of a parallel head.", hidden=True)] = 6,
+    mlp_width: Annotated[
+        int | None, typer.Option("--mlp-width", help="Their width. Default: the model's.", hidden=True)
+    ] = None,
+    activation: Annotated[
+        str, typer.Option("--activation", help="silu or relu, of parallel heads.", hidden=True)
+    ] = "silu",
     draft_vocab: Annotated[
-        int | None, typer.Option("--draft-vocab", help="Draft only the so many most frequent tokens. Default: all.")
+        int | None, typer.Option("--draft-vocab", help="Draft only the so many most frequent tokens.")
     ] = None,
     share: Annotated[
-        float, typer.Option("--share", help="Share of the tokens that the dearer losses are taken at, in (0, 1].")
+        float,
+        typer.Option(
+            "--share", help="Share of the tokens that the dearer losses are taken at, in (0, 1].", hidden=True
+        ),
     ] = 1.0,
-    noise: Annotated[float, typer.Option("--noise", help="Noise on the features that the heads read.")] = 0.2,
-    token_loss: Annotated[float, typer.Option("--token-loss", help="Weight of the cross-entropies.")] = 0.1,
-    heads_loss: Annotated[float, typer.Option("--heads-loss", help="Weight of all parallel heads together.")] = 0.1111,
+    noise: Annotated[
+        float, typer.Option("--noise", help="Noise on the features that the heads read.", hidden=True)
+    ] = 0.2,
+    token_loss: Annotated[
+        float, typer.Option("--token-loss", help="Weight of the cross-entropies.", hidden=True)
+    ] = 0.1,
+    heads_loss: Annotated[
+        float, typer.Option("--heads-loss", help="Weight of all parallel heads together.", hidden=True)
+    ] = 0.1111,
     wait: Annotated[
-        float, typer.Option("--wait", help="Share of the training in which parallel heads learn features alone.")
+        float,
+        typer.Option("--wait", help="Share of the training in which parallel heads learn features.", hidden=True),
     ] = 0.2,
     keep_features: Annotated[
         bool | None,
         typer.Option(
             "--keep-features/--read-again",
-            help="Let the model read the texts once, or in every step. Default: once, where that fits into memory.",
+            help="Read the texts once, or in every step. Default: once, where that fits.",
+            hidden=True,
         ),
     ] = None,
     features: Annotated[
-        Path | None, typer.Option("--features", help="Folder where what was read is kept for further trainings.")
+        Path | None, typer.Option("--features", help="Folder where what was read is kept.", hidden=True)
     ] = None,
-    passage: Annotated[int, typer.Option("--passage", help="--generate: tokens of a text in a prompt.")] = 96,
-    answer_tokens: Annotated[int, typer.Option("--answer-tokens", help="--generate: of an answer at most.")] = 160,
-    temperature: Annotated[float, typer.Option("--temperature", help="--generate: of sampling; 0 is greedy.")] = 0.7,
-    at_once: Annotated[int, typer.Option("--at-once", help="--generate: prompts that are answered together.")] = 64,
+    passage: Annotated[
+        int, typer.Option("--passage", help="--generate: tokens of a text in a prompt.", hidden=True)
+    ] = 96,
+    answer_tokens: Annotated[
+        int, typer.Option("--answer-tokens", help="--generate: of an answer at most.", hidden=True)
+    ] = 160,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="--generate: of sampling; 0 is greedy.", hidden=True)
+    ] = 0.7,
+    at_once: Annotated[
+        int, typer.Option("--at-once", help="--generate: prompts that are answered together.", hidden=True)
+    ] = 64,
     held_out: Annotated[
-        list[Path] | None, typer.Option("--held-out", help="Texts that training must not share a passage with.")
+        list[Path] | None, typer.Option("--held-out", help="Texts that training must share no passage with.")
     ] = None,
-    column: Annotated[str | None, typer.Option("--column", help="Column of a dataset on disk.")] = None,
-    half: Annotated[bool, typer.Option("--half", help="Store the heads in float16.")] = False,
+    column: Annotated[str | None, typer.Option("--column", help="Column of a dataset on disk.", hidden=True)] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store the heads in float16.", hidden=True)] = False,
+    *,
+    training: Training,
 ) -> None:
     """Train draft heads (Gumiho) for speculative decoding: on texts, and on the model's own answers."""
     quiet()
@@ -99,10 +118,7 @@ def gumiho(
     from quickmerge.speculative.gumiho.self_answers import Asking
     from quickmerge.speculative.gumiho.train import train_gumiho
 
-    settings = gumiho_config(
-        config, steps=steps, batch=batch, learning_rate=learning_rate, precision=precision, seed=seed,
-        save_every=save_every, max_minutes=max_minutes,
-    )  # fmt: skip
+    settings = training.config
     shape: dict[str, Any] = {"serial": serial, "serial_layers": serial_layers, "heads": heads, "mlp_depth": mlp_depth,
                              "activation": activation}  # fmt: skip
     shape |= {name: value for name, value in (("inner", inner), ("mlp_width", mlp_width)) if value is not None}
@@ -118,28 +134,13 @@ def gumiho(
         )  # fmt: skip
         if draft_vocab is not None:
             drafted, covered = texts.frequent(draft_vocab)
-            _say(f"{len(drafted)} tokens can be drafted: {100 * covered:.1f} % of those in the texts")
+            say(f"{len(drafted)} tokens can be drafted: {100 * covered:.1f} % of those in the texts")
         _keep(lm, texts, settings, keep_features, features)
         result = train_gumiho(
             lm, texts, settings, out, name=model, draft_vocabulary=draft_vocab, weights=weights, share=share,
-            noise=noise, resume=resume, half=half, **shape,
+            noise=noise, resume=training.resume, half=half, **shape,
         )  # fmt: skip
-    told = "wrote" if result.finished else f"stopped after step {result.steps}; go on with --resume:"
-    print(f"{told} {clean_name(out)}")
-
-
-def gumiho_config(path: Path | None, **options: Any) -> TrainingConfig:
-    """Settings from a file, if there is one, with the options that were given before it."""
-    from quickmerge.training import TrainingConfig
-
-    given = {name: value for name, value in options.items() if value is not None}
-    with one_sentence():
-        if path is not None:
-            return replace(TrainingConfig.from_file(path), **given)
-        steps = given.get("steps", STEPS)
-        usual = {"steps": steps, "batch": 8, "learning_rate": 1e-3, "warmup": min(100, steps), "weight_decay": 0.0,
-                 "betas": (0.9, 0.95), "clip": 0.5, "save_every": 200}  # fmt: skip
-        return TrainingConfig(**{**usual, **given})
+    tell(result, out)
 
 
 def _documents(paths: list[Path], column: str | None) -> Any:
@@ -195,7 +196,7 @@ def _texts(
         plain = TextWindows(tokenizer, documents, length, held_out=ids)
         told.append(f"{min(len(plain), windows or len(plain))} windows of {length} tokens")
     texts = DraftTexts(plain, answered, length=length, most=windows, seed=asking.seed)
-    _say(f"{' and '.join(told)}: {texts.tokens} tokens to read")
+    say(f"{' and '.join(told)}: {texts.tokens} tokens to read")
     return texts
 
 
@@ -219,18 +220,12 @@ def _keep(lm: Any, texts: DraftTexts, settings: TrainingConfig, wanted: bool | N
         if need > free:
             if wanted:
                 raise QuickmergeError(f"--keep-features can't be used: {size}, and {free / 2**30:.2f} GiB may be used")
-            _say(f"{size}, more than the {free / 2**30:.2f} GiB that may be used: texts are read in every step")
+            say(f"{size}, more than the {free / 2**30:.2f} GiB that may be used: texts are read in every step")
             return
-    _say(f"{size} {'of memory' if folder is None else f'in {folder}'}: read once")
+    say(f"{size} {'of memory' if folder is None else f'in {folder}'}: read once")
     known = {"model": model_hash(lm), "precision": settings.precision}
     if settings.precision == "bf16":
         lm.to(torch.bfloat16)
     with progress() as bar:
         task = bar.add_task("reading the texts", total=len(texts))
         keep_features(lm, texts, known, folder=folder, advance=lambda count: bar.update(task, advance=count))
-
-
-def _say(sentence: str) -> None:
-    from quickmerge.terminal import say
-
-    say(sentence)

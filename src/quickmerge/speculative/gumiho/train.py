@@ -18,8 +18,9 @@ from quickmerge.models.part import model_label
 from quickmerge.speculative.gumiho import Gumiho, GumihoNetwork, LossWeights, gumiho_losses
 from quickmerge.speculative.gumiho.network import Ends, check_target
 from quickmerge.speculative.gumiho.texts import DraftTexts, collate_texts
-from quickmerge.training.config import Objective, TrainingConfig
+from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
+from quickmerge.training.objective import Objective
 
 __all__ = ["GumihoText", "feature_scale", "train_gumiho"]
 
