@@ -188,9 +188,7 @@ def test_bad_training_settings_are_one_sentence(
 
 
 def test_features_that_do_not_fit_are_read_again(run, parts, scenes: Path, tmp_path: Path, monkeypatch) -> None:
-    from quickmerge.recognition import train as training
-
-    monkeypatch.setattr(training, "SHARE_OF_MEMORY", 0.0)
+    monkeypatch.setattr("quickmerge.console.training.SHARE_OF_MEMORY", 0.0)
     base = ["train", "recognizer", *parts, "--data", scenes, "--steps", 2, *SMALL]
     code, _, err = run(*base, "--out", tmp_path / "o")
     assert code == 0 and "pictures are read in every step" in " ".join(err.split())

@@ -53,8 +53,7 @@ def test_kept_features_are_those_of_the_pixels(scenes) -> None:
     kept = read_features(recognizer, dataset, batch=4, advance=seen.append)
     assert seen == [4, 4, 1] and kept.dtype == torch.bfloat16
     assert torch.equal(kept, wanted.bfloat16())
-    need, free = feature_bytes(recognizer, dataset)
-    assert need == kept.numel() * 2 and free > 0
+    assert feature_bytes(recognizer, dataset) == kept.numel() * 2
     halved = read_features(recognizer, dataset, shrink=lambda x: x[:, ::2])
     assert torch.equal(halved, kept[:, ::2])
     dataset.keep(kept)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quickmerge.console.options import load_model, one_sentence, progress, quiet, read_text
-from quickmerge.console.training import OUT, Training, make_config, tell, trains
+from quickmerge.console.training import OUT, Training, make_config, tell, text_documents, trains
 from quickmerge.errors import QuickmergeError, near_match
 from quickmerge.files import read_settings
 from quickmerge.terminal import say
@@ -34,18 +33,6 @@ class Texts:
 
     documents: Any
     held_out: list[str]
-
-
-def read_texts(paths: Sequence[Path], held_out: Sequence[Path], column: str | None) -> Texts:
-    """The texts that were named."""
-    from quickmerge.datasets import find_data, from_disk
-
-    found = find_data(paths)
-    documents: Any = from_disk(found.files, column) if found.kind == "dataset" else found.files
-    kind = documents.kind if found.kind == "dataset" else found.kind
-    if kind != "text":
-        raise QuickmergeError(f"--data must name texts, got {kind}")
-    return Texts(documents, [read_text(path) for path in held_out])
 
 
 class Sources:
@@ -398,7 +385,7 @@ def calm(
         first = None
         if stage in ENCODES:
             first = _first_config(training, ae_config, _given(own) if stage == "both" else None)
-        texts = read_texts(data, held_out or [], column)
+        texts = Texts(text_documents(data, column), [read_text(path) for path in held_out or []])
         found = Sources(out, autoencoder, tokenizer, vocabulary, patch)
         if stage in SPEAKS:
             check_speaking(_given(drawing), _given(reading), chunks)

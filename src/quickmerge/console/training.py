@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -15,12 +15,13 @@ from quickmerge.console.commands import with_options
 from quickmerge.console.config import NONE
 from quickmerge.console.options import one_sentence, parse_numbers
 from quickmerge.errors import QuickmergeError, clean_name
+from quickmerge.terminal import say
 from quickmerge.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from quickmerge.training import TrainingResult
 
-__all__ = ["ALIGN", "OUT", "TRAINING", "Training", "make_config", "tell", "trains"]
+__all__ = ["ALIGN", "OUT", "TRAINING", "Training", "make_config", "reads_once", "tell", "text_documents", "trains"]
 
 TRAINING = "Training"
 """The group in which a command's help shows these options."""
@@ -156,6 +157,65 @@ def _helps() -> dict[str, str]:
     found = re.findall(r"^    (\w+): (.+?)(?=\n    \w+: |\n\n|\Z)", told, flags=re.M | re.S)
     clear = {name: " ".join(text.split()).split(";")[0].replace("`", "").replace('"', "") for name, text in found}
     return {name: text[0].upper() + text[1:].rstrip(".") + "." for name, text in clear.items()}
+
+
+def text_documents(paths: Sequence[Path], column: str | None) -> Any:
+    """The texts that ``--data`` names, as files or as rows of a dataset on disk.
+
+    Raises:
+        QuickmergeError: there are none, or something else is there.
+    """
+    from quickmerge.datasets import find_data, from_disk
+
+    found = find_data(paths)
+    documents: Any = from_disk(found.files, column) if found.kind == "dataset" else found.files
+    kind = documents.kind if found.kind == "dataset" else found.kind
+    if kind != "text":
+        raise QuickmergeError(f"--data must name texts, got {kind}")
+    return documents
+
+
+SHARE_OF_MEMORY = 0.5
+"""Of the memory that is free, so much may go into features; the training needs some too."""
+
+
+def reads_once(
+    wanted: bool | None,
+    what: str,
+    items: int,
+    need: Callable[[], int],
+    *,
+    looks: int,
+    folder: Path | None = None,
+) -> bool:
+    """Whether features are read once and kept: where that is asked for, or fits into memory and saves something.
+
+    What is decided is told, with what it takes.
+
+    Args:
+        wanted: what ``--keep-features`` or ``--read-again`` says; None: where it fits, and items come twice.
+        what: has the features, in the plural.
+        items: how many of them there are.
+        need: bytes that the features of all take; asked where it matters.
+        looks: items that the training will look at in all.
+        folder: they are kept there, and not in memory.
+
+    Raises:
+        QuickmergeError: it is asked for, and there is not the memory.
+    """
+    if folder is None and (wanted is False or (wanted is None and looks <= items)):
+        return False
+    import psutil  # type: ignore[import-untyped]
+
+    bytes_, free = need(), int(SHARE_OF_MEMORY * psutil.virtual_memory().available)
+    size = f"the features of {items} {what} take {bytes_ / 2**30:.2f} GiB"
+    if folder is None and bytes_ > free:
+        if wanted:
+            raise QuickmergeError(f"--keep-features can't be used: {size}, and {free / 2**30:.2f} GiB may be used")
+        say(f"{size}, more than the {free / 2**30:.2f} GiB that may be used: {what} are read in every step")
+        return False
+    say(f"{size} {'of memory' if folder is None else f'in {folder}'}: read once")
+    return True
 
 
 def tell(result: TrainingResult, out: Path) -> None:

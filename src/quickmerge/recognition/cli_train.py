@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quickmerge.console.options import MODEL, load_model, one_sentence, parse_wholes, progress, quiet
-from quickmerge.console.training import ALIGN, OUT, Training, tell, trains
-from quickmerge.errors import FetchError, QuickmergeError, clean_name
+from quickmerge.console.training import ALIGN, OUT, Training, reads_once, tell, trains
+from quickmerge.errors import FetchError, clean_name
 from quickmerge.terminal import say
 
 if TYPE_CHECKING:
@@ -126,16 +126,8 @@ def keep_features(network: Recognizer, dataset: LabelledScenes, wanted: bool | N
     """
     from quickmerge.recognition.train import feature_bytes, read_features
 
-    if wanted is False or (wanted is None and shown <= len(dataset)):
+    if not reads_once(wanted, "pictures", len(dataset), lambda: feature_bytes(network, dataset), looks=shown):
         return
-    need, free = feature_bytes(network, dataset)
-    size = f"the features of {len(dataset)} pictures take {need / 2**30:.2f} GiB"
-    if need > free:
-        if wanted:
-            raise QuickmergeError(f"--keep-features can't be used: {size}, and {free / 2**30:.2f} GiB may be used")
-        say(f"{size}, more than the {free / 2**30:.2f} GiB that may be used: pictures are read in every step")
-        return
-    say(f"{size} of memory: read once, in bfloat16")
     with progress() as bar:
         task = bar.add_task("reading the pictures", total=len(dataset))
         dataset.keep(read_features(network, dataset, half=half, advance=lambda count: bar.update(task, advance=count)))

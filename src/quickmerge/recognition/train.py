@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-import psutil  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -224,10 +223,6 @@ def align_words(recognizer: Recognizer, dataset: LabelledScenes, *, pictures: in
 # Training a recogniser on pictures with labels.
 
 
-SHARE_OF_MEMORY = 0.5
-"""Of the memory that is free, so much may go into features; the training needs some too."""
-
-
 class Scene(Protocol):
     """An image file and the labels of what it shows, such as `quickmerge.datasets.annotated.Annotated`."""
 
@@ -303,10 +298,9 @@ def collate_scenes(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {kind: torch.stack([item[kind] for item in items]), "labels": [item["labels"] for item in items]}
 
 
-def feature_bytes(recognizer: Recognizer, scenes: LabelledScenes) -> tuple[int, int]:
-    """What the features of all pictures would take in half precision, and how much memory may go into them."""
-    one = recognizer.features(scenes.pixels(0)[None])
-    return 2 * one.numel() * len(scenes), int(SHARE_OF_MEMORY * psutil.virtual_memory().available)
+def feature_bytes(recognizer: Recognizer, scenes: LabelledScenes) -> int:
+    """What the features of all pictures would take in half precision."""
+    return 2 * recognizer.features(scenes.pixels(0)[None]).numel() * len(scenes)
 
 
 def read_features(

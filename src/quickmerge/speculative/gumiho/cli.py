@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quickmerge.console.options import MODEL, load_writer, one_sentence, progress, quiet, read_text
-from quickmerge.console.training import OUT, Training, tell, trains
+from quickmerge.console.training import OUT, Training, reads_once, tell, text_documents, trains
 from quickmerge.errors import QuickmergeError
 from quickmerge.terminal import say
 
@@ -20,8 +20,6 @@ EXAMPLE = (
     "Example: quickmerge train gumiho --model smollm2-135m --data texts/ --generate 2000 --draft-vocab 8192 "
     "--out runs/gumiho"
 )
-SHARE_OF_MEMORY = 0.5
-"""Of the memory that is free, so much may go into features."""
 
 
 @trains(
@@ -126,7 +124,7 @@ def gumiho(
         weights = LossWeights(token=token_loss, heads=heads_loss, wait=wait)
         asking = Asking(passage, answer_tokens, temperature, at_once, settings.seed)
         lm, tokenizer = load_writer(model)
-        documents = _documents(data or [], column)
+        documents = text_documents(data, column) if data else []
         held = [read_text(path) for path in held_out or []]
         texts = _texts(
             lm, tokenizer, documents, held, generate=generate, asking=asking, windows=windows, length=length,
@@ -141,20 +139,6 @@ def gumiho(
             noise=noise, resume=training.resume, half=half, **shape,
         )  # fmt: skip
     tell(result, out)
-
-
-def _documents(paths: list[Path], column: str | None) -> Any:
-    """The texts that were named; none if nothing was."""
-    from quickmerge.datasets import find_data, from_disk
-
-    if not paths:
-        return []
-    found = find_data(paths)
-    documents: Any = from_disk(found.files, column) if found.kind == "dataset" else found.files
-    kind = documents.kind if found.kind == "dataset" else found.kind
-    if kind != "text":
-        raise QuickmergeError(f"--data must name texts, got {kind}")
-    return documents
 
 
 def _texts(
@@ -202,7 +186,6 @@ def _texts(
 
 def _keep(lm: Any, texts: DraftTexts, settings: TrainingConfig, wanted: bool | None, folder: Path | None) -> None:
     """Let the model read all texts once, where that is asked for, or fits and saves something."""
-    import psutil  # type: ignore[import-untyped]
     import torch
 
     from quickmerge.models.identity import model_hash
@@ -210,19 +193,10 @@ def _keep(lm: Any, texts: DraftTexts, settings: TrainingConfig, wanted: bool | N
 
     if wanted is False and folder is not None:
         raise QuickmergeError("--features keeps what was read, and --read-again does not: give one of them")
-    need = 2 * texts.tokens * lm.get_output_embeddings().weight.shape[1]
-    size = f"the features of {texts.tokens} tokens take {need / 2**30:.2f} GiB"
-    if folder is None:
-        seen = settings.steps * settings.batch * settings.accumulate
-        if wanted is False or (wanted is None and seen <= len(texts)):
-            return
-        free = int(SHARE_OF_MEMORY * psutil.virtual_memory().available)
-        if need > free:
-            if wanted:
-                raise QuickmergeError(f"--keep-features can't be used: {size}, and {free / 2**30:.2f} GiB may be used")
-            say(f"{size}, more than the {free / 2**30:.2f} GiB that may be used: texts are read in every step")
-            return
-    say(f"{size} {'of memory' if folder is None else f'in {folder}'}: read once")
+    width = lm.get_output_embeddings().weight.shape[1]
+    looks = settings.steps * settings.batch * settings.accumulate
+    if not reads_once(wanted, "texts", len(texts), lambda: 2 * texts.tokens * width, looks=looks, folder=folder):
+        return
     known = {"model": model_hash(lm), "precision": settings.precision}
     if settings.precision == "bf16":
         lm.to(torch.bfloat16)
