@@ -12,7 +12,7 @@ from rich.table import Table
 
 from quickmerge.errors import clean, clean_name
 from quickmerge.terminal import PlainColumn, Terminal, plain
-from quickmerge.viz.format import escape_name
+from quickmerge.viz.format import shown_name
 
 HOSTILE = [
     "\x1b[31mred",
@@ -39,7 +39,7 @@ def test_clean_leaves_no_controls_and_a_name_nothing_hidden(text: str) -> None:
     assert not obeyed(name) and "\n" not in name and "\t" not in name
     assert not [c for c in name if unicodedata.bidirectional(c) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI",
                                                                     "FSI", "PDI")]  # fmt: skip
-    assert clean_name(name) == name and "\u202e" not in escape_name(text)
+    assert clean_name(name) == name and "\u202e" not in shown_name(text)
 
 
 def test_a_disguised_name_shows_what_it_is() -> None:

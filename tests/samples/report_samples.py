@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from dataclasses import asdict
 from html.parser import HTMLParser
 from typing import Any
 
 from quickmerge.viz.tokenmap import TokenCell
 
-VOID = {"meta", "link", "br", "img", "input", "hr"}
+VOID = {"meta", "link", "br", "img", "input", "hr", "source"}
 HOSTILE = (
     "<script>alert(1)</script>",
     "</style><style>*{display:none}",
@@ -153,3 +155,9 @@ class Parsed(HTMLParser):
         self.texts.append(data)
         if self._map_depth is not None:
             self.document.append(data)
+
+
+def drawings(picture: str) -> list[str]:
+    """The drawings of a picture as SVG: the dark one, then the light one."""
+    found = re.findall(r'data:image/svg\+xml;base64,([^"]*)"', picture)
+    return [base64.b64decode(one).decode("utf-8") for one in found]

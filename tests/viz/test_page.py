@@ -4,6 +4,7 @@ import base64
 import hashlib
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from report_samples import Parsed, cells_for, demo, rows
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.bench.text import bench_report
 from quickmerge.merge.demo import demo_report
+from quickmerge.viz.drawing import DARK, LIGHT, ON_SLOT, SLOT_COLORS, rgb, tint_alpha
 from quickmerge.viz.page import cards, heading, page, paragraph, table, write_page
+from quickmerge.viz.render import asset
 from quickmerge.viz.tokenmap import token_map_html
 
 PAGES = {"demo": lambda: demo_report(demo()), "bench": lambda: bench_report(rows(kinds=True), {"model": "some/model"})}
@@ -101,3 +104,24 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_the_styles_have_the_colours_of_the_drawings() -> None:
+    def variables(css: str, block: str) -> dict[str, str]:
+        """The variables of a scheme, the light one first in a style, the dark one behind its condition."""
+        return dict(re.findall(r"--(\w+): (#\w+);", css.split(block)[1].split("}")[0]))
+
+    style, tokens = asset("style.css"), asset("tokenmap.css")
+    dark = "(prefers-color-scheme:dark) {"
+    for theme, css in ((LIGHT, style), (DARK, style.split(dark)[1])):
+        assert variables(css, ":root {") == asdict(theme)
+    names = {"qi": "ink", "qu": "muted", "qf": "faint", "ql": "line", "qc": "card", "qk": "chip", "qa": "accent"}
+    for theme, css in ((LIGHT, tokens), (DARK, tokens.split(dark)[1])):
+        found = variables(css, ".qm-map {")
+        assert {key: found[key] for key in names} == {key: getattr(theme, role) for key, role in names.items()}
+    for order, color in enumerate(SLOT_COLORS):
+        assert f".qm-map .c{order} {{ --c: {' '.join(map(str, rgb(color)))}; }}" in tokens
+    for level in range(10):
+        assert f".qm-map .w{level} {{ --a: {tint_alpha(level):.3f}; }}" in tokens
+    assert f"color: {ON_SLOT};" in tokens
+    assert {SLOT_COLORS[0], SLOT_COLORS[1]} <= set(re.findall(r'fill="(#\w+)"', page("x", [])))

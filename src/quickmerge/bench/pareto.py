@@ -11,11 +11,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
 from quickmerge.bench.rows import by_reducer, is_full, is_ours, overall
 from quickmerge.bench.table import Row
 from quickmerge.errors import QuickmergeError
-from quickmerge.viz.charts import inline_svg
+from quickmerge.viz.charts import picture
 from quickmerge.viz.drawing import (
     DARK,
     LIGHT,
@@ -255,17 +256,16 @@ _MANY = 9
 _ABOVE = 4.0  # points between an interval and the keep value over it
 
 
-def pareto_svg(rows: Sequence[Row], *, x: Cost = "flops_ratio", y: str = _RECOVERY) -> str:
-    """Return an inline SVG of recovery against cost, one line for each reducer over its keep values.
+def pareto_chart(rows: Sequence[Row], *, x: Cost = "flops_ratio", y: str = _RECOVERY) -> Markup:
+    """Return a picture of recovery against cost, one line for each reducer over its keep values.
 
     Args:
         rows: The benchmark's rows; rows of one kind of document count only where there are no others.
         x: The cost.
         y: The benefit, with its interval under ``<y>_low`` and ``<y>_high``.
     """
-    with plain_settings(text_as_paths=False):
-        figure = _draw(rows, x, y, title=None, dark=False)
-        return inline_svg(figure, f"{y.capitalize()} against {COSTS[x]}, one line for each reducer")
+    label = f"{y.capitalize()} against {COSTS.get(x, x)}, one line for each reducer"
+    return picture(lambda theme: _draw(rows, x, y, title=None, dark=theme is DARK), label)
 
 
 def pareto_png(
@@ -277,7 +277,7 @@ def pareto_png(
     title: str | None = None,
     dark: bool = False,
 ) -> Path:
-    """Draw the figure of :func:`pareto_svg` to ``path`` (.png or .svg), on its own background, with a title."""
+    """Draw the figure of :func:`pareto_chart` to ``path`` (.png or .svg), on its own background, with a title."""
     suffix_of(path)
     with plain_settings(text_as_paths=True):
         name = title or f"What survives, against {COSTS.get(x, x).partition(',')[0]}"

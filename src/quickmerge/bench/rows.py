@@ -132,7 +132,12 @@ def by_kind(rows: Sequence[Row]) -> Table | None:
     kinds = sorted({clean(row["kind"]) for row in some})
     if not kinds:
         return None
-    return Table([REDUCER, KEEP, *map(of, kinds)], [group[0] for group in sorted(groups.values(), key=key)])
+    return grouped([REDUCER, KEEP, *map(of, kinds)], [group[0] for group in sorted(groups.values(), key=key)])
+
+
+def grouped(columns: Sequence[Column], rows: Sequence[Row]) -> Table:
+    """A table in which rows of one keep value stand together, ours set off."""
+    return Table(columns, rows, strong=lambda row: is_ours(name_of(row)), group=lambda row: number(row, "keep"))
 
 
 # Say in one sentence what the numbers say, and never more.

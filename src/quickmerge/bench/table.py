@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from markupsafe import Markup
 
 from quickmerge.viz.page import table
 
@@ -47,10 +49,14 @@ class Table:
     Attributes:
         columns: from left to right.
         rows: from the top, each whatever its columns' cells take.
+        strong: which rows are set off.
+        group: what rows have in common that stand together, apart from the others.
     """
 
     columns: Sequence[Column]
     rows: Sequence[Row]
+    strong: Callable[[Row], bool] = lambda row: False
+    group: Callable[[Row], object] = lambda row: None
 
     @property
     def shown(self) -> list[Column]:
@@ -78,29 +84,20 @@ class Table:
         lines = [self.headers, rule, *self.body]
         return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
-    def html(self, caption: str = "", *, strong: Collection[int] = (), ruled: Collection[int] = ()) -> str:
+    def html(self, caption: str = "") -> Markup:
         """The table as a block of a page; see `quickmerge.viz.page.table`."""
-        return table(self.headers, self.body, align=self.align, caption=caption, strong=strong, ruled=ruled)
+        strong = [order for order, row in enumerate(self.rows) if self.strong(row)]
+        return table(self.headers, self.body, align=self.align, caption=caption, strong=strong, ruled=self._ruled())
 
-    def print(
-        self,
-        console: Console,
-        *,
-        title: str | None = None,
-        caption: str | None = None,
-        style: Callable[[Row], str] = lambda _: "",
-        ruled: Collection[int] = (),
-    ) -> None:
+    def print(self, console: Console, *, title: str | None = None, caption: str | None = None) -> None:
         """Print the table; where it is too wide, without its spare columns, and where it still is, in several lines.
 
         Args:
             console: where to.
             title: above it.
             caption: below it.
-            style: rich's style of a row.
-            ruled: the numbers of the rows that begin a new group.
         """
-        draw = partial(self._rich, title=title, caption=caption, style=style, ruled=ruled)
+        draw = partial(self._rich, title=title, caption=caption)
         made = draw(self.shown)
         if not _fits(made, console):
             columns = [column for column in self.shown if not column.spare]
@@ -113,10 +110,14 @@ class Table:
         """Whether a console is wide enough for all of it."""
         return _fits(self._rich(self.shown), console)
 
+    def _ruled(self) -> list[int]:
+        """The numbers of the rows that begin a new group."""
+        groups = [self.group(row) for row in self.rows]
+        return [order for order in range(1, len(groups)) if groups[order] != groups[order - 1]]
+
     def _rich(
-        self, columns: Sequence[Column], *, title: str | None = None, caption: str | None = None,
-        style: Callable[[Row], str] = lambda _: "", ruled: Collection[int] = (), fold: bool = False,
-    ) -> RichTable:  # fmt: skip
+        self, columns: Sequence[Column], *, title: str | None = None, caption: str | None = None, fold: bool = False
+    ) -> RichTable:
         from rich import box
         from rich.table import Table as RichTable
 
@@ -134,10 +135,12 @@ class Table:
             # A name takes a line for each word, so that most tables fit, and a cell one line.
             header = plain("\n".join(column.header.split(" ")))
             made.add_column(header, justify=justify[letter], no_wrap=not fold and letter == "r", overflow="fold")
+        ruled = self._ruled()
         for order, row in enumerate(self.rows):
             if order in ruled:
                 made.add_row()
-            made.add_row(*(plain((column.short or column.cell)(row), style(row)) for column in columns))
+            style = "bold" if self.strong(row) else ""
+            made.add_row(*(plain((column.short or column.cell)(row), style) for column in columns))
         return made
 
 

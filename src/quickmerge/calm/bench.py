@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from quickmerge.bench.harness import Result
+from quickmerge.bench.report import Report, Section
 from quickmerge.bench.table import Cell, Column, Table, interval, number, text, unless
 from quickmerge.calm.cost import BATCHES, measure_speed, speed_rows, writing_cost
 from quickmerge.calm.evaluate import BrierText, compare, is_calm, text_terms
-from quickmerge.viz.page import facts, heading, page, paragraph, table, write_page
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -138,13 +138,13 @@ def calm_table(rows: Rows, speeds: Rows, draws: Rows, console: Console) -> None:
 
 def write_calm_report(path: Path, rows: Rows, speeds: Rows, draws: Rows, meta: Mapping[str, Any]) -> None:
     """Write the rows and what was measured as a page."""
-    blocks = [heading("Quality beside cost"), brier_table(rows, speeds).html()]
-    blocks += [paragraph(words) for words in _METHOD]
-    blocks += [heading("Brier scores of the next one to four tokens"), terms_table(rows).html()]
+    sections = [
+        Section("Quality beside cost", brier_table(rows, speeds)),
+        Section("Brier scores of the next one to four tokens", terms_table(rows)),
+    ]
     if draws:
-        blocks += [heading("Sampling at a temperature"), draws_table(draws).html()]
-    blocks.append(table(["", "this run"], facts(meta), align="ll"))
-    write_page(path, page("Several tokens as one vector: quality and cost", blocks))
+        sections.append(Section("Sampling at a temperature", draws_table(draws)))
+    Report("Several tokens as one vector: quality and cost", sections, _METHOD, meta).write(path)
 
 
 def brier_table(rows: Rows, speeds: Rows) -> Table:

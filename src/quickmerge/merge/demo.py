@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from markupsafe import Markup
+
 from quickmerge.bench.rows import demo_verdict, pace
-from quickmerge.viz.charts import bars_svg, layers_svg
+from quickmerge.viz.charts import bars_chart, layers_chart
 from quickmerge.viz.format import NONE, change, count, loss, number, percent, seconds, share, size
 from quickmerge.viz.page import (
     cards,
@@ -28,7 +30,7 @@ from quickmerge.viz.tokenmap import token_map_html
 _Run = Mapping[str, Any]
 
 
-def cost_table(data: _Run, full: _Run, reduced: _Run) -> str:
+def cost_table(data: _Run, full: _Run, reduced: _Run) -> Markup:
     """Return what both runs took, line by line, with how much less or more that is."""
     lines: list[tuple[str, str, str, str]] = []
     tokens_in, kept = number(data, "tokens_in"), number(data, "tokens_kept")
@@ -49,7 +51,7 @@ def cost_table(data: _Run, full: _Run, reduced: _Run) -> str:
     return table(["", "full prompt", "reduced", "difference"], lines)
 
 
-def prediction(data: _Run, full: _Run, reduced: _Run) -> list[str]:
+def prediction(data: _Run, full: _Run, reduced: _Run) -> list[Markup]:
     """Return how well the text after the document was predicted, each measure explained in a sentence."""
     losses = (number(full, "nll"), number(reduced, "nll"), number(data, "nll_none"))
     recovery = number(data, "recovery")
@@ -176,7 +178,7 @@ def _cards(data: Mapping[str, Any], full: Mapping[str, Any], reduced: Mapping[st
     return made
 
 
-def _answers(data: Mapping[str, Any], full: Mapping[str, Any], reduced: Mapping[str, Any]) -> list[str]:
+def _answers(data: Mapping[str, Any], full: Mapping[str, Any], reduced: Mapping[str, Any]) -> list[Markup]:
     before, after = words(full, "answer"), words(reduced, "answer")
     blocks = [
         heading("The answers"),
@@ -188,7 +190,7 @@ def _answers(data: Mapping[str, Any], full: Mapping[str, Any], reduced: Mapping[
     return blocks
 
 
-def _layers(data: Mapping[str, Any], reduced: Mapping[str, Any]) -> list[str]:
+def _layers(data: Mapping[str, Any], reduced: Mapping[str, Any]) -> list[Markup]:
     layers = [int(value) for value in reduced.get("tokens_per_layer") or ()]
     if not layers:
         return []
@@ -198,10 +200,10 @@ def _layers(data: Mapping[str, Any], reduced: Mapping[str, Any]) -> list[str]:
         f"The model has {len(layers)} layers, and each works on every token that reaches it. Added up over the layers, "
         f"the reduced prompt has {percent(saved)} fewer tokens to work on."
     )
-    return [heading("What each layer reads"), figure(layers_svg(layers, tokens_in), caption)]
+    return [heading("What each layer reads"), figure(layers_chart(layers, tokens_in), caption)]
 
 
-def _times(data: Mapping[str, Any], full: Mapping[str, Any], reduced: Mapping[str, Any]) -> list[str]:
+def _times(data: Mapping[str, Any], full: Mapping[str, Any], reduced: Mapping[str, Any]) -> list[Markup]:
     length = int(number(data, "answer_tokens") or _ANSWER_TOKENS)
     bars = []
     for run in (full, reduced):
@@ -217,10 +219,10 @@ def _times(data: Mapping[str, Any], full: Mapping[str, Any], reduced: Mapping[st
         f"Time to read the prompt and to write an answer of {length:,} tokens, worked out from the time of one answer "
         f"token. In all, the reduced prompt takes {ratio if ratio == 'the same' else f'{ratio} time'}."
     )
-    return [figure(bars_svg(*bars), caption)]
+    return [figure(bars_chart(*bars), caption)]
 
 
-def _map(data: Mapping[str, Any]) -> list[str]:
+def _map(data: Mapping[str, Any]) -> list[Markup]:
     cells = cells_of(data)
     if not cells:
         return []

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quickmerge.bench.report import Report, Section
 from quickmerge.bench.table import Column, Table, half_width, interval, number, text, unless
-from quickmerge.viz.page import facts, heading, page, paragraph, table, write_page
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,17 +66,15 @@ def write_drafters_report(path: Path, rows: Rows, meta: Mapping[str, Any]) -> No
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["kinds"]))
     named = [Column("temperature", TEMPERATURE.cell, "r"), METHOD]
     depths = range(max((len(row["reached"]) for row in drafted), default=0))
-    blocks = [
-        heading("Tokens a pass, and speed"),
-        Table([named[0], *COLUMNS], body).html(),
-        *(paragraph(words) for words in _METHOD),
-        heading("Passes that accepted so many drafted tokens or more"),
-        Table([*named, *map(_reached, depths)], drafted).html(),
-        heading("Tokens a pass, by kind of prompt"),
-        Table([*named, *map(_per_pass, kinds)], body).html(),
-        table(["", "this run"], facts(meta), align="ll"),
+    sections = [
+        Section("Tokens a pass, and speed", Table([named[0], *COLUMNS], body)),
+        Section(
+            "Passes that accepted so many drafted tokens or more", Table([*named, *map(_reached, depths)], drafted)
+        ),
+        Section("Tokens a pass, by kind of prompt", Table([*named, *map(_per_pass, kinds)], body)),
     ]
-    write_page(path, page(f"{meta['model']}: several tokens a step on {meta['prompts']} prompts", blocks))
+    title = f"{meta['model']}: several tokens a step on {meta['prompts']} prompts"
+    Report(title, sections, _METHOD, meta).write(path)
 
 
 def ordered(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

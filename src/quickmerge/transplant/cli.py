@@ -115,10 +115,8 @@ def _print_rules(side: str, made: Any, *, tied: bool, console: Console) -> None:
     if made["table"]:
         rows = made["table"][:SHOWN]
         rows += [row for row in made["table"][SHOWN:] if row["best"] or row["rule"] == "mean"]
-        Table(_RULES, rows).print(
-            console, title=f"{name}: {made['held_out']} shared tokens, hidden and rebuilt",
-            style=lambda row: "bold" if row["best"] else "",
-        )  # fmt: skip
+        title = f"{name}: {made['held_out']} shared tokens, hidden and rebuilt"
+        Table(_RULES, rows, strong=lambda row: bool(row["best"])).print(console, title=title)
         console.print(LEGEND)
         best = next(row for row in made["table"] if row["best"])
         if best["by_kind"]:

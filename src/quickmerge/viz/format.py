@@ -6,7 +6,6 @@ such as NUL. Every text that reaches a report goes through this module; names go
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 
@@ -15,17 +14,12 @@ from quickmerge.errors import clean as clean
 from quickmerge.errors import clean_name as clean_name
 
 
-def escape(value: object) -> str:
-    """Return ``value`` cleaned and with every character that HTML gives a meaning to escaped."""
-    return html.escape(clean(value), quote=True)
-
-
-def escape_name(value: object) -> str:
-    """Return ``value`` as `escape` does, with what could disguise a name shown as `clean_name` shows it.
+def shown_name(value: object) -> str:
+    """Return ``value`` cleaned, with what could disguise a name shown as `clean_name` shows it.
 
     For what stands in a page as a label: line breaks stay.
     """
-    return html.escape("\n".join(map(clean_name, clean(value).split("\n"))), quote=True)
+    return "\n".join(map(clean_name, clean(value).split("\n")))
 
 
 def one_line(value: object, limit: int = 80) -> str:

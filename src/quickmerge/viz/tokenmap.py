@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.viz.drawing import DARK, LIGHT, ON_SLOT, SLOT_COLORS, Theme, rgb, tint_alpha, tint_level
-from quickmerge.viz.format import clean, escape, escape_name, listed, one_line, split_lead
+from quickmerge.viz.drawing import SLOT_COLORS, tint_level
+from quickmerge.viz.format import clean, listed, one_line, split_lead
+from quickmerge.viz.render import render
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,96 +110,15 @@ def summary(slots: Slots) -> str:
     return f"{into:,} token{'' if into == 1 else 's'} → {kept:,} slot{'' if kept == 1 else 's'}"
 
 
-# The style and the script that every HTML token map carries.
-#
-# They are constants so that a page can allow exactly them, by hash, and nothing else.
-
-
-def _variables(theme: Theme) -> str:
-    return (
-        f"--qi:{theme.ink};--qu:{theme.muted};--qf:{theme.faint};--ql:{theme.line};--qc:{theme.card};"
-        f"--qk:{theme.chip};--qa:{theme.accent};--qs:{theme.soft};"
-    )
-
-
-_COLORS = "".join(
-    f".qm-map .c{order}{{--c:{' '.join(map(str, rgb(color)))}}}" for order, color in enumerate(SLOT_COLORS)
-)
-_LEVELS = "".join(f".qm-map .w{level}{{--a:{tint_alpha(level):.3f}}}" for level in range(10))
-
-TOKEN_MAP_CSS = (
-    f".qm-map{{{_variables(LIGHT)}color-scheme:light dark}}"
-    f"@media screen and (prefers-color-scheme:dark){{.qm-map{{{_variables(DARK)}}}}}"
-    + _COLORS
-    + _LEVELS
-    + f"""
-.qm-map{{margin:0;padding:1.25rem;background:var(--qc);color:var(--qi);border:1px solid var(--ql);
-border-radius:14px;font:.9rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
-print-color-adjust:exact;-webkit-print-color-adjust:exact}}
-.qm-map figcaption strong{{font-size:1.05rem;margin-right:.75em}}
-.qm-map .qm-sum{{color:var(--qa);font-weight:600;font-variant-numeric:tabular-nums;white-space:nowrap}}
-.qm-map p{{max-width:none}}
-.qm-map figcaption p{{margin:.25rem 0 .75rem;color:var(--qu);max-width:70ch}}
-.qm-map figcaption p:empty{{display:none}}
-.qm-legend{{list-style:none;display:flex;flex-wrap:wrap;gap:.35rem 1.25rem;margin:0 0 .9rem;padding:0;
-font-size:.82rem;color:var(--qu)}}
-.qm-legend em{{font-style:normal;font-weight:600;color:var(--qi);font-variant-numeric:tabular-nums}}
-.qm-legend .t{{padding:.1em .3em;margin-right:.2em}}
-.qm-legend .qm-note{{flex-basis:100%;color:var(--qf)}}
-.qm-strip{{display:block;width:100%;height:34px;background:var(--qk);border-radius:4px;overflow:hidden}}
-.qm-strip .sk{{fill:var(--qa)}}.qm-strip .sm{{fill:var(--qa);fill-opacity:.36}}
-.qm-map .qm-ends{{display:flex;justify-content:space-between;margin:.2rem 0 .9rem;font-size:.72rem;color:var(--qf)}}
-.qm-text{{white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4;unicode-bidi:isolate;
-font:.86rem/1.95 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono","Liberation Mono",monospace}}
-.qm-map .t{{border-radius:3px;padding:.14em 0;box-decoration-break:clone;-webkit-box-decoration-break:clone;
-font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono","Liberation Mono",monospace}}
-.qm-map .k{{background:var(--qk);font-weight:600}}
-.qm-map .a{{background:rgb(var(--c));color:{ON_SLOT};font-weight:600}}
-.qm-map .m{{background:rgb(var(--c)/var(--a))}}
-.qm-map .d{{color:var(--qf);text-decoration:line-through;text-decoration-thickness:1px}}
-.qm-map .p{{border-bottom:2px solid var(--qi)}}
-.qm-text .t+.t{{box-shadow:inset 1px 0 0 var(--qc)}}
-.qm-text .t.on{{box-shadow:0 0 0 2px var(--qi);position:relative;z-index:1}}
-.qm-text .m.on{{background:rgb(var(--c));color:{ON_SLOT}}}
-.qm-text b::before{{content:"\\21b5";font-weight:400;color:var(--qf);opacity:.75}}
-.qm-text .a b::before{{color:inherit}}
-.qm-more summary{{cursor:pointer;margin:.8rem 0;color:var(--qa);font-weight:600}}
-.qm-map .qm-read{{position:sticky;bottom:0;margin:.9rem -1.25rem -1.25rem;padding:.6rem 1.25rem;font-size:.8rem;
-background:var(--qc);border-top:1px solid var(--ql);color:var(--qu);border-radius:0 0 14px 14px;z-index:2;
-overflow-wrap:anywhere}}
-@media print{{.qm-map .qm-read{{display:none}}}}
-"""
-)
-
-# One listener for all maps of a page; the line it writes to shows only where it runs.
-# It only ever moves text that is already there (textContent, never HTML).
-TOKEN_MAP_JS = """
-(()=>{
-document.currentScript.parentNode.querySelector('.qm-read').hidden=false;
-if(window.quickmergeMap)return;window.quickmergeMap=true;
-let lit=[];
-const point=event=>{
-const token=event.target.closest?event.target.closest('.qm-text .t'):null;
-for(const old of lit)old.classList.remove('on');
-lit=[];
-if(!token)return;
-const map=token.closest('.qm-map');
-map.querySelector('.qm-read').textContent=token.title;
-lit=token.dataset.s===undefined?[token]:[...map.querySelectorAll('.t[data-s="'+Number(token.dataset.s)+'"]')];
-for(const now of lit)now.classList.add('on')};
-document.addEventListener('pointerover',point);
-document.addEventListener('click',point)})();
-"""
-
-
 # The token map as an HTML fragment that works on its own and inside a report page.
 
 
 _BINS = 160
 _CLASS = {State.ALONE: "k", State.LEADS: "a", State.MERGED: "m", State.DROPPED: "d"}
+_SAMPLES = {State.ALONE: "t k", State.LEADS: "t a c0", State.MERGED: "t m c0 w4", State.DROPPED: "t d"}
 
 
-def token_map_html(cells: Sequence[TokenCell], *, title: str, caption: str, fold_after: int | None = None) -> str:
+def token_map_html(cells: Sequence[TokenCell], *, title: str, caption: str, fold_after: int | None = None) -> Markup:
     """Return an HTML fragment showing the document as it reads, every token marked with what became of it.
 
     Pointing at a token rings every token of its slot and tells the slot's members; without JavaScript the
@@ -209,29 +131,21 @@ def token_map_html(cells: Sequence[TokenCell], *, title: str, caption: str, fold
         fold_after: Fold everything after this many tokens away until the reader asks for it.
     """
     slots = Slots(cells)
+    counts = slots.counts()
+    legend = [(_SAMPLES[state], state.value, total) for state, total in counts.items() if total]
+    if guarded := sum(cell.protected for cell in cells):
+        legend.append(("t p", "protected", guarded))
+    tokens = [_token(slots, cell) for cell in cells]
     cut = len(cells) if fold_after is None else max(1, fold_after)
-    text = f'<div class="qm-text" dir="auto">{_spans(slots, cells[:cut])}</div>'
-    if cells[cut:]:
-        text += (
-            f'<details class="qm-more"><summary>Show the other {len(cells) - cut:,} tokens</summary>'
-            f'<div class="qm-text" dir="auto">{_spans(slots, cells[cut:])}</div></details>'
-        )
-    return (
-        f'<figure class="qm-map"><style>{TOKEN_MAP_CSS}</style>'
-        f'<figcaption><strong>{escape_name(title)}</strong><span class="qm-sum">{escape(summary(slots))}</span>'
-        f"<p>{escape_name(caption)}</p></figcaption>"
-        f"{_legend(slots)}{_strip(slots)}{text}"
-        '<p class="qm-read" hidden>Point at a token to see its slot.</p>'
-        f"<script>{TOKEN_MAP_JS}</script></figure>"
-    )
+    return render(
+        "tokenmap.html", title=title, caption=caption, summary=summary(slots), legend=legend,
+        merged=counts[State.MERGED], width=min(_BINS, len(cells)), strip=_strip(slots), shown=tokens[:cut],
+        folded=tokens[cut:],
+    )  # fmt: skip
 
 
-def _spans(slots: Slots, cells: Iterable[TokenCell]) -> str:
-    """Return one span for every token; the text inside the spans is the document, character for character."""
-    return "".join(_span(slots, cell) for cell in cells)
-
-
-def _span(slots: Slots, cell: TokenCell) -> str:
+def _token(slots: Slots, cell: TokenCell) -> dict[str, Any]:
+    """What the template needs of a token; its lines apart, since the arrow of a line break is drawn by CSS."""
     state = slots.state(cell)
     classes = f"t {_CLASS[state]}"
     if cell.slot in slots.order:
@@ -240,32 +154,13 @@ def _span(slots: Slots, cell: TokenCell) -> str:
         classes += f" w{tint_level(cell.weight)}"
     if cell.protected:
         classes += " p"
-    slot = f' data-s="{cell.slot:d}"' if cell.slot >= 0 else ""
     lead, body = split_lead(clean(cell.text))
-    # The arrow is drawn by CSS on an empty element, so copying the text gives the document back.
-    text = escape(body).replace("\n", "<b></b>\n")
-    return f'{lead}<span class="{classes}"{slot} title="{escape(slots.describe(cell))}">{text}</span>'
+    slot = cell.slot if cell.slot >= 0 else None
+    return {"lead": lead, "classes": classes, "slot": slot, "title": slots.describe(cell), "lines": body.split("\n")}
 
 
-def _legend(slots: Slots) -> str:
-    counts = slots.counts()
-    samples = {State.ALONE: "t k", State.LEADS: "t a c0", State.MERGED: "t m c0 w4", State.DROPPED: "t d"}
-    items = [
-        f'<li><span class="{samples[state]}">token</span> {state.value} <em>{total:,}</em></li>'
-        for state, total in counts.items()
-        if total
-    ]
-    guarded = sum(cell.protected for cell in slots.cells)
-    if guarded:
-        items.append(f'<li><span class="t p">token</span> protected <em>{guarded:,}</em></li>')
-    note = ""
-    if counts[State.MERGED]:
-        note = '<li class="qm-note">one colour per slot; the stronger the tint, the larger the share</li>'
-    return f'<ul class="qm-legend">{"".join(items)}{note}</ul>'
-
-
-def _strip(slots: Slots) -> str:
-    """Return the whole document at a glance: per stretch of text, the shares kept, merged and dropped."""
+def _strip(slots: Slots) -> list[tuple[str, int, str, str]]:
+    """The whole document at a glance: per stretch of text, the shares kept and merged, as rectangles."""
     total = len(slots.cells)
     bins = min(_BINS, total)
     height = 20.0
@@ -277,15 +172,8 @@ def _strip(slots: Slots) -> str:
         merged = states.count(State.MERGED) / len(states)
         for name, share, above in (("sk", kept, 0.0), ("sm", merged, kept)):
             if share:
-                top, tall = height * (1 - above - share), height * share
-                parts.append(f'<rect class="{name}" x="{index}" y="{top:.2f}" width="1" height="{tall:.2f}"/>')
-    label = "Where in the document tokens were kept (solid), merged (pale) and dropped (empty), first to last"
-    return (
-        f'<svg class="qm-strip" viewBox="0 0 {bins} {height:.0f}" preserveAspectRatio="none" role="img">'
-        f"<title>{label}</title>{''.join(parts)}</svg>"
-        '<p class="qm-ends"><span>start</span><span>solid: kept · pale: merged · empty: dropped</span>'
-        "<span>end</span></p>"
-    )
+                parts.append((name, index, f"{height * (1 - above - share):.2f}", f"{height * share:.2f}"))
+    return parts
 
 
 # The token map for the terminal.

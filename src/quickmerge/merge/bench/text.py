@@ -10,20 +10,18 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from quickmerge.bench.harness import Arm, Result, interleave
-from quickmerge.bench.pareto import Cost, pareto_svg
+from quickmerge.bench.pareto import Cost, pareto_chart
 from quickmerge.bench.quality import continuation_nll, document_nll, recovery
+from quickmerge.bench.report import Report, Section
 from quickmerge.bench.rows import (
     COLUMNS,
     bench_verdict,
     by_kind,
+    grouped,
     has_kind,
-    is_full,
-    is_ours,
-    name_of,
     overall,
     ranked,
 )
-from quickmerge.bench.table import Table
 from quickmerge.datasets.text import Document
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.attach import reduce
@@ -31,7 +29,6 @@ from quickmerge.merge.bench.cost import model_shape
 from quickmerge.merge.observe import observe
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.viz.format import clean, number
-from quickmerge.viz.page import facts, figure, heading, lead, page, paragraph, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -173,42 +170,29 @@ def bench_report(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> 
         raise QuickmergeError("A benchmark report needs at least one row.")
     whole = ranked(overall(rows))
     interval = clean(meta.get("interval") or "uncertainty intervals")
-    blocks = [lead(bench_verdict(whole)), heading("What survives, for what it costs")]
-    for cost, words in _FIGURES:
-        if any(number(row, cost) is not None and number(row, "recovery") is not None for row in whole):
-            bars = (
-                f" Vertical bars are {interval}."
-                if any(number(row, "recovery_low") is not None for row in whole)
-                else ""
-            )
-            blocks.append(figure(pareto_svg(whole, x=cost), words + bars))
+    barred = any(number(row, "recovery_low") is not None for row in whole)
+    bars = f" Vertical bars are {interval}." if barred else ""
+    charts = [
+        (pareto_chart(whole, x=cost), words + bars)
+        for cost, words in _FIGURES
+        if any(number(row, cost) is not None and number(row, "recovery") is not None for row in whole)
+    ]
     averaged = " Rows are means over the kinds of document." if all(has_kind(row) for row in rows) else ""
     caption = f"By the share of tokens kept, best recovery first.{averaged}"
-    blocks += [heading("Every result"), _grouped(Table(COLUMNS, whole), caption)]
+    sections = [
+        Section("What survives, for what it costs", charts=charts),
+        Section("Every result", grouped(COLUMNS, whole), caption),
+    ]
     kinds = by_kind(rows)
     if kinds is not None:
-        blocks += [heading("Recovery by kind of document"), _grouped(kinds)]
-    blocks += [heading("How this was measured"), *(paragraph(text) for text in (*_METHOD, *_more(meta)))]
+        sections.append(Section("Recovery by kind of document", kinds))
     told = {key: value for key, value in meta.items() if key not in ("title", "subtitle", "interval", "method")}
-    if told:
-        blocks.append(table(["", "this run"], facts(told), align="ll"))
-    title = clean(meta.get("title") or "What each reducer keeps, and what it costs")
     subtitle = meta.get("subtitle") or " · ".join(
         filter(None, (str(meta.get("model") or ""), _names(meta.get("documents"))))
     )
-    return page(title, blocks, subtitle=clean(subtitle))
-
-
-def _grouped(made: Table, caption: str = "") -> str:
-    """A table in which rows of one keep value stand together, ours set off."""
-    ours = [order for order, row in enumerate(made.rows) if is_ours(name_of(row))]
-    return made.html(caption, strong=ours, ruled=_groups(made.rows))
-
-
-def _groups(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the numbers of the rows where the keep value changes."""
-    keeps = [number(row, "keep") for row in rows]
-    return [order for order in range(1, len(keeps)) if keeps[order] != keeps[order - 1]]
+    title = clean(meta.get("title") or "What each reducer keeps, and what it costs")
+    notes = (*_METHOD, *_more(meta))
+    return Report(title, sections, notes, told, bench_verdict(whole), clean(subtitle)).html()
 
 
 def _more(meta: Mapping[str, Any]) -> list[str]:
@@ -218,12 +202,7 @@ def _more(meta: Mapping[str, Any]) -> list[str]:
 
 def bench_table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print the results to ``console``, best recovery first within each keep value, ours bold."""
-
-    def style(row: Mapping[str, Any]) -> str:
-        return "bold cyan" if is_ours(name_of(row)) else "dim" if is_full(row) else ""
-
-    whole = ranked(overall(rows))
-    Table(COLUMNS, whole).print(console, style=style, ruled=_groups(whole))
+    grouped(COLUMNS, ranked(overall(rows))).print(console)
 
 
 def _names(documents: object) -> str:

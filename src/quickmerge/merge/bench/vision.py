@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quickmerge.bench.harness import Arm, Result, interleave, seconds_of
+from quickmerge.bench.report import Report, Section
 from quickmerge.bench.stats import mean_interval, spread
 from quickmerge.bench.table import Column, Table, half_width, interval, number, text
 from quickmerge.errors import QuickmergeError
@@ -27,7 +28,6 @@ from quickmerge.merge.tokens.budget import Count
 from quickmerge.merge.vision.run import Level, full_length
 from quickmerge.merge.vision.vit import VisionRun
 from quickmerge.models.encoder import Encoder, find_encoder
-from quickmerge.viz.page import facts, heading, page, paragraph, table, write_page
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -354,13 +354,9 @@ def vision_table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
 
 def write_vision_report(path: Path, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
     """Write the rows and what was measured as a page."""
-    blocks = [
-        heading("What survives, for what it costs"),
-        Table(COLUMNS, _ordered(rows)).html("Cheapest last, most faithful first."),
-        *(paragraph(words) for words in _METHOD),
-        table(["", "this run"], facts(meta), align="ll"),
-    ]
-    write_page(path, page(f"{meta['model']}: fewer tokens on {meta['images']} images", blocks))
+    table = Table(COLUMNS, _ordered(rows))
+    section = Section("What survives, for what it costs", table, "Cheapest last, most faithful first.")
+    Report(f"{meta['model']}: fewer tokens on {meta['images']} images", [section], _METHOD, meta).write(path)
 
 
 def _ordered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

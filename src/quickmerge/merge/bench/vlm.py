@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quickmerge.bench.harness import Arm, Result, interleave, seconds_of
+from quickmerge.bench.report import Report, Section
 from quickmerge.bench.stats import ratio_interval, spread
 from quickmerge.bench.table import Column, Table, half_width, number, text, unless
 from quickmerge.datasets.annotated import Annotated
@@ -18,7 +19,6 @@ from quickmerge.datasets.images import open_image
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.bench.answers import FULL, ask, exact_answers
 from quickmerge.merge.observe import observe
-from quickmerge.viz.page import facts, heading, page, paragraph, table, write_page
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -219,15 +219,12 @@ def answers_table(rows: Rows, console: Console) -> None:
 def write_answers_report(path: Path, rows: Rows, meta: Mapping[str, Any]) -> None:
     """Write the rows and what was measured as a page."""
     body = ordered(rows)
-    blocks = [
-        heading("What is still answered, for what it costs"),
-        Table([METHOD, TOKENS, *COST], body).html(),
-        *(paragraph(words) for words in _METHOD),
-        heading("Right, by kind of question"),
-        Table([METHOD, TOKENS, *kind_columns(rows)], body).html(_questions(rows)),
-        table(["", "this run"], facts(meta), align="ll"),
+    sections = [
+        Section("What is still answered, for what it costs", Table([METHOD, TOKENS, *COST], body)),
+        Section("Right, by kind of question", Table([METHOD, TOKENS, *kind_columns(rows)], body), _questions(rows)),
     ]
-    write_page(path, page(f"{meta['model']}: fewer visual tokens on {_several(meta['images'], 'picture')}", blocks))
+    title = f"{meta['model']}: fewer visual tokens on {_several(meta['images'], 'picture')}"
+    Report(title, sections, _METHOD, meta).write(path)
 
 
 def ordered(rows: Rows) -> list[Mapping[str, Any]]:
