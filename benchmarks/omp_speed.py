@@ -27,7 +27,7 @@ from quickmerge.bench.environment import environment
 from quickmerge.bench.harness import interleave
 from quickmerge.bench.stats import quartiles
 from quickmerge.console.options import progress, write_json
-from quickmerge.transplant.omp import Sparse, combine, fast_bfloat16, omp
+from quickmerge.transplant.matching_pursuit import Sparse, combine, fast_bfloat16, omp
 
 HERE = Path(__file__).parent
 BATCH = 256

@@ -42,8 +42,8 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.models import cache_folder
 from quickmerge.models.identity import model_hash
 from quickmerge.transplant import embeddings_from_text, load_tokenizer, match, read_vocabulary, transplant
-from quickmerge.transplant.choose import METHODS, NEEDS_VECTORS
 from quickmerge.transplant.choose_by_text import Exchanged, rebuild_by_text
+from quickmerge.transplant.choose_by_tokens import METHODS, NEEDS_VECTORS
 from quickmerge.transplant.donor import read_donor
 from quickmerge.transplant.matching import Segmenter, digit_report
 from quickmerge.transplant.quality import compare_logits, score_texts

@@ -94,3 +94,16 @@ def test_the_command_line_starts_without_what_takes_seconds_to_import() -> None:
     code = f"import sys, quickmerge.cli; sys.exit(', '.join(m for m in {heavy} if m in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "package",
+    ["calm", "merge.prior", "multipole", "recognition", "speculative", "speculative.gumiho", "training", "transplant"],
+)
+def test_no_public_name_is_that_of_a_module_beside_it(package: str) -> None:
+    """Python puts a module that is imported in the place of a name of its package that is loaded on first use."""
+    import importlib
+    import pkgutil
+
+    home = importlib.import_module(f"quickmerge.{package}")
+    assert not {module.name for module in pkgutil.iter_modules(home.__path__)} & set(home.__all__)

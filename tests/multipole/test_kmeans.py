@@ -13,7 +13,7 @@ from strategies import KINDS, generator, numbers, prop, seeds, up_to
 from torch import Tensor
 
 from quickmerge.multipole import kmeans as nearest_module
-from quickmerge.multipole.kmeans import Draws, group, kmeans, means, nearest, nearest_again
+from quickmerge.multipole.weighted_kmeans import Draws, group, kmeans, means, nearest, nearest_again
 
 
 def slow_label(x: list[list[float]], centroids: list[list[float]]) -> list[int]:

@@ -14,7 +14,7 @@ from recognition_samples import alone, build, prefixes
 from strategies import prop, seeds
 
 from quickmerge.recognition import Prefix, Recognizer, best_first, one_shot
-from quickmerge.recognition.one_shot import branches
+from quickmerge.recognition.branches import branches
 from quickmerge.recognition.search import best_sequences
 
 

@@ -464,6 +464,6 @@ def test_settings_out_of_range_are_told() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             SpeculativeDecoding(PromptLookup(), **arguments)
-    with pytest.raises(ValueError, match=r"drafter must be a quickmerge\.decoding\.Drafter, got str"):
+    with pytest.raises(ValueError, match=r"drafter must be a quickmerge\.speculative\.Drafter, got str"):
         SpeculativeDecoding("lookup")  # type: ignore[arg-type]
     assert issubclass(PromptLookup, Drafter)

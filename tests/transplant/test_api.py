@@ -20,7 +20,7 @@ from quickmerge.models import load
 from quickmerge.transplant.api import transplant
 from quickmerge.transplant.choose_by_text import spread
 from quickmerge.transplant.matching import match
-from quickmerge.transplant.omp import omp
+from quickmerge.transplant.matching_pursuit import omp
 from quickmerge.transplant.quality import score_texts
 from quickmerge.transplant.rows import KINDS
 from quickmerge.transplant.tokens import read_vocabulary

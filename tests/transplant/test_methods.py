@@ -1,7 +1,7 @@
 import pytest
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.transplant.choose import METHODS, NEEDS_VECTORS, check_method, rules_of
+from quickmerge.transplant.choose_by_tokens import METHODS, NEEDS_VECTORS, check_method, rules_of
 from quickmerge.transplant.matching import Subword
 from quickmerge.transplant.rules import Mean, Nearest, Omp, Zero
 

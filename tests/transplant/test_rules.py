@@ -10,7 +10,7 @@ from strategies import generator, prop, seeds
 from torch import Tensor
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.transplant.omp import combine, omp
+from quickmerge.transplant.matching_pursuit import combine, omp
 from quickmerge.transplant.rules import LeastSquares, Mean, Nearest, Omp, Procrustes, Rule, SparseRule, Zero
 
 RULES: list[Rule] = [

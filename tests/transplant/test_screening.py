@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import generator, prop, seeds
 
-from quickmerge.transplant.omp import MOST, UNIT, Dictionary
+from quickmerge.transplant.matching_pursuit import MOST, UNIT, Dictionary
 
 
 @prop(30)

@@ -11,7 +11,7 @@ from strategies import generator
 from torch import Tensor
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.transplant.choose import Choice, candidates, choose
+from quickmerge.transplant.choose_by_tokens import Choice, candidates, choose
 from quickmerge.transplant.matching import Subword
 from quickmerge.transplant.rules import LeastSquares, Mean, Nearest, Omp, Procrustes, Zero
 

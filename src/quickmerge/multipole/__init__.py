@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from quickmerge.multipole.clusters import Block as Block
     from quickmerge.multipole.clusters import Clusters as Clusters
     from quickmerge.multipole.clusters import summarise as summarise
-    from quickmerge.multipole.kmeans import kmeans as kmeans
     from quickmerge.multipole.run import MultipoleRun as MultipoleRun
     from quickmerge.multipole.run import multipole as multipole
     from quickmerge.multipole.settings import Multipole as Multipole
     from quickmerge.multipole.settings import MultipoleStats as MultipoleStats
+    from quickmerge.multipole.weighted_kmeans import kmeans as kmeans
 
 __getattr__, __dir__, __all__ = lazy(
     __name__,

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quickmerge.multipole.clusters import Block, Clusters, Summary, join, summarise
-from quickmerge.multipole.kmeans import Draws, centred, group, lloyd, means, nearest, pick, remembered
 from quickmerge.multipole.settings import Multipole
+from quickmerge.multipole.weighted_kmeans import Draws, centred, group, lloyd, means, nearest, pick, remembered
 
 __all__ = ["Columns", "Work", "block_lengths", "bounds", "cluster", "extend", "newcomers"]
 
@@ -107,12 +107,12 @@ def newcomers(
         x: ``(R, L, D)`` old points and behind them the new ones.
         weight: ``(R, L)`` or None.
         label: ``(R, L0)`` long, of the old points.
-        settled: ``(R, K0)`` bool, see `quickmerge.multipole.kmeans.lloyd`.
+        settled: ``(R, K0)`` bool, see `quickmerge.multipole.weighted_kmeans.lloyd`.
         draws: over the L points.
         more: how many of the new points begin a cluster.
 
     Returns:
-        Centroids ``(R, K, D)``, and what `quickmerge.multipole.kmeans.nearest_again` wants to know.
+        Centroids ``(R, K, D)``, and what `quickmerge.multipole.weighted_kmeans.nearest_again` wants to know.
     """
     held, had = label.shape[1], settled.shape[1]
     w = (None, None) if weight is None else (weight[:, :held], weight[:, held:])

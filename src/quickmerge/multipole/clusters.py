@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quickmerge.multipole.kmeans import group, means, pick
+from quickmerge.multipole.weighted_kmeans import group, means, pick
 
 COLUMNS = ("labels", "order")
 """The fields that have an entry for each column; the others have one for each cluster."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from quickmerge.multipole.clusters import Block, Clusters, Summary, join, summarise
-from quickmerge.multipole.kmeans import kmeans
 from quickmerge.multipole.selection import (
     Weights,
     choose,
@@ -24,6 +23,7 @@ from quickmerge.multipole.selection import (
     weigh,
 )
 from quickmerge.multipole.settings import Multipole
+from quickmerge.multipole.weighted_kmeans import kmeans
 
 __all__ = [
     "Candidates",

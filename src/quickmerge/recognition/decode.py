@@ -8,8 +8,8 @@
 | `greedy`, `beam` | a sequence of labels, one after the other, as a caption would be decoded; baselines |
 """
 
+from quickmerge.recognition.branches import LAYOUTS, Branches, branches, choose, closed_set, one_shot
 from quickmerge.recognition.guess import Guess, check_share
-from quickmerge.recognition.one_shot import LAYOUTS, Branches, branches, choose, closed_set, one_shot
 from quickmerge.recognition.search import best_first
 from quickmerge.recognition.sequence import beam, greedy
 

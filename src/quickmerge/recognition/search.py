@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from quickmerge.errors import QuickmergeWarning, whole_number
+from quickmerge.recognition.branches import Tree
 from quickmerge.recognition.guess import Guess, check_share, ranked
 from quickmerge.recognition.network import Network, Prefix
-from quickmerge.recognition.one_shot import Tree
 
 __all__ = ["best_first", "best_sequences"]
 

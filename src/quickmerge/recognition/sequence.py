@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from quickmerge.errors import whole_number
+from quickmerge.recognition.branches import Tree
 from quickmerge.recognition.guess import Guess
 from quickmerge.recognition.labels import LabelCodec
 from quickmerge.recognition.network import Network, Prefix
-from quickmerge.recognition.one_shot import Tree
 
 __all__ = ["beam", "beam_ids", "greedy", "greedy_ids"]
 

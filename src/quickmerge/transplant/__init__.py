@@ -8,15 +8,15 @@ from quickmerge._lazy import lazy
 
 if TYPE_CHECKING:
     from quickmerge.transplant.api import transplant as transplant
-    from quickmerge.transplant.choose import choose as choose
+    from quickmerge.transplant.choose_by_tokens import choose as choose
     from quickmerge.transplant.donor import embeddings_from_text as embeddings_from_text
     from quickmerge.transplant.donor import load_tokenizer as load_tokenizer
     from quickmerge.transplant.matching import DigitReport as DigitReport
     from quickmerge.transplant.matching import Matching as Matching
     from quickmerge.transplant.matching import digit_report as digit_report
     from quickmerge.transplant.matching import match as match
-    from quickmerge.transplant.omp import Sparse as Sparse
-    from quickmerge.transplant.omp import omp as omp
+    from quickmerge.transplant.matching_pursuit import Sparse as Sparse
+    from quickmerge.transplant.matching_pursuit import omp as omp
     from quickmerge.transplant.quality import Report as Report
     from quickmerge.transplant.tokens import Token as Token
     from quickmerge.transplant.tokens import Vocabulary as Vocabulary

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from quickmerge.data import demo_document
 from quickmerge.errors import QuickmergeError, check_text, first_sentence, near_match
 from quickmerge.transplant.checkpoint import find_matrices, open_checkpoint
-from quickmerge.transplant.choose import check_method
 from quickmerge.transplant.choose_by_text import rebuild_by_text
+from quickmerge.transplant.choose_by_tokens import check_method
 from quickmerge.transplant.donor import Donor, load_tokenizer, model_folder, read_donor
 from quickmerge.transplant.matching import Matching, Segmenter, digit_report, match
 from quickmerge.transplant.quality import Report

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.transplant.choose import PULLED
+from quickmerge.transplant.choose_by_tokens import PULLED
 from quickmerge.transplant.matching import KINDS
 from quickmerge.transplant.quality import Texts, score_texts
 from quickmerge.transplant.rebuild import Made, Maker

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.transplant.choose import rules_of
+from quickmerge.transplant.choose_by_tokens import rules_of
 from quickmerge.transplant.matching import Segmenter
 from quickmerge.transplant.rows import Plan, Side
 from quickmerge.transplant.rules import at_least_float32
@@ -384,7 +384,7 @@ def rebuild(
     Raises:
         QuickmergeError: there are fewer shared tokens than ``k``.
     """
-    from quickmerge.transplant.choose import choose
+    from quickmerge.transplant.choose_by_tokens import choose
     from quickmerge.transplant.rules import Mean
 
     pairs = maker.pairs

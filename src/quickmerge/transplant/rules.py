@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from quickmerge.errors import QuickmergeError, near_match, number_at_least, whole_number
-from quickmerge.transplant.omp import MEMORY, SELECTIONS, Sparse, combine, omp
+from quickmerge.transplant.matching_pursuit import MEMORY, SELECTIONS, Sparse, combine, omp
 
 __all__ = [
     "LeastSquares",

@@ -11,6 +11,7 @@ from strategies import generator, prop, seeds, valid_masks
 
 import quickmerge as qm
 from quickmerge.errors import QuickmergeError
+from quickmerge.merge.reducers import make_reducer
 from quickmerge.merge.text.rows import MARKS, protection, special_tokens
 from quickmerge.merge.tokens import Schedule
 
@@ -66,7 +67,7 @@ def test_a_protected_system_prompt_takes_nothing_from_the_rest_at_any_merge(name
         first = ids.shape[1] - len(row) + 4
         asked[i, first : first + extra[i]] = True
     schedule = Schedule((1, 2), 0.5)
-    reducer = qm.reducers.make_reducer(name, keep=0.5)
+    reducer = make_reducer(name, keep=0.5)
     with torch.no_grad(), reduce(model, reducer, schedule, protect=lambda _: asked) as run:
         model(ids, attention_mask=mask, position_ids=position)
     for stage, composed in zip(schedule.stages(0.5, len(run.decoder)), run.composed, strict=True):

@@ -13,15 +13,7 @@ from quickmerge.bench.harness import Arm, Result, interleave
 from quickmerge.bench.pareto import Cost, pareto_chart
 from quickmerge.bench.quality import continuation_nll, document_nll, recovery
 from quickmerge.bench.report import Report, Section
-from quickmerge.bench.rows import (
-    COLUMNS,
-    bench_verdict,
-    by_kind,
-    grouped,
-    has_kind,
-    overall,
-    ranked,
-)
+from quickmerge.bench.rows import COLUMNS, bench_verdict, by_kind, grouped, has_kind, overall, ranked
 from quickmerge.datasets.text import Document
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.attach import reduce

@@ -12,7 +12,7 @@ from recognition_samples import alone, build, prefixes
 from strategies import prop, seeds
 
 from quickmerge.recognition import Recognizer, one_shot
-from quickmerge.recognition.one_shot import LAYOUTS, branches
+from quickmerge.recognition.branches import LAYOUTS, branches
 
 FAMILIES = ("llama", "qwen2", "gemma3_text", "gpt_neox", "mistral")
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from quickmerge.errors import QuickmergeError, near_match, whole_number
 from quickmerge.transplant.matching import Subword
-from quickmerge.transplant.omp import Sparse, omp_path
+from quickmerge.transplant.matching_pursuit import Sparse, omp_path
 from quickmerge.transplant.rules import (
     LeastSquares,
     Mean,

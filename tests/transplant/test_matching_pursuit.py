@@ -12,7 +12,7 @@ from strategies import generator, prop, seeds
 from torch import Tensor
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.transplant.omp import combine, omp, omp_path
+from quickmerge.transplant.matching_pursuit import combine, omp, omp_path
 
 
 def slow_omp(x: Tensor, atoms: Tensor, k: int, unit: bool) -> tuple[list[int], Tensor]:
