@@ -30,7 +30,7 @@ from notes import Notes
 from rich.console import Console
 
 from quickmerge.bench.environment import environment
-from quickmerge.calm.bench import calm_rows, calm_table, prompts_of
+from quickmerge.calm.bench import calm_report, calm_rows, prompts_of
 from quickmerge.calm.cli import open_models, parse_models
 from quickmerge.calm.cli_train import AE_CHUNKS
 from quickmerge.calm.cost import autoencoder_training_cost, measure_speed, speed_rows, temperature_rows, training_cost
@@ -127,7 +127,7 @@ def measure(args: argparse.Namespace) -> None:
     draw(rows, args.figure)
     notes.remove()
     shown = [row for row in rows if row["method"] in whole]
-    calm_table(shown, speeds, draws, Console())
+    calm_report(shown, speeds, draws, meta).print(Console())
 
 
 def _all_terms(

@@ -44,7 +44,7 @@ from quickmerge.speculative.bench import (
 )
 from quickmerge.speculative.cost import measure as measure_cost
 from quickmerge.speculative.gumiho import Gumiho
-from quickmerge.speculative.report import drafters_table
+from quickmerge.speculative.report import drafters_report
 
 HERE = Path(__file__).parent
 TREES = (4, 8, 16, 32)
@@ -137,7 +137,7 @@ def measure(args: argparse.Namespace) -> None:
         "environment": environment(),
     })  # fmt: skip
     notes.remove()
-    drafters_table(rows, Console())
+    drafters_report(rows, meta).print(Console())
 
 
 def _answers(

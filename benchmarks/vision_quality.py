@@ -23,7 +23,7 @@ from quickmerge.bench.environment import environment
 from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.datasets.images import evenly
 from quickmerge.datasets.labelled import load_batch, read_labelled
-from quickmerge.merge.bench.vision import arms, bench_images, look, vision_table
+from quickmerge.merge.bench.vision import arms, bench_images, look, vision_report
 from quickmerge.merge.bench.vision_cost import choose_probe
 from quickmerge.merge.reducers import make_reducer
 from quickmerge.models import cache_folder
@@ -83,7 +83,7 @@ def main() -> int:
         "model": "vit-small-14" if args.classifier is None else "vit-small-14, fine-tuned",
     }  # fmt: skip
     write_json(args.out, {"rows": rows, "meta": meta, "environment": environment()})
-    vision_table(rows, Console())
+    vision_report(rows, meta).print(Console())
     return 0
 
 

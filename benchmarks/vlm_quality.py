@@ -29,7 +29,7 @@ from quickmerge.datasets.annotated import Annotated, read_annotated
 from quickmerge.datasets.images import evenly
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.bench.answers import answer_arms
-from quickmerge.merge.bench.vlm import answer_records, answer_rows, answers_table, time_answers
+from quickmerge.merge.bench.vlm import answer_records, answer_rows, answers_report, time_answers
 from quickmerge.merge.reducers import VISUAL_TOKEN_REDUCERS, make_reducer
 from quickmerge.models import cache_folder
 from quickmerge.models.identity import model_hash
@@ -120,7 +120,8 @@ def measure(args: argparse.Namespace) -> None:
     notes.remove()
     for name in sets:
         Console().print(name)
-        answers_table([row for row in rows if row["data"] == name], Console())
+        mine = [row for row in rows if row["data"] == name]
+        answers_report(mine, {**meta, "images": meta[name]}).print(Console())
 
 
 HELD: dict[str, Any] = {}

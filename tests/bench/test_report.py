@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
 import pytest
 from report_samples import HOSTILE, Parsed
+from rich.console import Console
 
 from quickmerge.bench.report import Report, Section
 from quickmerge.bench.table import Column, Table, text
@@ -54,3 +56,18 @@ def test_a_page_is_written_whole(tmp_path: Path) -> None:
     target = report().write(tmp_path / "new" / "r.html")
     assert target.read_text(encoding="utf-8") == report().html()
     assert [path.name for path in target.parent.iterdir()] == ["r.html"]
+
+
+def test_a_terminal_gets_the_tables_that_are_for_it_and_what_their_cells_mean() -> None:
+    def printed(*sections: Section) -> str:
+        stream = io.StringIO()
+        Report("title", sections, ["note"], legend="a legend").print(Console(file=stream, width=80))
+        return stream.getvalue()
+
+    table = Table([Column("a", text("name"))], [{"name": "[red]one"}])
+    first, second = Section("first", table, "a caption"), Section("second", table)
+    alone = printed(first, Section("chart"), Section("hidden", table, printed=False))
+    assert alone.count("[red]one") == 1 and "a caption" in alone and alone.rstrip().endswith("a legend")
+    assert "first" not in alone and "hidden" not in alone and "note" not in alone
+    both = printed(first, second)
+    assert both.index("first") < both.index("second") and both.count("[red]one") == 2

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from quickmerge.bench.rows import bench_verdict, demo_verdict
 from quickmerge.errors import QuickmergeError
-from quickmerge.merge.bench.text import bench_report, bench_table
+from quickmerge.merge.bench.text import bench_report
 from quickmerge.merge.demo import demo_report
 from quickmerge.viz import format as numbers
 
@@ -124,7 +124,7 @@ def test_demo_report_says_what_is_missing(changes: dict[str, object], message: s
 
 def test_bench_report_has_figures_tables_and_kinds() -> None:
     full = rows()[0] | {"reducer": "full", "keep": 1.0, "recovery": 1.0, "flops_ratio": 1.0}
-    html = bench_report([*rows(kinds=True), full], {"model": "some/model", "versions": {"torch": "2.13.0"}})
+    html = bench_report([*rows(kinds=True), full], {"model": "some/model", "versions": {"torch": "2.13.0"}}).html()
     words = text_of(html)
     assert html.count("<picture>") == 2
     for wanted in ("Every result", "Recovery by kind of document", "code", "prose", "versions torch", "some/model"):
@@ -136,14 +136,14 @@ def test_bench_report_has_figures_tables_and_kinds() -> None:
 
 def test_bench_report_averages_where_there_are_only_kinds() -> None:
     only = [row for row in rows(kinds=True) if "kind" in row]
-    assert "means over the kinds" in text_of(bench_report(only, {}))
+    assert "means over the kinds" in text_of(bench_report(only, {}).html())
 
 
 @pytest.mark.parametrize("width", [64, 80, 140])
 def test_bench_table_fits_the_terminal(width: int) -> None:
     stream = io.StringIO()
     named = [row | {"reducer": "[red]random"} if row["reducer"] == "random" else row for row in rows()]
-    bench_table(named, Console(file=stream, width=width))
+    bench_report(named, {}).print(Console(file=stream, width=width))
     lines = stream.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     assert "[red]random" in stream.getvalue() and ("interval" in stream.getvalue()) == (width > 116)
@@ -187,5 +187,5 @@ def test_numbers_never_fail(value: float) -> None:
     ],
 )
 def test_documents_are_named_or_counted_below_the_title(documents: object, words: str) -> None:
-    html = bench_report(rows(), {"model": "some/model", "documents": documents})
+    html = bench_report(rows(), {"model": "some/model", "documents": documents}).html()
     assert f">{words}<" in html and "[&" not in html

@@ -37,7 +37,7 @@ def test_reports_open_without_a_complaint(name: str, tmp_path: Path) -> None:
     if name == "demo":
         html = demo_report(demo(question=" ".join(HOSTILE), cells=cells_for([*HOSTILE] * 4)))
     else:
-        html = bench_report(rows(kinds=True), {})
+        html = bench_report(rows(kinds=True), {}).html()
     page, console = opened(write_page(tmp_path / f"{name}.html", html), tmp_path)
     assert console == ""
     assert page.count("<picture>") == 2

@@ -18,7 +18,10 @@ from quickmerge.viz.page import cards, heading, page, paragraph, table, write_pa
 from quickmerge.viz.render import asset
 from quickmerge.viz.tokenmap import token_map_html
 
-PAGES = {"demo": lambda: demo_report(demo()), "bench": lambda: bench_report(rows(kinds=True), {"model": "some/model"})}
+PAGES = {
+    "demo": lambda: demo_report(demo()),
+    "bench": lambda: bench_report(rows(kinds=True), {"model": "some/model"}).html(),
+}
 
 
 @pytest.mark.parametrize("name", PAGES)

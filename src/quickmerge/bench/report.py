@@ -1,4 +1,4 @@
-"""The page of a benchmark: what it comes to in a sentence, charts, tables, how it was measured, and with what."""
+"""The report of a benchmark, on a page and in a terminal: charts, tables, how it was measured, and with what."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from quickmerge.bench.table import Table
 from quickmerge.viz.page import facts, write_page
 from quickmerge.viz.render import render
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["Report", "Section"]
 
@@ -26,17 +29,19 @@ class Section:
         table: what stands below it.
         caption: a sentence under the table.
         charts: drawings above the table, each with its caption; see `quickmerge.viz.charts`.
+        printed: whether a terminal shows the table.
     """
 
     title: str
     table: Table | None = None
     caption: str = ""
     charts: Sequence[tuple[Markup, str]] = ()
+    printed: bool = True
 
 
 @dataclass(frozen=True)
 class Report:
-    """A page.
+    """What a benchmark found, for readers.
 
     Attributes:
         title: in the window and as the heading.
@@ -45,6 +50,7 @@ class Report:
         meta: what was measured with which settings, listed as it comes.
         verdict: what it comes to, in a sentence.
         subtitle: a line under the title.
+        legend: what the short cells of a terminal mean, in a sentence.
     """
 
     title: str
@@ -53,6 +59,16 @@ class Report:
     meta: Mapping[str, Any] = field(default_factory=dict)
     verdict: str = ""
     subtitle: str = ""
+    legend: str = ""
+
+    def print(self, console: Console) -> None:
+        """Print the tables, named where there are several, and what their cells mean."""
+        sections = [(one, one.table) for one in self.sections if one.printed and one.table is not None]
+        for section, table in sections:
+            title = section.title if len(sections) > 1 else None
+            table.print(console, title=title, caption=section.caption or None)
+        if self.legend:
+            console.print(self.legend)
 
     def html(self) -> Markup:
         """The whole document; it loads nothing."""

@@ -106,10 +106,6 @@ class Table:
                 made = draw(columns, fold=True)
         console.print(made)
 
-    def fits(self, console: Console) -> bool:
-        """Whether a console is wide enough for all of it."""
-        return _fits(self._rich(self.shown), console)
-
     def _ruled(self) -> list[int]:
         """The numbers of the rows that begin a new group."""
         groups = [self.group(row) for row in self.rows]

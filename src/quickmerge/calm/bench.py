@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,6 @@ from quickmerge.bench.report import Report, Section
 from quickmerge.bench.table import Cell, Column, Table, interval, number, text, unless
 from quickmerge.calm.cost import BATCHES, measure_speed, speed_rows, writing_cost
 from quickmerge.calm.evaluate import BrierText, compare, is_calm, text_terms
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 Row = dict[str, Any]
 
@@ -125,26 +121,18 @@ gap = interval("gap", "+.2f")
 """The difference to the model that others are set beside."""
 
 
-def calm_table(rows: Rows, speeds: Rows, draws: Rows, console: Console) -> None:
-    """Print BrierLM, cost and speed of every model, and what temperatures do."""
-    brier_table(rows, speeds).print(console)
-    if draws:
-        draws_table(draws).print(console)
-    first = rows[0]
-    console.print(
-        f"95 % intervals over {first['groups']} {first['unit']}, {first['positions']} places; speed: median of rounds"
-    )
-
-
-def write_calm_report(path: Path, rows: Rows, speeds: Rows, draws: Rows, meta: Mapping[str, Any]) -> None:
-    """Write the rows and what was measured as a page."""
+def calm_report(rows: Rows, speeds: Rows, draws: Rows, meta: Mapping[str, Any]) -> Report:
+    """The report of these rows and of what was measured: quality, cost and speed, and what temperatures do."""
     sections = [
         Section("Quality beside cost", brier_table(rows, speeds)),
-        Section("Brier scores of the next one to four tokens", terms_table(rows)),
+        Section("Brier scores of the next one to four tokens", terms_table(rows), printed=False),
     ]
     if draws:
         sections.append(Section("Sampling at a temperature", draws_table(draws)))
-    Report("Several tokens as one vector: quality and cost", sections, _METHOD, meta).write(path)
+    first = rows[0]
+    over = f"{first['groups']} {first['unit']}, {first['positions']} places"
+    legend = f"95 % intervals over {over}; speed: median of rounds"
+    return Report("Several tokens as one vector: quality and cost", sections, _METHOD, meta, legend=legend)
 
 
 def brier_table(rows: Rows, speeds: Rows) -> Table:

@@ -27,7 +27,7 @@ from quickmerge.console.options import (
     read_text,
     write_json,
 )
-from quickmerge.errors import QuickmergeError, clean, clean_name, near_match
+from quickmerge.errors import QuickmergeError, clean, near_match
 
 GENERATE_EXAMPLE = 'Example: quickmerge generate calm --model runs/calm --prompt "The sea" --temperature 0.5'
 BENCH_EXAMPLE = "Example: quickmerge bench calm held_out/*.txt --model runs/calm,runs/discrete --out runs/bench"
@@ -191,19 +191,18 @@ def bench(
     json: JSON = None,
 ) -> None:
     """BrierLM, which draws alone tell, FLOPs for a token, and tokens a second, beside ordinary language models."""
-    from quickmerge.terminal import Terminal
 
-    report = out / "report.html" if out is not None else None
-    check_output(json, report)
+    check_output(json, out / "report.html" if out is not None else None)
     folders, sizes, temperatures = parse_models(model), parse_batches(batch), parse_temperatures(temperature)
     if not any(is_calm(folder) for folder in folders.values()):
         raise QuickmergeError(f"--model must name at least one CALM (a folder of train calm), got {model}")
     documents = [read_text(path) for path in text]
     quiet()
-    from quickmerge.calm.bench import bench_calm, calm_table, write_calm_report
+    from quickmerge.calm.bench import bench_calm, calm_report
     from quickmerge.calm.cost import temperature_rows
     from quickmerge.calm.evaluate import brier_text
     from quickmerge.calm.evaluate import is_calm as draws_chunks
+    from quickmerge.console.results import show_result
 
     loaded, tokenizer = open_models(folders)
     patches = [one.config.patch for one in loaded.values() if draws_chunks(one)]
@@ -227,11 +226,8 @@ def bench(
         models=list(folders), documents=["/".join(path.absolute().parts[-2:]) for path in text], window=context,
         places=len(read.places), samples=samples, new_tokens=max_new_tokens, rounds=rounds,
     )  # fmt: skip
-    write_json(json, found.as_dict("speeds", temperatures=draws))
-    calm_table(found.rows, found.records, draws, Terminal())
-    if report is not None:
-        write_calm_report(report, found.rows, found.records, draws, found.meta)
-        print(f"wrote {clean_name(report)}")
+    report = calm_report(found.rows, found.records, draws, found.meta)
+    show_result(found, report, out=out, json=json, records="speeds", temperatures=draws)
 
 
 def open_models(folders: dict[str, str]) -> tuple[dict[str, Any], Any]:

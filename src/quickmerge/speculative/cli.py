@@ -25,7 +25,7 @@ from quickmerge.console.options import (
     progress,
     write_json,
 )
-from quickmerge.errors import QuickmergeError, clean_name, near_match
+from quickmerge.errors import QuickmergeError, near_match
 
 if TYPE_CHECKING:
     from quickmerge.bench.harness import Arm
@@ -184,12 +184,11 @@ def decode(
     json: JSON = None,
 ) -> None:
     """Tokens for each pass of the model, and speed, of drafters beside plain decoding of the same prompts."""
+    from quickmerge.console.results import show_result
     from quickmerge.speculative.bench import PLAIN, bench_drafters, draft_arm
-    from quickmerge.speculative.report import drafters_table, write_drafters_report
-    from quickmerge.terminal import Terminal
+    from quickmerge.speculative.report import drafters_report
 
-    report = out / "report.html" if out is not None else None
-    check_output(json, report)
+    check_output(json, out / "report.html" if out is not None else None)
     nodes = parse_tree(tree)
     temperatures = parse_temperatures(temperature)
     given = [name.strip() for name in drafter.split(",")]
@@ -213,11 +212,7 @@ def decode(
         model=model, prompts=len(asked), max_new_tokens=max_new_tokens,
         prompts_file=prompts.name if prompts is not None else "about the shipped document",
     )  # fmt: skip
-    write_json(json, found.as_dict("prompts"))
-    drafters_table(found.rows, Terminal())
-    if report is not None:
-        write_drafters_report(report, found.rows, found.meta)
-        print(f"wrote {clean_name(report)}")
+    show_result(found, drafters_report(found.rows, found.meta), out=out, json=json, records="prompts")
 
 
 def parse_temperatures(text: str) -> list[float]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from quickmerge.bench.report import Report, Section
 from quickmerge.bench.table import Column, Table, half_width, interval, number, text, unless
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -23,8 +20,8 @@ def is_plain(row: Mapping[str, Any]) -> bool:
 TEMPERATURE = Column("temperature", number("temperature"))
 METHOD = Column("method", text("method"), "l")
 PER_SECOND = Column("tokens/s", number("per_second", ".1f"))
-NODES = Column("nodes", number("nodes", ".1f"))
-DRAFTING = Column("drafting", number("draft_share", ".0f", scale=100, unit=" %"))
+NODES = Column("nodes", number("nodes", ".1f"), spare=True)
+DRAFTING = Column("drafting", number("draft_share", ".0f", scale=100, unit=" %"), spare=True)
 SAME = Column(
     "same text", unless(lambda r: r["same"] is None or is_plain(r), lambda r: f"{r['same']} of {r['prompts']}")
 )
@@ -49,37 +46,36 @@ _METHOD = (
 )
 
 
-def drafters_table(rows: Rows, console: Console) -> None:
-    """Print the rows, a table for each temperature, the fastest last."""
-    for temperature in sorted({row["temperature"] for row in rows}):
-        title = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-        Table(COLUMNS, ordered(row for row in rows if row["temperature"] == temperature)).print(console, title=title)
-    console.print(
-        "tokens a pass: the model's own token counted, ± half of the 95 % interval over prompts; speed: median"
-    )
-
-
-def write_drafters_report(path: Path, rows: Rows, meta: Mapping[str, Any]) -> None:
-    """Write the rows and what was measured as a page."""
+def drafters_report(rows: Rows, meta: Mapping[str, Any]) -> Report:
+    """The report of these rows and of what was measured."""
     body = ordered(rows)
     drafted = [row for row in body if "reached" in row]
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["kinds"]))
-    named = [Column("temperature", TEMPERATURE.cell, "r"), METHOD]
     depths = range(max((len(row["reached"]) for row in drafted), default=0))
+
+    def by_temperature(columns: Iterable[Column], rows: Rows) -> Table:
+        several = replace(TEMPERATURE, align="r", when=lambda rows: len({row["temperature"] for row in rows}) > 1)
+        return Table([several, *columns], rows, group=lambda row: row["temperature"])
+
     sections = [
-        Section("Tokens a pass, and speed", Table([named[0], *COLUMNS], body)),
+        Section("Tokens a pass, and speed", by_temperature(COLUMNS, body)),
         Section(
-            "Passes that accepted so many drafted tokens or more", Table([*named, *map(_reached, depths)], drafted)
+            "Passes that accepted so many drafted tokens or more",
+            by_temperature([METHOD, *map(_reached, depths)], drafted), printed=False,
         ),
-        Section("Tokens a pass, by kind of prompt", Table([*named, *map(_per_pass, kinds)], body)),
-    ]
+        Section("Tokens a pass, by kind of prompt", by_temperature([METHOD, *map(_per_pass, kinds)], body),
+                printed=False),
+    ]  # fmt: skip
     title = f"{meta['model']}: several tokens a step on {meta['prompts']} prompts"
-    Report(title, sections, _METHOD, meta).write(path)
+    return Report(title, sections, _METHOD, meta, legend=_LEGEND)
 
 
 def ordered(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """By temperature, plain decoding first, then the slowest to the fastest."""
     return sorted(rows, key=lambda row: (row["temperature"], not is_plain(row), row["speedup"]))
+
+
+_LEGEND = "tokens a pass: the model's own token counted, ± half of the 95 % interval over prompts; speed: median"
 
 
 def _reached(depth: int) -> Column:

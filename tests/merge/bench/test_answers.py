@@ -20,7 +20,7 @@ from quickmerge.bench import harness
 from quickmerge.datasets.annotated import Annotated, Question
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.bench.answers import RESIZE, AskedQuestion, answer_arms, ask, exact_answers
-from quickmerge.merge.bench.vlm import answer_records, answer_rows, answers_table, bench_answers, time_answers
+from quickmerge.merge.bench.vlm import answer_records, answer_rows, answers_report, bench_answers, time_answers
 from quickmerge.merge.reducers import VISUAL_TOKEN_REDUCERS, make_reducer
 from quickmerge.models.chat import prompt_ids
 
@@ -241,7 +241,7 @@ def test_the_table_has_a_line_for_each_method_and_a_column_for_each_kind(vlm, pi
     arms = answer_arms(model, processor, [qm.SCOPE()], [0.5, 0.25])
     rows = bench_answers(model, processor, pictures, arms, rounds=0).rows
     printed = io.StringIO()
-    answers_table(rows, Console(file=printed, width=200))
+    answers_report(rows, {"model": "m", "images": 3}).print(Console(file=printed, width=200))
     lines = printed.getvalue().partition("──\n")[2].splitlines()
     assert lines[0].startswith("full ")
     assert sorted(line[:14].strip() for line in lines[1:5]) == sorted(["scope", RESIZE] * 2)

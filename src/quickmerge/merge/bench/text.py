@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quickmerge.bench.harness import Arm, Result, interleave
 from quickmerge.bench.pareto import Cost, pareto_chart
@@ -21,9 +21,6 @@ from quickmerge.merge.bench.cost import model_shape
 from quickmerge.merge.observe import observe
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.viz.format import clean, number
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 Row = dict[str, Any]
 
@@ -146,8 +143,8 @@ _FIGURES: tuple[tuple[Cost, str], ...] = (
 )
 
 
-def bench_report(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> str:
-    """Return the whole report of a benchmark as one HTML page.
+def bench_report(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> Report:
+    """Return the report of a benchmark.
 
     Args:
         rows: One mapping for each reducer and keep value; rows with a ``kind`` break the same down by kind.
@@ -177,24 +174,19 @@ def bench_report(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> 
     ]
     kinds = by_kind(rows)
     if kinds is not None:
-        sections.append(Section("Recovery by kind of document", kinds))
+        sections.append(Section("Recovery by kind of document", kinds, printed=False))
     told = {key: value for key, value in meta.items() if key not in ("title", "subtitle", "interval", "method")}
     subtitle = meta.get("subtitle") or " · ".join(
         filter(None, (str(meta.get("model") or ""), _names(meta.get("documents"))))
     )
     title = clean(meta.get("title") or "What each reducer keeps, and what it costs")
     notes = (*_METHOD, *_more(meta))
-    return Report(title, sections, notes, told, bench_verdict(whole), clean(subtitle)).html()
+    return Report(title, sections, notes, told, bench_verdict(whole), clean(subtitle))
 
 
 def _more(meta: Mapping[str, Any]) -> list[str]:
     method = meta.get("method")
     return [method] if isinstance(method, str) else [str(line) for line in method or ()]
-
-
-def bench_table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print the results to ``console``, best recovery first within each keep value, ours bold."""
-    grouped(COLUMNS, ranked(overall(rows))).print(console)
 
 
 def _names(documents: object) -> str:

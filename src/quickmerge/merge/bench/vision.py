@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,7 +29,7 @@ from quickmerge.merge.vision.vit import VisionRun
 from quickmerge.models.encoder import Encoder, find_encoder
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
 
 Row = dict[str, Any]
 
@@ -347,16 +346,12 @@ COLUMNS = (
 )
 
 
-def vision_table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print the rows."""
-    Table(COLUMNS, _ordered(rows)).print(console, caption="± is half of the 95 % interval over images")
-
-
-def write_vision_report(path: Path, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
-    """Write the rows and what was measured as a page."""
+def vision_report(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> Report:
+    """The report of these rows and of what was measured."""
     table = Table(COLUMNS, _ordered(rows))
     section = Section("What survives, for what it costs", table, "Cheapest last, most faithful first.")
-    Report(f"{meta['model']}: fewer tokens on {meta['images']} images", [section], _METHOD, meta).write(path)
+    title = f"{meta['model']}: fewer tokens on {meta['images']} images"
+    return Report(title, [section], _METHOD, meta, legend="± is half of the 95 % interval over images")
 
 
 def _ordered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

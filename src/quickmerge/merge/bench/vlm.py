@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from quickmerge.merge.bench.answers import FULL, ask, exact_answers
 from quickmerge.merge.observe import observe
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
 
 Row = dict[str, Any]
 Advance = Callable[[str], None]
@@ -166,7 +165,7 @@ def time_answers(
 
 Rows = Sequence[Mapping[str, Any]]
 
-_CAPTION = "% of the questions answered to the letter; ± is half of the 95 % interval over pictures"
+_LEGEND = "% of the questions answered to the letter; ± is half of the 95 % interval over pictures"
 _METHOD = (
     "Right is the % of the questions that greedy decoding answers to the letter; change is that minus the model as it "
     "is, on the same questions. ± is half of the 95 % interval over pictures drawn with replacement.",
@@ -205,26 +204,15 @@ def kind_columns(rows: Rows) -> list[Column]:
     return [of(kind) for kind in dict.fromkeys(kind for row in rows for kind in row["kinds"])]
 
 
-def answers_table(rows: Rows, console: Console) -> None:
-    """Print the rows, by share and the most right first; as two tables where one is too wide."""
-    kinds, body = kind_columns(rows), ordered(rows)
-    whole = Table([METHOD, TOKENS, *COST, *kinds], body)
-    if whole.fits(console):
-        whole.print(console, caption=_CAPTION)
-        return
-    Table([METHOD, TOKENS, *COST], body).print(console, caption=_CAPTION)
-    Table([METHOD, TOKENS, *kinds], body).print(console, caption=_questions(rows))
-
-
-def write_answers_report(path: Path, rows: Rows, meta: Mapping[str, Any]) -> None:
-    """Write the rows and what was measured as a page."""
+def answers_report(rows: Rows, meta: Mapping[str, Any]) -> Report:
+    """The report of these rows and of what was measured."""
     body = ordered(rows)
     sections = [
         Section("What is still answered, for what it costs", Table([METHOD, TOKENS, *COST], body)),
         Section("Right, by kind of question", Table([METHOD, TOKENS, *kind_columns(rows)], body), _questions(rows)),
     ]
     title = f"{meta['model']}: fewer visual tokens on {_several(meta['images'], 'picture')}"
-    Report(title, sections, _METHOD, meta).write(path)
+    return Report(title, sections, _METHOD, meta, legend=_LEGEND)
 
 
 def ordered(rows: Rows) -> list[Mapping[str, Any]]:

@@ -24,9 +24,8 @@ from quickmerge.console.options import (
     progress,
     quiet,
     read_text,
-    write_json,
 )
-from quickmerge.errors import QuickmergeError, clean_name
+from quickmerge.errors import QuickmergeError
 from quickmerge.merge.cli.options import add_prior, parse_reducer
 from quickmerge.merge.cli.vlm import check_needs_no_question, is_vlm, load_vlm
 
@@ -60,11 +59,10 @@ def text(
     json: JSON = None,
 ) -> None:
     """Context recovery and cost of every reducer at every keep, on the same target tokens of your documents."""
+    from quickmerge.console.results import show_result
     from quickmerge.datasets.text import LEAST, split_document
     from quickmerge.merge.bench.text import bench as measure
-    from quickmerge.merge.bench.text import bench_report, bench_table
-    from quickmerge.terminal import Terminal
-    from quickmerge.viz.page import write_page
+    from quickmerge.merge.bench.text import bench_report
 
     check_output(json, out / "report.html" if out is not None else None)
     keeps = parse_keeps(keep)
@@ -98,11 +96,7 @@ def text(
         model=model, context=context, target=target, layer=layer or "default",
         documents=[document.name for document in documents], reducers={m.label: repr(m) for m in methods},
     )  # fmt: skip
-    write_json(json, found.as_dict("documents"))
-    bench_table(found.rows, Terminal())
-    if out is not None:
-        write_page(out / "report.html", bench_report(found.rows, found.meta))
-        print(f"wrote {clean_name(out / 'report.html')}")
+    show_result(found, bench_report(found.rows, found.meta), out=out, json=json, records="documents")
 
 
 def _is_flops(keep: str | None) -> None:
@@ -135,16 +129,15 @@ def image(
 
     Labels count where the folder has one for each class and the model a head for them.
     """
+    from quickmerge.console.results import show_result
     from quickmerge.datasets.images import open_image
     from quickmerge.datasets.labelled import load_batch
-    from quickmerge.merge.bench.vision import arms, bench_images, vision_table, write_vision_report
+    from quickmerge.merge.bench.vision import arms, bench_images, vision_report
     from quickmerge.merge.reducers import make_reducer
-    from quickmerge.terminal import Terminal
 
     if is_vlm(model):
         raise QuickmergeError(f"{model} is a vision-language model: measure it with quickmerge bench vlm")
-    report = out / "report.html" if out is not None else None
-    check_output(json, report)
+    check_output(json, out / "report.html" if out is not None else None)
     shares = parse_shares("--flops", flops)
     names = [name.strip() for name in reducer.split(",")]
     for name in names:
@@ -172,11 +165,7 @@ def image(
             network, batches, everything, labels=labels, classes=classes, rounds=rounds, advance=advance
         )
     found = found.about(model=model, images=len(paths), folder=image.name)
-    write_json(json, found.as_dict("images"))
-    vision_table(found.rows, Terminal())
-    if report is not None:
-        write_vision_report(report, found.rows, found.meta)
-        print(f"wrote {clean_name(report)}")
+    show_result(found, vision_report(found.rows, found.meta), out=out, json=json, records="images")
 
 
 def _images(folder: Path, limit: int) -> tuple[list[Path], list[str] | None]:
@@ -235,15 +224,14 @@ def vlm(
     json: JSON = None,
 ) -> None:
     """Right answers by kind of question, and time, of every method at every share of the visual tokens."""
+    from quickmerge.console.results import show_result
     from quickmerge.datasets.annotated import read_annotated
     from quickmerge.datasets.images import evenly, open_image
     from quickmerge.merge.bench.answers import answer_arms
-    from quickmerge.merge.bench.vlm import answers_table, bench_answers, write_answers_report
+    from quickmerge.merge.bench.vlm import answers_report, bench_answers
     from quickmerge.merge.reducers import make_reducer
-    from quickmerge.terminal import Terminal
 
-    report = out / "report.html" if out is not None else None
-    check_output(json, report)
+    check_output(json, out / "report.html" if out is not None else None)
     shares = parse_keeps(keep)
     with one_sentence():
         methods = [make_reducer(name.strip(), place="visual") for name in reducer.split(",")]
@@ -262,8 +250,4 @@ def vlm(
 
         found = bench_answers(seeing, processor, pictures, arms, rounds=rounds, advance=advance)
     found = found.about(model=model, images=len(pictures), folder=image.name)
-    write_json(json, found.as_dict("images"))
-    answers_table(found.rows, Terminal())
-    if report is not None:
-        write_answers_report(report, found.rows, found.meta)
-        print(f"wrote {clean_name(report)}")
+    show_result(found, answers_report(found.rows, found.meta), out=out, json=json, records="images")
