@@ -507,7 +507,7 @@ def test_an_empty_cache_serves() -> None:
         ({"layer": []}, "layer must be rising"),
         ({"layer": 1.5}, "layer must be rising whole numbers"),
         ({"layer": Schedule((2, 9))}, r"layer must lie in 1\.\.3"),
-        ({"mode": "online"}, "mode must be one of prefix, block_causal, Prefix"),
+        ({"mode": "online"}, "mode must be one of prefix, block_causal, or Prefix"),
         ({"sinks": -1}, "sinks must be a whole number of at least 0, got -1"),
         ({"sinks": True}, "sinks must be a whole number"),
         ({"recent": 0}, "recent must be a whole number of at least 1, got 0"),

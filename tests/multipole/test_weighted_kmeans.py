@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import KINDS, generator, numbers, prop, seeds, up_to
 from torch import Tensor
 
-from quickmerge.multipole import kmeans as nearest_module
+from quickmerge.multipole import weighted_kmeans as nearest_module
 from quickmerge.multipole.weighted_kmeans import Draws, group, kmeans, means, nearest, nearest_again
 
 
