@@ -165,8 +165,8 @@ def test_fp16_is_refused_on_a_cpu(tmp_path: Path) -> None:
 def fp16(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 as on a GPU, but on whatever is here: accelerate refuses a CPU, torch does not."""
 
-    def begin(precision: str, uses_every_parameter: bool) -> Accelerator:
-        accelerator = start("no", uses_every_parameter)
+    def begin(precision: str, uses_every_parameter: bool, *trackers: Any) -> Accelerator:
+        accelerator = start("no", uses_every_parameter, *trackers)
         AcceleratorState().__dict__["_mixed_precision"] = "fp16"
         accelerator.native_amp = True
         accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=2.0**20, growth_interval=4)

@@ -16,7 +16,7 @@ from quickmerge.console.config import NONE
 from quickmerge.console.options import one_sentence, parse_numbers
 from quickmerge.errors import QuickmergeError, clean_name
 from quickmerge.terminal import say
-from quickmerge.training.config import TrainingConfig
+from quickmerge.training.config import TrainingConfig, check_trackers
 
 if TYPE_CHECKING:
     from quickmerge.training import TrainingResult
@@ -77,7 +77,9 @@ def make_config(usual: Mapping[str, Any], given: Mapping[str, Any]) -> TrainingC
     if "warmup" not in given and isinstance(settings["steps"], int):
         settings["warmup"] = max(0, min(settings.get("warmup", 0), settings["steps"]))
     with one_sentence():
-        return TrainingConfig(**settings)
+        config = TrainingConfig(**settings)
+    check_trackers(config)  # before hours of reading, and again where the run begins
+    return config
 
 
 def trains(**usual: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from quickmerge.errors import QuickmergeError, near_match, whole_number
 from quickmerge.files import read_settings
 
-__all__ = ["PRECISIONS", "SCHEDULES", "TrainingConfig"]
+__all__ = ["PRECISIONS", "SCHEDULES", "TRACKERS", "TrainingConfig", "check_trackers", "tracker_names"]
 
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+"""What a run may be shown by, and the packages any of which does it."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class TrainingConfig:
         save_every: steps between checkpoints; the last step always makes one.
         log_every: steps that a line of ``metrics.jsonl`` is the mean of.
         max_minutes: stop after the step in which this call has run so long; None never.
+        log_with: trackers, with commas: tensorboard, wandb, trackio; told what goes into ``metrics.jsonl``.
 
     Raises:
         ValueError: a setting is not allowed; the message names it, what was given and what is allowed.
@@ -58,6 +62,7 @@ class TrainingConfig:
     save_every: int = 500
     log_every: int = 10
     max_minutes: float | None = None
+    log_with: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "save_every", "log_every"):
@@ -77,6 +82,8 @@ class TrainingConfig:
         for beta in self.betas:
             _number("each of betas", beta, "in [0, 1)", lambda value: 0 <= value < 1)
         object.__setattr__(self, "betas", tuple(self.betas))  # a file holds a list
+        if self.log_with is not None:
+            tracker_names(self.log_with)
         for name, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
             given = getattr(self, name)
             if given not in allowed:
@@ -106,6 +113,31 @@ class TrainingConfig:
             return cls(**given)
         except ValueError as error:
             raise QuickmergeError(f"{path}: {error}") from None
+
+
+def tracker_names(text: object) -> list[str]:
+    """The trackers that ``log_with`` names.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    names = [name.strip() for name in text.split(",")] if isinstance(text, str) else [text]
+    for name in names:
+        if name not in TRACKERS:
+            near = near_match(str(name), TRACKERS)
+            raise ValueError(f"log_with must be of {', '.join(TRACKERS)}, with commas, got {name!r}{near}")
+    return list(dict.fromkeys(map(str, names)))
+
+
+def check_trackers(config: TrainingConfig) -> None:
+    """See that every tracker that is asked for is installed, without importing one.
+
+    Raises:
+        QuickmergeError: one is not; the message says what to install.
+    """
+    for name in tracker_names(config.log_with) if config.log_with is not None else []:
+        if not any(find_spec(package) for package in TRACKERS[name]):
+            raise QuickmergeError(f"log_with {name} needs the package {name}: pip install {name}")
 
 
 def _number(name: str, value: object, words: str, allowed: Callable[[float], bool]) -> None:

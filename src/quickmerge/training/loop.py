@@ -36,10 +36,11 @@ from quickmerge.training.checkpoint import (
     optimizer_tensors,
     trained_parameters,
 )
-from quickmerge.training.config import TrainingConfig
+from quickmerge.training.config import TrainingConfig, check_trackers, tracker_names
 from quickmerge.training.metrics import Meter, Show, append_line, cut_after, shown
 from quickmerge.training.objective import Dataset, Objective
 from quickmerge.training.step import Stepper, on_main, start
+from quickmerge.training.trackers import Trackers
 
 __all__ = ["LateSignals", "TrainingResult", "check_same", "find", "run_identity", "train"]
 
@@ -79,7 +80,7 @@ class LateSignals:
 # Whether a run may go on from what `out` holds.
 
 
-FREE = ("max_minutes", "save_every", "log_every")
+FREE = ("max_minutes", "save_every", "log_every", "log_with")
 """Settings that change nothing about what is learnt."""
 
 
@@ -231,6 +232,7 @@ def train(
             result = run.go(on_step)
         finally:
             objective.train(training)
+            run.trackers.end()
         if result.finished and finish is not None:
             on_main(run.accelerator, lambda: finish(out))
     return result
@@ -250,7 +252,10 @@ class _Run:
     ) -> None:
         self.out = out
         self.config = config
-        self.accelerator = start(config.precision, objective.uses_every_parameter)
+        check_trackers(config)
+        names = None if config.log_with is None else tracker_names(config.log_with)
+        self.accelerator = start(config.precision, objective.uses_every_parameter, names, out)
+        self.trackers = Trackers(self.accelerator, config, out)
         processes = self.accelerator.num_processes
         self.identity = run_identity(config, fingerprint, len(dataset), processes)
         self.stepper = Stepper(objective, dataset, config, collate, self.accelerator)
@@ -270,6 +275,7 @@ class _Run:
                 say(f"warning: {sentence}; going on from step {found.step}, before it")
         # Only behind this have all processes read, and may the main one write.
         on_main(self.accelerator, self._tidy)
+        on_main(self.accelerator, lambda: self.trackers.begin(resume))
 
     def _tidy(self) -> None:
         checkpoint.prune(self.out, self.done)  # a kill may have come before it
@@ -302,7 +308,7 @@ class _Run:
         show(self.done, taken.metrics["loss"], speed)
         if self.done % config.log_every == 0:
             line = self.meter.line(self.done, rate=taken.rate, items=self.done * self.items, seconds=seconds)
-            on_main(self.accelerator, lambda: append_line(self.out / "metrics.jsonl", line))
+            on_main(self.accelerator, lambda: self._write(line))
             self.meter = Meter(seconds)
         stopped = interrupted or terminated or late
         if stopped or self.done % config.save_every == 0 or self.done == config.steps:
@@ -310,6 +316,10 @@ class _Run:
             self.folder = checkpoint.folder(self.out, self.done)
         stopped_by = signal.SIGINT if interrupted else signal.SIGTERM if terminated else None
         return taken.metrics, late, stopped_by
+
+    def _write(self, line: dict[str, Any]) -> None:
+        append_line(self.out / "metrics.jsonl", line)
+        self.trackers.tell(line)
 
     def _flags(self, began: float, signals: LateSignals) -> list[float]:
         limit = math.inf if self.config.max_minutes is None else 60 * self.config.max_minutes

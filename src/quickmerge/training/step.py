@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,11 +56,19 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 SHARDING = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "a mesh"}
 
 
-def start(precision: str, uses_every_parameter: bool) -> Accelerator:
+def start(
+    precision: str, uses_every_parameter: bool, log_with: list[str] | None = None, out: Path | None = None
+) -> Accelerator:
     """Join the other processes, if `accelerate launch` or `torchrun` started some.
 
     Every process holds the whole model (DDP). Sharding it is refused: what is trained here fits one device, and
     a checkpoint must be the same whatever it was trained on.
+
+    Args:
+        precision: as in `TrainingConfig`.
+        uses_every_parameter: of the objective.
+        log_with: names of the trackers that shall be told; they are installed.
+        out: folder of the run, in which those that write files do that.
 
     Raises:
         QuickmergeError: the launcher asks for FSDP or another sharding, or the device can't do the precision.
@@ -71,6 +80,8 @@ def start(precision: str, uses_every_parameter: bool) -> Accelerator:
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=precision,
+        log_with=log_with,
+        project_dir=None if log_with is None or out is None else str(out / "trackers"),
         # Explicitly one: the loop accumulates itself, whatever the launcher's environment says.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not uses_every_parameter)],
