@@ -136,8 +136,8 @@ def test_drawing_leaves_matplotlib_as_it_was() -> None:
 
 def test_importing_reports_loads_nothing_heavy() -> None:
     code = (
-        "import sys, quickmerge.viz.tokenmap, quickmerge.viz.page, quickmerge.bench.table\n"
-        "print([name for name in ('matplotlib', 'rich', 'torch') if name in sys.modules])"
+        "import sys, quickmerge.viz.tokenmap, quickmerge.viz.page, quickmerge.bench.report\n"
+        "print([name for name in ('matplotlib', 'numpy', 'torch') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

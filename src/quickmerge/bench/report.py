@@ -6,16 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
+from rich.console import Console
 
 from quickmerge.bench.table import Table
 from quickmerge.viz.page import facts, write_page
 from quickmerge.viz.render import render
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 __all__ = ["Report", "Section"]
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from textwrap import wrap
+from typing import Any, TypeAlias
 
 from markupsafe import Markup
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
 
+from quickmerge.terminal import plain
 from quickmerge.viz.page import table
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table as RichTable
 
 __all__ = ["Cell", "Column", "Row", "Table", "half_width", "interval", "number", "plus_minus", "text", "unless"]
 
@@ -97,46 +97,39 @@ class Table:
             title: above it.
             caption: below it.
         """
-        draw = partial(self._rich, title=title, caption=caption)
-        made = draw(self.shown)
+        made = self._rich(self.shown)
         if not _fits(made, console):
             columns = [column for column in self.shown if not column.spare]
-            made = draw(columns)
+            made = self._rich(columns)
             if not _fits(made, console):
-                made = draw(columns, fold=True)
+                made = self._rich(columns, fold=True)
+        if title:
+            console.print(plain(title, "italic"))
         console.print(made)
+        if caption:
+            console.print(plain(caption, "italic"))
 
     def _ruled(self) -> list[int]:
         """The numbers of the rows that begin a new group."""
         groups = [self.group(row) for row in self.rows]
         return [order for order in range(1, len(groups)) if groups[order] != groups[order - 1]]
 
-    def _rich(
-        self, columns: Sequence[Column], *, title: str | None = None, caption: str | None = None, fold: bool = False
-    ) -> RichTable:
-        from rich import box
-        from rich.table import Table as RichTable
-
-        from quickmerge.terminal import plain
-
+    def _rich(self, columns: Sequence[Column], *, fold: bool = False) -> RichTable:
         justify: dict[str, Any] = {"l": "left", "r": "right", "c": "center"}
-        made = RichTable(
-            title=None if title is None else plain(title), caption=None if caption is None else plain(caption),
-            title_justify="left", caption_justify="left", box=box.SIMPLE, show_edge=False, pad_edge=False,
-            padding=(0, 1, 0, 0),
-        )  # fmt: skip
+        made = RichTable(box=box.SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         letters = dict(zip(map(id, self.shown), self.align, strict=True))
-        for column in columns:
+        cells = [[(column.short or column.cell)(row) for column in columns] for row in self.rows]
+        for at, column in enumerate(columns):
             letter = letters[id(column)]
-            # A name takes a line for each word, so that most tables fit, and a cell one line.
-            header = plain("\n".join(column.header.split(" ")))
+            # A cell takes one line, and a name no more room than cells do, so that most tables fit.
+            room = max(map(len, [*column.header.split(), *(line[at] for line in cells), "-"]))
+            header = plain("\n".join(wrap(column.header, room)))
             made.add_column(header, justify=justify[letter], no_wrap=not fold and letter == "r", overflow="fold")
         ruled = self._ruled()
-        for order, row in enumerate(self.rows):
+        for order, (row, line) in enumerate(zip(self.rows, cells, strict=True)):
             if order in ruled:
                 made.add_row()
-            style = "bold" if self.strong(row) else ""
-            made.add_row(*(plain((column.short or column.cell)(row), style) for column in columns))
+            made.add_row(*(plain(cell, "bold" if self.strong(row) else "") for cell in line))
         return made
 
 
