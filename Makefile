@@ -7,12 +7,13 @@ STAMP := $(VENV)/.installed
 # errors only: the steps are announced here
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
-.PHONY: help setup demo test lint slow kills fuzz bench compat clean
+.PHONY: help setup demo test quick lint slow kills fuzz bench compat clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    set up, then answer a question about the shipped document with fewer tokens"
 	@echo "make test    set up, then check style and types and run the tests"
+	@echo "make quick   set up, then run the tests that take less than three minutes, with few examples of each law"
 	@echo "make slow    set up, then run the slow tests"
 	@echo "make kills   set up, then kill commands 216 times and look at what they leave"
 	@echo "make fuzz    set up, then open a thousand hostile files and folders (ten minutes)"
@@ -46,6 +47,9 @@ lint: setup
 
 test: lint
 	@$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+quick: setup
+	@QUICKMERGE_QUICK=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 slow: setup
 	@$(BIN)/python -m pytest -q -m slow

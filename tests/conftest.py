@@ -23,6 +23,33 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
+QUICK = bool(os.environ.get("QUICKMERGE_QUICK"))
+"""`make quick`: fewer examples of each law, and nothing that starts processes, trains, or reads a real model."""
+
+PASSED_OVER = (
+    "benchmarks", "cli", "fuzz", "kills", "merge/test_leaves_nothing.py", "merge/test_matrix.py", "merge/train",
+    "models/test_attachment.py", "models/test_hostile.py", "multipole/test_triton.py", "smoke", "speculative/gumiho",
+    "test_auto.py", "test_moved.py", "test_readme.py", "test_together.py", "training/test_kill.py",
+    "training/test_processes.py", "transplant/test_api.py", "transplant/test_templates.py", "viz/test_figures.py",
+)  # fmt: skip
+"""Tests that take long and guard what is seldom worked on; `make test` runs them."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not QUICK:
+        return
+    here = Path(__file__).parent
+
+    def is_long(item: pytest.Item) -> bool:
+        place = item.path.relative_to(here).as_posix()
+        real = "smollm2" in getattr(item, "fixturenames", ())
+        return real or any(place == name or place.startswith(name + "/") for name in PASSED_OVER)
+
+    long = [item for item in items if is_long(item)]
+    items[:] = [item for item in items if not is_long(item)]
+    config.hook.pytest_deselected(items=long)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct and its tokenizer; skips where its weights are neither cached nor to be had."""
