@@ -90,19 +90,20 @@ class Table:
         return table(self.headers, self.body, align=self.align, caption=caption, strong=strong, ruled=self._ruled())
 
     def print(self, console: Console, *, title: str | None = None, caption: str | None = None) -> None:
-        """Print the table; where it is too wide, without its spare columns, and where it still is, in several lines.
+        """Print the table; where it is too wide with broken names, without spare columns, or with broken cells.
 
         Args:
             console: where to.
             title: above it.
             caption: below it.
         """
-        made = self._rich(self.shown)
-        if not _fits(made, console):
-            columns = [column for column in self.shown if not column.spare]
-            made = self._rich(columns)
-            if not _fits(made, console):
-                made = self._rich(columns, fold=True)
+        needed = [column for column in self.shown if not column.spare]
+        for columns, narrow in ((self.shown, False), (self.shown, True), (needed, True)):
+            made = self._rich(columns, narrow=narrow)
+            if _fits(made, console):
+                break
+        else:
+            made = self._rich(needed, narrow=True, fold=True)
         if title:
             console.print(plain(title, "italic"))
         console.print(made)
@@ -114,17 +115,17 @@ class Table:
         groups = [self.group(row) for row in self.rows]
         return [order for order in range(1, len(groups)) if groups[order] != groups[order - 1]]
 
-    def _rich(self, columns: Sequence[Column], *, fold: bool = False) -> RichTable:
+    def _rich(self, columns: Sequence[Column], *, narrow: bool, fold: bool = False) -> RichTable:
         justify: dict[str, Any] = {"l": "left", "r": "right", "c": "center"}
         made = RichTable(box=box.SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         letters = dict(zip(map(id, self.shown), self.align, strict=True))
         cells = [[(column.short or column.cell)(row) for column in columns] for row in self.rows]
         for at, column in enumerate(columns):
             letter = letters[id(column)]
-            # A cell takes one line, and a name no more room than cells do, so that most tables fit.
+            # Broken, a name takes no more room than its longest word and the cells do.
             room = max(map(len, [*column.header.split(), *(line[at] for line in cells), "-"]))
-            header = plain("\n".join(wrap(column.header, room)))
-            made.add_column(header, justify=justify[letter], no_wrap=not fold and letter == "r", overflow="fold")
+            header = "\n".join(wrap(column.header, room)) if narrow else column.header
+            made.add_column(plain(header), justify=justify[letter], no_wrap=not fold and letter == "r", overflow="fold")
         ruled = self._ruled()
         for order, (row, line) in enumerate(zip(self.rows, cells, strict=True)):
             if order in ruled:
