@@ -25,6 +25,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.models import cache_folder
 from quickmerge.models.download import replacing_folder, writable
 from quickmerge.models.embedded import EMBEDDED
+from quickmerge.sampling import evenly
 
 PER_KIND = 12
 MIN_TOKENS = 1300
@@ -110,15 +111,9 @@ def choose(count_tokens: Any) -> tuple[list[tuple[Document, int]], list[str]]:
                     candidates = []
                 for split in ("test", "dev"):
                     long = [pair for pair in candidates if pair[0].split == split and pair[1] >= MIN_TOKENS]
-                    chosen += spread(sorted(long, key=lambda pair: pair[0].name), PER_KIND // len(sources))
+                    chosen += evenly(sorted(long, key=lambda pair: pair[0].name), PER_KIND // len(sources), at="middle")
                 bar.advance(task)
     return chosen, missing
-
-
-def spread(items: list[Any], count: int) -> list[Any]:
-    """`count` of the items at equal distances, or all if there are fewer."""
-    count = min(count, len(items))
-    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def trim(document: Document, most: int = MAX_CHARACTERS) -> Document:

@@ -25,13 +25,13 @@ from torch import Tensor
 from quickmerge.bench.environment import environment
 from quickmerge.console.options import quiet, write_json
 from quickmerge.datasets.annotated import read_annotated
-from quickmerge.datasets.images import evenly
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.reducers import make_reducer
 from quickmerge.models import cache_folder
 from quickmerge.recognition import Recognizer
 from quickmerge.recognition.sentence import SentenceEncoder
 from quickmerge.recognition.train import LabelledScenes, pixel_format
+from quickmerge.sampling import evenly
 
 HERE = Path(__file__).parent
 ARMS = [("full", 1.0), *((name, keep) for keep in (0.5, 0.25) for name in ("tome", "scope", "random"))]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from document_sources import Document, MissingSourceError
-from documents import MANIFEST, MIN_TOKENS, SAY, is_whole, spread, trim, write
+from documents import MANIFEST, MIN_TOKENS, SAY, is_whole, trim, write
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from training_sources import SOURCES
 
@@ -29,6 +29,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.models import cache_folder
 from quickmerge.models.download import replacing_folder, writable
 from quickmerge.models.embedded import EMBEDDED
+from quickmerge.sampling import evenly
 
 TOKENIZER = "smollm2-135m"
 PER_KIND = 1_600_000
@@ -139,8 +140,8 @@ def share(pools: Sequence[Sequence[Candidate]], budget: int) -> list[Candidate]:
     smallest_first = sorted(pools, key=_tokens)
     for at, pool in enumerate(smallest_first):
         part = (budget - _tokens(chosen)) // (len(pools) - at)  # what a small pool leaves, the larger ones share
-        count = next(count for count in range(len(pool), -1, -1) if _tokens(spread(list(pool), count)) <= part)
-        chosen += spread(list(pool), count)
+        fewer = (evenly(pool, count, at="middle") for count in range(len(pool), -1, -1))
+        chosen += next(some for some in fewer if _tokens(some) <= part)
     return chosen
 
 

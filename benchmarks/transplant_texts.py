@@ -16,9 +16,9 @@ from pathlib import Path
 from document_sources import MissingSourceError, unpacked
 from documents import MANIFEST, is_whole
 
-from quickmerge.datasets.images import evenly
 from quickmerge.errors import QuickmergeError
 from quickmerge.models import cache_folder
+from quickmerge.sampling import evenly
 
 PASSAGE = 500
 """Bytes of UTF-8 of a passage, at least."""

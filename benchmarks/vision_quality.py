@@ -21,13 +21,13 @@ from rich.progress import track
 import quickmerge as qm
 from quickmerge.bench.environment import environment
 from quickmerge.console.options import progress, quiet, write_json
-from quickmerge.datasets.images import evenly
 from quickmerge.datasets.labelled import load_batch, read_labelled
 from quickmerge.merge.bench.vision import arms, bench_images, look, vision_report
 from quickmerge.merge.bench.vision_cost import choose_probe
 from quickmerge.merge.reducers import make_reducer
 from quickmerge.models import cache_folder
 from quickmerge.models.load_vision import load_vision
+from quickmerge.sampling import evenly
 
 HERE = Path(__file__).parent
 BATCH = 16

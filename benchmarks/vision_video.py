@@ -24,13 +24,13 @@ from quickmerge.bench.environment import environment
 from quickmerge.bench.stats import mean_interval
 from quickmerge.console.options import quiet, write_json
 from quickmerge.datasets import VideoClips
-from quickmerge.datasets.images import evenly
 from quickmerge.datasets.labelled import PixelFormat
 from quickmerge.merge.reducers.pooling import GridMerge
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.vision.vit import encode_frames
 from quickmerge.models import cache_folder
 from quickmerge.models.load_vision import load_vision
+from quickmerge.sampling import evenly
 
 HERE = Path(__file__).parent
 

@@ -23,10 +23,10 @@ from quickmerge.bench.environment import environment
 from quickmerge.bench.harness import Arm
 from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.datasets.annotated import read_annotated
-from quickmerge.datasets.images import evenly
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.bench.vlm import answer_records, answer_rows
 from quickmerge.models import cache_folder
+from quickmerge.sampling import evenly
 
 HERE = Path(__file__).parent
 

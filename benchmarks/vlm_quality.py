@@ -26,13 +26,13 @@ import quickmerge as qm
 from quickmerge.bench.environment import environment
 from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.datasets.annotated import Annotated, read_annotated
-from quickmerge.datasets.images import evenly
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.bench.answers import answer_arms
 from quickmerge.merge.bench.vlm import answer_records, answer_rows, answers_report, time_answers
 from quickmerge.merge.reducers import VISUAL_TOKEN_REDUCERS, make_reducer
 from quickmerge.models import cache_folder
 from quickmerge.models.identity import model_hash
+from quickmerge.sampling import evenly
 
 HERE = Path(__file__).parent
 DTYPES = ("float32", "bfloat16")

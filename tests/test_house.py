@@ -12,7 +12,7 @@ import pytest
 
 FLOORS = (
     {"_lazy", "_moved", "_version", "errors"},
-    {"data", "files", "images", "locks", "staging", "terminal", "together"},
+    {"data", "files", "images", "locks", "sampling", "staging", "terminal", "together"},
     {"models"},
     {"datasets", "merge.tokens", "training", "viz"},
     {"bench"},

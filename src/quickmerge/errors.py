@@ -25,7 +25,7 @@ __all__ = [
     "UnknownReducerError",
     "UnsupportedModelError",
     "as_index",
-    "check_text",
+    "check_string",
     "clean",
     "clean_name",
     "door",
@@ -178,7 +178,7 @@ def near_match(given: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
-def check_text(name: str, value: object) -> None:
+def check_string(name: str, value: object) -> None:
     """Raise QuickmergeError unless ``value`` is a text of whole characters, which tokenizers and files can hold."""
     if not isinstance(value, str):
         raise QuickmergeError(f"{name} must be a text, got a {type(value).__name__}")

@@ -87,7 +87,7 @@ def test_no_kind_of_auto_map_runs_code_though_the_user_types_yes(tiny_folder: Pa
     folders.append(generate)
     code = (
         "import sys, quickmerge as qm\n"
-        "from quickmerge.transplant.donor import load_tokenizer\n"
+        "from quickmerge.models.tokenizers import load_tokenizer\n"
         "from quickmerge.models import load_shape_only\n"
         "for folder in sys.argv[1:]:\n"
         "    for door in (qm.load, qm.load_vision, qm.load_vlm, load_tokenizer, load_shape_only):\n"

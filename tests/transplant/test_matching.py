@@ -12,7 +12,7 @@ from tokenizer_samples import byte_level, from_words, sentencepiece_bpe, unigram
 from tokenizers import AddedToken, Tokenizer
 from transformers import LlamaTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from quickmerge.transplant.donor import load_tokenizer
+from quickmerge.models.tokenizers import load_tokenizer
 from quickmerge.transplant.matching import KINDS, Matching, match
 from quickmerge.transplant.tokens import Token, Vocabulary, read_vocabulary
 

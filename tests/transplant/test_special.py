@@ -7,13 +7,13 @@ from tokenizer_samples import from_words, wordpiece
 from tokenizers import AddedToken
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.models.tokenizers import roles_by_spelling
 from quickmerge.transplant.tokens import (
     Vocabulary,
     is_marker,
     is_reserved,
     match_special,
     read_vocabulary,
-    roles_by_spelling,
 )
 
 

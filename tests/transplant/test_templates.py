@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 from transplant_samples import model_folder
 
 from quickmerge.errors import DamagedWeightsError, QuickmergeError
+from quickmerge.models.chat import as_templates, templates_in
 from quickmerge.transplant import load_tokenizer, transplant
-from quickmerge.transplant.settings import as_templates, choose_template, of_folder
+from quickmerge.transplant.settings import choose_template
 
 PLAIN = "BASE {% for m in messages %}{{ m.content }}{% endfor %}"
 MARKED = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
@@ -95,7 +96,7 @@ def test_templates_beside_a_bare_tokenizer_are_found(tmp_path: Path) -> None:
     byte_level().backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).chat_template is None
     (tmp_path / "chat_template.jinja").write_text(PLAIN)
-    assert load_tokenizer(tmp_path).chat_template == of_folder(tmp_path) == PLAIN
+    assert load_tokenizer(tmp_path).chat_template == templates_in(tmp_path) == PLAIN
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("TOOL")
     assert load_tokenizer(tmp_path).chat_template == {"default": PLAIN, "tool_use": "TOOL"}

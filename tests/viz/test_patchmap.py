@@ -24,7 +24,7 @@ from quickmerge.viz.patchmap import (
     spanning,
 )
 from quickmerge.viz.patchmap_sheet import Space, arrange, chosen, legend, merged_picture
-from quickmerge.viz.patchmap_video import spread, video_animation, video_strip, write_picture
+from quickmerge.viz.patchmap_video import video_animation, video_strip, write_picture
 
 FEW = settings(max_examples=30, deadline=None)
 
@@ -291,15 +291,6 @@ def test_untouched_frames_are_below_the_painted_ones() -> None:
     for one, other in zip(rows, painted, strict=True):
         assert len(one) > 100 and len(other) > 100
         assert other.max() < one.min()
-
-
-@given(st.integers(1, 200), st.integers(1, 8))
-def test_frames_are_chosen_evenly(count: int, most: int) -> None:
-    found = spread(count, most)
-    assert len(found) == min(count, most) == len(set(found))
-    assert found == sorted(found) and found[0] >= 0 and found[-1] < count
-    gaps = [later - earlier for earlier, later in itertools.pairwise(found)]
-    assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 # ---- the picture

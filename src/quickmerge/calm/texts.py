@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 
 from quickmerge.calm.chunks import chunk_count, chunk_document
 from quickmerge.datasets.text import LONG, Ids, Passages
-from quickmerge.errors import QuickmergeError, UnknownModelError, first_sentence, whole_number
+from quickmerge.errors import QuickmergeError, UnknownModelError, UnsupportedModelError, first_sentence, whole_number
 from quickmerge.files import read_text
+from quickmerge.models.tokenizers import load_tokenizer
 
 __all__ = ["END", "CalmTexts", "document_chunks", "end_of", "pad_of", "read_tokenizer", "train_tokenizer"]
 
@@ -31,38 +32,17 @@ def read_tokenizer(name: str) -> Any:
     """A tokenizer of transformers with an end token.
 
     Args:
-        name: a model's name, folder or hub id as in `quickmerge.load`, a folder with a tokenizer alone, or a
-            tokenizer.json file.
+        name: as `quickmerge.models.tokenizers.load_tokenizer` takes it; of a tokenizer.json, what lies beside it is
+            read too.
 
     Raises:
         QuickmergeError: there is none, or it has no end token.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    from quickmerge.models import MODELS, cache_folder
-    from quickmerge.models.console import transformers_silenced
-    from quickmerge.models.embedded import EMBEDDED
-    from quickmerge.models.folder import TEXT_BYTES, check_files
-    from quickmerge.models.load import hub_folder
-    from quickmerge.models.weights import check_regular, local_path
-
-    path = local_path("tokenizer", name)
+    path = Path(name)
+    whole = path.is_file() and (path.parent / "tokenizer_config.json").is_file()
     try:
-        with transformers_silenced():
-            if path.is_file() and not (path.parent / "tokenizer_config.json").is_file():
-                check_regular(path, TEXT_BYTES)
-                tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
-            elif name in MODELS:
-                found = EMBEDDED[name].prepare(cache_folder(None))
-                tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=False)
-            else:
-                folder = path.parent if path.is_file() else path
-                folder = folder if folder.is_dir() else hub_folder(name, weights=False)
-                check_files(folder)
-                tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
-        if isinstance(error, QuickmergeError) and not isinstance(error, UnknownModelError):
-            raise
+        tokenizer: Any = load_tokenizer(path.parent if whole else name)
+    except (UnknownModelError, UnsupportedModelError) as error:
         raise QuickmergeError(
             f"tokenizer must be a model's name, a folder or a tokenizer.json file, got {name!r} "
             f"({first_sentence(error)})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from quickmerge.images import open_image as open_image
 from quickmerge.images import opened as opened
 from quickmerge.images import upright as upright
 from quickmerge.images import upright_size as upright_size
+from quickmerge.sampling import evenly
 
 Size: TypeAlias = int | tuple[int, int]
 
@@ -36,7 +37,6 @@ def height_and_width(size: Size, name: str = "size") -> tuple[int, int]:
 
 
 SAMPLES = 64
-T = TypeVar("T")
 
 
 class ImageFolder(Dataset[Tensor]):
@@ -100,9 +100,3 @@ class ImageFolder(Dataset[Tensor]):
         # a column of a dataset holds no paths, and would decode an image to tell
         source = self._files[index] if isinstance(self._files, list | tuple) else None
         return source if isinstance(source, Path) else None
-
-
-def evenly(items: Sequence[T], most: int) -> list[T]:
-    """At most ``most`` of the items, evenly taken, in their order."""
-    count = min(most, len(items))
-    return [items[i * len(items) // count] for i in range(count)]

@@ -20,11 +20,11 @@ from quickmerge.models.chat import answer_ids, prompt_ids
 if TYPE_CHECKING:
     from quickmerge.datasets.annotated import Annotated
 
-__all__ = ["AskedPictures", "Packed", "Question", "Row", "pack"]
+__all__ = ["AskedPictures", "AskedTokens", "Packed", "Row", "pack"]
 
 
 @dataclass(frozen=True)
-class Question:
+class AskedTokens:
     """A question and its answer as tokens: what the template writes behind the image, and the answer to its end."""
 
     asked: tuple[int, ...]
@@ -37,7 +37,7 @@ class Row:
 
     pixels: Tensor
     prefix: tuple[int, ...]
-    questions: tuple[Question, ...]
+    questions: tuple[AskedTokens, ...]
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ class AskedPictures(Dataset[Row]):
         if self._most is not None:
             chosen = [all_of_it[k] for k in torch.randperm(len(all_of_it))[: self._most].tolist()]
         prefix: tuple[int, ...] = ()
-        made: list[Question] = []
+        made: list[AskedTokens] = []
         for each in chosen:
             ids = prompt_ids(self._tokenizer, each.question, self._tokens)
             end = len(ids) - ids[::-1].index(self._token)
             prefix = tuple(ids[:end])
-            made.append(Question(tuple(ids[end:]), tuple(answer_ids(self._tokenizer, each.answer))))
+            made.append(AskedTokens(tuple(ids[end:]), tuple(answer_ids(self._tokenizer, each.answer))))
         return Row(self.pixels(index), prefix, tuple(made))
 
     def pixels(self, index: int) -> Tensor:

@@ -9,18 +9,19 @@ at the clock at every line.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import select
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from quickmerge.errors import QuickmergeError, UnsupportedModelError, check_text, door
+from quickmerge.errors import QuickmergeError, UnsupportedModelError, check_string, door
 from quickmerge.models.folder import SMALL
 from quickmerge.models.weights import read_json
 
@@ -28,15 +29,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
+    "DEFAULT",
     "MEMORY",
     "SECONDS",
     "TEMPLATE_BYTES",
+    "Templates",
     "answer_ids",
     "apply_chat_template",
+    "as_templates",
     "document_chat",
     "end_of_turn",
     "prompt_ids",
     "question",
+    "templates_by_name",
+    "templates_in",
     "try_folder",
     "with_images",
 ]
@@ -333,7 +339,7 @@ def document_chat(tokenizer: Any, document: str, prompt: str) -> tuple[str, slic
     Document and prompt go into one user message where the tokenizer has a chat template, else one after the other.
     """
     for name, given in (("document", document), ("prompt", prompt)):
-        check_text(name, given)
+        check_string(name, given)
     message = question(document, prompt)
     text = message[0]["content"]
     if getattr(tokenizer, "chat_template", None):
@@ -344,3 +350,69 @@ def document_chat(tokenizer: Any, document: str, prompt: str) -> tuple[str, slic
     if start < 0:
         raise QuickmergeError("the chat template changes the document's text, so its tokens can't be told apart")
     return text, slice(start, start + len(body))
+
+
+# Where templates are kept. transformers has one in ``chat_template.jinja`` and further ones in
+# ``additional_chat_templates/``; older folders have them in ``tokenizer_config.json``, as a text, as a dict by name or
+# as a list of names and texts; processors once kept theirs in ``chat_template.json``.
+
+
+Templates: TypeAlias = str | dict[str, str]
+"""One template, or several by name, ``default`` among them or not."""
+
+DEFAULT = "default"
+FILE, FOLDER, LEGACY = "chat_template.jinja", "additional_chat_templates", "chat_template.json"
+
+
+def as_templates(value: Any, what: str) -> Templates | None:
+    """A template in any of the forms in which they are kept; ``what`` it is called in messages.
+
+    Raises:
+        QuickmergeError: it is in none of them.
+    """
+    if value is None or value == {} or value == []:
+        return None
+    if isinstance(value, str):
+        check_string(what, value)
+        return value
+    if isinstance(value, (list, tuple)) and all(
+        isinstance(one, Mapping) and {"name", "template"} <= set(one) for one in value
+    ):
+        value = {one["name"]: one["template"] for one in value}
+    if not isinstance(value, Mapping) or not all(isinstance(x, str) for pair in value.items() for x in pair):
+        raise QuickmergeError(f"{what} must be a text, or texts by name, got a {type(value).__name__}")
+    for name, text in value.items():
+        check_string(f"{what} {name}", text)
+    return dict(value)
+
+
+def templates_by_name(templates: Templates | None) -> dict[str, str]:
+    """Templates by their names, the only one as ``default``."""
+    if templates is None:
+        return {}
+    return {DEFAULT: templates} if isinstance(templates, str) else templates
+
+
+def templates_in(folder: Path) -> Templates | None:
+    """What lies in a folder beside the files of a tokenizer, for one that doesn't say so itself.
+
+    Raises:
+        QuickmergeError: a file can't be read as a template.
+    """
+    found: dict[str, str] = {}
+    try:
+        if (folder / FILE).is_file():
+            found[DEFAULT] = (folder / FILE).read_text(encoding="utf-8")
+        elif (folder / LEGACY).is_file():
+            held = json.loads((folder / LEGACY).read_text(encoding="utf-8"))
+            found |= templates_by_name(as_templates(held["chat_template"], str(folder / LEGACY)))
+        for path in sorted((folder / FOLDER).glob("*.jinja")):
+            if path.is_file():
+                found[path.stem] = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise QuickmergeError(f"the chat templates in {folder} can't be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, QuickmergeError):
+            raise
+        raise QuickmergeError(f"the chat templates in {folder} must be UTF-8 text, got something else") from error
+    return found[DEFAULT] if list(found) == [DEFAULT] else found or None

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from quickmerge.errors import QuickmergeError, UnsupportedModelError, check_text, near_match
+from quickmerge.errors import QuickmergeError, UnsupportedModelError, check_string, near_match
 from quickmerge.models.chat import apply_chat_template
 from quickmerge.models.compat import (
     bare_model_class,
@@ -314,7 +314,7 @@ def ask_inputs(processor: ProcessorMixin, images: Sequence[Image.Image], questio
     from quickmerge.images import upright
 
     token = getattr(processor, "image_token", None)
-    check_text("question", question)
+    check_string("question", question)
     if not question.strip():
         raise QuickmergeError("question must hold some text, got none")
     if token and str(token) in question:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quickmerge.errors import QuickmergeError, check_text
+from quickmerge.errors import QuickmergeError, check_string
 from quickmerge.models.tokenizers import from_byte_level
 
 __all__ = ["LabelCodec", "Packed"]
@@ -67,8 +67,8 @@ class LabelCodec:
     """
 
     def __init__(self, tokenizer: Any, prompt: str, separator: str) -> None:
-        check_text("prompt", prompt)
-        check_text("separator", separator)
+        check_string("prompt", prompt)
+        check_string("separator", separator)
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.separator = separator
@@ -120,7 +120,7 @@ class LabelCodec:
         """
         name = self.normal(label)
         if name not in self._known:
-            check_text("a label", label)
+            check_string("a label", label)
             if not name:
                 raise QuickmergeError(f"labels must not be empty, got {label!r}")
             found = tuple(self._behind(" " + name))

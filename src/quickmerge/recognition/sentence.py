@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quickmerge.errors import QuickmergeError, UnsupportedModelError, check_text
+from quickmerge.errors import QuickmergeError, UnsupportedModelError, check_string
 
 __all__ = ["SentenceEncoder"]
 
@@ -90,7 +90,7 @@ class SentenceEncoder:
             QuickmergeError: a text is empty, or no text of whole characters.
         """
         for text in texts:
-            check_text("each of the texts to embed", text)
+            check_string("each of the texts to embed", text)
             if not text.strip():
                 raise QuickmergeError("texts to embed must hold something each, got an empty one")
         new = sorted({text for text in texts if text not in self._known}, key=lambda text: (len(text), text))

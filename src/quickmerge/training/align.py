@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from quickmerge.datasets.images import evenly, upright_size
+from quickmerge.datasets.images import upright_size
 from quickmerge.datasets.questions import AskedPictures
 from quickmerge.errors import QuickmergeError
+from quickmerge.sampling import evenly
 
 if TYPE_CHECKING:
     from quickmerge.datasets.annotated import Annotated

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from quickmerge._lazy import lazy
 
 if TYPE_CHECKING:
+    from quickmerge.models.tokenizers import load_tokenizer as load_tokenizer
     from quickmerge.transplant.api import transplant as transplant
     from quickmerge.transplant.choose_by_tokens import choose as choose
     from quickmerge.transplant.donor import embeddings_from_text as embeddings_from_text
-    from quickmerge.transplant.donor import load_tokenizer as load_tokenizer
     from quickmerge.transplant.matching import DigitReport as DigitReport
     from quickmerge.transplant.matching import Matching as Matching
     from quickmerge.transplant.matching import digit_report as digit_report
@@ -27,10 +27,7 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "api": ("transplant",),
         "choose": ("choose",),
-        "donor": (
-            "embeddings_from_text",
-            "load_tokenizer",
-        ),
+        "donor": ("embeddings_from_text",),
         "matching": (
             "DigitReport",
             "Matching",
@@ -42,6 +39,7 @@ __getattr__, __dir__, __all__ = lazy(
             "omp",
         ),
         "quality": ("Report",),
+        "quickmerge.models.tokenizers": ("load_tokenizer",),
         "tokens": (
             "Token",
             "Vocabulary",

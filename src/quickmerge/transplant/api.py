@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quickmerge.data import demo_document
-from quickmerge.errors import QuickmergeError, check_text, first_sentence, near_match
+from quickmerge.errors import QuickmergeError, check_string, first_sentence, near_match
+from quickmerge.models.tokenizers import load_tokenizer
 from quickmerge.transplant.checkpoint import find_matrices, open_checkpoint
 from quickmerge.transplant.choose_by_text import rebuild_by_text
 from quickmerge.transplant.choose_by_tokens import check_method
-from quickmerge.transplant.donor import Donor, load_tokenizer, model_folder, read_donor
+from quickmerge.transplant.donor import Donor, model_folder, read_donor
 from quickmerge.transplant.matching import Matching, Segmenter, digit_report, match
 from quickmerge.transplant.quality import Report
 from quickmerge.transplant.rebuild import Made, Maker, check_clip, rebuild
@@ -100,7 +101,7 @@ def transplant(
         ("special", [*(special or {}), *(special or {}).values()]),
     ):
         for one in texts or ():
-            check_text(name, one)
+            check_string(name, one)
     check_clip(clip)
     if tokenizer is None and donor is None:
         raise QuickmergeError("give tokenizer, or a donor that has one, got neither")

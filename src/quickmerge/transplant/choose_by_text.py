@@ -185,7 +185,7 @@ def deal(texts: Sequence[str], size: int = DEALT) -> tuple[list[str], list[str]]
 
 def spread(texts: Sequence[str], most: int = MOST, size: int = PASSAGE) -> list[str]:
     """Passages of about ``size`` bytes, at most ``most`` bytes of them, spread evenly over all texts."""
-    from quickmerge.datasets.images import evenly
+    from quickmerge.sampling import evenly
 
     passages = [part for text in texts for part in _cut(text, size, of_bytes=True) if part.strip()]
     return evenly(passages, max(1, most // size))

@@ -10,7 +10,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from quickmerge.errors import QuickmergeError, near_match
-from quickmerge.models.tokenizers import BYTE_TOKEN, META_SPACE, from_byte_level, from_sentencepiece, from_wordpiece
+from quickmerge.models.tokenizers import (
+    BYTE_TOKEN,
+    META_SPACE,
+    from_byte_level,
+    from_sentencepiece,
+    from_wordpiece,
+    roles_by_spelling,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,7 +33,6 @@ __all__ = [
     "is_reserved",
     "match_special",
     "read_vocabulary",
-    "roles_by_spelling",
 ]
 
 
@@ -217,15 +223,6 @@ ELEMENTS = frozenset(
         *("html", "head", "body", "title", "script", "style", "link", "meta", "form", "input", "option", "select"),
     }
 )
-SPELLINGS = {
-    "bos": ("<s>", "<bos>", "<|begin_of_text|>"),
-    "eos": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>"),
-    "unk": ("<unk>", "[UNK]"),
-    "pad": ("<pad>", "[PAD]"),
-    "cls": ("[CLS]",),
-    "sep": ("[SEP]",),
-    "mask": ("[MASK]", "<mask>"),
-}
 # The end of a text first: where one row must stand for several, it is the one that generation stops on.
 MEANINGFUL = ("eos", "bos", "sep", "cls", "mask")
 # What fills a batch or stands for what isn't known says nothing: it's taken only where nothing else tells.
@@ -242,20 +239,6 @@ def is_marker(text: str) -> bool:
 def is_reserved(text: str) -> bool:
     """Whether a token is an entry that was kept free (`<unused7>`, `[unused7]`, `<|reserved_special_token_7|>`)."""
     return RESERVED.fullmatch(text) is not None
-
-
-def roles_by_spelling(texts: Iterable[str]) -> dict[str, str]:
-    """The roles that special tokens have by the way they are usually spelled.
-
-    Args:
-        texts: the special tokens of a tokenizer.
-
-    Returns:
-        Role (`"bos"`, `"eos"`, `"unk"`, `"pad"`, `"cls"`, `"sep"`, `"mask"`) and text, for the roles that are found.
-    """
-    given = set(texts)
-    found = {role: next((text for text in usual if text in given), None) for role, usual in SPELLINGS.items()}
-    return {role: text for role, text in found.items() if text is not None}
 
 
 def match_special(

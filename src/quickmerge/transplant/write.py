@@ -16,13 +16,12 @@ from safetensors import SafetensorError
 
 from quickmerge.errors import DamagedWeightsError, QuickmergeError, as_index
 from quickmerge.files import write_json
+from quickmerge.models.chat import Templates, as_templates
 from quickmerge.transplant.checkpoint import Checkpoint, Matrices, Piece, file_sha256, read_entries, tensor_piece
 from quickmerge.transplant.rebuild import Made
 from quickmerge.transplant.rows import KINDS, Plan, Side, assemble, usual_bias
 from quickmerge.transplant.settings import (
     Template,
-    Templates,
-    as_templates,
     copy_companions,
     former_ids,
     new_settings,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from quickmerge.errors import QuickmergeError, whole_number
+from quickmerge.sampling import evenly
 from quickmerge.viz.drawing import DARK, LIGHT, Theme, heading_families, rgb
 from quickmerge.viz.format import one_line
 from quickmerge.viz.patchmap import (
@@ -466,5 +467,4 @@ def chosen(stages: PatchStage | Sequence[PatchStage], most: int) -> list[PatchSt
     for stage in stages:
         if not isinstance(stage, PatchStage):
             raise QuickmergeError(f"stages must be PatchStages, got {type(stage).__name__}")
-    count = min(most, len(stages))
-    return [stages[(index + 1) * len(stages) // count - 1] for index in range(count)]
+    return evenly(stages, most, at="end")

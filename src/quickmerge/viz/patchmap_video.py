@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from quickmerge.errors import QuickmergeError, whole_number
+from quickmerge.sampling import evenly
 from quickmerge.viz.drawing import DARK, LIGHT, Theme, rgb, write_atomically
 from quickmerge.viz.patchmap import HUES, Alone, Fill, PatchStage, Picture, clip_of, fill_of, painted, resized
 from quickmerge.viz.patchmap_sheet import LEADING, MOST_STAGES, Box, caption, chosen, foot, legend, original, write
@@ -147,7 +148,7 @@ def video_strip(
     fill = fill_of(clip, shown, alone)
     theme, unit = DARK if dark else LIGHT, width / 1200
     margin, gap = round(_STRIP_MARGIN * unit), round(_STRIP_GAP * unit)
-    picked = spread(len(clip), max_frames)
+    picked = evenly(range(len(clip)), max_frames, at="middle")
     room = width - 2 * margin
     wide = min((room - (len(picked) - 1) * gap) // len(picked), room // 3)  # few frames do not fill the sheet
     tall = max(round(wide * clip.shape[1] / clip.shape[2]), 1)
@@ -171,12 +172,6 @@ def video_strip(
         write(sheet, at, f"frame {frame + 1}", 15 * unit, theme.muted, room=wide)
     foot(sheet, lines, margin, _STRIP_SMALL * unit, theme)
     return sheet
-
-
-def spread(count: int, most: int) -> list[int]:
-    """At most ``most`` of ``count`` indices, rising, at even distances and as far from both ends."""
-    wanted = min(count, most)
-    return [(2 * index + 1) * count // (2 * wanted) for index in range(wanted)]
 
 
 def facts(stage: PatchStage, fill: Fill) -> str:

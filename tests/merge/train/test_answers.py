@@ -23,8 +23,7 @@ from training_samples import lines, same
 
 from quickmerge.datasets.annotated import Annotated, read_annotated
 from quickmerge.datasets.labelled import PixelFormat
-from quickmerge.datasets.questions import AskedPictures, Row, pack
-from quickmerge.datasets.questions import Question as Tokens
+from quickmerge.datasets.questions import AskedPictures, AskedTokens, Row, pack
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.train.answers import Answer, answer_logits, evaluate_answers, exact, scaled_inputs, train_vlm
 from quickmerge.merge.train.new_vlm import new_vlm
@@ -58,13 +57,13 @@ def rows(seed: int, shape: list[list[tuple[int, int]]]) -> list[Row]:
         Row(
             torch.randn(3, 32, 32, generator=noise, dtype=torch.float64),
             (*words(2 + seed % 3), *(IMAGE,) * PATCHES),
-            tuple(Tokens(words(asked), words(answer)) for asked, answer in questions),
+            tuple(AskedTokens(words(asked), words(answer)) for asked, answer in questions),
         )
         for questions in shape
     ]
 
 
-def alone(model: Any, row: Row, question: Tokens) -> Tensor:
+def alone(model: Any, row: Row, question: AskedTokens) -> Tensor:
     """The logits that predict the answer, of the model's own forward over one question and its answer."""
     ids = torch.tensor([[*row.prefix, *question.asked, *question.answer]])
     logits = model(input_ids=ids, pixel_values=row.pixels[None].to(model.dtype)).logits[0]
@@ -125,7 +124,7 @@ def test_an_answer_is_exact_only_if_every_token_is() -> None:
 def test_no_question_learns_from_another() -> None:
     model = tiny()
     first = rows(5, [[(3, 2), (2, 2)]])[0]
-    changed = Row(first.pixels, first.prefix, (Tokens((2, 3, 4), (5, 6)), first.questions[1]))
+    changed = Row(first.pixels, first.prefix, (AskedTokens((2, 3, 4), (5, 6)), first.questions[1]))
     with torch.inference_mode():
         one, two = (answer_logits(model, pack([row])) for row in (first, changed))
     assert torch.equal(one[2:], two[2:]) and not torch.equal(one[:2], two[:2])

@@ -171,8 +171,8 @@ def image(
 def _images(folder: Path, limit: int) -> tuple[list[Path], list[str] | None]:
     """Files, evenly taken from the folder, and their labels where it holds a folder for each class."""
     from quickmerge.datasets import find_data
-    from quickmerge.datasets.images import evenly
     from quickmerge.datasets.labelled import read_labelled
+    from quickmerge.sampling import evenly
 
     if folder.is_dir() and sum(path.is_dir() for path in folder.iterdir()) > 1:
         chosen = evenly(read_labelled(folder), limit)
@@ -226,10 +226,11 @@ def vlm(
     """Right answers by kind of question, and time, of every method at every share of the visual tokens."""
     from quickmerge.console.results import show_result
     from quickmerge.datasets.annotated import read_annotated
-    from quickmerge.datasets.images import evenly, open_image
+    from quickmerge.datasets.images import open_image
     from quickmerge.merge.bench.answers import answer_arms
     from quickmerge.merge.bench.vlm import answers_report, bench_answers
     from quickmerge.merge.reducers import make_reducer
+    from quickmerge.sampling import evenly
 
     check_output(json, out / "report.html" if out is not None else None)
     shares = parse_keeps(keep)

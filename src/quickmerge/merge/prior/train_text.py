@@ -28,6 +28,7 @@ from quickmerge.models.compat import cache_argument
 from quickmerge.models.decoder import find_decoder
 from quickmerge.models.identity import model_hash
 from quickmerge.models.part import model_label
+from quickmerge.sampling import evenly
 from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
 from quickmerge.training.objective import Dataset, Objective
@@ -196,7 +197,7 @@ class PriorText(Objective):
 
         model = self._model[0]
         look = Look(keep=max(self.keeps), prior=self.prior, **self.settings)
-        for index in _spread(len(windows), windows_read):
+        for index in evenly(range(len(windows)), windows_read, at="middle"):
             with reduce(model, look, self.schedule, min_tokens=0):
                 ids = torch.as_tensor(windows[index])[None, : self.context].to(model.device)
                 model.base_model(ids, use_cache=False)
@@ -213,7 +214,7 @@ class PriorText(Objective):
 
         hook = find_decoder(model).layers[layer].register_forward_pre_hook(look, with_kwargs=True)
         try:
-            for index in _spread(len(windows), windows_read):
+            for index in evenly(range(len(windows)), windows_read, at="middle"):
                 model.base_model(torch.as_tensor(windows[index])[None].to(model.device), use_cache=False)
         finally:
             hook.remove()
@@ -264,12 +265,6 @@ class PriorText(Objective):
         loss = w.kl * kl + w.nll * nll + w.ar * ar + w.collapse * collapse_penalty(notes["spread"])
         told = {"kl": kl, "nll": nll, **notes}
         return {"loss": loss, **{name: value.detach() for name, value in told.items()}}
-
-
-def _spread(length: int, count: int) -> list[int]:
-    """``count`` indices at equal distances, or all if there are fewer: data is often sorted by kind."""
-    count = min(count, length)
-    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
 
 
 def _precise(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.text.merged_cache import moving_rows
 from quickmerge.merge.text.modes import BlockCausal
 from quickmerge.merge.text.rows import check_one_text
 from quickmerge.merge.text.run import Run
@@ -93,7 +94,7 @@ class Reader:
         return self.surprises[chunk - 1] if chunk else None
 
 
-class ChunkedLayer(DynamicLayer):  # type: ignore[misc]
+class ChunkedLayer(moving_rows(DynamicLayer)):  # type: ignore[misc]
     """A cache layer that stores slots of old chunks and then the tokens that no chunk has absorbed yet.
 
     Its logical length counts every token it was ever given; what it stores is shorter. ``query`` keeps the queries
@@ -141,27 +142,13 @@ class ChunkedLayer(DynamicLayer):  # type: ignore[misc]
         """Not possible: merged chunks can't be taken apart."""
         raise QuickmergeError("a cache merged in block_causal mode can't be cropped; use prefix mode")
 
-    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Move what is kept besides keys and values."""
         if self.reader is not None:
             self.reader.each_row(change)
         self.query = None if self.query is None else change(self.query)
         self.valid = None if self.valid is None else change(self.valid)
         self.size = None if self.size is None else change(self.size)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Rows follow their beams."""
-        super().reorder_cache(beam_idx)
-        self._each_row(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        super().batch_repeat_interleave(repeats)
-        self._each_row(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        super().batch_select_indices(indices)
-        self._each_row(lambda t: t[indices, ...])
 
     def reset(self) -> None:
         """Forget everything."""

@@ -153,16 +153,48 @@ class PromptState:
         self.segments = {first: segment.each_row(change) for first, segment in self.segments.items()}
 
 
+def moving_rows(kind: Any) -> Any:
+    """A class of cache layers of ``kind`` that have more to move than keys and values.
+
+    Whenever the rows of a layer are picked, moved or repeated, `each_row` is handed what does so to any tensor whose
+    first axis they are. There is one base class alone, so that a layer of ``kind`` can become one of these while it
+    stays the object that others hold.
+    """
+
+    class Moving(kind):  # type: ignore[misc]
+        """See `quickmerge.merge.text.merged_cache.moving_rows`."""
+
+        def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+            """Move what goes with the rows."""
+            raise NotImplementedError
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            """Rows follow their beams."""
+            super().reorder_cache(beam_idx)
+            self.each_row(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            """Repeat every row."""
+            super().batch_repeat_interleave(repeats)
+            self.each_row(lambda t: t.repeat_interleave(repeats, dim=0))
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            """Keep some rows: their numbers, or a mask of all rows."""
+            super().batch_select_indices(indices)
+            self.each_row(lambda t: t[indices.to(t.device)])
+
+    return Moving
+
+
 def _carrying(kind: Any, name: str) -> Any:
     """A class of cache layers that are of ``kind`` and carry what is known of their prompt.
 
     ``prompt`` is shared by the layers of a cache, and moved by the lowest one, whose ``moves`` is set. ``floor`` is how
     many entries stand for the prompt. ``expected`` is set by a run that is about to have keys and values of a forward
-    written, since outside of any run entries would be taken for tokens. There is one base class alone, so that a layer
-    can become one of these while it stays the object that others hold.
+    written, since outside of any run entries would be taken for tokens.
     """
 
-    class Merged(kind):  # type: ignore[misc]
+    class Merged(moving_rows(kind)):  # type: ignore[misc]
         """See `quickmerge.merge.text.merged_cache`."""
 
         prompt: PromptState | None = None
@@ -205,24 +237,10 @@ def _carrying(kind: Any, name: str) -> Any:
                     )
             super().crop(tokens_to_remove)
 
-        def _move(self, change: Callable[[Tensor], Tensor]) -> None:
+        def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+            """Move the prompt's tables, once for all layers of a cache."""
             if self.moves and self.prompt is not None:
                 self.prompt.each_row(change)
-
-        def reorder_cache(self, beam_idx: Tensor) -> None:
-            """Rows follow their beams."""
-            super().reorder_cache(beam_idx)
-            self._move(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            """Repeat every row."""
-            super().batch_repeat_interleave(repeats)
-            self._move(lambda t: t.repeat_interleave(repeats, dim=0))
-
-        def batch_select_indices(self, indices: Tensor) -> None:
-            """Keep some rows: their numbers, or a mask of all rows."""
-            super().batch_select_indices(indices)
-            self._move(lambda t: t[indices.to(t.device)])
 
         def reset(self) -> None:
             """Forget everything: a layer as it was before anything was merged."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import LlavaForConditionalGeneration
 
-from quickmerge.datasets.images import evenly
 from quickmerge.datasets.questions import AskedPictures, Packed, pack
 from quickmerge.errors import UnsupportedModelError, whole_number
 from quickmerge.locks import sole_writer
@@ -23,6 +22,7 @@ from quickmerge.models.chat import answer_ids, prompt_ids
 from quickmerge.models.compat import attention_implementation
 from quickmerge.models.identity import model_hash
 from quickmerge.models.part import save_model
+from quickmerge.sampling import evenly
 from quickmerge.training.align import align_projector, projector_input
 from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train

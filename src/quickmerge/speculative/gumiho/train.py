@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quickmerge.datasets.images import evenly
 from quickmerge.errors import QuickmergeError, number_at_least
 from quickmerge.models.identity import model_hash
 from quickmerge.models.part import model_label
+from quickmerge.sampling import evenly
 from quickmerge.speculative.gumiho import Gumiho, GumihoNetwork, LossWeights, gumiho_losses
 from quickmerge.speculative.gumiho.network import Ends, check_target
 from quickmerge.speculative.gumiho.texts import DraftTexts, collate_texts

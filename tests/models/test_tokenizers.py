@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import json
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from tokenizer_samples import byte_level, sentencepiece_bpe, wordpiece
 from transformers import AutoTokenizer
 
 from quickmerge.errors import FetchError, QuickmergeError, UnknownModelError, UnsupportedModelError
-from quickmerge.transplant.donor import load_tokenizer
+from quickmerge.models import tokenizers
+from quickmerge.models.tokenizers import load_tokenizer
 from quickmerge.transplant.tokens import read_vocabulary
 
 TEXT = "The cat sat on the mat, 12 345."
@@ -121,8 +121,7 @@ def test_sentencepiece_files_go_to_their_reader(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "tokenizer.model"
     path.write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     seen = []
-    module = importlib.import_module("quickmerge.transplant.donor")  # the package has a function of this name
-    monkeypatch.setattr(module, "sentencepiece_tokenizer", lambda one: seen.append(one) or byte_level())
+    monkeypatch.setattr(tokenizers, "sentencepiece_tokenizer", lambda one: seen.append(one) or byte_level())
     load_tokenizer(tmp_path)
     load_tokenizer(path)
     assert seen == [path, path]
