@@ -135,8 +135,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     text = read_text(path, most=MOST_SETTINGS)
     with door(f"{path} can't be understood"):
         given = read(text)
-    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+    if not isinstance(given, dict):
         raise QuickmergeError(f"{path} must hold settings by name, got a {type(given).__name__}")
+    for name in given:
+        if not isinstance(name, str):
+            raise QuickmergeError(
+                f"{path} must hold settings by name, got the name {str(name)[:50]!r}, which is no text"
+            )
     return given
 
 

@@ -224,7 +224,7 @@ def names(base: Path) -> list[Case]:
 
 
 def lists(base: Path) -> list[Case]:
-    """Files of prompts, of labels and of annotations, as other programs or older runs may have left them."""
+    """Files of prompts, of labels, of options and of annotations, as other programs or older runs may have left them."""
     cases = []
     for name, data in LISTS.items():
         cases.append(_file(f"prompts: {name}", "jsonl", lambda _, d=data: d,
@@ -232,6 +232,10 @@ def lists(base: Path) -> list[Case]:
                             "--max-new-tokens", "2", "--limit", "2"], base))  # fmt: skip
         cases.append(_file(f"labels: {name}", "txt", lambda _, d=data: d,
                            ["recognize", "{base}/photo.png", "--model", "{base}/recognizer", "--labels", "{it}"], base))  # fmt: skip
+
+        for kind in ("yaml", "toml", "json"):
+            cases.append(_file(f"options in {kind}: {name}", kind, lambda _, d=data: d,
+                               ["plan", "--model", "{base}/model", "--tokens", "64", "--config", "{it}"], base))  # fmt: skip
 
         def annotated(work: Path, data: bytes = data) -> list[str | bytes]:
             shutil.copytree(base / "annotated", work / "them")

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from quickmerge.console.commands import add, choice
 from quickmerge.console.ending import Ending, end
 
+
+class _Commands(TyperGroup):
+    """The commands of the program, in the order of their help."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """What most come for first."""
+        order = ("generate", "bench", "show", "train")
+        return sorted(super().list_commands(ctx), key=lambda name: order.index(name) if name in order else len(order))
+
+
 app = typer.Typer(
     name="quickmerge",
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

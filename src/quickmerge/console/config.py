@@ -46,7 +46,7 @@ def _values(context: typer.Context, path: Path) -> dict[str, Any]:
         except Exception as error:
             if isinstance(error, QuickmergeError) or not hasattr(error, "format_message"):
                 raise
-            raise QuickmergeError(f"{path}: {name}: {clean_name(error.format_message()).rstrip('.')}") from None
+            raise QuickmergeError(f"{path}: {clean_name(error.format_message()).rstrip('.')}") from None
         found[str(param.name)] = typed
     return found
 

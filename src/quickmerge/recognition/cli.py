@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quickmerge.console.options import JSON, RAW, check_output, one_sentence, progress, quiet, read_text, write_json
+from quickmerge.console.options import (
+    FEWER,
+    JSON,
+    RAW,
+    check_output,
+    one_sentence,
+    progress,
+    quiet,
+    read_text,
+    write_json,
+)
 from quickmerge.errors import QuickmergeError, clean_name, near_match, whole_number
 from quickmerge.merge.cli.options import parse_reducer
 
@@ -32,19 +42,17 @@ def recognize(
     ] = None,
     minimum: Annotated[float, typer.Option("--minimum", help="Leave out labels less probable than this.")] = 0.0,
     reducer: Annotated[
-        str | None, typer.Option("--reducer", help="Read fewer image tokens, by a reducer for vision transformers.")
+        str | None,
+        typer.Option("--reducer", help="One for vision transformers, see quickmerge ls.", rich_help_panel=FEWER),
     ] = None,
     keep: Annotated[
-        float | None, typer.Option("--keep", help=f"Share of the image tokens that is kept. Default: {KEEP:g}.")
+        float | None,
+        typer.Option("--keep", help=f"Share of the tokens kept, in (0, 1]. Default: {KEEP:g}.", rich_help_panel=FEWER),
     ] = None,
     raw: RAW = False,
     json: JSON = None,
 ) -> None:
-    """Name the objects in pictures, most probable first.
-
-    Without --labels a label is any words that the model can write, and the probability that of writing it. With
-    --labels every label of the file is scored, and the share is its probability among those.
-    """
+    """Name the objects in images, most probable first: in free words, or by the labels of a file (--labels)."""
     if reducer is None and keep is not None:
         raise QuickmergeError(f"--keep needs --reducer, which says how tokens are left out: got --keep {keep:g} alone")
     if labels is not None and method is not None:

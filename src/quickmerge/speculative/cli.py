@@ -165,12 +165,12 @@ def _settings(source: str, drafter: type, parts: list[str]) -> dict[str, Any]:
 def decode(
     drafter: Annotated[
         str,
-        typer.Option("--drafter", help="lookup, smollm2-135m (its heads) and folders of train gumiho, with commas."),
+        typer.Option("--drafter", help="lookup, smollm2-135m, folders of train gumiho; with commas."),
     ] = LOOKUP,
     model: MODEL = "smollm2-135m",
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", help="A prompt a line, or .jsonl. Default: a dozen about the shipped document."),
+        typer.Option("--prompts", help="A prompt a line, or .jsonl. Default: a shipped dozen."),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts that are answered, the first ones.")] = 64,
     tree: Annotated[str, typer.Option("--tree", help="Drafted tokens that a pass reads: auto or a number.")] = "auto",

@@ -222,8 +222,7 @@ def transplant(
 ) -> None:
     """Give a model another tokenizer, without training, and say what it costs.
 
-    Rows of tokens that both vocabularies have are copied; the others are made from them, in the way that a text costs
-    the fewest bits with. Given the former tokenizer, a model that this command wrote goes back to it.
+    Given its former tokenizer, a model that this command wrote goes back to it, bit for bit.
     """
     from quickmerge.data import demo_document
     from quickmerge.terminal import Terminal
