@@ -33,7 +33,7 @@ from quickmerge.bench.harness import interleave, now
 from quickmerge.bench.stats import spread
 from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.errors import QuickmergeError
-from quickmerge.merge.summary import cache_bytes
+from quickmerge.merge.run import cache_bytes
 from quickmerge.models import cache_folder
 from quickmerge.models.compat import cache_argument
 from quickmerge.models.decoder import find_decoder, watch

@@ -28,8 +28,8 @@ from quickmerge.console.options import parse_layer, quiet, write_json
 from quickmerge.merge.attach import reduce
 from quickmerge.merge.bench.cost import model_shape
 from quickmerge.merge.cli.options import add_prior
-from quickmerge.merge.observe import observe
 from quickmerge.merge.reducers import make_reducer
+from quickmerge.merge.run import observe
 from quickmerge.models import cache_folder, load
 
 HERE = Path(__file__).parent

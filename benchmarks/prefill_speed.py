@@ -28,9 +28,8 @@ from quickmerge.console.options import quiet, write_json
 from quickmerge.data import demo_document
 from quickmerge.merge.attach import reduce
 from quickmerge.merge.bench.cost import model_shape, plan_cost
-from quickmerge.merge.observe import observe
 from quickmerge.merge.reducers import QuickMerge
-from quickmerge.merge.summary import RunStats
+from quickmerge.merge.run import RunStats, observe
 from quickmerge.merge.tokens import Schedule
 from quickmerge.models import load
 

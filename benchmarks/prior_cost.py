@@ -25,8 +25,8 @@ from quickmerge.bench.stats import quartiles
 from quickmerge.console.options import quiet
 from quickmerge.data import demo_document, shipped_prior
 from quickmerge.merge.bench.cost import model_shape
-from quickmerge.merge.observe import observe
 from quickmerge.merge.prior import Prior, QuickMergePrior
+from quickmerge.merge.run import observe
 
 HERE = Path(__file__).parent
 

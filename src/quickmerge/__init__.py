@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from quickmerge.merge.reducers import Truncate as Truncate
     from quickmerge.merge.reducers import Uniform as Uniform
     from quickmerge.merge.reducers import select_visual_tokens as select_visual_tokens
+    from quickmerge.merge.run import Run as Run
     from quickmerge.merge.text.modes import BlockCausal as BlockCausal
     from quickmerge.merge.text.modes import Prefix as Prefix
-    from quickmerge.merge.text.run import Run as Run
     from quickmerge.merge.tokens import Count as Count
     from quickmerge.merge.tokens import Entropy as Entropy
     from quickmerge.merge.tokens import Mass as Mass
@@ -87,7 +87,7 @@ __getattr__, __dir__, __all__ = lazy(
             "select_visual_tokens",
         ),
         "merge.text.modes": ("BlockCausal", "Prefix"),
-        "merge.text.run": ("Run",),
+        "merge.run": ("Run",),
         "merge.tokens": ("Count", "Entropy", "Mass", "MergePlan", "Ratio", "Removal", "Schedule", "TokenView"),
         "merge.vision.vit": ("VisionRun",),
         "merge.visual.vlm": ("VlmRun",),

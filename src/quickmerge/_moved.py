@@ -25,7 +25,7 @@ PARTED = {
         "merge.bench.text", "merge.bench.cost", "merge.bench.linearity", "bench.quality", "datasets.text",
     ),
     "quickmerge.hosts": (
-        "merge.attach", "merge.observe", "merge.text.run", "merge.vision.vit", "merge.visual.vlm", "models.attachment",
+        "merge.attach", "merge.run", "merge.vision.vit", "merge.visual.vlm", "models.attachment",
         "models.decoder", "models.encoder", "models.vlm",
     ),
     "quickmerge.report": (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import quickmerge as qm
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
-from quickmerge.merge.observe import observe
+from quickmerge.merge.run import observe
 from quickmerge.merge.tokens import MergePlan, TokenView
 
 MODES: dict[str, dict[str, Any]] = {

@@ -8,13 +8,7 @@ from tokenizers import AddedToken
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.models.tokenizers import roles_by_spelling
-from quickmerge.transplant.tokens import (
-    Vocabulary,
-    is_marker,
-    is_reserved,
-    match_special,
-    read_vocabulary,
-)
+from quickmerge.transplant.tokens import Vocabulary, is_marker, is_reserved, match_special, read_vocabulary
 
 
 def vocabulary(*texts: str, **roles: str) -> Vocabulary:

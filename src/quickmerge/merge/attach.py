@@ -1,4 +1,4 @@
-"""``reduce``: run a model with fewer tokens inside a ``with`` block, and leave it as it was."""
+"""Attaching a reducer to a causal language model, in one of two modes."""
 
 from __future__ import annotations
 
@@ -8,21 +8,49 @@ from typing import Any, Literal, Unpack, overload
 from torch import nn
 from transformers import PreTrainedModel
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, as_index
 from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.run import Run
 from quickmerge.merge.text.block_causal import BlockCausalRun
-from quickmerge.merge.text.causal_lm import reduce_lm
 from quickmerge.merge.text.modes import BlockCausal, Mode, ModeSettings, Prefix, as_mode
 from quickmerge.merge.text.prefix import PrefixRun
-from quickmerge.merge.text.run import Run
-from quickmerge.merge.tokens.budget import Schedule
+from quickmerge.merge.tokens.budget import ReadingBudget, Schedule
 from quickmerge.merge.tokens.removal import Removal
 from quickmerge.merge.vision.timm import reduce_timm
 from quickmerge.merge.vision.vit import VisionRun, reduce_vit
 from quickmerge.merge.visual.vlm import VlmRun, reduce_vlm
 from quickmerge.models.attachment import Attachment
+from quickmerge.models.decoder import check_free, find_decoder
 from quickmerge.models.encoder import holds_encoder, holds_timm
 from quickmerge.models.vlm import check_kind, holds_vlm, unwrapped
+
+
+def reduce_lm(
+    model: PreTrainedModel, reducer: Reducer, layer: int | Sequence[int] | Schedule | None, mode: Mode
+) -> Run:
+    """Attach to a causal language model; see `quickmerge.merge.attach.reduce` for the arguments."""
+    if not isinstance(reducer, Reducer):
+        raise ValueError(f"reducer must be a quickmerge reducer such as QuickMerge(keep=0.4), got {reducer!r}")
+    decoder = find_decoder(model, shared=isinstance(mode, Prefix))
+    if "text" not in reducer.places:
+        kind = "vision transformers" if "vision" in reducer.places else "the visual tokens of a vision-language model"
+        raise ValueError(f"reducer {reducer.name} is for {kind}, and {type(model).__name__} is a language model alone")
+    if isinstance(mode, Prefix):
+        check_free(model, decoder.attentions, PrefixRun)
+        schedule = layer if isinstance(layer, Schedule) else Schedule.of(layer, len(decoder))
+        if isinstance(reducer.budget, ReadingBudget):
+            raise ValueError(f"keep must be a budget for whole prompts in prefix mode, got {reducer.budget!r}")
+        reducer.check(model, schedule.layers, mode.name)
+        return PrefixRun(decoder, reducer, schedule, mode)
+    reads = reducer.budget.layer if isinstance(reducer.budget, ReadingBudget) else 0
+    first = reads if layer is None else as_index(layer)
+    if first is None or not 0 <= first < len(decoder):
+        raise ValueError(f"layer must be one block in 0..{len(decoder) - 1} in block_causal mode, got {layer!r}")
+    reducer.check(model, (first,), mode.name)
+    return BlockCausalRun(decoder, reducer, first, mode)
+
+
+# ``reduce``: run a model with fewer tokens inside a ``with`` block, and leave it as it was.
 
 
 @overload

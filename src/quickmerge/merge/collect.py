@@ -15,7 +15,7 @@ from quickmerge.datasets.labelled import PixelFormat
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.attach import reduce
 from quickmerge.merge.reducers import Reducer
-from quickmerge.merge.summary import RunStats, VisionStats
+from quickmerge.merge.run import RunStats, VisionStats
 from quickmerge.merge.text.modes import Prefix
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.vision.vit import VisionRun, encode_frames

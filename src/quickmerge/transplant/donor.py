@@ -13,11 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quickmerge.errors import (
-    QuickmergeError,
-    number_at_least,
-    whole_number,
-)
+from quickmerge.errors import QuickmergeError, number_at_least, whole_number
 from quickmerge.models.console import transformers_silenced
 from quickmerge.models.download import cache_folder
 from quickmerge.models.embedded import EMBEDDED, MODELS, SENTENCE_MODELS, TOKENIZERS

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from quickmerge.merge.attach import reduce
 from quickmerge.merge.bench.cost import Shape, break_even, model_shape, plan_cost
 from quickmerge.merge.reducers import QuickMerge, Random
-from quickmerge.merge.summary import cache_bytes
+from quickmerge.merge.run import cache_bytes
 from quickmerge.merge.tokens import Count, Entropy, Schedule
 
 

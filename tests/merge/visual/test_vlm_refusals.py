@@ -13,7 +13,7 @@ from vlm_zoo import METHODS, ROWS, build, model_of, prompt, row_of
 
 import quickmerge as qm
 from quickmerge.errors import UnsupportedModelError
-from quickmerge.merge.observe import observe
+from quickmerge.merge.run import observe
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 CLIP: dict[str, Any] = {"intermediate_size": 16, "image_size": 28, "patch_size": 7, **SMALL}

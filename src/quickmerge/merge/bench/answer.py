@@ -14,11 +14,9 @@ from torch import Tensor
 
 from quickmerge.bench.quality import check_fits, check_room
 from quickmerge.merge.attach import reduce
-from quickmerge.merge.observe import observe
 from quickmerge.merge.reducers import Reducer
-from quickmerge.merge.summary import RunStats
+from quickmerge.merge.run import Run, RunStats, observe
 from quickmerge.merge.text.modes import MIN_TOKENS, Prefix
-from quickmerge.merge.text.run import Run
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.models.chat import document_chat
 from quickmerge.models.generation import check_temperature

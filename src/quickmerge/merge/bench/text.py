@@ -18,8 +18,8 @@ from quickmerge.datasets.text import Document
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.attach import reduce
 from quickmerge.merge.bench.cost import model_shape
-from quickmerge.merge.observe import observe
 from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.run import observe
 from quickmerge.viz.format import clean, number
 
 Row = dict[str, Any]

@@ -17,7 +17,7 @@ from quickmerge.datasets.annotated import Annotated
 from quickmerge.datasets.images import open_image
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.bench.answers import FULL, ask, exact_answers
-from quickmerge.merge.observe import observe
+from quickmerge.merge.run import observe
 
 if TYPE_CHECKING:
     pass

@@ -140,7 +140,7 @@ def _gather(
 def _print(console: Any, data: dict[str, Any], expected: str) -> None:
     from rich.table import Table
 
-    from quickmerge.merge.summary import layer_runs
+    from quickmerge.merge.run import layer_runs
 
     full, reduced = data["full"], data["reduced"]
     read = f"{data['tokens_in']:.0f} tokens, read by {clean_name(data['model'])}."

@@ -36,7 +36,7 @@ def plan(
     from rich.table import Table
 
     from quickmerge.merge.bench.cost import break_even, model_shape, plan_cost
-    from quickmerge.merge.summary import layer_runs
+    from quickmerge.merge.run import layer_runs
     from quickmerge.merge.tokens.budget import Schedule
     from quickmerge.models import load_shape_only
     from quickmerge.terminal import Terminal

@@ -103,7 +103,7 @@ def text(
     check_model(model)
     # what takes seconds to import comes after what can be told at once
     from quickmerge.merge.collect import token_cells
-    from quickmerge.merge.summary import layer_runs
+    from quickmerge.merge.run import layer_runs
     from quickmerge.terminal import Terminal
     from quickmerge.viz.page import page, write_page
     from quickmerge.viz.tokenmap import token_map_html, token_map_text

@@ -17,10 +17,10 @@ from transformers import Cache, DynamicCache
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.run import Run
 from quickmerge.merge.text.merged_cache import moving_rows
 from quickmerge.merge.text.modes import BlockCausal
 from quickmerge.merge.text.rows import check_one_text
-from quickmerge.merge.text.run import Run
 from quickmerge.merge.tokens.budget import ReadingBudget
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.tokens.view import TokenView

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.merge.summary import RunStats
+from quickmerge.merge.run import RunStats
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.models.compat import DynamicLayer, DynamicSlidingWindowLayer, cache_name
 from quickmerge.models.decoder import Decoder, decoder_mask

@@ -19,6 +19,7 @@ from transformers import Cache
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.run import Run
 from quickmerge.merge.text.merged_cache import (
     PromptState,
     Segment,
@@ -32,7 +33,6 @@ from quickmerge.merge.text.merged_cache import (
 )
 from quickmerge.merge.text.modes import Prefix
 from quickmerge.merge.text.rows import check_one_text, check_padding, plan_rows, protection, special_tokens
-from quickmerge.merge.text.run import Run
 from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.saliency import AttentionTrace

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.reducers.base import Reducer
-from quickmerge.merge.summary import VisionStats
+from quickmerge.merge.run import VisionStats
 from quickmerge.merge.tokens.budget import Count, layers_of
 from quickmerge.merge.tokens.plan import MergePlan, follow
 from quickmerge.merge.tokens.removal import Removal, removal_for

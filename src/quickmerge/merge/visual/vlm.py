@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.reducers.base import Reducer
-from quickmerge.merge.summary import VisualStats
+from quickmerge.merge.run import VisualStats
 from quickmerge.merge.text.merged_cache import Segment, check_fillable, pick_columns
 from quickmerge.merge.text.prefix import CALL, PrefixCall, PrefixRun
 from quickmerge.merge.tokens.budget import layers_of

@@ -12,8 +12,7 @@ from transformers import DynamicCache
 
 import quickmerge as qm
 from quickmerge.errors import UnsupportedModelError
-from quickmerge.merge.observe import observe
-from quickmerge.merge.summary import RunStats, cache_bytes, cache_bytes_full, layer_runs
+from quickmerge.merge.run import RunStats, cache_bytes, cache_bytes_full, layer_runs, observe
 
 SETTINGS: dict[str, Any] = {"layer": 2, "sinks": 2, "recent": 5}
 
