@@ -1,6 +1,6 @@
-"""Which questions to ask about a picture, so that no answer is right by habit.
+"""Which questions to ask about an image, so that no answer is right by habit.
 
-All questions that can be asked about a picture are listed with their answers. Of each kind a few are then asked: those
+All questions that can be asked about an image are listed with their answers. Of each kind a few are then asked: those
 whose answer has been the answer least often so far, to this sort of question and to this very question.
 """
 
@@ -25,7 +25,7 @@ class Asked:
 
 
 class Asker:
-    """Asks about one picture after the other, and remembers which answers it has had."""
+    """Asks about one image after the other, and remembers which answers it has had."""
 
     def __init__(self) -> None:
         self._had: Counter[tuple[str, str]] = Counter()

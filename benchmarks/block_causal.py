@@ -2,7 +2,7 @@
 
     python benchmarks/documents.py && python benchmarks/block_causal.py
 
-For each held-out document, per original token and on the same positions for everybody: the model as it is, every
+For each held-out document, per original token and on the same positions for everybody: the unmodified model, every
 reducer in block-causal mode, and a sliding window with sinks that holds as many entries as block-causal mode ends
 with. Writes benchmarks/results/block_causal.json.
 """

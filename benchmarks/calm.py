@@ -1,4 +1,4 @@
-"""CALMs beside ordinary language models: BrierLM, operations, and tokens a second (results/calm.json).
+"""CALMs beside ordinary language models: BrierLM, FLOPs, and tokens a second (results/calm.json).
 
     python benchmarks/documents.py
     python benchmarks/calm.py --models tokens=runs/calm/tokens,k1=runs/calm/k1,k2=runs/calm/k2,k4=runs/calm/k4
@@ -165,7 +165,7 @@ def _all_draws(
 
 
 def trained(model: Any, seen: tuple[int, float, int, float], length: int) -> Row:
-    """What was spent on a model: tokens seen, operations with those of its autoencoder, and seconds."""
+    """What was spent on a model: tokens seen, FLOPs with those of its autoencoder, and seconds."""
     tokens, seconds, frozen_tokens, frozen_seconds = seen
     cost = training_cost(model, length)
     own = tokens * cost.total

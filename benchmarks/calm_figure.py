@@ -1,4 +1,4 @@
-"""BrierLM against the operations of training, of CALMs and ordinary language models: docs/images/calm.png.
+"""BrierLM against the FLOPs of training, of CALMs and ordinary language models: docs/images/calm.png.
 
     python benchmarks/calm_figure.py [--results benchmarks/results/calm.json] [--out docs/images/calm.png]
 
@@ -32,7 +32,7 @@ def main() -> int:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Left, quality against the operations of training; right, against those of writing a token."""
+    """Left, quality against the FLOPs of training; right, against those of writing a token."""
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         lines.setdefault(str(row["method"]).partition("@")[0], []).append(row)
@@ -41,8 +41,8 @@ def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
         figure.set_facecolor(LIGHT.card)
         left, right = figure.add_axes((0.065, 0.15, 0.40, 0.66)), figure.add_axes((0.575, 0.15, 0.40, 0.66))
         for axes, title, key, words in (
-            (left, "What training buys", "train_flops", "operations of the whole training, its autoencoder's inside"),
-            (right, "What a token costs", "flops", "operations of writing a token"),
+            (left, "What training buys", "train_flops", "FLOPs of the whole training, its autoencoder's inside"),
+            (right, "What a token costs", "flops", "FLOPs of writing a token"),
         ):
             bare_axes(axes, LIGHT)
             top: dict[str, Any] = {"xycoords": "axes fraction"}

@@ -19,7 +19,7 @@ def quality(rows: Sequence[Row]) -> Table:
     columns = [
         MODEL, PATCH, Column("BrierLM (95 %)", BRIER.cell), Column("difference (paired)", gap), PARAMETERS,
         Column("of them autoencoder", unless(lambda r: not r["autoencoder_parameters"], own)), SEEN,
-        Column("training operations", number("train_flops", ".1f", scale=1e-12, unit=" T")), OPERATIONS,
+        Column("training FLOPs", number("train_flops", ".1f", scale=1e-12, unit=" T")), OPERATIONS,
     ]  # fmt: skip
     return Table(columns, rows)
 

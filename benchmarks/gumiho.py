@@ -1,4 +1,4 @@
-"""Drafters side by side: tokens a pass and speed on held-out prompts (results/gumiho.json).
+"""Drafters side by side: tokens per forward pass and speed on held-out prompts (results/gumiho.json).
 
     python benchmarks/documents.py
     python benchmarks/gumiho.py --drafters gumiho=runs/gumiho,serial=runs/serial,parallel=runs/parallel

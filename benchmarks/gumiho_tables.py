@@ -11,8 +11,8 @@ from quickmerge.speculative.report import DRAFTING, NODES, PER_SECOND, SAME, TEM
 Row = dict[str, Any]
 
 METHOD = Column("method", lambda r: f"**{r['method']}**" if r["method"] == "gumiho" else str(r["method"]))
-PER_PASS = Column("tokens a pass (95 %)", lambda r: (
-    number("per_pass", ".2f") if is_plain(r) else interval("per_pass", ".2f"))(r))  # fmt: skip
+PER_PASS = Column("tokens per forward pass (95 %)", lambda r: (
+    number("tokens_per_pass", ".2f") if is_plain(r) else interval("tokens_per_pass", ".2f"))(r))  # fmt: skip
 SPEED = Column("speed (quartiles)", lambda r: (
     number("speedup", ".2f", unit="x") if is_plain(r) else interval("speedup", ".2f", unit="x"))(r))  # fmt: skip
 INSIDE = (
@@ -22,7 +22,7 @@ INSIDE = (
 
 
 def drafters(rows: Sequence[Row]) -> Table:
-    """Tokens a pass and speed of every way, at each temperature."""
+    """Tokens per forward pass and speed of every way, at each temperature."""
     per_second = Column("tokens a second", PER_SECOND.cell)
     return Table([TEMPERATURE, METHOD, PER_PASS, SPEED, per_second, *INSIDE, SAME], ordered(rows))
 
@@ -31,7 +31,7 @@ def paired(rows: Sequence[Row]) -> Table:
     """The main drafter against every other way, prompt by prompt."""
     columns = [
         TEMPERATURE, Column("", lambda r: f"{r['method']} against {r['other']}"),
-        Column("tokens a pass more (95 %)", interval("gain", "+.2f")),
+        Column("tokens per forward pass more (95 %)", interval("gain", "+.2f")),
         Column("speed (quartiles)", interval("speedup", ".2f", unit="x")),
         Column("prompts on which it is faster", number("faster", ".0f", scale=100, unit=" %")),
     ]  # fmt: skip
@@ -51,11 +51,11 @@ def depths(rows: Sequence[Row]) -> Table:
 
 
 def kinds(rows: Sequence[Row]) -> Table:
-    """Tokens a pass by kind of prompt, greedy."""
+    """Tokens per forward pass by kind of prompt, greedy."""
     greedy = [r for r in ordered(rows) if r["temperature"] == 0 and not is_plain(r)]
 
     def of(kind: str) -> Column:
-        return Column(kind, lambda r: f"{r['kinds'][kind]['per_pass']:.2f}")
+        return Column(kind, lambda r: f"{r['kinds'][kind]['tokens_per_pass']:.2f}")
 
     return Table([METHOD, *map(of, greedy[0]["kinds"] if greedy else ())], greedy)
 

@@ -1,4 +1,4 @@
-"""The picture of why Gumiho's best heads come first: docs/images/gumiho_theorem.png.
+"""The image of why Gumiho's best heads come first: docs/images/gumiho_theorem.png.
 
     python benchmarks/gumiho_theorem.py [--out FILE]
 

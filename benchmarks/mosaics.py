@@ -1,11 +1,11 @@
-"""Put photographs of fruit together, as pictures that answers of vision-language models are trained and measured on.
+"""Put photographs of fruit together, as images that answers of vision-language models are trained and measured on.
 
     python benchmarks/mosaics.py [--out DIR] [--train N] [--test N]
 
-Writes mosaics/{train,test}/, pictures of 224 x 224 pixels, each one photograph or four of them in a square, and
+Writes mosaics/{train,test}/, images of 224 x 224 pixels, each one photograph or four of them in a square, and
 beside them annotations.jsonl, what is on each and questions with their answers, into the cache folder (or DIR). The
-photographs are those that `python benchmarks/labelled_pictures.py` puts into the cache folder; those to test on are
-in pictures to test on alone. Other numbers of pictures than the usual go to a folder of their own. The same pictures
+photographs are those that `python benchmarks/labelled_images.py` puts into the cache folder; those to test on are
+in images to test on alone. Other numbers of images than the usual go to a folder of their own. The same images
 come out every time. A second run finds everything whole and does nothing.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from annotated_pictures import Picture, asked_for, write_all
+from annotated_images import Picture, asked_for, write_all
 from asking import Asked, Asker, a
 from pictures import SAY, is_whole
 from PIL import Image, ImageOps
@@ -32,9 +32,9 @@ USUAL = {"train": 1000, "test": 200}
 ABOUT = {
     "seed": SEED,
     "recipe": 2,
-    "source": "benchmarks/mosaics.py of the groceries of benchmarks/labelled_pictures.py",
+    "source": "benchmarks/mosaics.py of the groceries of benchmarks/labelled_images.py",
 }
-"""The recipe counts up when other pictures or questions come out."""
+"""The recipe counts up when other images or questions come out."""
 SINGLE = 0.25
 KINDS = {
     "anjou": "anjou pear",
@@ -104,12 +104,12 @@ def candidates(mosaic: Mosaic, draw: random.Random) -> list[Asked]:
             asked.append(Asked("where", f"Where is the {kind}?", place, "where"))
     asked.append(Asked("count", "How many kinds of fruit are there?", str(len(there)), "kinds"))
     for kind in (*there, *gone):
-        asked.append(Asked("count", f"How many pictures show {a(kind)}?", str(kinds.count(kind)), "pictures"))
+        asked.append(Asked("count", f"How many images show {a(kind)}?", str(kinds.count(kind)), "images"))
     return asked
 
 
 def put_together(mosaic: Mosaic) -> Image.Image:
-    """The picture."""
+    """The image."""
     side = SIDE if len(mosaic.files) == 1 else SIDE // 2
     picture = Image.new("RGB", (SIDE, SIDE))
     for place, file in enumerate(mosaic.files):
@@ -130,7 +130,7 @@ def boxes(mosaic: Mosaic) -> list[tuple[str, list[int]]]:
 
 
 def pictures(photos: dict[str, list[Path]], split: str, count: int) -> Iterator[Picture]:
-    """The first pictures of a split, with their questions."""
+    """The first images of a split, with their questions."""
     asker = Asker()
     for index, mosaic in enumerate(mosaics(photos, split, count)):
         draw = random.Random(f"{SEED} {split} {index} questions")
@@ -149,9 +149,7 @@ def photographs(folder: Path, split: str) -> dict[str, list[Path]]:
         QuickmergeError: they are not there, or not whole.
     """
     if not is_whole(folder):
-        raise QuickmergeError(
-            f"the photographs are not in {folder}: run `python benchmarks/labelled_pictures.py` first"
-        )
+        raise QuickmergeError(f"the photographs are not in {folder}: run `python benchmarks/labelled_images.py` first")
     return {name: sorted((folder / split / kind).glob("*.jpg")) for kind, name in KINDS.items()}
 
 

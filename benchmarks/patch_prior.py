@@ -1,9 +1,9 @@
-"""The prior over merged patches, measured on held-out pictures: writes benchmarks/results/patch_prior.json.
+"""The prior over merged patches, measured on held-out images: writes benchmarks/results/patch_prior.json.
 
     python benchmarks/pictures.py && python benchmarks/patch_prior.py [--kind images|videos] [--draw]
 
 Trains one small prior for each way of making fewer tokens, all of one shape and for the same steps on the same
-pictures, and measures how well each slot is predicted from those before it, per original patch: the prediction is
+images, and measures how well each slot is predicted from those before it, per original patch: the prediction is
 copied to all members of the slot and compared with their pixels. Also draws docs/images/patch_prior.png. A run that is
 cut short goes on where it was; priors are kept in the cache folder.
 """
@@ -31,7 +31,7 @@ from quickmerge.datasets import ImageFolder, VideoClips, find_data
 from quickmerge.files import write_json
 from quickmerge.merge.prior import Prior, PriorConfig
 from quickmerge.merge.prior.layout import predict, sample
-from quickmerge.merge.prior.train_patches import KINDS, PriorPatches, pictures_of, train_prior_patches, view_of
+from quickmerge.merge.prior.train_patches import KINDS, PriorPatches, images_of, train_prior_patches, view_of
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.pooling import GridMerge
 from quickmerge.merge.tokens import MergePlan, TokenView
@@ -44,7 +44,7 @@ SHAPE = {"width": 128, "layers": 3, "heads": 4, "directions": "forward"}
 ROUNDS = 5
 """Timings of each way, in turn; the middle one counts."""
 SHOWN = {"images": (40, 190, 330, 600), "videos": (3,)}
-"""The held-out pictures of the drawing, by number."""
+"""The held-out images of the drawing, by number."""
 FAR = 3.0
 """Cells from its anchor beyond which a patch is called far."""
 NOTHING_NEAR = 50.0
@@ -71,7 +71,7 @@ class Blocks(Reducer):
 
 @dataclass(frozen=True)
 class Way:
-    """A way of making fewer tokens of a picture, and how much is kept by it."""
+    """A way of making fewer tokens of an image, and how much is kept by it."""
 
     name: str
     keep: float
@@ -92,7 +92,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of picture: what is read, and how long priors are trained."""
+    """One kind of image: what is read, and how long priors are trained."""
 
     kind: str
     size: int
@@ -123,7 +123,7 @@ TASKS = {
 
 
 class Mirrored:
-    """Pictures in memory, each also from right to left."""
+    """Images in memory, each also from right to left."""
 
     def __init__(self, source: ImageFolder | VideoClips) -> None:
         self.pixels = torch.stack([(source[i] * 255).round().byte() for i in range(len(source))])
@@ -137,13 +137,13 @@ class Mirrored:
         return picture.flip(-1) if index % 2 else picture
 
     def fingerprint(self) -> str:
-        """That of the pictures, and that they are mirrored."""
+        """That of the images, and that they are mirrored."""
         return f"mirrored {self._print}"
 
 
 def pictures(task: Task, split: str) -> ImageFolder | VideoClips:
-    """The pictures that benchmarks/pictures.py fetched."""
-    folder = cache_folder() / ("pictures" if task.kind == "images" else "clips") / split
+    """The images that benchmarks/pictures.py fetched."""
+    folder = cache_folder() / ("images" if task.kind == "images" else "clips") / split
     if not folder.is_dir():
         raise SystemExit(f"{folder} is not there: run benchmarks/pictures.py")
     files = find_data([folder]).files
@@ -189,7 +189,7 @@ def train_blind(task: Task, way: Way, data: Mirrored, config: TrainingConfig, ou
 
 @torch.no_grad()
 def errors(way: Way, prior: Prior, held_out: Tensor, grey: Tensor) -> dict[str, Tensor]:
-    """Mean squared error of every held-out picture: of predictions, of true slots copied back, of one mean colour.
+    """Mean squared error of every held-out image: of predictions, of true slots copied back, of one mean colour.
 
     In video also of what the prior copies from earlier slots, without its network.
     """
@@ -203,7 +203,7 @@ def errors(way: Way, prior: Prior, held_out: Tensor, grey: Tensor) -> dict[str, 
         if prior.config.copies:
             slots_by_name["copy"] = predict(mute(prior), view, plan)
         for name, slots in slots_by_name.items():
-            back = pictures_of(plan.unmerge(slots), way.patch, (x.shape[-2], x.shape[-1]), frames)
+            back = images_of(plan.unmerge(slots), way.patch, (x.shape[-2], x.shape[-1]), frames)
             found.setdefault(name, []).append((back - x).square().flatten(1).mean(1))
         found.setdefault("variance", []).append((x - grey).square().flatten(1).mean(1))
     return {name: torch.cat(parts).double() for name, parts in found.items()}
@@ -246,7 +246,7 @@ def measured(task: Task, way: Way, prior: Prior, held_out: Tensor, grey: Tensor)
 
 
 def flops(config: PriorConfig, patches: int, slots: int, planned: bool) -> float:
-    """Operations of predicting all slots of a picture: two for each weight, attention, copying, merging, planning."""
+    """FLOPs of predicting all slots of an image: two for each weight, attention, copying, merging, planning."""
     d, w = config.features, config.width
     per_slot = 2 * (2 * d * w + (3 + 8 * config.axes) * w + w * w + 12 * config.layers * w * w)
     attention = 2 * config.layers * slots**2 * w
@@ -258,7 +258,7 @@ def flops(config: PriorConfig, patches: int, slots: int, planned: bool) -> float
 
 @torch.no_grad()
 def seconds(way: Way, prior: Prior, held_out: Tensor) -> float:
-    """CPU seconds of one thread to cut, merge and predict a picture, of eight at once."""
+    """CPU seconds of one thread to cut, merge and predict an image, of eight at once."""
     x = held_out[:8] / 255
     began = time.process_time()
     view = view_of(x, way.patch)
@@ -286,7 +286,7 @@ def run(task: Task, steps: int) -> list[dict[str, Any]]:
         row["seconds"] = median(mine)
         row["seconds_ratio"] = median(mine) / median([round_[0] for round_ in times])
         row["flops_ratio"] = row["flops"] / rows[0]["flops"]
-        row["pictures"] = len(held_out)
+        row["images"] = len(held_out)
     return rows
 
 
@@ -308,13 +308,13 @@ def similarities(task: Task, count: int = 40) -> list[dict[str, float]]:
             anchor = torch.stack(torch.unravel_index(plan.unmerge(plan.position), view.grid), -1).float()
             reach = (anchor - place).square().sum(-1).sqrt()
             far = float((reach > FAR).sum() / (reach > 0).sum())
-            rows.append({"similarity": similarity, "keep": keep, "lost": float(lost), "far": far, "pictures": len(x)})
+            rows.append({"similarity": similarity, "keep": keep, "lost": float(lost), "far": far, "images": len(x)})
     return rows
 
 
 @torch.no_grad()
 def stages(way: Way, prior: Prior, picture: Tensor, temperature: float) -> list[Tensor]:
-    """A picture ``(C, H, W)`` or clip ``(T, C, H, W)`` as it is, merged, predicted, and with its second half drawn."""
+    """An image ``(C, H, W)`` or clip ``(T, C, H, W)`` as it is, merged, predicted, and with its second half drawn."""
     frames = len(picture) if picture.ndim == 4 else None
     view = view_of(picture[None] / 255, way.patch)
     plan = way.merges.plan(view)
@@ -323,7 +323,7 @@ def stages(way: Way, prior: Prior, picture: Tensor, temperature: float) -> list[
     drawn = sample(prior, view, plan, start, temperature, torch.Generator().manual_seed(0))
     found = [picture / 255]
     for slots in (plan.merge(view.hidden), predict(prior, view, plan), drawn):
-        back = pictures_of(plan.unmerge(slots), way.patch, (picture.shape[-2], picture.shape[-1]), frames)
+        back = images_of(plan.unmerge(slots), way.patch, (picture.shape[-2], picture.shape[-1]), frames)
         found.append(back[0].clamp(0, 1))
     return found
 
@@ -380,7 +380,7 @@ def draw(path: Path, steps: dict[str, int], keep: float, temperature: float) -> 
 def main() -> int:
     """Train, measure, write and draw."""
     parser = argparse.ArgumentParser(description="Measure the prior over merged patches.")
-    parser.add_argument("--kind", choices=list(TASKS), help="only these pictures; the other rows stay as they are")
+    parser.add_argument("--kind", choices=list(TASKS), help="only these images; the other rows stay as they are")
     parser.add_argument("--steps", type=int, help="training steps of each prior (default: 800 images, 150 videos)")
     parser.add_argument("--draw", action="store_true", help="only draw, from priors that are trained")
     parser.add_argument("--keep", type=float, default=0.5, help="of the drawing")

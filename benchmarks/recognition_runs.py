@@ -106,7 +106,7 @@ def train_run(
 def measure_ways(
     recognizer: Recognizer, features: Tensor, labels: Sequence[Sequence[str]], ways: Sequence[str], encode: Encode
 ) -> dict[str, Any]:
-    """Scores of each way on test pictures."""
+    """Scores of each way on test images."""
     found: dict[str, Any] = {}
     for way in ways:
         given: list[list[str]] = []
@@ -119,9 +119,9 @@ def measure_ways(
 
 @torch.inference_mode()
 def measure_times(recognizer: Recognizer, features: Tensor, count: int) -> dict[str, Any]:
-    """Seconds to read one picture's prefix and decode it, by way, one way after the other for each picture.
+    """Seconds to read one image's prefix and decode it, by way, one way after the other for each image.
 
-    The order turns from picture to picture; before that every way warms up on the first one.
+    The order turns from image to image; before that every way warms up on the first one.
     """
 
     def timed(way: str, one: Tensor, number: int) -> float:

@@ -1,6 +1,6 @@
-"""What a trained recogniser says of pictures, with all image tokens and with fewer (results/recognizer_tokens.json).
+"""What a trained recogniser says of images, with all image tokens and with fewer (results/recognizer_tokens.json).
 
-python benchmarks/recognizer_tokens.py --model runs/recognizer [--pictures 100]
+python benchmarks/recognizer_tokens.py --model runs/recognizer [--images 100]
 
 `benchmarks/recognizer.toml` says how the recogniser is trained. Scenes and mosaics of photographs are told apart, and
 with all tokens the labels that it finds are counted by what they name.
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True, help="a folder that `quickmerge train recognizer` wrote")
     parser.add_argument("--scenes", type=Path, default=cache_folder() / "scenes" / "test")
     parser.add_argument("--mosaics", type=Path, default=cache_folder() / "mosaics" / "test")
-    parser.add_argument("--pictures", type=int, default=100, help="of each of the two at most, evenly taken")
+    parser.add_argument("--images", type=int, default=100, help="of each of the two at most, evenly taken")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "recognizer_tokens.json")
     args = parser.parse_args()
     quiet()
@@ -51,7 +51,7 @@ def main() -> int:
     try:
         recognizer, encode = Recognizer.from_pretrained(args.model), SentenceEncoder.load()
         sets = {
-            name: LabelledScenes(evenly(read_annotated(folder), args.pictures), pixel_format(recognizer))
+            name: LabelledScenes(evenly(read_annotated(folder), args.images), pixel_format(recognizer))
             for name, folder in (("scenes", args.scenes), ("mosaics", args.mosaics))
         }
     except QuickmergeError as error:

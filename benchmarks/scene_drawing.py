@@ -1,4 +1,4 @@
-"""A scene as a picture of 224 x 224 pixels."""
+"""A scene as an image of 224 x 224 pixels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SMALLEST = 8
 Points = list[tuple[float, float]]
 
 
-def draw_picture(scene: Scene, seed: int) -> Image.Image:
-    """The picture; `seed` is that of the noise alone."""
+def draw_image(scene: Scene, seed: int) -> Image.Image:
+    """The image; `seed` is that of the noise alone."""
     picture = _ground(scene, seed).resize((SIDE * FINER, SIDE * FINER), Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(picture)
     for thing in scene.things:

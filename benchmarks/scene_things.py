@@ -196,7 +196,7 @@ def _placed(kind: Kind, name: str, colour: str, cells: tuple[Cell, ...], draw: r
 
 
 def _shift(index: int, most: float, draw: random.Random) -> float:
-    """Somewhere in the cell; in an inner row or column only towards the middle of the picture."""
+    """Somewhere in the cell; in an inner row or column only towards the middle of the image."""
     amount = draw.uniform(-most, most)
     return {1: abs(amount), 2: -abs(amount)}.get(index, amount)
 

@@ -2,9 +2,9 @@
 
     python benchmarks/scenes.py [--out DIR] [--train N] [--val N] [--test N]
 
-Writes scenes/{train,val,test}/, pictures of 224 x 224 pixels with shapes, words and digits, and beside them
+Writes scenes/{train,val,test}/, images of 224 x 224 pixels with shapes, words and digits, and beside them
 annotations.jsonl, what is on each and 8 to 12 questions with their answers, into the cache folder (or DIR). Other
-numbers of pictures than the usual go to a folder of their own. The same pictures come out every time; no scene of one
+numbers of images than the usual go to a folder of their own. The same images come out every time; no scene of one
 split is in another. A second run finds everything whole and does nothing.
 """
 
@@ -15,10 +15,10 @@ import random
 import sys
 from collections.abc import Iterator
 
-from annotated_pictures import Picture, asked_for, write_all
+from annotated_images import Picture, asked_for, write_all
 from asking import Asker
 from pictures import SAY
-from scene_drawing import draw_picture
+from scene_drawing import draw_image
 from scene_questions import candidates
 from scene_things import SPLITS, Scene, draw_scene
 
@@ -27,7 +27,7 @@ from quickmerge.errors import QuickmergeError
 SEED = 0
 USUAL = {"train": 4000, "val": 100, "test": 300}
 ABOUT = {"seed": SEED, "recipe": 2, "source": "benchmarks/scenes.py", "licence": "Apache-2.0"}
-"""The recipe counts up when other pictures or questions come out."""
+"""The recipe counts up when other images or questions come out."""
 
 
 def scenes(split: str, count: int) -> Iterator[Scene]:
@@ -44,13 +44,13 @@ def scenes(split: str, count: int) -> Iterator[Scene]:
 
 
 def pictures(split: str, count: int) -> Iterator[Picture]:
-    """The first pictures of a split, with their questions."""
+    """The first images of a split, with their questions."""
     asker = Asker()
     for index, scene in enumerate(scenes(split, count)):
         draw = random.Random(f"{SEED} {split} {index} questions")
         asked = asker.ask(candidates(scene, draw), draw)
         file = io.BytesIO()
-        draw_picture(scene, index).save(file, "PNG", compress_level=5)
+        draw_image(scene, index).save(file, "PNG", compress_level=5)
         questions = [(one.kind, one.question, one.answer) for one in asked]
         yield Picture(file.getvalue(), scene.labels, questions, [(thing.text, thing.box) for thing in scene.things])
 

@@ -43,13 +43,13 @@ def main() -> int:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--pictures", type=Path, default=cache_folder() / "pictures" / "test")
+    parser.add_argument("--images", type=Path, default=cache_folder() / "images" / "test")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "selection.json")
     args = parser.parse_args()
     model, processor = qm.load_vision("vit-small-14")
-    paths = sorted(p for p in args.pictures.rglob("*") if p.suffix in (".jpg", ".png", ".jpeg"))[: args.rounds]
+    paths = sorted(p for p in args.images.rglob("*") if p.suffix in (".jpg", ".png", ".jpeg"))[: args.rounds]
     if not paths:
-        Console(stderr=True).print(f"no pictures in {args.pictures}; benchmarks/pictures.py fetches some")
+        Console(stderr=True).print(f"no images in {args.images}; benchmarks/pictures.py fetches some")
         return 2
     rows: list[dict[str, Any]] = []
     with progress() as bar:
@@ -71,7 +71,7 @@ def main() -> int:
                     "speedup_low": speedups[len(speedups) // 4], "speedup_high": speedups[-1 - len(speedups) // 4],
                 })  # fmt: skip
     best = [against_all_subsets(name, model, processor, paths) for name in ("coverage", "dispersion")]
-    meta = {"model": "vit-small-14", "pictures": len(paths), "text_tokens": 40, "dtype": "float32"}
+    meta = {"model": "vit-small-14", "images": len(paths), "text_tokens": 40, "dtype": "float32"}
     write_json(args.out, {"rows": rows, "subsets": best, "meta": meta, "environment": environment()})
     tables.selection(rows).print(Console())
     for b in best:
@@ -163,7 +163,7 @@ def both(ours: Callable[[], Tensor], plain: Callable[[], Tensor]) -> tuple[float
 
 
 def against_all_subsets(objective: str, model: Any, processor: Any, paths: list[Path]) -> dict[str, Any]:
-    """What greedy reaches of the best subset, on draws of a few tokens of each picture."""
+    """What greedy reaches of the best subset, on draws of a few tokens of each image."""
     subsets = torch.tensor(list(combinations(range(SMALL), PICK)))
     draws, share = torch.Generator().manual_seed(0), []
     for index in range(DRAWS):

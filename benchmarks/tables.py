@@ -237,7 +237,7 @@ def patch_merge() -> Table:
 
 
 def patch_prior(rows: Sequence[Row]) -> Table:
-    """Next-slot prediction of pictures per original patch."""
+    """Next-slot prediction of images per original patch."""
 
     def explained(name: str) -> Cell:
         there = plus_minus(f"{name}_explained", ".3f", "_stderr")
@@ -247,32 +247,32 @@ def patch_prior(rows: Sequence[Row]) -> Table:
         Column("", lambda r: f"{r['kind']}: {r['way']}"), KEEP, Column("tokens", text("tokens")),
         Column("squared error x 1000", plus_minus("mse", ".1f", "_stderr", scale=1e3)),
         Column("explained", explained("mse")), Column("at most", number("floor_explained", ".3f")),
-        Column("copy alone", explained("copy")), Column("operations", number("flops_ratio", ".2f")),
+        Column("copy alone", explained("copy")), Column("FLOPs", number("flops_ratio", ".2f")),
         Column("time", number("seconds_ratio", ".2f")),
     ]  # fmt: skip
     return Table(columns, rows)
 
 
 def vision_quality(rows: Sequence[Row]) -> Table:
-    """Labels and features of a vision transformer by method at equal operations."""
+    """Labels and features of a vision transformer by method at equal FLOPs."""
     columns = [
         Column("method", strong("method", lambda r: r["method"].startswith("quickmerge"))),
         Column("GMAC share", number("ratio", ".2f")), Column("tokens left", number("tokens_out", ".0f")),
-        Column("accuracy (95 %)", interval("correct", ".3f")),
-        Column("change (paired)", unless(is_full, interval("correct_change", ".3f"))),
+        Column("accuracy (95 %)", interval("accuracy", ".3f")),
+        Column("change (paired)", unless(is_full, interval("accuracy_change", ".3f"))),
         Column("pooled features", interval("pooled", ".4f")), Column("patch features", interval("patches", ".3f")),
     ]  # fmt: skip
-    rows = sorted(rows, key=lambda r: (-(r["asked"] or r["ratio"]), -r["correct"], -r["pooled"]))
+    rows = sorted(rows, key=lambda r: (-(r["asked"] or r["ratio"]), -r["accuracy"], -r["pooled"]))
     return Table(columns, rows)
 
 
 def vision_speed(rows: Sequence[Row]) -> Table:
-    """Time of a vision transformer by method beside what operations allow."""
+    """Time of a vision transformer by method beside what FLOPs allow."""
     columns = [
         Column("method", text("method")), Column("batch", text("batch")),
         Column("time", number("seconds", ".0f", scale=1e3, unit=" ms")),
         Column("speed-up (quartiles)", interval("speedup", ".2f", unit="x")),
-        Column("operations allow", number("limit", ".2f", unit="x")),
+        Column("FLOPs allow", number("limit", ".2f", unit="x")),
         Column("aim", unless(lambda r: not r["aim"], number("aim", ".2f", unit="x"))),
     ]  # fmt: skip
     return Table(columns, rows)
@@ -313,9 +313,9 @@ def vlm_mosaics() -> Table:
 
 
 def vlm_speed() -> Table:
-    """Seconds from a picture to the first token by method, and where they go."""
+    """Seconds from an image to the first token by method, and where they go."""
     columns = [
-        method(), VISUAL, Column("picture to first token", number("seconds", ".0f", scale=1e3, unit=" ms")),
+        method(), VISUAL, Column("image to first token", number("seconds", ".0f", scale=1e3, unit=" ms")),
         Column("speed-up (quartiles)", interval("speedup", ".2f", unit="x")),
         Column("vision tower", number("tower_seconds", ".0f", scale=1e3, unit=" ms")),
         Column("language model", number("prefill_seconds", ".0f", scale=1e3, unit=" ms")),
@@ -418,14 +418,14 @@ def recognition_ablation() -> Table:
 
 
 def recognition_times() -> Table:
-    """Seconds to decode a picture by way, beside one-shot sampling with a cache."""
+    """Seconds to decode an image by way, beside one-shot sampling with a cache."""
     rows = [
         {"name": name, "way": way, "each": [run["times"][way] for run in runs]}
         for name, runs in _recognition().items() for way in runs[0].get("times", {})
     ]  # fmt: skip
     columns = [
         Column("trained with", text("name")), Column("decoded by", text("way")),
-        Column("median of a picture", lambda r: f"{1e3 * np.mean([one['seconds'] for one in r['each']]):.0f} ms"),
+        Column("median of an image", lambda r: f"{1e3 * np.mean([one['seconds'] for one in r['each']]):.0f} ms"),
         Column("beside one-shot", lambda r: f"{_spread([one['ratio'] for one in r['each']], 2)}x"),
     ]  # fmt: skip
     return Table(columns, rows)
@@ -434,7 +434,7 @@ def recognition_times() -> Table:
 def recognition_tokens(rows: Sequence[Row]) -> Table:
     """The recogniser of the committed recipe, with all image tokens and with fewer."""
     columns = [
-        Column("pictures", text("data")), Column("method", text("reducer")), KEEP,
+        Column("images", text("data")), Column("method", text("reducer")), KEEP,
         Column("image tokens", number("tokens", ".0f")), *LABELS,
         Column("decoding", number("decode_seconds", ".0f", scale=1e3, unit=" ms")),
     ]  # fmt: skip
@@ -449,7 +449,7 @@ def recognition_kinds() -> Table:
         return lambda r: f"{found[r['data'], r['kind'], way]['found'] / r['labels']:.3f}"
 
     columns = [
-        Column("pictures", text("data")), Column("labels of kind", text("kind")), Column("number", text("labels")),
+        Column("images", text("data")), Column("labels of kind", text("kind")), Column("number", text("labels")),
         *(Column(f"found by {way}", share(way)) for way in ("one-shot", "best-first")),
     ]  # fmt: skip
     return Table(columns, [r for r in found.values() if r["way"] == "one-shot"])

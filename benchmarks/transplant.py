@@ -262,7 +262,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def _case(notes: Notes, bench: Bench, training: Path | None, advance: Say) -> None:
-    """Everything about one vocabulary: the model as it is, then every method."""
+    """Everything about one vocabulary: the unmodified model, then every method."""
     case = bench.case
     if f"{case.name} before" not in notes.done:
         put(bench.model, bench.base)

@@ -12,15 +12,15 @@ Row = dict[str, Any]
 WORDS = {
     "model": "folders of language models", "prior": "priors", "heads": "draft heads", "calm": "CALMs",
     "recognizer": "recognizers", "predictor": "DynamicViT predictors", "vit": "vision transformers",
-    "vlm": "vision-language models", "picture": "pictures", "video": "videos and playlists", "text": "text files",
+    "vlm": "vision-language models", "image": "images", "video": "videos and playlists", "text": "text files",
     "typed": "texts on the command line", "name": "names of files and models", "prompts": "lists of prompts",
-    "labels": "lists of labels", "annotations": "annotations of pictures", "output": "places to write to",
+    "labels": "lists of labels", "annotations": "annotations of images", "output": "places to write to",
     "option": "options out of range",
 }  # fmt: skip
 
 
 def inputs(rows: Sequence[Row]) -> Table:
-    """How many inputs of each kind ended how, and what the dearest cost."""
+    """How many inputs of each kind ended how, and what the most expensive cost."""
     total: Row = {"group": "all"}
     total |= {key: max(r[key] for r in rows) for key in ("seconds", "megabytes")}
     total |= {key: sum(r[key] for r in rows) for key in ("inputs", "right", "sentence")}

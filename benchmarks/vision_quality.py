@@ -1,6 +1,6 @@
 """What fewer tokens cost a vision transformer in labels and features (results/vision_quality.json).
 
-python benchmarks/labelled_pictures.py && quickmerge train classifier ... && quickmerge train dynamicvit ...
+python benchmarks/labelled_images.py && quickmerge train classifier ... && quickmerge train dynamicvit ...
 python benchmarks/vision_quality.py --classifier runs/groceries --dynamicvit runs/groceries-dynamicvit
 python benchmarks/vision_quality.py --data fashion-mnist --out benchmarks/results/vision_fashion.json
 

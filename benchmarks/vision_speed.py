@@ -1,4 +1,4 @@
-"""How fast vision transformers get, beside what their operations allow (results/vision_speed.json).
+"""How fast vision transformers get, beside what their FLOPs allow (results/vision_speed.json).
 
 python benchmarks/vision_speed.py [--batch 8] [--rounds 21] [--device cuda --dtype bfloat16]
 

@@ -1,6 +1,6 @@
 """Where in a vision-language model visual tokens are reduced, and which positions they keep (results/vlm_places.json).
 
-python benchmarks/vlm_places.py --model runs/vlm [--pictures 24]
+python benchmarks/vlm_places.py --model runs/vlm [--images 24]
 
 SCOPE at one share: behind the projector with positions kept or consecutive, in front of blocks of the language model,
 and both. The same questions about test scenes everywhere.
@@ -56,14 +56,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder that `quickmerge train vlm` wrote, or another LLaVA")
     parser.add_argument("--scenes", type=Path, default=cache_folder() / "scenes" / "test")
-    parser.add_argument("--pictures", type=int, default=24, help="at most, evenly taken")
+    parser.add_argument("--images", type=int, default=24, help="at most, evenly taken")
     parser.add_argument("--keep", type=float, default=0.25)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "vlm_places.json")
     args = parser.parse_args()
     quiet()
     try:
-        pictures = evenly([one for one in read_annotated(args.scenes) if one.questions], args.pictures)
+        pictures = evenly([one for one in read_annotated(args.scenes) if one.questions], args.images)
         model, processor = qm.load_vlm(args.model, dtype=getattr(torch, args.dtype))
     except QuickmergeError as error:
         Console(stderr=True).print(str(error), markup=False)
@@ -73,7 +73,7 @@ def main() -> int:
         task = bar.add_task("asking", total=len(pictures) * (1 + len(ways)))
         for number, picture in enumerate(pictures):
             found = answer_records(model, processor, picture, ways, lambda _: bar.update(task, advance=1))
-            records += [{"picture": number, **record} for record in found]
+            records += [{"image": number, **record} for record in found]
     rows = answer_rows(records)
     meta = {"model": Path(args.model).name, "keep": args.keep, "dtype": args.dtype, "scenes": len(pictures)}
     write_json(args.out, {"rows": rows, "meta": meta, "environment": environment()})

@@ -1,9 +1,9 @@
 """Right answers and time of a vision-language model with fewer visual tokens (results/vlm_quality.json).
 
-python benchmarks/scenes.py && python benchmarks/labelled_pictures.py && python benchmarks/mosaics.py
+python benchmarks/scenes.py && python benchmarks/labelled_images.py && python benchmarks/mosaics.py
 python benchmarks/vlm_quality.py --model runs/vlm
 
-What was answered is noted picture by picture beside --out, so that a run that was broken off goes on where it was when
+What was answered is noted image by image beside --out, so that a run that was broken off goes on where it was when
 it is started again with the same settings.
 """
 
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="a folder that `quickmerge train vlm` wrote, or another VLM")
     parser.add_argument("--scenes", type=Path, default=cache_folder() / "scenes" / "test")
     parser.add_argument("--mosaics", type=Path, default=cache_folder() / "mosaics" / "test")
-    parser.add_argument("--pictures", type=int, default=100, help="of each of the two at most, evenly taken")
+    parser.add_argument("--images", type=int, default=100, help="of each of the two at most, evenly taken")
     parser.add_argument("--reducer", default=",".join(VISUAL_TOKEN_REDUCERS))
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.11])
     parser.add_argument("--rounds", type=int, default=11, help="how often each method is timed")
@@ -52,9 +52,9 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "vlm_quality.json")
     args = parser.parse_args()
-    if min(args.pictures, args.rounds, args.processes) < 1:
-        given = f"{args.pictures}, {args.rounds} and {args.processes}"
-        parser.error(f"--pictures, --rounds and --processes must be at least 1, got {given}")
+    if min(args.images, args.rounds, args.processes) < 1:
+        given = f"{args.images}, {args.rounds} and {args.processes}"
+        parser.error(f"--images, --rounds and --processes must be at least 1, got {given}")
     quiet()
     try:
         measure(args)
@@ -67,7 +67,7 @@ def main() -> int:
 def measure(args: argparse.Namespace) -> None:
     """Answer every question of both sets by every method, and time each on scenes."""
     sets = {
-        name: evenly([picture for picture in read_annotated(folder) if picture.questions], args.pictures)
+        name: evenly([picture for picture in read_annotated(folder) if picture.questions], args.images)
         for name, folder in (("scenes", args.scenes), ("mosaics", args.mosaics))
     }
     methods = [make_reducer(name, place="visual") for name in args.reducer.split(",")]
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace) -> None:
     arms = answer_arms(model, processor, methods, args.keep)
     settings = {
         "model": model_hash(model), "dtype": args.dtype, "arms": [arm.label for arm in arms],
-        "pictures": {name: told(pictures) for name, pictures in sets.items()},
+        "images": {name: told(pictures) for name, pictures in sets.items()},
     }  # fmt: skip
     notes = Notes(args.out.with_suffix(".partial.jsonl"), settings)
     done = notes.done
@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace) -> None:
                     notes.add(asked[future], future.result())
                     bar.update(task, advance=1 + len(arms), description=asked[future])
         records = [
-            {**record, "data": name, "picture": index}
+            {**record, "data": name, "image": index}
             for name, pictures in sets.items()
             for index in range(len(pictures))
             for record in done[f"{name} {index}"]
@@ -138,7 +138,7 @@ def begin(model: str, dtype: str, reducers: str, keeps: list[float]) -> None:
 
 
 def answer(picture: Annotated) -> list[dict[str, Any]]:
-    """All that is asked about a picture, in a process that `begin` has made ready."""
+    """All that is asked about an image, in a process that `begin` has made ready."""
     return answer_records(HELD["model"], HELD["processor"], picture, HELD["arms"])
 
 

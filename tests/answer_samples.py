@@ -1,4 +1,4 @@
-"""A vision-language model of a few thousand weights that is asked about pictures."""
+"""A vision-language model of a few thousand weights that is asked about images."""
 
 from __future__ import annotations
 

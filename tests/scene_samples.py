@@ -1,4 +1,4 @@
-"""Pictures of two colours with labels, and two tiny models of which a recogniser of them is made."""
+"""Images of two colours with labels, and two tiny models of which a recogniser of them is made."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def save_models(folder: Path) -> tuple[Path, Path]:
 
 
 def write_scenes(folder: Path) -> Path:
-    """Nine pictures of the left and the right half in one colour each, annotated with both."""
+    """Nine images of the left and the right half in one colour each, annotated with both."""
     folder.mkdir(parents=True, exist_ok=True)
     names, lines = list(COLOURS), []
     for number in range(9):

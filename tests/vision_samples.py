@@ -1,4 +1,4 @@
-"""Small vision transformers with random weights, one of each family, and pictures for them."""
+"""Small vision transformers with random weights, one of each family, and images for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small LLaVA with random weights, its processor, and pictures with questions for it."""
+"""A small LLaVA with random weights, its processor, and images with questions for it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WORDS = (
 )
 SIDE, PATCH = 32, 8
 TOKENS = (SIDE // PATCH) ** 2
-"""Visual tokens of a picture."""
+"""Visual tokens of an image."""
 
 
 def tokenizer() -> Any:
@@ -49,7 +49,7 @@ def tokenizer() -> Any:
 
 
 def tiny_vlm() -> tuple[Any, Any]:
-    """Model and processor: 4 x 4 patches of a picture of 32 x 32 pixels, in front of a Llama of two layers."""
+    """Model and processor: 4 x 4 patches of an image of 32 x 32 pixels, in front of a Llama of two layers."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 128}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1}
@@ -72,7 +72,7 @@ def save(folder: Path) -> Path:
 
 
 def annotated(folder: Path, count: int = 2) -> Path:
-    """Pictures with two questions each, of two kinds, as `read_annotated` reads them."""
+    """Images with two questions each, of two kinds, as `read_annotated` reads them."""
     folder.mkdir(parents=True)
     draws, lines = np.random.default_rng(0), []
     for number in range(count):

@@ -1,7 +1,7 @@
 """Make any text safe to show: valid UTF-8, no control characters.
 
 What a model writes, a tokenizer splits or a file is called is untrusted. A terminal obeys the control characters in
-it, and a page or a picture may not hold them. Every text of others goes through here before it is shown.
+it, and a page or an image may not hold them. Every text of others goes through here before it is shown.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
 _C0 = {code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)}
 _C1 = dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 _OTHER = {0x7F: 0x2421, 0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}
-# C0 controls become their visible pictures (U+2400..), so a reader sees that something was there.
+# C0 controls become their visible images (U+2400..), so a reader sees that something was there.
 _TABLE = _C0 | _C1 | _OTHER
 _BREAKS = re.compile(r"\r\n")
 # In a name: line breaks, what turns the direction of reading, what can't be seen, and half characters.
@@ -52,9 +52,9 @@ _HIDDEN = re.compile(
 
 
 def clean(value: object) -> str:
-    """Return ``value`` as text that any terminal, UTF-8 file, HTML page or SVG picture can hold.
+    """Return ``value`` as text that any terminal, UTF-8 file, HTML page or SVG image can hold.
 
-    Tabs and newlines stay, other control characters become visible pictures such as U+2400, surrogate pairs
+    Tabs and newlines stay, other control characters become visible images such as U+2400, surrogate pairs
     are joined and lone surrogates become U+FFFD.
     """
     text = value if isinstance(value, str) else str(value)

@@ -18,7 +18,7 @@ from documents import MANIFEST
 
 from quickmerge.calm.cost import autoencoder_training_cost, training_cost
 
-TIMED = ("per_second", "speedup")
+TIMED = ("tokens_per_second", "speedup")
 
 
 @pytest.fixture

@@ -22,7 +22,16 @@ from quickmerge.datasets.prompts import read_prompts
 from quickmerge.errors import QuickmergeError
 from quickmerge.speculative.gumiho import Gumiho
 
-TIMED = {"seconds", "speedup", "speedup_low", "speedup_high", "per_second", "draft_share", "target_share", "faster"}
+TIMED = {
+    "seconds",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "tokens_per_second",
+    "draft_share",
+    "target_share",
+    "faster",
+}
 
 
 @pytest.fixture
@@ -111,7 +120,7 @@ def plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows without what differs from run to run."""
     return [
         {key: value for key, value in row.items() if key not in TIMED}
-        | {"kinds": {kind: found["per_pass"] for kind, found in row["kinds"].items()}}
+        | {"kinds": {kind: found["tokens_per_pass"] for kind, found in row["kinds"].items()}}
         for row in rows
     ]
 

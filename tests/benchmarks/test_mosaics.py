@@ -40,7 +40,7 @@ def answers(mosaic: Mosaic, question: str) -> list[str]:
         return [where[match[1]]]
     if match := re.fullmatch("Where is the (.*)\\?", question):
         return [place for place, kind in where.items() if kind == match[1]]
-    if match := re.fullmatch("How many pictures show an? (.*)\\?", question):
+    if match := re.fullmatch("How many images show an? (.*)\\?", question):
         return [str(list(mosaic.kinds).count(match[1]))]
     match = re.fullmatch("Is there an? (.*)\\?", question)
     assert match and match[1] in KINDS.values(), question
@@ -107,7 +107,7 @@ def test_the_script_tells_what_is_missing(tmp_path, monkeypatch, capsys) -> None
     monkeypatch.setenv("QUICKMERGE_CACHE", str(tmp_path / "none"))
     monkeypatch.setattr(sys, "argv", ["mosaics.py", "--out", str(tmp_path / "out")])
     assert script.main() == 2
-    assert "python benchmarks/labelled_pictures.py" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "python benchmarks/labelled_images.py" in capsys.readouterr().err and not (tmp_path / "out").exists()
     monkeypatch.setattr(sys, "argv", ["mosaics.py", "--test", "0"])
     with pytest.raises(SystemExit):
         script.main()

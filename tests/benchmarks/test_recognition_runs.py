@@ -111,7 +111,7 @@ def test_a_trained_recogniser_is_measured_with_fewer_tokens(tmp_path: Path, monk
     small_recognizer(layers=[2, 4]).save_pretrained(tmp_path / "made")
     scenes, out = write_scenes(tmp_path / "scenes"), tmp_path / "r.json"
     monkeypatch.setattr(recognizer_tokens.SentenceEncoder, "load", lambda: encode)
-    given = ["--model", tmp_path / "made", "--scenes", scenes, "--mosaics", scenes, "--pictures", 4, "--out", out]
+    given = ["--model", tmp_path / "made", "--scenes", scenes, "--mosaics", scenes, "--images", 4, "--out", out]
     monkeypatch.setattr(sys, "argv", ["recognizer_tokens.py", *map(str, given)])
     assert recognizer_tokens.main() == 0
     result = json.loads(out.read_text())

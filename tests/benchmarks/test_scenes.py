@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from annotated_pictures import Picture
+from annotated_images import Picture
 from PIL import Image
-from scene_drawing import draw_picture
+from scene_drawing import draw_image
 from scene_questions import candidates
 from scene_things import COLOURS, REGIONS, SHAPES, SIDE, Scene, draw_scene
 from scenes import main, pictures, scenes
@@ -23,7 +23,7 @@ from quickmerge.errors import QuickmergeError
 
 
 def place(x: float, y: float) -> str:
-    """The region of a point by thirds of the picture, which knows nothing of cells."""
+    """The region of a point by thirds of the image, which knows nothing of cells."""
     row = ("top", "", "bottom")[int(y * 3 // SIDE)]
     column = ("left", "", "right")[int(x * 3 // SIDE)]
     return f"{row} {column}".strip() or "center"
@@ -131,7 +131,7 @@ def test_no_answer_is_right_by_habit() -> None:
     assert total > 600 and usual / total < 0.4
 
 
-def test_pictures_have_8_to_12_questions_of_all_kinds_and_come_out_the_same() -> None:
+def test_images_have_8_to_12_questions_of_all_kinds_and_come_out_the_same() -> None:
     once, again = list(pictures("val", 12)), list(pictures("val", 12))
     assert once == again
     assert [p.labels for p in once] == [s.labels for s in scenes("val", 12)]
@@ -158,10 +158,10 @@ def test_no_scene_is_in_two_splits_or_twice_in_one() -> None:
 
 def test_things_are_drawn_where_and_as_they_are_said_to_be() -> None:
     for index, scene in enumerate(scenes("train", 60)):
-        picture = draw_picture(scene, index)
+        picture = draw_image(scene, index)
         assert picture.size == (SIDE, SIDE) and picture.mode == "RGB"
         pixels = np.asarray(picture).astype(int)
-        bare = np.asarray(draw_picture(Scene((), scene.ground, scene.angle, scene.noise), index)).astype(int)
+        bare = np.asarray(draw_image(Scene((), scene.ground, scene.angle, scene.noise), index)).astype(int)
         changed = np.abs(pixels - bare).sum(-1) > 30
         inside = np.zeros_like(changed)
         for thing in scene.things:
@@ -185,7 +185,7 @@ def test_shapes_differ_from_one_another() -> None:
         for thing in scene.things:
             if thing.kind == "shape" and thing.name not in masks:
                 alone = Scene((thing,), ((128, 128, 128), (128, 128, 128)), 0.0, 0.0)
-                pixels = np.asarray(draw_picture(alone, 0)).astype(int)
+                pixels = np.asarray(draw_image(alone, 0)).astype(int)
                 mask = Image.fromarray((np.abs(pixels - 128).sum(-1) > 60).astype(np.uint8) * 255)
                 masks[thing.name] = np.asarray(mask.crop(mask.getbbox()).resize((32, 32))) > 127
     assert set(masks) == set(SHAPES)
@@ -214,7 +214,7 @@ def run(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
 def test_the_script_writes_all_or_nothing_and_a_second_run_does_nothing(tmp_path, run) -> None:
     counts = ("--train", 5, "--val", 2, "--test", 3, "--out", tmp_path)
     code, said = run(*counts)
-    assert code == 0 and "5 train, 2 val, 3 test pictures in" in said
+    assert code == 0 and "5 train, 2 val, 3 test images in" in said
     folder = tmp_path / "scenes-5-2-3"
     for split, count in (("train", 5), ("val", 2), ("test", 3)):
         read = read_annotated(folder / split)

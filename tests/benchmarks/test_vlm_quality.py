@@ -93,7 +93,7 @@ def test_what_is_missing_is_told_in_one_sentence(start, tmp_path, capsys) -> Non
     (tmp_path / "scenes" / "annotations.jsonl").unlink()
     assert start() == 2 and "there is no file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        start("--pictures", 0)
+        start("--images", 0)
 
 
 def test_several_processes_answer_as_one_does(start, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""Operations for a token equal those that torch counts while a model writes and learns."""
+"""FLOPs for a token equal those that torch counts while a model writes and learns."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_what_can_t_be_counted_is_told() -> None:
         vocab_size=25, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=2,
     )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match="operations can be counted of linear layers only"):
+    with pytest.raises(UnsupportedModelError, match="FLOPs can be counted of linear layers only"):
         writing_cost(MixtralForCausalLM(config), 4)
     with pytest.raises(ValueError, match="context must be a number of at least 0"):
         writing_cost(tiny_calm(), -1)

@@ -36,10 +36,10 @@ def test_rows_are_medians_of_rounds_and_of_their_ratios() -> None:
         for turn, seconds in enumerate(times)
     ]
     a, b = speed_rows(records)
-    assert (a["per_second"], a["speedup"], b["per_second"], b["speedup"]) == (6, 1, 12, 2)
+    assert (a["tokens_per_second"], a["speedup"], b["tokens_per_second"], b["speedup"]) == (6, 1, 12, 2)
     assert (b["speedup_low"], b["speedup_high"]) == (2, 4) and b["rounds"] == 3 and b["against"] == "a"
     assert speed_rows(records, "b")[0]["speedup"] == 0.5
-    assert speed_rows(records[:1])[0]["per_second_low"] == 12
+    assert speed_rows(records[:1])[0]["tokens_per_second_low"] == 12
 
 
 def test_what_does_not_fit_is_told() -> None:

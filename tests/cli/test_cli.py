@@ -85,8 +85,8 @@ def test_plan_counts_before_running(run, tiny_folder, tmp_path) -> None:
     assert data["tokens_per_layer"] == [100, 50] and data["lossy"] is True and data["cache_ratio"] == 0.75
 
 
-def test_show_writes_page_and_picture(run, tiny_folder, text, tmp_path) -> None:
-    outputs = ["--html", tmp_path / "m.html", "--picture", tmp_path / "m.png", "--json", tmp_path / "m.json"]
+def test_show_writes_page_and_image(run, tiny_folder, text, tmp_path) -> None:
+    outputs = ["--html", tmp_path / "m.html", "--figure", tmp_path / "m.png", "--json", tmp_path / "m.json"]
     settings = ["--limit", "60", "--keep", "0.5", "--layer", "1"]
     code, out, _ = run("show", "--model", tiny_folder, "--file", text, *settings, *outputs)
     assert code == 0, out
@@ -164,13 +164,13 @@ def wrong(tmp_path: Path, folder: Path, text: Path) -> dict[str, tuple[list[obje
         "short document": ([*bench, "--text", tmp_path / "short.txt"], "at least 1000 tokens to be measured, got 2"),
         "both": ([*show, "--file", text, "--text", "sea"], "give either a file or --text, got both"),
         "neither": (show, "give either a file or --text, got neither"),
-        "picture": ([*show, "--file", text, "--picture", "m.gif"], ".png or .svg"),
+        "image": ([*show, "--file", text, "--figure", "m.gif"], ".png or .svg"),
         "unwritable": (["ls", "--json", text / "x.json"], "can't be written"),
     }
 
 
 CASES = """keep above,keep zero,keep word,layer,layer word,reducer,model,empty,binary,zero byte,folder,missing,
-short document,both,neither,picture,unwritable""".replace("\n", "").split(",")
+short document,both,neither,image,unwritable""".replace("\n", "").split(",")
 
 
 def test_the_list_of_cases_is_whole(tiny_folder, text, tmp_path) -> None:

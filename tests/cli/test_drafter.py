@@ -86,12 +86,12 @@ def test_bench_sets_drafters_beside_plain_decoding(run, tiny_folder, heads, prom
         (t, name) for t in (0, 1) for name in ("plain", "lookup", "heads")
     ]
     assert all(r["same"] == 3 for r in found["rows"] if r["temperature"] == 0)
-    assert found["rows"][0]["per_pass"] == found["rows"][0]["speedup"] == 1
+    assert found["rows"][0]["tokens_per_pass"] == found["rows"][0]["speedup"] == 1
     assert set(found["rows"][1]["kinds"]) == {"sea", "the", "prompt"} and found["meta"]["prompts"] == 3
     assert len(found["prompts"]) == 3 * 3 * 2 and found["meta"]["environment"]["torch"]
     assert "lookup" in out and "3 of 3" in out
     page = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
-    assert "Tokens a pass" in page and "accepted so many drafted tokens" in page
+    assert "Tokens per forward pass" in page and "accepted so many drafted tokens" in page
 
 
 def test_bench_has_prompts_of_its_own(run, tiny_folder, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""``quickmerge train recognizer`` and ``quickmerge recognize`` on tiny models and pictures of two colours."""
+"""``quickmerge train recognizer`` and ``quickmerge recognize`` on tiny models and images of two colours."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_train_and_then_recognize(run, parts, scenes: Path, tmp_path: Path, monk
     code, told, err = run("train", "recognizer", *parts, "--data", f"{scenes},{scenes}", "--test", scenes, "--out", out,
                           "--steps", 60, "--learning-rate", "0.005", "--vision-layers", "2,4", *SMALL)  # fmt: skip
     assert code == 0, err
-    assert "18 pictures with 3 different labels" in err and "GiB of memory: read once" in err
-    assert f"wrote {out}" in told and "exact recall on 9 pictures:" in told
+    assert "18 images with 3 different labels" in err and "GiB of memory: read once" in err
+    assert f"wrote {out}" in told and "exact recall on 9 images:" in told
     assert float(told.split("at 5, ")[1].split(" at 10")[0]) > 0.9
     assert "labels can't be compared by meaning: pip could not download it" in " ".join(err.split())
     code, told, err = run("recognize", scenes / "1.png", scenes / "8.png", "--model", out, "--json", told_at)
@@ -191,6 +191,6 @@ def test_features_that_do_not_fit_are_read_again(run, parts, scenes: Path, tmp_p
     monkeypatch.setattr("quickmerge.console.training.SHARE_OF_MEMORY", 0.0)
     base = ["train", "recognizer", *parts, "--data", scenes, "--steps", 2, *SMALL]
     code, _, err = run(*base, "--out", tmp_path / "o")
-    assert code == 0 and "pictures are read in every step" in " ".join(err.split())
+    assert code == 0 and "images are read in every step" in " ".join(err.split())
     code, _, err = run(*base, "--out", tmp_path / "p", "--keep-features")
-    assert code == 2 and "--keep-features can't be used: the features of 9 pictures take" in " ".join(err.split())
+    assert code == 2 and "--keep-features can't be used: the features of 9 images take" in " ".join(err.split())

@@ -1,4 +1,4 @@
-"""``quickmerge train classifier`` and ``quickmerge train dynamicvit`` on a tiny model and a folder of pictures."""
+"""``quickmerge train classifier`` and ``quickmerge train dynamicvit`` on a tiny model and a folder of images."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 @pytest.fixture
 def base(tiny: Path, tmp_path: Path) -> list[str]:
-    """The command with a vision transformer, a language model and pictures."""
+    """The command with a vision transformer, a language model and images."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=40, **sizes)).save_pretrained(tmp_path / "language")
@@ -30,8 +30,8 @@ def test_it_trains_measures_and_goes_on(run, base: list[str], tmp_path: Path) ->
     whole = ["--steps", 4, "--precision", "bf16", "--questions", 1]
     code, told, err = run(*base, *whole, "--out", tmp_path / "whole", "--test", tmp_path / "one")
     assert code == 0, err
-    assert "6 pictures with 12 questions" in err and f"wrote {tmp_path / 'whole'}" in told
-    assert "answered to the letter on 3 pictures: " in told and "colour " in told and "where " in told
+    assert "6 images with 12 questions" in err and f"wrote {tmp_path / 'whole'}" in told
+    assert "answered with exact match on 3 images: " in told and "colour " in told and "where " in told
     model, processor = load_vlm(tmp_path / "whole", progress=False)
     assert model.config.vision_feature_layer == [2, 4] and processor.patch_size == 8
     code, told, _ = run(*base, *whole, "--out", tmp_path / "parts", "--max-minutes", "1e-6")
@@ -56,7 +56,7 @@ def test_it_trains_measures_and_goes_on(run, base: list[str], tmp_path: Path) ->
         (["--language-rate", "-1"], "language_rate must be a number in [0, 1], got -1.0"),
         (["--steps", "0"], "steps must be a whole number of at least 1, got 0"),
         (["--resume"], "nothing to resume"),
-        (["--align", "2"], "pictures must have objects (texts with boxes) to align the projector by"),
+        (["--align", "2"], "images must have objects (texts with boxes) to align the projector by"),
         (["--model", "VISION"], "is not a causal language model"),
         (["--vision", "LANGUAGE"], "is not a vision model"),
     ],

@@ -26,7 +26,7 @@ def clip(tmp_path: Path) -> Path:
 def test_show_paints_an_image(run, tiny: Path, photos: Path, tmp_path: Path) -> None:
     picture, data = tmp_path / "p.png", tmp_path / "p.json"
     settings = ["--model", tiny, "--reducer", "tome", "--remove", "2,3"]
-    code, out, err = run("show", "--image", photos / "left" / "0.png", *settings, "--picture", picture, "--json", data)
+    code, out, err = run("show", "--image", photos / "left" / "0.png", *settings, "--figure", picture, "--json", data)
     assert code == 0, err
     assert "17 tokens in" in out and f"wrote {picture}" in out
     assert Image.open(picture).size[0] == 1200
@@ -40,7 +40,7 @@ def test_show_paints_the_order_in_which_patches_were_chosen(
     run, tiny: Path, photos: Path, tmp_path: Path, budget: list[Any]
 ) -> None:
     picture, data = tmp_path / "p.png", tmp_path / "p.json"
-    common = ["--model", tiny, "--reducer", "scope", *budget, "--picture", picture, "--json", data]
+    common = ["--model", tiny, "--reducer", "scope", *budget, "--figure", picture, "--json", data]
     code, out, err = run("show", "--image", photos / "left" / "0.png", *common)
     assert code == 0, err
     (stage,) = json.loads(data.read_text())["stages"]
@@ -52,7 +52,7 @@ def test_show_paints_the_order_in_which_patches_were_chosen(
 
 def test_show_tells_tokens_from_shares_for_every_method(run, tiny: Path, photos: Path, tmp_path: Path) -> None:
     data = tmp_path / "p.json"
-    common = ["--model", tiny, "--picture", tmp_path / "p.png", "--json", data]
+    common = ["--model", tiny, "--figure", tmp_path / "p.png", "--json", data]
     for reducer in ("tome", "random", "pool"):
         code, _, err = run("show", "--image", photos / "left" / "0.png", "--reducer", reducer, "--tokens", 6, *common)
         assert code == 0, err
@@ -60,7 +60,7 @@ def test_show_tells_tokens_from_shares_for_every_method(run, tiny: Path, photos:
         assert stage["tokens"] == 7 and "ranks" not in stage
 
 
-def test_show_names_the_picture_itself(run, tiny: Path, photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_show_names_the_image_itself(run, tiny: Path, photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = run("show", "--image", photos / "left" / "0.png", "--model", tiny, "--keep", 0.6)
     assert code == 0, err
@@ -70,7 +70,7 @@ def test_show_names_the_picture_itself(run, tiny: Path, photos: Path, tmp_path: 
 def test_show_paints_a_video(run, tiny: Path, clip: Path, tmp_path: Path) -> None:
     picture, animation = tmp_path / "v.png", tmp_path / "v.webp"
     settings = ["--model", tiny, "--frames", 4, "--stride", 2, "--keep", 0.25]
-    code, out, err = run("show", "--video", clip, *settings, "--picture", picture, "--animation", animation)
+    code, out, err = run("show", "--video", clip, *settings, "--figure", picture, "--animation", animation)
     assert code == 0, err
     assert "16 of 64 tokens left of 4 frames" in out
     assert Image.open(picture).size[0] > 300 and getattr(Image.open(animation), "n_frames", 1) == 4
@@ -96,12 +96,12 @@ def test_bench_measures_features_and_labels(run, tiny: Path, classifier: Path, p
     assert code == 0, err
     rows = json.loads(data.read_text())["rows"]
     assert [row["method"] for row in rows] == ["full", "tome", "random", "smaller images"]
-    assert all("correct" not in row and row["images"] == 6 and row["speedup"] > 0 for row in rows)
-    assert "compute" in (report / "report.html").read_text()
+    assert all("accuracy" not in row and row["images"] == 6 and row["speedup"] > 0 for row in rows)
+    assert "FLOPs" in (report / "report.html").read_text()
     code, out, err = run("bench", "--image", photos, "--model", classifier, *common)
     assert code == 0, err
     rows = json.loads(data.read_text())["rows"]
-    assert all(0 <= row["correct"] <= 1 for row in rows) and rows[0]["agrees"] == 1 and "correct" in out
+    assert all(0 <= row["accuracy"] <= 1 for row in rows) and rows[0]["agreement"] == 1 and "accuracy" in out
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_bench_measures_features_and_labels(run, tiny: Path, classifier: Path, p
         ("show", ["--image", "PHOTO", "--remove", "x"], "--remove must be tokens per block"),
         ("show", ["--image", "PHOTO", "--remove", "1,2,3,4,5"], "at most 4 numbers"),
         ("show", ["--image", "PHOTO", "--remove", "3", "--layer", "1"], "give either --remove or --layer, got both"),
-        ("show", ["--image", "PHOTO", "--picture", "p.svg"], "--picture must end in .png or .webp"),
+        ("show", ["--image", "PHOTO", "--figure", "p.svg"], "--figure must end in .png or .webp"),
         ("show", ["--image", "PHOTO", "--keep", "1"], "nothing was merged"),
         (
             "show",

@@ -30,7 +30,7 @@ def test_generate_answers_about_an_image(run, vlm: Path, photo: Path, tmp_path: 
     code, out, err = run("generate", "--image", photo, *ASK, "--tokens", 5, *common)
     assert code == 0, err
     assert "== reduced ==" in out and "== full ==" in out
-    assert "16 tokens of 1 picture(s), 5 kept" in err and "prefill:" in err and "cache:" in err
+    assert "16 tokens of 1 image(s), 5 kept" in err and "prefill:" in err and "cache:" in err
     found = json.loads(data.read_text())
     assert found["reducer"] == "scope" and found["reduced"]["visual"] == [[16, 5]]
     assert found["full"]["tokens_in"] - found["reduced"]["tokens_per_layer"][0] == 11
@@ -80,7 +80,7 @@ def test_show_paints_what_the_language_model_is_given(
     run, vlm: Path, photo: Path, tmp_path: Path, reducer: str
 ) -> None:
     picture, data = tmp_path / "p.png", tmp_path / "p.json"
-    common = ["--model", vlm, "--reducer", reducer, "--tokens", 5, "--picture", picture, "--json", data]
+    common = ["--model", vlm, "--reducer", reducer, "--tokens", 5, "--figure", picture, "--json", data]
     code, out, err = run("show", "--image", photo, *common, *ASK)
     assert code == 0, err
     assert "5 kept" in out and f"wrote {picture}" in out and Image.open(picture).size[0] == 1200
@@ -97,7 +97,7 @@ def test_show_paints_what_the_language_model_is_given(
 
 def test_show_goes_by_the_question_where_the_method_does(run, vlm: Path, photo: Path, tmp_path: Path) -> None:
     data = tmp_path / "p.json"
-    common = ["--model", vlm, "--tokens", 3, "--picture", tmp_path / "p.png", "--json", data]
+    common = ["--model", vlm, "--tokens", 3, "--figure", tmp_path / "p.png", "--json", data]
     found = {}
     for reducer in ("trimtokenator:aligned=0.2", "scope"):
         for prompt in ("red", "how many shape are there ? left", "blue"):
@@ -110,7 +110,7 @@ def test_show_goes_by_the_question_where_the_method_does(run, vlm: Path, photo: 
 
 def test_show_paints_what_is_left_inside_the_language_model(run, vlm: Path, photo: Path, tmp_path: Path) -> None:
     data = tmp_path / "p.json"
-    common = ["--model", vlm, "--keep", 0.5, "--picture", tmp_path / "p.png", "--json", data, *ASK]
+    common = ["--model", vlm, "--keep", 0.5, "--figure", tmp_path / "p.png", "--json", data, *ASK]
     code, _, err = run("show", "--image", photo, "--reducer", "scope", "--layer", "0,1", *common)
     assert code == 0, err
     (stage,) = json.loads(data.read_text())["stages"]
@@ -138,7 +138,7 @@ def test_bench_measures_right_answers_by_kind(run, vlm: Path, tmp_path: Path) ->
         right = sum(told["questions"] * told["exact"] for told in row["kinds"].values())
         assert row["exact"] == pytest.approx(right / 4) and row["seconds"] > 0 and row["cache_bytes"] > 0
     told = " ".join(out.split())
-    assert "4 questions about 2 pictures: 2 colour, 2 where" in told and "speed-up" in told
+    assert "4 questions about 2 images: 2 colour, 2 where" in told and "speed-up" in told
     page = (report / "report.html").read_text(encoding="utf-8")
     assert "trimtokenator" in page and "8 of 16" in page and "Right, by kind of question" in page
 
@@ -184,7 +184,7 @@ def test_bench_measures_right_answers_by_kind(run, vlm: Path, tmp_path: Path) ->
         ("generate", ["--image", "PHOTO", "--model", "smollm2-135m"], "smollm2-135m"),
         ("bench vlm", ["PHOTOS"], "there is no file"),
         ("bench vlm", ["PHOTO"], "there is no file"),
-        ("bench vlm", ["LABELS"], "the folder must hold pictures with questions, got only labels"),
+        ("bench vlm", ["LABELS"], "the folder must hold images with questions, got only labels"),
         ("bench vlm", ["SCENES", "--reducer", "tome,truncate"], "reducer must be one of quickmerge, tome"),
         ("bench vlm", ["SCENES", "--keep", "half"], "--keep must be numbers in (0, 1] with commas"),
         (

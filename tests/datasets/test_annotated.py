@@ -1,4 +1,4 @@
-"""Annotated pictures: what is read, and every defect told with file and line."""
+"""Annotated images: what is read, and every defect told with file and line."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ def test_a_column_named_text_goes_before_other_strings(datasets: Any, tmp_path: 
 
 
 def test_images(datasets: Any, tmp_path: Path) -> None:
-    column = from_disk(save(datasets, tmp_path / "data", picture=pictures(), label=[0, 1]))
-    assert (column.name, column.kind) == ("picture", "images")
+    column = from_disk(save(datasets, tmp_path / "data", image=pictures(), label=[0, 1]))
+    assert (column.name, column.kind) == ("image", "images")
     images = ImageFolder(column, 2)
     assert images[1][:, 0, 0].tolist() == [0, 0, 1]
     assert images.describe(1) == "image 2"
@@ -61,13 +61,13 @@ def test_texts_become_windows(datasets: Any, tmp_path: Path) -> None:
 
 def test_a_choice_is_left_to_the_user(datasets: Any, tmp_path: Path) -> None:
     strings = save(datasets, tmp_path / "strings", a=["x"], b=["y"], n=[1])
-    both = save(datasets, tmp_path / "both", text=["x", "y"], picture=pictures())
+    both = save(datasets, tmp_path / "both", text=["x", "y"], image=pictures())
     listed = r"a \(text\), b \(text\), n \(neither text nor image\)"
     with pytest.raises(QuickmergeError, match=f"several columns to train on, name one of them: {listed}"):
         from_disk(strings)
-    with pytest.raises(QuickmergeError, match=r"name one of them: text \(text\), picture \(images\)"):
+    with pytest.raises(QuickmergeError, match=r"name one of them: text \(text\), image \(images\)"):
         from_disk(both)
-    assert from_disk(both, "picture").kind == "images"
+    assert from_disk(both, "image").kind == "images"
 
 
 def test_columns_that_will_not_do(datasets: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from strategies import prop
 
-from quickmerge.datasets.labelled import LabelledPictures, PixelFormat, _cut
+from quickmerge.datasets.labelled import LabelledImages, PixelFormat, _cut
 from quickmerge.errors import QuickmergeError
 
 FORM = PixelFormat(16, 12, (0.5, 0.4, 0.3), (0.5, 0.25, 2.0))
@@ -38,7 +38,7 @@ def items(tmp_path) -> list[Item]:
 
 
 def test_without_augmentation_the_centre_is_standardised(items) -> None:
-    data = LabelledPictures(items, ["cat", "dog"], FORM, augment=False)
+    data = LabelledImages(items, ["cat", "dog"], FORM, augment=False)
     assert len(data) == 3 and [data[i][1] for i in range(3)] == [0, 1, 0]
     pixels, _ = data[1]
     with Image.open(items[1].path) as image:
@@ -51,7 +51,7 @@ def test_without_augmentation_the_centre_is_standardised(items) -> None:
 
 
 def test_random_cuts_come_from_torchs_generator_and_differ(items) -> None:
-    data = LabelledPictures(items, ["cat", "dog"], FORM)
+    data = LabelledImages(items, ["cat", "dog"], FORM)
     torch.manual_seed(0)
     one, two = data[0][0], data[0][0]
     torch.manual_seed(0)
@@ -59,12 +59,12 @@ def test_random_cuts_come_from_torchs_generator_and_differ(items) -> None:
     assert one.shape == (3, 16, 12)
 
 
-def test_half_of_the_pictures_are_mirrored(tmp_path) -> None:
-    """A picture that is dark on the left, cut whole."""
+def test_half_of_the_images_are_mirrored(tmp_path) -> None:
+    """An image that is dark on the left, cut whole."""
     pixels = np.zeros((16, 12, 3), dtype=np.uint8)
     pixels[:, 6:] = 255
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    data = LabelledPictures([Item(tmp_path / "a.png", "x")], ["x"], FORM, area=(1.0, 1.0))
+    data = LabelledImages([Item(tmp_path / "a.png", "x")], ["x"], FORM, area=(1.0, 1.0))
     torch.manual_seed(0)
     mirrored = sum(bool(x[0, 8, 0] > x[0, 8, -1]) for x in (data[0][0] for _ in range(200)))
     assert 70 < mirrored < 130
@@ -88,14 +88,14 @@ def test_a_cut_lies_inside_and_has_its_area(size, area: float, shape: float, x: 
 
 def test_the_fingerprint_tells_labels_and_settings_apart(items) -> None:
     prints = {
-        LabelledPictures(items, ["cat", "dog"], FORM).fingerprint(),
-        LabelledPictures(items, ["dog", "cat"], FORM).fingerprint(),
-        LabelledPictures(items, ["cat", "dog"], FORM, augment=False).fingerprint(),
-        LabelledPictures(items, ["cat", "dog"], FORM, area=(0.2, 1.0)).fingerprint(),
-        LabelledPictures(items[:2], ["cat", "dog"], FORM).fingerprint(),
+        LabelledImages(items, ["cat", "dog"], FORM).fingerprint(),
+        LabelledImages(items, ["dog", "cat"], FORM).fingerprint(),
+        LabelledImages(items, ["cat", "dog"], FORM, augment=False).fingerprint(),
+        LabelledImages(items, ["cat", "dog"], FORM, area=(0.2, 1.0)).fingerprint(),
+        LabelledImages(items[:2], ["cat", "dog"], FORM).fingerprint(),
     }
     assert len(prints) == 5
-    assert LabelledPictures(items, ["cat", "dog"], FORM).fingerprint() in prints
+    assert LabelledImages(items, ["cat", "dog"], FORM).fingerprint() in prints
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,14 @@ def test_the_format_is_read_from_a_processor(processor, wanted) -> None:
 
 def test_bad_input_is_told_in_one_sentence(items, tmp_path) -> None:
     with pytest.raises(QuickmergeError, match=r"2\.png is labelled 'cat', which is none of dog"):
-        LabelledPictures(items[2:], ["dog"], FORM)
+        LabelledImages(items[2:], ["dog"], FORM)
     with pytest.raises(QuickmergeError, match="no images to train on"):
-        LabelledPictures([], ["dog"], FORM)
+        LabelledImages([], ["dog"], FORM)
     for area in ((0.0, 1.0), (0.5, 1.1), (0.9, 0.5)):
         with pytest.raises(ValueError, match=r"area must be a least and a largest share in \(0, 1\]"):
-            LabelledPictures(items, ["cat", "dog"], FORM, area=area)
+            LabelledImages(items, ["cat", "dog"], FORM, area=area)
     (tmp_path / "1.png").write_bytes(b"nothing")
     with pytest.raises(QuickmergeError, match=r"1\.png can't be read as an image"):
-        LabelledPictures(items, ["cat", "dog"], FORM)[1]
+        LabelledImages(items, ["cat", "dog"], FORM)[1]
     with pytest.raises(QuickmergeError, match="the image processor must make images of one size"):
         PixelFormat.of(SimpleNamespace(size={"longest_edge": 5}))

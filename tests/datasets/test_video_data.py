@@ -216,7 +216,7 @@ def test_what_would_read_other_files_or_never_end_is_not_opened(dawn: Path, tmp_
         "concat": f"ffconcat version 1.0\nfile {dawn}\n",
         "dash": f"<?xml version='1.0'?><MPD xmlns='urn:mpeg:dash:schema:mpd:2011'><BaseURL>{dawn}</BaseURL></MPD>",
         "sdp": "v=0\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
-        "picture": "P6 2 2 255\n............",
+        "image": "P6 2 2 255\n............",
         "lavfi": "color=red",
     }
     for name, text in lists.items():

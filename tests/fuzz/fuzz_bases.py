@@ -1,4 +1,4 @@
-"""What hostile inputs are made of: sound models, trained parts, pictures, videos and texts, as small as can be."""
+"""What hostile inputs are made of: sound models, trained parts, images, videos and texts, as small as can be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COMMANDS: dict[str, list[list[str]]] = {
         ["show", "--text", TEXT, "--model", "{it}", "--limit", "64"],
         ["generate", "--prompt", TEXT, "--model", "{it}", "--max-new-tokens", "2"],
         ["show", "--text", TEXT, "--model", "{it}", "--limit", "64", "--html", "{out}/p.html",
-         "--picture", "{out}/p.svg"],
+         "--figure", "{out}/p.svg"],
         ["plan", "--model", "{it}", "--tokens", "64"],
         ["generate", "--prompt", TEXT, "--model", "{it}", "--max-new-tokens", "2", "--drafter", "lookup"],
         ["generate", "--prompt", TEXT, "--model", "{it}", "--max-new-tokens", "2", "--attention", "multipole"],
@@ -23,7 +23,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "heads": [["generate", "--prompt", TEXT, "--model", "{base}/model", "--drafter", "{it}", "--max-new-tokens", "2"]],
     "calm": [["generate", "calm", "--prompt", "w6 w7 w8", "--model", "{it}", "--max-new-tokens", "4"]],
     "recognizer": [["recognize", "{base}/photo.png", "--model", "{it}", "--top", "2"]],
-    "vit": [["show", "--image", "{base}/photo.png", "--model", "{it}", "--reducer", "tome", "--picture",
+    "vit": [["show", "--image", "{base}/photo.png", "--model", "{it}", "--reducer", "tome", "--figure",
              "{out}/p.png"]],
     "predictor": [
         ["bench", "--image", "{base}/photos", "--model", "{base}/classifier", "--dynamicvit", "{it}", "--reducer",
@@ -39,7 +39,7 @@ OTHERS = [
      "--limit", "1", "--max-new-tokens", "2"],
     ["recognize", "{base}/photo.png", "--model", "{base}/recognizer", "--labels", "{base}/labels.txt"],
     ["bench", "vlm", "{base}/annotated", "--model", "{base}/vlm", "--reducer", "random", "--keep", "0.5"],
-    ["show", "--video", "{base}/clip.mp4", "--model", "{base}/vit", "--frames", "2", "--stride", "1", "--picture",
+    ["show", "--video", "{base}/clip.mp4", "--model", "{base}/vit", "--frames", "2", "--stride", "1", "--figure",
      "{out}/p.png"],
 ]  # fmt: skip
 """Further commands that hostile files are given to."""

@@ -1,4 +1,4 @@
-"""Hostile pictures, videos, texts, names, lists and places to write to."""
+"""Hostile images, videos, texts, names, lists and places to write to."""
 
 # ruff: noqa: E501  (lists of inputs, one idea a line)
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _flipped(data: bytes, draws: random.Random) -> bytes:
     return bytes(spoilt)
 
 
-SHOW = ["show", "--image", "{it}", "--model", "{base}/vit", "--reducer", "tome", "--picture", "{out}/p.png"]
+SHOW = ["show", "--image", "{it}", "--model", "{base}/vit", "--reducer", "tome", "--figure", "{out}/p.png"]
 NAME = ["recognize", "{it}", "--model", "{base}/recognizer", "--top", "2"]
 CLIP = [
     "show",
@@ -98,35 +98,33 @@ CLIP = [
     "2",
     "--stride",
     "1",
-    "--picture",
+    "--figure",
     "{out}/p.png",
 ]
 
 
 def pictures(base: Path, seed: int, count: int) -> list[Case]:
-    """Pictures with bytes changed, of claimed sizes, and what is none."""
-    draws = random.Random(f"{seed} pictures")
+    """Images with bytes changed, of claimed sizes, and what is none."""
+    draws = random.Random(f"{seed} images")
     cases = []
     for number in range(count):
         ending = draws.choice(("png", "jpg", "gif", "webp", "tiff", "bmp"))
         spoilt = _flipped((base / f"photo.{ending}").read_bytes(), random.Random(f"{seed} {number}"))
         argv = draws.choice((SHOW, NAME))
         cases.append(
-            _file(
-                f"picture, {argv[0]}: {ending} with bytes changed, {number}", ending, lambda _, d=spoilt: d, argv, base
-            )
+            _file(f"image, {argv[0]}: {ending} with bytes changed, {number}", ending, lambda _, d=spoilt: d, argv, base)
         )
     made: dict[str, bytes] = {
         "a bomb": _png(2**30, 2**30), "nothing wide": _png(0, 0), "too wide": _png(10**6, 1), "one pixel": _png(1, 1),
-        "text in it of 64 MB": _png(8, 8, _ztxt()), "PostScript": POSTSCRIPT, "SVG": SVG, "empty": b"", "text": b"no picture",
+        "text in it of 64 MB": _png(8, 8, _ztxt()), "PostScript": POSTSCRIPT, "SVG": SVG, "empty": b"", "text": b"no image",
         "PDF": b"%PDF-1.4\n", "a playlist": PLAYLIST, "zeros": bytes(9999), "gzip": b"\x1f\x8b" + bytes(99),
     }  # fmt: skip
     for name, data in made.items():
         for argv in (SHOW, NAME):
             for ending in ("png", "eps" if name == "PostScript" else "jpg"):
-                cases.append(_file(f"picture, {argv[0]}: {name} as {ending}", ending, lambda _, d=data: d, argv, base))
+                cases.append(_file(f"image, {argv[0]}: {name} as {ending}", ending, lambda _, d=data: d, argv, base))
     for what in ("a folder", "a pipe", "/dev/zero", "gone", "a link to itself"):
-        cases.append(_place(f"picture, show: {what}", SHOW, base, what))
+        cases.append(_place(f"image, show: {what}", SHOW, base, what))
     return cases
 
 
@@ -148,7 +146,7 @@ def videos(base: Path, seed: int, count: int) -> list[Case]:
         "a list of files": CONCAT,
         "empty": b"",
         "text": b"no video",
-        "a picture": _png(8, 8),
+        "an image": _png(8, 8),
         "SVG": SVG,
     }
     for name, data in made.items():
@@ -195,7 +193,7 @@ def names(base: Path) -> list[Case]:
 
         def text(work: Path, name: str = name) -> list[str | bytes]:
             (work / name).write_text(TEXT)
-            given = ["--model", str(base / "model"), "--limit", "40", "--html", "p.html", "--picture", "p.svg"]
+            given = ["--model", str(base / "model"), "--limit", "40", "--html", "p.html", "--figure", "p.svg"]
             return ["show", "--file", os.fsencode(work / name), *given]
 
         def folder(work: Path, name: str = name) -> list[str | bytes]:
@@ -206,7 +204,7 @@ def names(base: Path) -> list[Case]:
             shutil.copy(base / "photo.png", work / name)
             return ["recognize", os.fsencode(work / name), "--model", str(base / "recognizer"), "--top", "2"]
 
-        for what, build in (("picture", picture), ("text", text), ("folder", folder), ("recognize", known)):
+        for what, build in (("image", picture), ("text", text), ("folder", folder), ("recognize", known)):
             cases.append(Case(f"name of a {what}: {ascii(name)[:40]}", build))
     models: list[str | bytes] = [
         "", " ", "~nosuchuser/x", "a" * 5000, "../", "/", "/dev/null", "/dev/zero", "owner/name", "a/b/c", "https://x/y",
@@ -251,7 +249,7 @@ def outputs(base: Path) -> list[Case]:
     """Places to write to that are none, and options out of range."""
     cases = []
     given = ["show", "--text", TEXT, "--model", str(base / "model"), "--limit", "40"]
-    for option in ("--json", "--html", "--picture"):
+    for option in ("--json", "--html", "--figure"):
         for place in (
             "/dev/full",
             "/proc/x",

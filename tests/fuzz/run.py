@@ -160,7 +160,7 @@ def results(endings: list[Ending], seed: int) -> dict[str, object]:
 
 
 def tell(endings: list[Ending]) -> None:
-    """Print the counts, and what was dearest."""
+    """Print the counts, and what was most expensive."""
     table: dict[str, Counter[str]] = {}
     for ending in endings:
         table.setdefault(group(ending), Counter())[ending.kind] += 1
@@ -168,7 +168,7 @@ def tell(endings: list[Ending]) -> None:
         print(f"{name:12} " + ", ".join(f"{count} {kind}" for kind, count in counts.most_common()))
     if endings:
         slow, large = max(endings, key=lambda e: e.seconds), max(endings, key=lambda e: e.megabytes)
-        print(f"dearest: {slow.seconds:.1f} s ({slow.name}), {large.megabytes:.0f} MB ({large.name})")
+        print(f"most expensive: {slow.seconds:.1f} s ({slow.name}), {large.megabytes:.0f} MB ({large.name})")
     kinds = Counter(ending.kind for ending in endings)
     print(f"{len(endings)} inputs: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
 

@@ -1,4 +1,4 @@
-"""Tiny models, texts and pictures for the commands that are killed."""
+"""Tiny models, texts and images for the commands that are killed."""
 
 from __future__ import annotations
 

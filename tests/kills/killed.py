@@ -66,7 +66,7 @@ PARTS = "--vision models/vision --model models/language"
 RECOGNIZER = f"train recognizer {PARTS} --data scenes --blocks 2 --vision-layers 2,4 {TRAIN}"
 CALM = f"train calm --data texts --patch 2 --chunks 6 {TRAIN} --steps 3"
 SPEAKER = "--autoencoder coder --layers 1 --width 16 --heads 2"
-SHOW = "show text --model words --file texts/a.txt --layer 1 --limit 60 --html OUT/m.html --picture OUT/m.png"
+SHOW = "show text --model words --file texts/a.txt --layer 1 --limit 60 --html OUT/m.html --figure OUT/m.png"
 JOBS = {
     "transplant": Job(TRANSPLANT),
     "transplant over another": Job(TRANSPLANT, old="--base base2"),

@@ -1,4 +1,4 @@
-"""What a picture of a vision-language model's tokens is made of, where models cut images up or list their patches."""
+"""What an image of a vision-language model's tokens is made of, where models cut images up or list their patches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def colours(image: Image.Image) -> list[tuple[int, int, int]]:
     return [tuple(int(channel) for channel in colour) for colour in found]  # type: ignore[union-attr, misc]
 
 
-def test_the_picture_is_what_the_model_saw() -> None:
+def test_the_image_is_what_the_model_saw() -> None:
     model, processor = vlm_samples.tiny_vlm()
     # The shorter side is scaled to 32 and the centre cut out: of 3 : 1 the middle third is left.
     image = Image.new("RGB", (96, 32), "white")

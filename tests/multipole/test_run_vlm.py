@@ -38,7 +38,7 @@ def assert_free(model: Any) -> None:
 
 
 @pytest.mark.parametrize("family", ["idefics3", "llava", "qwen2_5_vl", "qwen3_vl"])
-def test_it_reads_pictures_as_it_reads_text(family: str) -> None:
+def test_it_reads_images_as_it_reads_text(family: str) -> None:
     model = build(family)
     inputs = prompt(model, ROWS)
     wanted = write(model, inputs)

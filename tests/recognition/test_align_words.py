@@ -18,7 +18,7 @@ from quickmerge.training.align import patch_texts, word_embedding
 
 
 def halves(folder: Path, recognizer: Recognizer, count: int = 10) -> LabelledScenes:
-    """Pictures of which one half has a colour, and a box that says so."""
+    """Images of which one half has a colour, and a box that says so."""
     scenes, names = [], list(COLOURS)
     folder.mkdir()
     for number in range(count):
@@ -63,13 +63,13 @@ def test_it_is_the_weighted_ridge_regression(tmp_path: Path, kept: bool) -> None
 def test_what_can_not_be_aligned_by_is_named(tmp_path: Path) -> None:
     recognizer = small_recognizer()
     dataset = halves(tmp_path / "data", recognizer, 2)
-    with pytest.raises(ValueError, match="pictures must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="images must be a whole number of at least 1, got 0"):
         align_words(recognizer, dataset, pictures=0)
     dataset.keep(torch.randn(2, 12, recognizer.projector.in_features))
     with pytest.raises(QuickmergeError, match="image tokens must be a square grid to be aligned, got 12"):
         align_words(recognizer, dataset, pictures=2)
     bare = LabelledScenes([Annotated(p.path, p.labels, ()) for p in dataset.pictures], pixel_format(recognizer))
-    with pytest.raises(QuickmergeError, match=r"pictures must have objects .* got none"):
+    with pytest.raises(QuickmergeError, match=r"images must have objects .* got none"):
         align_words(recognizer, bare, pictures=2)
 
 

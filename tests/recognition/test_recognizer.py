@@ -59,7 +59,7 @@ def test_kept_features_are_those_of_the_pixels(scenes) -> None:
     dataset.keep(kept)
     batch = collate_scenes([dataset[2], dataset[5]])
     assert sorted(batch) == ["features", "labels"] and torch.equal(batch["features"], kept[[2, 5]])
-    with pytest.raises(ValueError, match=r"features must be \(9, tokens, width\) for 9 pictures, got \(8, 16, 32\)"):
+    with pytest.raises(ValueError, match=r"features must be \(9, tokens, width\) for 9 images, got \(8, 16, 32\)"):
         dataset.keep(kept[:8])
 
 
@@ -106,12 +106,12 @@ def test_a_stopped_run_goes_on_to_the_same_weights(scenes, tmp_path: Path, objec
         )  # fmt: skip
 
 
-def test_pictures_without_labels_are_left_out(scenes) -> None:
+def test_images_without_labels_are_left_out(scenes) -> None:
     form = pixel_format(small_recognizer())
     without = SimpleNamespace(path=scenes[0].path, labels=())
     dataset = LabelledScenes([without, *scenes], form)
     assert len(dataset) == 9 and dataset.unlabelled == 1 and dataset.describe(0) == "0.png"
     assert dataset.fingerprint() == LabelledScenes(scenes, form).fingerprint()
     assert dataset.fingerprint() != LabelledScenes(scenes[::-1], form).fingerprint()
-    with pytest.raises(QuickmergeError, match="at least one picture must have labels, got 1 pictures without"):
+    with pytest.raises(QuickmergeError, match="at least one image must have labels, got 1 images without"):
         LabelledScenes([without], form)

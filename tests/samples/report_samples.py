@@ -158,6 +158,6 @@ class Parsed(HTMLParser):
 
 
 def drawings(picture: str) -> list[str]:
-    """The drawings of a picture as SVG: the dark one, then the light one."""
+    """The drawings of an image as SVG: the dark one, then the light one."""
     found = re.findall(r'data:image/svg\+xml;base64,([^"]*)"', picture)
     return [base64.b64decode(one).decode("utf-8") for one in found]

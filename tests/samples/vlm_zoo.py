@@ -17,7 +17,7 @@ START, END = 88, 89
 SIDE, PATCH = 28, 7
 EXACT = 1e-5
 ROWS = [[0], [1, 2], []]
-"""Which pictures the rows of a batch show."""
+"""Which images the rows of a batch show."""
 
 _TEXT: dict[str, Any] = {
     "vocab_size": 97,
@@ -141,11 +141,11 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
     "smolvlm": [(2 * SIDE, 2 * SIDE)] * 3,
 }
 GRIDS = [(1, 8, 6), (1, 4, 8), (1, 6, 6)]
-"""Patches of three pictures of packed families; a token spans 2 x 2."""
+"""Patches of three images of packed families; a token spans 2 x 2."""
 
 
 def pictures(model: Any, which: list[int], kind: str = "image") -> dict[str, Any]:
-    """The pixels of pictures 0 to 2, as the model's processor would hand them over; a video has three frames."""
+    """The pixels of images 0 to 2, as the model's processor would hand them over; a video has three frames."""
     family = model.config.model_type
     noise = torch.Generator().manual_seed(17)
     if family in SHAPES:
@@ -166,7 +166,7 @@ def pictures(model: Any, which: list[int], kind: str = "image") -> dict[str, Any
 
 
 def counts(model: Any, which: list[int], kind: str = "image") -> list[int]:
-    """How many placeholders each picture needs."""
+    """How many placeholders each image needs."""
     family = model.config.model_type
     if family == "llava":
         return [16] * len(which)
@@ -179,7 +179,7 @@ def counts(model: Any, which: list[int], kind: str = "image") -> list[int]:
 
 
 def prompt(model: Any, rows: list[list[int]], kind: str = "image", seed: int = 0) -> dict[str, Any]:
-    """A padded batch: each row some words, its pictures with separators between them, and more words.
+    """A padded batch: each row some words, its images with separators between them, and more words.
 
     Qwen3-VL's videos come frame by frame with words in between.
     """

@@ -120,18 +120,22 @@ def test_rows_are_these_sums_and_medians() -> None:
         record("x", 2, 5, 3, 2.0, accepted=[], same=False, **engine),
     ]  # fmt: skip
     plain, x = draft_rows(records)
-    assert plain["per_pass"] == 1 == plain["speedup"] and plain["per_second"] == 37 / 8 and "nodes" not in plain
+    assert (
+        plain["tokens_per_pass"] == 1 == plain["speedup"]
+        and plain["tokens_per_second"] == 37 / 8
+        and "nodes" not in plain
+    )
     # (10 + 20 + 4) tokens behind the first over (5 + 10 + 2) passes behind the prompt's
-    assert x["per_pass"] == 34 / 17 and x["per_pass_low"] <= 2 <= x["per_pass_high"]
+    assert x["tokens_per_pass"] == 34 / 17 and x["tokens_per_pass_low"] <= 2 <= x["tokens_per_pass_high"]
     assert x["speedup"] == 1.0 and x["same"] == 2 and x["prompts"] == 3
     assert x["draft_share"] == 1.5 / 8 and x["nodes"] == 36 / 17 and x["reached"] == [13 / 17, 1 / 17]
-    assert x["kinds"]["a"] == {"prompts": 2, "per_pass": 14 / 7, "speedup": 1.25}
-    assert x["kinds"]["b"] == {"prompts": 1, "per_pass": 2.0, "speedup": 1.0}
+    assert x["kinds"]["a"] == {"prompts": 2, "tokens_per_pass": 14 / 7, "speedup": 1.25}
+    assert x["kinds"]["b"] == {"prompts": 1, "tokens_per_pass": 2.0, "speedup": 1.0}
 
 
 def test_a_text_of_one_token_counts_in_neither_sum() -> None:
     one = record("plain", 0, 1, 1, 0.1), record("x", 0, 1, 1, 0.1)
-    assert draft_rows(one)[1]["per_pass"] == 1.0
+    assert draft_rows(one)[1]["tokens_per_pass"] == 1.0
     more = *one, record("plain", 1, 9, 9, 1.0), record("x", 1, 9, 5, 1.0)
     row = draft_rows(more)[1]
-    assert row["per_pass"] == 2.0 and not math.isnan(row["per_pass_low"])
+    assert row["tokens_per_pass"] == 2.0 and not math.isnan(row["tokens_per_pass_low"])

@@ -1,4 +1,4 @@
-"""Prompts of text and pictures, read as ``generate`` reads them."""
+"""Prompts of text and images, read as ``generate`` reads them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_what_is_read_is_what_each_row_reads_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", SEEING)
-def test_pictures_are_seen_and_positions_go_on_behind_them(family: str) -> None:
+def test_images_are_seen_and_positions_go_on_behind_them(family: str) -> None:
     model = model_of(family)
     inputs = prompt(model, ROWS)
     wanted = model.generate(**inputs, max_new_tokens=12, do_sample=False)

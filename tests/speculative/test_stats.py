@@ -45,7 +45,8 @@ def test_the_summary_says_what_it_counts() -> None:
     )  # fmt: skip
     text = stats.summary()
     for part in (
-        "9 tokens in 4 passes", "2.00 tokens a pass and row (its own one included), 4.0 nodes read", "0.75, 0.25",
+        "9 tokens in 4 passes",
+        "2.00 tokens per forward pass and row (its own one included), 4.0 nodes read", "0.75, 0.25",
         "prompt 0.50, target 1.00, drafter 0.25, between them 0.25", "lossless",
     ):  # fmt: skip
         assert part in text

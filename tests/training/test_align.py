@@ -15,7 +15,7 @@ from PIL import Image
 
 from quickmerge.datasets.annotated import Annotated, Placed, Question
 from quickmerge.datasets.labelled import PixelFormat
-from quickmerge.datasets.questions import AskedPictures
+from quickmerge.datasets.questions import AskedImages
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.train.answers import scaled_inputs
 from quickmerge.merge.train.new_vlm import new_vlm
@@ -38,7 +38,7 @@ def test_a_patch_belongs_to_the_smallest_box_over_its_centre(tmp_path: Path) -> 
     assert patch_texts(picture(tmp_path, (32, 32), Placed("red", (0, 0, 4, 4))), (4, 4)) == [None] * 16
 
 
-def test_boxes_are_scaled_and_cut_as_the_picture_is(tmp_path: Path) -> None:
+def test_boxes_are_scaled_and_cut_as_the_image_is(tmp_path: Path) -> None:
     # twice as wide as high: a quarter is cut off on both sides
     wide = picture(tmp_path, (128, 64), Placed("red", (32, 0, 64, 64)), Placed("blue", (0, 0, 32, 64)))
     assert patch_texts(wide, (4, 4)) == ["red", "red", None, None] * 4
@@ -51,23 +51,23 @@ def test_the_words_of_a_text_are_summed_to_the_length_of_one() -> None:
     torch.testing.assert_close(word_embedding(tokenizer, table, "red shape"), (table[one] + table[two]) / 2**0.5)
 
 
-def asked(tmp_path: Path, placed: bool) -> tuple[Any, Any, AskedPictures]:
+def asked(tmp_path: Path, placed: bool) -> tuple[Any, Any, AskedImages]:
     torch.manual_seed(0)
     text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     shown = hf.BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     tower = hf.Dinov2Config(**vision_samples.SIZE, **vision_samples.IMAGE, mlp_ratio=2)
     language = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=40, **text))
     model, processor = new_vlm(hf.Dinov2Model(tower), language, vlm_samples.tokenizer(), shown, layers=(2, 3))
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     corners = [(x, y, x + 16, y + 16) for x in (0, 16) for y in (0, 16)]
     pictures = []
     for number in range(20):
         colours = [(("red", "blue")[number + k & 1], corners[(number + 3 * k) % 4]) for k in range(2)]
         objects = [Placed(colour, box) for colour, box in colours] if placed else []
-        pictures.append(picture(tmp_path / "pictures", (32, 32), *objects))
+        pictures.append(picture(tmp_path / "images", (32, 32), *objects))
     form = PixelFormat.of(processor.image_processor)
     more = {"image_tokens": 16, "image_token": model.config.image_token_id}
-    return model, processor, AskedPictures(pictures, processor.tokenizer, form, **more)
+    return model, processor, AskedImages(pictures, processor.tokenizer, form, **more)
 
 
 def test_the_projector_comes_to_say_what_is_there(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_the_projector_comes_to_say_what_is_there(tmp_path: Path) -> None:
             assert max(words, key=lambda each: F.cosine_similarity(made[patch], words[each], dim=0)) == word
 
 
-def test_pictures_without_objects_can_not_align(tmp_path: Path) -> None:
+def test_images_without_objects_can_not_align(tmp_path: Path) -> None:
     model, processor, dataset = asked(tmp_path, placed=False)
-    with pytest.raises(QuickmergeError, match="pictures must have objects"):
+    with pytest.raises(QuickmergeError, match="images must have objects"):
         align_projector(model, dataset, processor.tokenizer, pictures=4)

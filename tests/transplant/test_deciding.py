@@ -1,4 +1,4 @@
-"""Deciding for each kind of token: never dearer than the best rule alone, and the planted answer is found."""
+"""Deciding for each kind of token: never more expensive than the best rule alone, and the planted answer is found."""
 
 import numpy as np
 import pytest

@@ -23,8 +23,8 @@ from quickmerge.viz.patchmap import (
     mean_colours,
     spanning,
 )
-from quickmerge.viz.patchmap_sheet import Space, arrange, chosen, legend, merged_picture
-from quickmerge.viz.patchmap_video import video_animation, video_strip, write_picture
+from quickmerge.viz.patchmap_sheet import Space, arrange, chosen, legend, merged_image
+from quickmerge.viz.patchmap_video import video_animation, video_strip, write_image
 
 FEW = settings(max_examples=30, deadline=None)
 
@@ -293,7 +293,7 @@ def test_untouched_frames_are_below_the_painted_ones() -> None:
         assert other.max() < one.min()
 
 
-# ---- the picture
+# ---- the image
 
 
 def test_stages_are_chosen_at_even_depth() -> None:
@@ -309,7 +309,7 @@ def test_stages_are_chosen_at_even_depth() -> None:
 @example(6, 1.0, 1200)
 @example(5, 3.0, 900)  # pairs
 @FEW
-def test_pictures_lie_side_by_side_and_keep_their_shape(count: int, aspect: float, width: int) -> None:
+def test_images_lie_side_by_side_and_keep_their_shape(count: int, aspect: float, width: int) -> None:
     unit = width / 1200
     space = Space(width - 56 * unit, 16 * unit, 74 * unit, unit)
     boxes, tall = arrange(count, aspect, space)
@@ -327,9 +327,9 @@ def test_pictures_lie_side_by_side_and_keep_their_shape(count: int, aspect: floa
 
 @pytest.mark.parametrize(("height", "width"), [(224, 224), (120, 480), (400, 90), (30, 900), (28, 28)])
 @pytest.mark.parametrize("dark", [False, True])
-def test_picture_has_its_width_and_is_the_same_every_time(height: int, width: int, dark: bool) -> None:
+def test_image_has_its_width_and_is_the_same_every_time(height: int, width: int, dark: bool) -> None:
     stages = [PatchStage(f"block {depth}", slots(1, 7, 7, count=40 // depth), 1) for depth in (1, 2, 3)]
-    one, two = (merged_picture(photo(height, width), stages, "A title", width=900, dark=dark) for _ in "ab")
+    one, two = (merged_image(photo(height, width), stages, "A title", width=900, dark=dark) for _ in "ab")
     assert one.width == 900 and one.tobytes() == two.tobytes()
     assert one.getpixel((0, 0)) == rgb((DARK if dark else LIGHT).card)
 
@@ -338,7 +338,7 @@ def test_picture_has_its_width_and_is_the_same_every_time(height: int, width: in
 def test_bar_is_as_long_as_the_share_of_tokens(kept: int) -> None:
     groups = np.where(np.arange(64) < kept, np.arange(64), -1).reshape(1, 8, 8)
     image = np.zeros((200, 200, 3), dtype=np.uint8)
-    sheet = np.asarray(merged_picture(image, [PatchStage("last", groups)], width=1200))
+    sheet = np.asarray(merged_image(image, [PatchStage("last", groups)], width=1200))
     accent = (sheet == rgb(LIGHT.accent)).all(-1).sum(1)
     full = (1200 - 2 * 28 - 16) // 2
     assert accent.max() == pytest.approx(full * (1 + kept / 64), abs=2)
@@ -348,12 +348,12 @@ def test_grids_from_one_patch_to_many() -> None:
     for side in (1, 2, 64):
         stage = PatchStage("block 1", np.arange(side * side).reshape(1, side, side))
         assert stage.tokens == stage.originally == side * side
-        assert merged_picture(photo(64, 64), stage).width == 1200
+        assert merged_image(photo(64, 64), stage).width == 1200
 
 
 def test_the_photo_is_first_and_untouched() -> None:
     image = np.full((50, 50, 3), (200, 30, 90), dtype=np.uint8)
-    sheet = np.asarray(merged_picture(image, PatchStage("", np.full((1, 5, 5), -1))))
+    sheet = np.asarray(merged_image(image, PatchStage("", np.full((1, 5, 5), -1))))
     red = np.flatnonzero((sheet == (200, 30, 90)).all(-1).any(0))
     assert red.min() == 28 and len(red) == red.max() - 27 == (1200 - 56 - 16) // 2
 
@@ -385,8 +385,8 @@ def test_legend_tells_what_there_is() -> None:
 def test_any_title_is_drawn_and_long_ones_end_early() -> None:
     stage = PatchStage("名前" * 40, slots(1, 3, 3))
     for title in ("x" * 500, "図 of 中文", "\x00\ud800 $a$", "🙂"):
-        assert merged_picture(photo(30, 30), stage, title, width=300).width == 300
-    plain, titled = (merged_picture(photo(30, 30), stage, title) for title in (None, "W" * 500))
+        assert merged_image(photo(30, 30), stage, title, width=300).width == 300
+    plain, titled = (merged_image(photo(30, 30), stage, title) for title in (None, "W" * 500))
     ink = np.flatnonzero((np.asarray(titled)[: titled.height - plain.height] < 100).all(-1).any(0))
     assert titled.height > plain.height and 1000 < ink.max() < 1200 - 28 + 2
 
@@ -468,15 +468,15 @@ def test_a_failed_animation_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
-def test_pictures_are_written_whole(tmp_path: Path) -> None:
+def test_images_are_written_whole(tmp_path: Path) -> None:
     picture = group_colours(photo(40, 40), slots(1, 4, 4))
-    path = write_picture(picture, tmp_path / "new" / "a.png")
+    path = write_image(picture, tmp_path / "new" / "a.png")
     with Image.open(path) as found:
         assert found.tobytes() == picture.tobytes()
-    with Image.open(write_picture(picture, tmp_path / "a.webp")) as found:
+    with Image.open(write_image(picture, tmp_path / "a.webp")) as found:
         assert found.size == picture.size and found.format == "WEBP"
     with pytest.raises(QuickmergeError, match=r"path must end in \.png or \.webp, got 'a\.bmp'"):
-        write_picture(picture, "a.bmp")
+        write_image(picture, "a.bmp")
 
 
 # ---- errors
@@ -499,12 +499,12 @@ CLIP = PatchStage("block 1", np.zeros((2, 2, 2), dtype=int))
         (lambda: group_colours(photo(1, 8), STAGE.groups), "at most a patch a pixel, 1 x 8, got 2 x 2"),
         (lambda: group_colours(photo(8, 8) / 255, STAGE.groups), "uint8 array .* got float64"),
         (lambda: group_colours("a.png", STAGE.groups), "got str"),  # type: ignore[arg-type]
-        (lambda: merged_picture(photo(8, 8), []), "stages must be at least one PatchStage, got none"),
-        (lambda: merged_picture(photo(8, 8), ["block"]), "must be PatchStages, got str"),  # type: ignore[list-item]
-        (lambda: merged_picture(photo(8, 8), [STAGE, CLIP]), r"must be \(1, H, W\), got \(2, 2, 2\) of 'block 1'"),
-        (lambda: merged_picture(photo(8, 8), [STAGE], width=100), "width must be .* at least 300, got 100"),
-        (lambda: merged_picture(photo(8, 8), [STAGE], max_stages=6), "max_stages must be at most 5, got 6"),
-        (lambda: video_strip([], CLIP), "frames must be at least one picture"),
+        (lambda: merged_image(photo(8, 8), []), "stages must be at least one PatchStage, got none"),
+        (lambda: merged_image(photo(8, 8), ["block"]), "must be PatchStages, got str"),  # type: ignore[list-item]
+        (lambda: merged_image(photo(8, 8), [STAGE, CLIP]), r"must be \(1, H, W\), got \(2, 2, 2\) of 'block 1'"),
+        (lambda: merged_image(photo(8, 8), [STAGE], width=100), "width must be .* at least 300, got 100"),
+        (lambda: merged_image(photo(8, 8), [STAGE], max_stages=6), "max_stages must be at most 5, got 6"),
+        (lambda: video_strip([], CLIP), "frames must be at least one image"),
         (lambda: video_strip([photo(8, 8)] * 3, CLIP), r"multiple of the 2 steps in time of groups .*, got 3"),
         (lambda: video_strip([photo(8, 8), photo(8, 9)], CLIP), "size of the first, 8 x 8, got 8 x 9 at 1"),
         (lambda: video_strip([photo(8, 8)] * 2, CLIP, max_frames=9), "max_frames must be at most 8, got 9"),

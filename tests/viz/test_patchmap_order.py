@@ -1,4 +1,4 @@
-"""Pictures of what was chosen one after another."""
+"""Images of what was chosen one after another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.merge.collect import patch_ranks
 from quickmerge.merge.tokens import Count, TokenView
 from quickmerge.viz.patchmap import PatchStage, cell_of_pixel, dimmed
-from quickmerge.viz.patchmap_sheet import last_turn, merged_picture, number_size, ordered, rim, turn_colours, width_of
+from quickmerge.viz.patchmap_sheet import last_turn, merged_image, number_size, ordered, rim, turn_colours, width_of
 
 FEW = settings(max_examples=30, deadline=None)
 
@@ -119,7 +119,7 @@ def test_numbers_are_where_their_patches_are() -> None:
 def test_the_sheet_explains_the_colours() -> None:
     with_order = pruned(4, 4, 6)
     without = PatchStage(with_order.name, with_order.groups)
-    one, other = (merged_picture(photo(64, 64), stage, "A title") for stage in (with_order, without))
+    one, other = (merged_image(photo(64, 64), stage, "A title") for stage in (with_order, without))
     assert one.height > other.height  # a line for the key
     foot = np.asarray(one)[-60:].astype(int)
     first, last = (turn_colours(np.array([turn]), 6)[0] for turn in (1, 6))
@@ -130,8 +130,8 @@ def test_the_sheet_explains_the_colours() -> None:
 def test_what_is_not_chosen_in_turns_looks_as_it_did() -> None:
     mixed = [PatchStage("block 1", np.zeros((1, 4, 4), dtype=int)), pruned(4, 4, 5)]
     assert last_turn(mixed) == 5 and last_turn(mixed[:1]) == 0
-    picture = np.asarray(merged_picture(np.full((64, 64, 3), 200, np.uint8), mixed))
-    only = np.asarray(merged_picture(np.full((64, 64, 3), 200, np.uint8), [mixed[0], mixed[0]]))
+    picture = np.asarray(merged_image(np.full((64, 64, 3), 200, np.uint8), mixed))
+    only = np.asarray(merged_image(np.full((64, 64, 3), 200, np.uint8), [mixed[0], mixed[0]]))
     middle = slice(picture.shape[1] // 3, 2 * picture.shape[1] // 3 - 20)
     np.testing.assert_array_equal(picture[28:300, middle], only[28:300, middle])
 
@@ -180,6 +180,6 @@ def test_ranks_follow_slots_and_not_tokens() -> None:
     assert patch_ranks(slot, order, groups).tolist() == [[1, 1, 0], [2, 0, 2]]
 
 
-def test_a_picture_of_one_patch() -> None:
+def test_an_image_of_one_patch() -> None:
     stage = PatchStage("", np.zeros((1, 1, 1), dtype=int), 0, np.ones((1, 1, 1), dtype=int))
-    assert merged_picture(Image.new("RGB", (8, 8)), stage).width == 1200
+    assert merged_image(Image.new("RGB", (8, 8)), stage).width == 1200

@@ -81,7 +81,7 @@ def test_terminal_map_shows_text_as_it_is() -> None:
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 @pytest.mark.parametrize("dark", [False, True])
-def test_picture_is_written_and_the_same_every_time(tmp_path: Path, suffix: str, dark: bool) -> None:
+def test_image_is_written_and_the_same_every_time(tmp_path: Path, suffix: str, dark: bool) -> None:
     paths = [tmp_path / f"{name}.{suffix}" for name in ("one", "two")]
     for path in paths:
         with warnings.catch_warnings():
@@ -99,7 +99,7 @@ def test_picture_is_written_and_the_same_every_time(tmp_path: Path, suffix: str,
     assert b"<dc:date>" not in content
 
 
-def test_picture_checks_its_arguments(tmp_path: Path) -> None:
+def test_image_checks_its_arguments(tmp_path: Path) -> None:
     with pytest.raises(QuickmergeError, match=r"\.png or \.svg"):
         token_map_figure(CELLS, tmp_path / "map.jpg", title="x")
     with pytest.raises(QuickmergeError, match="20 columns"):

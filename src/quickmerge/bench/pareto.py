@@ -177,7 +177,7 @@ def _candidates(axes: Axes, label: Label) -> Iterator[_Spot]:
 Cost = Literal["flops_ratio", "prefill_seconds", "cache_ratio"]
 
 COSTS: dict[str, str] = {
-    "flops_ratio": "compute to read the prompt, as a share of the full prompt",
+    "flops_ratio": "FLOPs to read the prompt, as a share of the full prompt",
     "prefill_seconds": "time to read the prompt, in seconds",
     "cache_ratio": "cache memory, as a share of the full prompt",
 }
@@ -257,7 +257,7 @@ _ABOVE = 4.0  # points between an interval and the keep value over it
 
 
 def pareto_chart(rows: Sequence[Row], *, x: Cost = "flops_ratio", y: str = _RECOVERY) -> Markup:
-    """Return a picture of recovery against cost, one line for each reducer over its keep values.
+    """Return an image of recovery against cost, one line for each reducer over its keep values.
 
     Args:
         rows: The benchmark's rows; rows of one kind of document count only where there are no others.

@@ -108,7 +108,7 @@ COLUMNS = (
     Column("prefill", _in(seconds, "prefill_seconds")),
     Column("speed-up", _in(times, "prefill_speedup")),
     Column("reducer time", _in(seconds, "reducer_seconds"), spare=True),
-    Column("compute", _in(percent, "flops_ratio")),
+    Column("FLOPs", _in(percent, "flops_ratio")),
     Column("cache", _cache),
 )
 
@@ -223,7 +223,7 @@ def _result(row: Row) -> str:
 
 def _numbers(row: Row, of: str = "") -> str:
     compute = number(row, "flops_ratio")
-    cost = "" if compute is None else f" for {percent(compute)} of the compute"
+    cost = "" if compute is None else f" for {percent(compute)} of the FLOPs"
     return f"{percent(_recovery(row))}{of}{cost}"
 
 

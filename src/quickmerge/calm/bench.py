@@ -1,4 +1,4 @@
-"""The benchmark of CALMs: BrierLM, operations for a token, and tokens a second, of every model."""
+"""The benchmark of CALMs: BrierLM, FLOPs for a token, and tokens a second, of every model."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ _METHOD = (
     "by itself, at the same places of the same texts for every model. CALMs are measured by draws, ordinary models by "
     "their probabilities; both are unbiased. Intervals are of 95 %, over documents or windows drawn with replacement, "
     "and differences are paired.",
-    "Operations for a token are two for each weight of a matrix, with attention to half a window, the head, and the "
+    "FLOPs for a token are two for each weight of a matrix, with attention to half a window, the head, and the "
     "autoencoder's decoder with its logits. Speed is tokens a second of whole calls, models taking turns: medians and "
     "quartiles.",
 )
@@ -116,7 +116,7 @@ MODEL = Column("model", text("method"))
 PATCH = Column("K", unless(lambda r: r["kind"] == "tokens", text("patch")))
 BRIER = Column("BrierLM", interval("brier_lm", ".2f"))
 PARAMETERS = Column("parameters", number("parameters", ".2f", scale=1e-6, unit=" M"))
-OPERATIONS = Column("operations/token", lambda r: f"{r['flops'] / 1e6:.2f} M ({r['flops_ratio']:.2f}x)")
+OPERATIONS = Column("FLOPs/token", lambda r: f"{r['flops'] / 1e6:.2f} M ({r['flops_ratio']:.2f}x)")
 gap = interval("gap", "+.2f")
 """The difference to the model that others are set beside."""
 
@@ -136,7 +136,7 @@ def calm_report(rows: Rows, speeds: Rows, draws: Rows, meta: Mapping[str, Any]) 
 
 
 def brier_table(rows: Rows, speeds: Rows) -> Table:
-    """BrierLM, the difference, parameters, operations and tokens a second by batch."""
+    """BrierLM, the difference, parameters, FLOPs and tokens a second by batch."""
     paces = [
         Column(f"tokens/s, batch {batch}", pace(speeds, batch), short=pace(speeds, batch, spread=False))
         for batch in dict.fromkeys(s["batch"] for s in speeds)
@@ -147,7 +147,7 @@ def brier_table(rows: Rows, speeds: Rows) -> Table:
 def pace(speeds: Rows, batch: int, form: str = ".0f", *, spread: bool = True) -> Cell:
     """Tokens a second of a row's model at that batch, with quartiles, and their ratio to the other model's."""
     found = {s["method"]: s for s in speeds if s["batch"] == batch}
-    write = (interval if spread else number)("per_second", form)
+    write = (interval if spread else number)("tokens_per_second", form)
     return lambda r: f"{write(found[r['method']])}, {found[r['method']]['speedup']:.2f}x"
 
 
@@ -172,6 +172,6 @@ def draws_table(draws: Rows) -> Table:
         Column("same twice", number("same", ".1f", scale=100, unit=" %")), Column("draws", number("draws", ".1f")),
         Column("by the formula", number("expected", ".1f")),
         Column("gave up", number("gave_up", ".0f", scale=100, unit=" %")),
-        Column("operations/token", number("flops", ".1f", scale=1e-6, unit=" M")),
+        Column("FLOPs/token", number("flops", ".1f", scale=1e-6, unit=" M")),
     ]  # fmt: skip
     return Table(columns, draws)

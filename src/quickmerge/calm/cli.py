@@ -141,7 +141,7 @@ def _streamer(raw: bool) -> Any:
     return TextStreamer if raw else Cleaned
 
 
-# ``quickmerge bench calm``: BrierLM, operations and speed of CALMs and ordinary language models.
+# ``quickmerge bench calm``: BrierLM, FLOPs and speed of CALMs and ordinary language models.
 
 
 def parse_models(text: str) -> dict[str, str]:

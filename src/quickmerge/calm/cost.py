@@ -1,6 +1,6 @@
 """What a token costs, written or learnt from: of a CALM, whose parts work once per K tokens, and of its yardstick.
 
-Operations are two for each weight of a matrix that a vector passes. Lookups, norms and activations are left out.
+FLOPs are two for each weight of a matrix that a vector passes. Lookups, norms and activations are left out.
 
 - Reading: ``2 P`` for the P weights of backbone and input network, and ``4 n H d`` in each layer for attention to n
   entries. An ordinary model has its output matrix too. A CALM does this once in K tokens, to 1/K as many entries.
@@ -50,7 +50,7 @@ BACKWARD = 3
 
 @dataclass(frozen=True)
 class TokenCost:
-    """Operations for one token of text, by where they are spent.
+    """FLOPs for one token of text, by where they are spent.
 
     Attributes:
         reading: matrices of the transformer, and of the network that makes a vector of K tokens.
@@ -71,7 +71,7 @@ class TokenCost:
 
 
 def writing_cost(model: Any, context: float, draws: int = 1) -> TokenCost:
-    """Operations of writing a token when ``context`` tokens stand before it, with a cache.
+    """FLOPs of writing a token when ``context`` tokens stand before it, with a cache.
 
     Args:
         model: a CALM or a causal LM of transformers.
@@ -96,7 +96,7 @@ def writing_cost(model: Any, context: float, draws: int = 1) -> TokenCost:
 
 
 def training_cost(model: Any, length: int) -> TokenCost:
-    """Operations of learning from a token of texts of ``length`` tokens; of a CALM without its autoencoder's training.
+    """FLOPs of learning from a token of texts of ``length`` tokens; of a CALM without its autoencoder's training.
 
     Raises:
         UnsupportedModelError: the model has matrices that are no linear layers.
@@ -118,7 +118,7 @@ def training_cost(model: Any, length: int) -> TokenCost:
 
 
 def autoencoder_training_cost(autoencoder: Any) -> float:
-    """Operations of the autoencoder's training for each token that it sees, with the exact cross-entropy."""
+    """FLOPs of the autoencoder's training for each token that it sees, with the exact cross-entropy."""
     config = autoencoder.config
     chunk = torch.zeros(1, config.patch, dtype=torch.long, device=autoencoder.device)
     latent = torch.zeros(1, config.latent, device=autoencoder.device, dtype=autoencoder.dtype)
@@ -127,7 +127,7 @@ def autoencoder_training_cost(autoencoder: Any) -> float:
 
 
 def counted(call: Callable[[], Any]) -> float:
-    """Operations of the matrix products of a call, two for each weight; attention kernels of torch are not seen."""
+    """FLOPs of the matrix products of a call, two for each weight; attention kernels of torch are not seen."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     return float(counter.get_total_flops())
@@ -144,13 +144,13 @@ def matrix_weights(model: nn.Module) -> int:
         odd = [name for name, p in module.named_parameters(recurse=False) if p.ndim > 1]
         if odd and not isinstance(module, known):
             raise UnsupportedModelError(
-                f"operations can be counted of linear layers only, and {type(module).__name__} has {odd[0]} of its own"
+                f"FLOPs can be counted of linear layers only, and {type(module).__name__} has {odd[0]} of its own"
             )
     return sum(m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)))
 
 
 def _reading(model: Any) -> float:
-    """Operations of a CALM for a chunk: the network that embeds it, and the backbone's matrices."""
+    """FLOPs of a CALM for a chunk: the network that embeds it, and the backbone's matrices."""
     return 2.0 * (matrix_weights(model.backbone) + matrix_weights(model.embedding))
 
 
@@ -163,7 +163,7 @@ def _ends(model: Any) -> tuple[nn.Module, int]:
 
 
 def _attention(config: Any, entries: float) -> float:
-    """Operations of one position that attends to so many entries, in all layers."""
+    """FLOPs of one position that attends to so many entries, in all layers."""
     heads = int(config.num_attention_heads)
     size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     return 4.0 * entries * heads * size * int(config.num_hidden_layers)
@@ -252,8 +252,8 @@ def write_on(model: Any, prompts: Tensor, new: int, seed: int) -> tuple[float, i
 def speed_rows(records: Sequence[Row], against: str | None = None) -> list[Row]:
     """A row for each batch and model: medians over rounds, with quartiles.
 
-    ``per_second`` is tokens a second, ``speedup`` the same over that of the model ``against`` (the first unless given)
-    in the same round.
+    ``tokens_per_second`` is tokens a second, ``speedup`` the same over that of the model ``against`` (the first unless
+    given) in the same round.
     """
     other = against if against is not None else records[0]["method"]
     rows = []
@@ -262,7 +262,7 @@ def speed_rows(records: Sequence[Row], against: str | None = None) -> list[Row]:
         own = {r["round"]: r["tokens"] / r["seconds"] for r in records if (r["batch"], r["method"]) == (batch, other)}
         row: Row = {"method": method, "batch": batch, "against": other, "rounds": len(pace)}
         ratios = [pace[turn] / own[turn] for turn in pace]
-        for name, values in (("per_second", list(pace.values())), ("speedup", ratios)):
+        for name, values in (("tokens_per_second", list(pace.values())), ("speedup", ratios)):
             row |= spread(name, values)
         rows.append(row)
     return rows

@@ -26,15 +26,15 @@ def print_answers(
 
     Args:
         method: what tokens are reduced by, or another way to save.
-        compare: ask the model as it is, too.
-        ask: gives an answer, with ``text`` and ``stats``; of None, one of the model as it is.
+        compare: ask the unmodified model, too.
+        ask: gives an answer, with ``text`` and ``stats``; of None, one of the unmodified model.
         note: what else to say on stderr of the answer by ``method``.
         names: of the two ways.
         raw: print the answers as they are, for those who want the very bytes.
         alone: the model without anything of ours, see `one_sentence`.
 
     Returns:
-        Answers by name: by ``method`` and, if compared, of the model as it is.
+        Answers by name: by ``method`` and, if compared, of the unmodified model.
     """
     from quickmerge.terminal import Terminal
 

@@ -1,4 +1,4 @@
-"""Pictures with what is on them and questions about them, as a user or a benchmark writes them down."""
+"""Images with what is on them and questions about them, as a user or a benchmark writes them down."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quickmerge.errors import QuickmergeError, half_character
 __all__ = ["ANNOTATIONS", "Annotated", "Question", "read_annotated"]
 
 ANNOTATIONS = "annotations.jsonl"
-"""The file beside the pictures, one line of JSON a picture."""
+"""The file beside the images, one line of JSON an image."""
 OTHER = "other"
 """The kind of a question that names none."""
 FARTHEST = 1e9
@@ -23,7 +23,7 @@ FORM = '{"image": "a.png", "labels": ["cat"], "questions": [{"question": "Where 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture, its short answer, and its kind, which results are told apart by."""
+    """A question about an image, its short answer, and its kind, which results are told apart by."""
 
     kind: str
     question: str
@@ -32,7 +32,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Placed:
-    """What stands in a part of a picture, in words, and the part: left, top, right and bottom in pixels."""
+    """What stands in a part of an image, in words, and the part: left, top, right and bottom in pixels."""
 
     text: str
     box: tuple[float, float, float, float]
@@ -49,7 +49,7 @@ class Annotated:
 
 
 def read_annotated(folder: Path) -> list[Annotated]:
-    """Read the annotated pictures of a folder, in the order of their lines.
+    """Read the annotated images of a folder, in the order of their lines.
 
     Args:
         folder: holds `annotations.jsonl`, one JSON object a line: ``image``, a file's path within the folder, and
@@ -58,14 +58,14 @@ def read_annotated(folder: Path) -> list[Annotated]:
             top, right and bottom of it in pixels. Other keys are passed over, and so are empty lines.
 
     Returns:
-        At least one picture, each with a label or a question. The images are there; they are not opened.
+        At least one image, each with a label or a question. The images are there; they are not opened.
 
     Raises:
         QuickmergeError: something is missing or not of this form; the message names the file and the line.
     """
     file = folder / ANNOTATIONS
     if not file.is_file():
-        raise QuickmergeError(f"there is no file {file}: it must hold a line such as {FORM} for each picture")
+        raise QuickmergeError(f"there is no file {file}: it must hold a line such as {FORM} for each image")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -78,7 +78,7 @@ def read_annotated(folder: Path) -> list[Annotated]:
         if line.strip()
     ]
     if not found:
-        raise QuickmergeError(f"{file} is empty: it must hold a line such as {FORM} for each picture")
+        raise QuickmergeError(f"{file} is empty: it must hold a line such as {FORM} for each image")
     return found
 
 

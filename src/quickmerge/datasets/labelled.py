@@ -70,7 +70,7 @@ def _by_channel(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values)[:, None, None]
 
 
-class LabelledPictures(Dataset[tuple[Tensor, int]]):
+class LabelledImages(Dataset[tuple[Tensor, int]]):
     """Images with the numbers of their classes.
 
     To train on, each is cut out at random (a share of its area in ``area``, sides in a ratio of 3:4 to 4:3) and

@@ -1,4 +1,4 @@
-"""Questions about pictures, packed: several of one picture stand behind the same image, none sees another."""
+"""Questions about images, packed: several of one image stand behind the same image, none sees another."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from quickmerge.models.chat import answer_ids, prompt_ids
 if TYPE_CHECKING:
     from quickmerge.datasets.annotated import Annotated
 
-__all__ = ["AskedPictures", "AskedTokens", "Packed", "Row", "pack"]
+__all__ = ["AskedImages", "AskedTokens", "Packed", "Row", "pack"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class AskedTokens:
 
 @dataclass(frozen=True)
 class Row:
-    """A picture as the tower takes it, ``(3, H, W)``, the tokens up to the end of the image, and questions."""
+    """An image as the tower takes it, ``(3, H, W)``, the tokens up to the end of the image, and questions."""
 
     pixels: Tensor
     prefix: tuple[int, ...]
@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Packed:
-    """Pictures with questions as one batch.
+    """Images with questions as one batch.
 
     Args:
         pixels: ``(B, 3, H, W)``.
@@ -68,7 +68,7 @@ class Packed:
 
 
 def pack(rows: Sequence[Row], padding: int = 0) -> Packed:
-    """One batch of some pictures with their questions; ``padding`` is the token that fills up."""
+    """One batch of some images with their questions; ``padding`` is the token that fills up."""
     tokens = [[*row.prefix, *(each for q in row.questions for each in (*q.asked, *q.answer))] for row in rows]
     shape = (len(rows), max(map(len, tokens)))
     ids, group = torch.full(shape, padding), torch.zeros(shape, dtype=torch.long)
@@ -94,19 +94,19 @@ def pack(rows: Sequence[Row], padding: int = 0) -> Packed:
     )
 
 
-class AskedPictures(Dataset[Row]):
-    """Annotated pictures, each with some of its questions, drawn anew each time from torch's global generator.
+class AskedImages(Dataset[Row]):
+    """Annotated images, each with some of its questions, drawn anew each time from torch's global generator.
 
     Args:
-        pictures: with questions; those without any are passed over.
+        images: with questions; those without any are passed over.
         tokenizer: of a model that `new_vlm` made.
         form: what its tower wants to be shown.
         image_tokens: how many tokens stand for an image.
         image_token: their id.
-        questions: how many at most of each picture; None all of them, in their order.
+        questions: how many at most of each image; None all of them, in their order.
 
     Raises:
-        QuickmergeError: there is no picture with a question, or, when one is asked for, an image can't be read.
+        QuickmergeError: there is no image with a question, or, when one is asked for, an image can't be read.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class AskedPictures(Dataset[Row]):
             questions = whole_number("questions", questions)
         asked = [picture for picture in pictures if picture.questions]
         if not asked:
-            raise QuickmergeError("pictures must hold at least one with a question, got none")
+            raise QuickmergeError("images must hold at least one with a question, got none")
         self.pictures = asked
         self._images = ImageFolder([picture.path for picture in asked], (form.height, form.width))
         self._form, self._most = form, questions
@@ -133,7 +133,7 @@ class AskedPictures(Dataset[Row]):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> Row:
-        """One picture with questions."""
+        """One image with questions."""
         all_of_it = self.pictures[index].questions
         chosen = list(all_of_it)
         if self._most is not None:
@@ -148,11 +148,11 @@ class AskedPictures(Dataset[Row]):
         return Row(self.pixels(index), prefix, tuple(made))
 
     def pixels(self, index: int) -> Tensor:
-        """One picture alone, ``(3, H, W)``, standardised."""
+        """One image alone, ``(3, H, W)``, standardised."""
         return self._form.standardised(self._images[index])
 
     def describe(self, index: int) -> str:
-        """What a picture is called."""
+        """What an image is called."""
         return self._images.describe(index)
 
     def fingerprint(self) -> str:

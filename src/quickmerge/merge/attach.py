@@ -120,15 +120,15 @@ def reduce(
     alone. What the model pools, it pools as if every original token that was not dropped were still there. Enter the
     run before `torch.compile` or `torch.export`.
 
-    In a vision-language model visual tokens alone are taken out, a picture (or video) at a time with a budget of its
+    In a vision-language model visual tokens alone are taken out, an image (or video) at a time with a budget of its
     own, behind the projector or in front of blocks of the language model. The tower and the projector run as always,
     and so do ``generate`` and its check of placeholders. Every other token stays. Behind the projector a method sees
     the visual tokens as the language model gets them, or the features of the tower where it is made for these (SCOPE),
     with what it asks for: attention and keys of the tower's layer, the embeddings of the instruction, the grid. Inside
     it sees the residual stream, and attention and keys of the block below. Rows that end with different numbers of
-    tokens are padded on the left. Pictures of a later turn, read behind a filled cache, are read in full, and so are
-    those that come in ``inputs_embeds`` without ids. A picture of LLaVA-NeXT is one set of tokens with its crops, but
-    every tile of Idefics3 and SmolVLM is a picture.
+    tokens are padded on the left. Images of a later turn, read behind a filled cache, are read in full, and so are
+    those that come in ``inputs_embeds`` without ids. An image of LLaVA-NeXT is one set of tokens with its crops, but
+    every tile of Idefics3 and SmolVLM is an image.
 
     Args:
         model: a causal LM of one of the proven families (`quickmerge.models.decoder.FAMILIES`), or a vision transformer

@@ -126,7 +126,7 @@ def frame_stage(model: Any, pixels: Tensor, across: Reducer) -> PatchStage:
     return PatchStage("merged across time", tokens.slot[0].reshape(tokens.grid).cpu().numpy())
 
 
-def as_picture(pixels: Tensor, form: PixelFormat) -> Image.Image:
+def as_image(pixels: Tensor, form: PixelFormat) -> Image.Image:
     """What a model saw of an image ``(3, H, W)``, put back into colours."""
     x = form.plain(pixels.float().cpu())
     return Image.fromarray((x.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
@@ -170,13 +170,13 @@ def seen_by(processor: Any, pixels: Tensor, photo: Image.Image, grid: tuple[int,
     """What a model saw of ``photo``: its last tile, or the whole where patches of ``grid`` are listed one by one."""
     maker = processor.image_processor
     if pixels.ndim < 4:
-        # Scaled to whole patches, and nothing cut off. How many pixels a patch has does not matter to a picture.
+        # Scaled to whole patches, and nothing cut off. How many pixels a patch has does not matter to an image.
         scale = max(photo.width / grid[2], photo.height / grid[1], 8)
         return photo.resize((round(grid[2] * scale), round(grid[1] * scale)), Image.Resampling.BICUBIC)
     tile = pixels.flatten(0, -4)[-1]
     scaled = getattr(maker, "do_normalize", True)
     mean, std = (maker.image_mean, maker.image_std) if scaled else ((0.0,) * 3, (1.0,) * 3)
-    return as_picture(tile, PixelFormat(tile.shape[-2], tile.shape[-1], tuple(mean), tuple(std)))
+    return as_image(tile, PixelFormat(tile.shape[-2], tile.shape[-1], tuple(mean), tuple(std)))
 
 
 def _place(layer: Any) -> str:

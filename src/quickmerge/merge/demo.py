@@ -37,7 +37,7 @@ def cost_table(data: _Run, full: _Run, reduced: _Run) -> Markup:
     lines.append(("tokens per layer once reduced", count(tokens_in), count(kept), change(tokens_in, kept)))
     compute = number(data, "flops_ratio")
     if compute is not None:
-        lines.append(("compute to read the prompt", "100%", percent(compute), change(1.0, compute)))
+        lines.append(("FLOPs to read the prompt", "100%", percent(compute), change(1.0, compute)))
     for name, key, write in (
         ("time to read the prompt", "prefill_seconds", seconds),
         ("of which choosing and merging tokens", "reducer_seconds", seconds),
@@ -96,7 +96,7 @@ def measured(data: _Run) -> list[str]:
         f"The same model read the same prompt twice: once in full, and once with the reducer "
         f"“{words(data, 'reducer')}” set to keep {keep} of the tokens "
         f"on average over the layers from {layer} on. Everything else was the same.",
-        "Times are by the clock on the machine named here and differ on another one; token counts, compute and cache "
+        "Times are by the clock on the machine named here and differ on another one; token counts, FLOPs and cache "
         "memory follow from the model and the prompt.",
     ]
     method = data.get("method")

@@ -90,9 +90,9 @@ class RunStats:
 
 @dataclass
 class VisualStats(RunStats):
-    """The same of a model that reads pictures, with its visual tokens counted, mean over rows, before and after.
+    """The same of a model that reads images, with its visual tokens counted, mean over rows, before and after.
 
-    ``images`` is how many pictures and videos the prompt held (tiles, where a model cuts pictures up beforehand), 0
+    ``images`` is how many images and videos the prompt held (tiles, where a model cuts images up beforehand), 0
     where nobody told them apart.
     ``tower_seconds`` is the vision tower, measuring inside; ``reducer_seconds`` counts the measuring too.
     """
@@ -106,7 +106,7 @@ class VisualStats(RunStats):
         if not self.tokens_per_layer:
             return super().__str__()
         first, *rest = super().__str__().split("\n")
-        of = f" of {self.images} picture(s)" if self.images else ""
+        of = f" of {self.images} image(s)" if self.images else ""
         seen = f"  visual:  {self.visual_in:g} tokens{of}, {self.visual_kept:g} kept"
         return "\n".join([first, seen, *rest[:1], f"  tower:   {self.tower_seconds:.3f} s", *rest[1:]])
 
@@ -293,7 +293,7 @@ class Run(Attachment):
         return self._last
 
 
-# Measuring a model as it is, with the instruments that measure a reduced one.
+# Measuring an unmodified model, with the instruments that measure a reduced one.
 
 
 class ObserveRun(Run):
@@ -360,7 +360,7 @@ class ObserveRun(Run):
 
 
 def observe(model: PreTrainedModel) -> ObserveRun:
-    """Time a model as it is: ``with observe(model) as run: model.generate(...)`` and then ``run.summary()``.
+    """Time an unmodified model: ``with observe(model) as run: model.generate(...)`` and then ``run.summary()``.
 
     Raises:
         UnsupportedModelError: for a model that could not be reduced either.

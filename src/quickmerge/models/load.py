@@ -298,7 +298,7 @@ def find_name(name: str, embedded: Mapping[str, str] = MODELS) -> str:
     return name
 
 
-# A model without its weights: enough to count tokens, operations and bytes.
+# A model without its weights: enough to count tokens, FLOPs and bytes.
 
 
 def load_shape_only(name: str) -> PreTrainedModel:

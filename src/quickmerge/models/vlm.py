@@ -23,8 +23,8 @@ class Family:
     """How the models of one family are built.
 
     ``tower`` and ``text`` name the parts of the base model. ``layout`` says how the tower's patches become visual
-    tokens: ``"patches"``, one each; ``"tiles"``, squares of patches of every picture or tile of one; ``"packed"``,
-    squares too, of all pictures in one sequence. ``mrope`` is True where visual tokens have places in three directions,
+    tokens: ``"patches"``, one each; ``"tiles"``, squares of patches of every image or tile of one; ``"packed"``,
+    squares too, of all images in one sequence. ``mrope`` is True where visual tokens have places in three directions,
     and ``raster`` where the patches of a packed sequence are in the order of lines, not of squares.
     """
 
@@ -119,7 +119,7 @@ def find_vlm(model: PreTrainedModel, shared: bool = False) -> Vlm:
     else:
         inner = tower.vision_model.encoder.layers if family.raster else tower.blocks
         blocks, merge = inner, tower.config.spatial_merge_size
-    # Windowed blocks see a corner each; the last block that sees the whole picture is asked.
+    # Windowed blocks see a corner each; the last block that sees the whole image is asked.
     block = max(getattr(tower.config, "fullatt_block_indexes", None) or [len(blocks) - 1])
     attention = getattr(blocks[block], "attn", None) or blocks[block].self_attn
     return Vlm(model, base, decoder, tower, attention, block, int(merge), None)
@@ -221,7 +221,7 @@ def check_kind(model: Any, language: bool = False) -> None:
 
     Args:
         model: what was given.
-        language: whether it must be a language model, with pictures or without.
+        language: whether it must be a language model, with images or without.
     """
     name = type(model).__name__
     if not isinstance(model, nn.Module):

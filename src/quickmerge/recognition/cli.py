@@ -1,4 +1,4 @@
-"""``quickmerge recognize``: name what is in pictures, in free words or from a list."""
+"""``quickmerge recognize``: name what is in images, in free words or from a list."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def recognize(
     network = Recognizer.from_pretrained(model)
     form = pixel_format(network)
     pictures = ImageFolder(images, (form.height, form.width))
-    # Every picture is opened before the first is looked at, so that a bad one is told at once.
+    # Every image is opened before the first is looked at, so that a bad one is told at once.
     pixels = [form.standardised(pictures[index]) for index in range(len(pictures))]
     found: list[list[Guess]] = []
     with progress() as bar, one_sentence(), torch.inference_mode():
@@ -116,7 +116,7 @@ def as_rows(guesses: Sequence[Guess], top: int, minimum: float, *, closed: bool)
 
 
 def show(path: Path, rows: Sequence[dict[str, Any]], *, raw: bool = False) -> None:
-    """Print a picture's labels as a table; ``raw``, as lines of label, tab and probability, the labels as they are."""
+    """Print an image's labels as a table; ``raw``, as lines of label, tab and probability, the labels as they are."""
     if raw:
         print(path)
         for row in rows:

@@ -1,4 +1,4 @@
-"""``quickmerge train recognizer``: teach the first blocks of a language model to name what is in a picture."""
+"""``quickmerge train recognizer``: teach the first blocks of a language model to name what is in an image."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def recognizer(
     *,
     training: Training,
 ) -> None:
-    """Train a recogniser: it names the objects in a picture in free words, most probable first."""
+    """Train a recogniser: it names the objects in an image in free words, most probable first."""
     quiet()
     import torch
 
@@ -84,9 +84,9 @@ def recognizer(
         )  # fmt: skip
         del encoder, language  # the recogniser has copies of what it needs
         dataset = scenes_of(scenes, network)
-        left = f"; {dataset.unlabelled} pictures without labels are left out" if dataset.unlabelled else ""
+        left = f"; {dataset.unlabelled} images without labels are left out" if dataset.unlabelled else ""
         kinds = len({label for labels in dataset.labels for label in labels})
-        say(f"{len(dataset)} pictures with {kinds} different labels{left}")
+        say(f"{len(dataset)} images with {kinds} different labels{left}")
         shown = settings.steps * settings.batch * settings.accumulate
         keep_features(network, dataset, features, shown=shown, half=settings.precision == "bf16")
         result = train_recognizer(
@@ -98,27 +98,27 @@ def recognizer(
 
 
 def annotated(folders: Sequence[Path]) -> list[Any]:
-    """The annotated pictures of some folders, one after the other."""
+    """The annotated images of some folders, one after the other."""
     from quickmerge.datasets.annotated import read_annotated
 
     return [scene for folder in folders for scene in read_annotated(folder)]
 
 
 def scenes_of(scenes: Sequence[Any], network: Recognizer) -> LabelledScenes:
-    """Pictures as a recogniser wants to be shown them."""
+    """Images as a recogniser wants to be shown them."""
     from quickmerge.recognition.train import LabelledScenes, pixel_format
 
     return LabelledScenes(scenes, pixel_format(network))
 
 
 def keep_features(network: Recognizer, dataset: LabelledScenes, wanted: bool | None, *, shown: int, half: bool) -> None:
-    """Read the pictures once and keep their features, where that is asked for, or fits and saves something.
+    """Read the images once and keep their features, where that is asked for, or fits and saves something.
 
     Args:
         network: whose frozen encoder reads.
-        dataset: the pictures; it then gives out features.
-        wanted: True: in any case; False: not at all; None: where they fit into memory and pictures come twice.
-        shown: pictures that the training will look at in all.
+        dataset: the images; it then gives out features.
+        wanted: True: in any case; False: not at all; None: where they fit into memory and images come twice.
+        shown: images that the training will look at in all.
         half: let the encoder compute in bfloat16.
 
     Raises:
@@ -126,15 +126,15 @@ def keep_features(network: Recognizer, dataset: LabelledScenes, wanted: bool | N
     """
     from quickmerge.recognition.train import feature_bytes, read_features
 
-    if not reads_once(wanted, "pictures", len(dataset), lambda: feature_bytes(network, dataset), looks=shown):
+    if not reads_once(wanted, "images", len(dataset), lambda: feature_bytes(network, dataset), looks=shown):
         return
     with progress() as bar:
-        task = bar.add_task("reading the pictures", total=len(dataset))
+        task = bar.add_task("reading the images", total=len(dataset))
         dataset.keep(read_features(network, dataset, half=half, advance=lambda count: bar.update(task, advance=count)))
 
 
 def measure(network: Recognizer, dataset: LabelledScenes, *, top: int = 10, batch: int = 8) -> dict[str, Any]:
-    """Print how good the labels are that a recogniser gives to pictures that it was not trained on."""
+    """Print how good the labels are that a recogniser gives to images that it was not trained on."""
     import torch
 
     from quickmerge.recognition.metric import scores
@@ -142,7 +142,7 @@ def measure(network: Recognizer, dataset: LabelledScenes, *, top: int = 10, batc
 
     given: list[list[str]] = []
     with progress() as bar:
-        task = bar.add_task("naming what is in the test pictures", total=len(dataset))
+        task = bar.add_task("naming what is in the test images", total=len(dataset))
         for start in range(0, len(dataset), batch):
             rows = range(start, min(start + batch, len(dataset)))
             pixels = torch.stack([dataset.pixels(index) for index in rows])
@@ -156,10 +156,10 @@ def measure(network: Recognizer, dataset: LabelledScenes, *, top: int = 10, batc
         say(f"labels can't be compared by meaning: {error}")
     found = scores(dataset.labels, given, encode)
     at, own = found["exact_at"], found["exact_at_own"]
-    print(f"exact recall on {len(dataset)} pictures: {at['5']['recall']:.3f} at 5, {at['10']['recall']:.3f} at 10, "
+    print(f"exact recall on {len(dataset)} images: {at['5']['recall']:.3f} at 5, {at['10']['recall']:.3f} at 10, "
           f"{own['recall']:.3f} at as many as there are (precision {own['precision']:.3f})")  # fmt: skip
     if encode is not None:
-        for name, key in (("by meaning", "meaning"), ("its floor, references of other pictures", "floor")):
+        for name, key in (("by meaning", "meaning"), ("its floor, references of other images", "floor")):
             if (value := found[key]) is not None:
                 print(f"{clean_name(name)}: R {value['recall']:.3f}, P {value['precision']:.3f}, F1 {value['f1']:.3f}")
     return found

@@ -58,7 +58,7 @@ class Meaning:
 
 @dataclass(frozen=True)
 class Exact:
-    """Means over images of what is found to the letter.
+    """Means over images of what is found by exact match.
 
     Args:
         recall: share of the references among the predictions.

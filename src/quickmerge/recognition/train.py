@@ -19,7 +19,7 @@ from quickmerge.recognition.labels import Packed
 from quickmerge.recognition.language import read
 from quickmerge.recognition.model import Recognizer
 from quickmerge.recognition.network import Prefix
-from quickmerge.training.align import Words, fitted_of, patch_texts, placed_pictures
+from quickmerge.training.align import Words, fitted_of, patch_texts, placed_images
 from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
 from quickmerge.training.objective import Objective, with_data
@@ -177,18 +177,18 @@ def align_words(recognizer: Recognizer, dataset: LabelledScenes, *, pictures: in
 
     Args:
         recognizer: its other weights stay as they are.
-        dataset: its pictures; those with objects are used, evenly taken. Their tokens must be a square grid.
-        pictures: how many of them at most.
+        dataset: its images; those with objects are used, evenly taken. Their tokens must be a square grid.
+        images: how many of them at most.
 
     Returns:
-        The share of the variance of the words' embeddings that is explained on the last tenth of the pictures, which
+        The share of the variance of the words' embeddings that is explained on the last tenth of the images, which
         are not fitted.
 
     Raises:
-        QuickmergeError: if no picture has objects, or the tokens are no square grid.
+        QuickmergeError: if no image has objects, or the tokens are no square grid.
     """
-    pictures = whole_number("pictures", pictures)
-    chosen = placed_pictures(dataset.pictures, pictures)
+    pictures = whole_number("images", pictures)
+    chosen = placed_images(dataset.pictures, pictures)
     fitted = fitted_of(chosen)
     words = Words(recognizer.labels.tokenizer, recognizer.language.get_input_embeddings().weight.float())
     mean = words.of([None]).double().cpu()
@@ -220,7 +220,7 @@ def align_words(recognizer: Recognizer, dataset: LabelledScenes, *, pictures: in
     return 1 - wrong / spread if spread else float("nan")
 
 
-# Training a recogniser on pictures with labels.
+# Training a recogniser on images with labels.
 
 
 class Scene(Protocol):
@@ -234,7 +234,7 @@ class Scene(Protocol):
 
 
 class LabelledScenes:
-    """Pictures with labels, as a recogniser is trained on them.
+    """Images with labels, as a recogniser is trained on them.
 
     An item is ``{"pixels": (3, H, W), "labels": [...]}``, or ``{"features": (M, D_v), "labels": [...]}`` once `keep`
     was given the encoder's features. The labels come in a new order each time, drawn from torch's global generator,
@@ -245,13 +245,13 @@ class LabelledScenes:
         form: what the encoder wants to be shown.
 
     Raises:
-        QuickmergeError: no picture has a label, or, when one is asked for, an image can't be read.
+        QuickmergeError: no image has a label, or, when one is asked for, an image can't be read.
     """
 
     def __init__(self, scenes: Sequence[Scene], form: PixelFormat) -> None:
         used = [scene for scene in scenes if scene.labels]
         if not used:
-            raise QuickmergeError(f"at least one picture must have labels, got {len(scenes)} pictures without")
+            raise QuickmergeError(f"at least one image must have labels, got {len(scenes)} images without")
         self.unlabelled = len(scenes) - len(used)
         self.pictures = used
         self.labels = [tuple(scene.labels) for scene in used]
@@ -267,7 +267,7 @@ class LabelledScenes:
         return self.form.standardised(self._images[index])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One picture or its features, with its labels in a random order."""
+        """One image or its features, with its labels in a random order."""
         labels = self.labels[index]
         item: dict[str, Any] = {"labels": [labels[i] for i in torch.randperm(len(labels)).tolist()]}
         if self._features is None:
@@ -278,7 +278,7 @@ class LabelledScenes:
         """From now on give out these features ``(n, M, D_v)`` instead of pixels."""
         if features.ndim != 3 or len(features) != len(self):
             raise ValueError(
-                f"features must be ({len(self)}, tokens, width) for {len(self)} pictures, got {tuple(features.shape)}"
+                f"features must be ({len(self)}, tokens, width) for {len(self)} images, got {tuple(features.shape)}"
             )
         self._features = features
 
@@ -299,7 +299,7 @@ def collate_scenes(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def feature_bytes(recognizer: Recognizer, scenes: LabelledScenes) -> int:
-    """What the features of all pictures would take in half precision."""
+    """What the features of all images would take in half precision."""
     return 2 * recognizer.features(scenes.pixels(0)[None]).numel() * len(scenes)
 
 
@@ -312,15 +312,15 @@ def read_features(
     shrink: Callable[[Tensor], Tensor] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """The frozen encoder's features of all pictures, ``(n, M, D_v)`` in bfloat16.
+    """The frozen encoder's features of all images, ``(n, M, D_v)`` in bfloat16.
 
     Args:
         recognizer: whose encoder reads.
-        scenes: the pictures.
-        batch: pictures read at once.
+        scenes: the images.
+        batch: images read at once.
         half: let the encoder compute in bfloat16.
         shrink: makes fewer tokens ``(B, M', D_v)`` of some features ``(B, M, D_v)`` before they are kept.
-        advance: called with the number of pictures read each time.
+        advance: called with the number of images read each time.
     """
     kept = []
     for start in range(0, len(scenes), batch):
@@ -359,7 +359,7 @@ def train_recognizer(
         config: of the training loop.
         out: folder for the result, its checkpoints and metrics.
         objective: ``"paper"`` or ``"reference"``, see `quickmerge.recognition.LabelLoss`.
-        align: by how many pictures with objects the projector is aligned before the first step; see
+        align: by how many images with objects the projector is aligned before the first step; see
             `quickmerge.recognition.train`. 0 leaves it as it was drawn.
         resume: go on from the newest checkpoint.
         fingerprint: whatever else must be the same for a resumed run.

@@ -207,7 +207,8 @@ def write(
     return Written(new, text, passes, seconds, engine.stats if engine is not None else None)
 
 
-# The benchmark of drafters: how many tokens a pass of the target gives, and how much faster texts are written.
+# The benchmark of drafters: how many tokens per forward pass of the target gives, and how much faster texts are
+# written.
 
 
 Row = dict[str, Any]
@@ -310,11 +311,11 @@ def draft_records(
 def draft_rows(records: Sequence[Row]) -> list[Row]:
     """Average records over prompts, by temperature and way.
 
-    ``per_pass`` is the sum of new tokens behind the first over the sum of passes behind the prompt's, with a bootstrap
-    interval over prompts (prompts whose text ended with its first token count in neither); ``speedup`` the median over
-    prompts, with quartiles, of the model's own seconds for each token over this way's; ``per_second`` all tokens over
-    all seconds. ``reached`` is the share of steps whose walk came to depth 1, 2, ..., and ``nodes`` the mean number of
-    nodes that a step read, where the engine ran.
+    ``tokens_per_pass`` is the sum of new tokens behind the first over the sum of passes behind the prompt's, with a
+    bootstrap interval over prompts (prompts whose text ended with its first token count in neither); ``speedup`` the
+    median over prompts, with quartiles, of the model's own seconds for each token over this way's;
+    ``tokens_per_second`` all tokens over all seconds. ``reached`` is the share of steps whose walk came to depth 1, 2,
+    ..., and ``nodes`` the mean number of nodes that a step read, where the engine ran.
     """
     rows = []
     for temperature, method in dict.fromkeys((r["temperature"], r["method"]) for r in records):
@@ -327,10 +328,10 @@ def draft_rows(records: Sequence[Row]) -> list[Row]:
             "temperature": temperature, "method": method, "tree": mine[0]["tree"], "prompts": len(mine),
             "tokens": sum(r["tokens"] for r in mine), "passes": sum(r["passes"] for r in mine), **_per_pass(mine),
             **spread("speedup", gain),
-            "per_second": sum(r["tokens"] for r in mine) / sum(r["seconds"] for r in mine),
+            "tokens_per_second": sum(r["tokens"] for r in mine) / sum(r["seconds"] for r in mine),
             "same": sum(r["same"] for r in mine) if temperature == 0 else None,
             "kinds": {
-                kind: {"prompts": len(those), "per_pass": _per_pass(those, interval=False)["per_pass"],
+                kind: {"prompts": len(those), "tokens_per_pass": _per_pass(those, interval=False)["tokens_per_pass"],
                        "speedup": median(g for g, r in zip(gain, mine, strict=True) if r["kind"] == kind)}
                 for kind in sorted({r["kind"] for r in mine})
                 for those in [[r for r in mine if r["kind"] == kind]]
@@ -354,9 +355,9 @@ def draft_rows(records: Sequence[Row]) -> list[Row]:
 def paired_row(records: Sequence[Row], first: str, other: str, temperature: float = 0.0) -> Row:
     """One way against another on the same prompts.
 
-    ``gain`` is the difference of their tokens a pass (see `draft_rows`), with a 95 % bootstrap interval for which
-    prompts are drawn for both at once; ``speedup`` the median over prompts, with quartiles, of the other's seconds a
-    token over the first's; ``faster`` the share of prompts on which the first was faster.
+    ``gain`` is the difference of their tokens per forward pass (see `draft_rows`), with a 95 % bootstrap interval for
+    which prompts are drawn for both at once; ``speedup`` the median over prompts, with quartiles, of the other's
+    seconds a token over the first's; ``faster`` the share of prompts on which the first was faster.
 
     Raises:
         QuickmergeError: no prompt was answered by both.
@@ -404,8 +405,8 @@ def _per_pass(records: Sequence[Row], *, interval: bool = True) -> Row:
     tokens = np.array([r["tokens"] - 1 for r in records], float)
     passes = np.array([r["passes"] - 1 for r in records], float)
     if not passes.sum():
-        return {"per_pass": 1.0, "per_pass_low": 1.0, "per_pass_high": 1.0}
-    found: Row = {"per_pass": float(tokens.sum() / passes.sum())}
+        return {"tokens_per_pass": 1.0, "tokens_per_pass_low": 1.0, "tokens_per_pass_high": 1.0}
+    found: Row = {"tokens_per_pass": float(tokens.sum() / passes.sum())}
     if interval:
-        found["per_pass_low"], found["per_pass_high"] = ratio_interval(tokens, passes)
+        found["tokens_per_pass_low"], found["tokens_per_pass_high"] = ratio_interval(tokens, passes)
     return found

@@ -54,7 +54,7 @@ def generate_drafter(
     raw: bool,
     json: Path | None,
 ) -> None:
-    """Print the answer, and on stderr how many tokens a pass of the model gave."""
+    """Print the answer, and on stderr how many tokens per forward pass of the model gave."""
     from quickmerge.models.chat import question
 
     check_output(json)
@@ -159,7 +159,7 @@ def _settings(source: str, drafter: type, parts: list[str]) -> dict[str, Any]:
     return settings
 
 
-# ``quickmerge bench decode``: tokens a pass and speed of drafters, on the same prompts.
+# ``quickmerge bench decode``: tokens per forward pass and speed of drafters, on the same prompts.
 
 
 def decode(

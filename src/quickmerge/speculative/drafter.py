@@ -91,7 +91,7 @@ class Stats:
         return "\n".join(
             [
                 f"{self.tokens} tokens in {self.passes} passes of the target behind the prompt",
-                f"{self.tokens_per_pass:.2f} tokens a pass and row (its own one included), "
+                f"{self.tokens_per_pass:.2f} tokens per forward pass and row (its own one included), "
                 f"{self.nodes / max(1, self.row_passes):.1f} nodes read",
                 f"walks that reached depth 1, 2, ...: {going}",
                 f"seconds: prompt {self.prompt_seconds:.2f}, target {self.target_seconds:.2f}, "

@@ -127,7 +127,7 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any
         )
     place = torch.arange(n, device=ids.device).expand(len(ids), -1)
     length = torch.full((len(ids),), n, device=ids.device)
-    # Whatever a prompt of pictures counts, each token of text behind it counts one in every direction.
+    # Whatever a prompt of images counts, each token of text behind it counts one in every direction.
     offset = positions[..., -1] - (n - 1)
     columns = Columns(valid, place, length, offset, not bool(valid.all()))
     target = Target(model, cache, columns, features)

@@ -19,7 +19,7 @@ def is_plain(row: Mapping[str, Any]) -> bool:
 
 TEMPERATURE = Column("temperature", number("temperature"))
 METHOD = Column("method", text("method"), "l")
-PER_SECOND = Column("tokens/s", number("per_second", ".1f"))
+PER_SECOND = Column("tokens/s", number("tokens_per_second", ".1f"))
 NODES = Column("nodes", number("nodes", ".1f"), spare=True)
 DRAFTING = Column("drafting", number("draft_share", ".0f", scale=100, unit=" %"), spare=True)
 SAME = Column(
@@ -28,7 +28,10 @@ SAME = Column(
 _SPEED = number("speedup", ".2f", unit="x")
 COLUMNS = (
     METHOD,
-    Column("tokens a pass", lambda r: (number("per_pass", ".2f") if is_plain(r) else half_width("per_pass", ".2f"))(r)),
+    Column(
+        "tokens per forward pass",
+        lambda r: (number("tokens_per_pass", ".2f") if is_plain(r) else half_width("tokens_per_pass", ".2f"))(r),
+    ),
     Column("speed", lambda r: (_SPEED if is_plain(r) else interval("speedup", ".2f", unit="x"))(r), short=_SPEED),
     PER_SECOND,
     NODES,
@@ -36,9 +39,9 @@ COLUMNS = (
     SAME,
 )
 _METHOD = (
-    "Tokens a pass are new tokens over passes of the model. The prompt's pass and the token that it gives are left out "
-    "on both sides; the token that the model adds to the accepted ones is counted. So plain decoding has exactly 1. "
-    "± is half of the 95 % interval over prompts drawn with replacement.",
+    "Tokens per forward pass are new tokens over passes of the model. The prompt's pass and the token that it gives "
+    "are left out on both sides; the token that the model adds to the accepted ones is counted. So plain decoding has "
+    "exactly 1. ± is half of the 95 % interval over prompts drawn with replacement.",
     "Speed is the time of plain decoding for each token over the method's, whole calls with everything inside: the "
     "median over prompts, and quartiles. Methods took turns, in another order for each prompt. Nodes are what a pass "
     "reads on average, and drafting is the share of the time that the drafter takes.",
@@ -58,12 +61,12 @@ def drafters_report(rows: Rows, meta: Mapping[str, Any]) -> Report:
         return Table([several, *columns], rows, group=lambda row: row["temperature"])
 
     sections = [
-        Section("Tokens a pass, and speed", by_temperature(COLUMNS, body)),
+        Section("Tokens per forward pass, and speed", by_temperature(COLUMNS, body)),
         Section(
             "Passes that accepted so many drafted tokens or more",
             by_temperature([METHOD, *map(_reached, depths)], drafted), printed=False,
         ),
-        Section("Tokens a pass, by kind of prompt", by_temperature([METHOD, *map(_per_pass, kinds)], body),
+        Section("Tokens per forward pass, by kind of prompt", by_temperature([METHOD, *map(_per_pass, kinds)], body),
                 printed=False),
     ]  # fmt: skip
     title = f"{meta['model']}: several tokens a step on {meta['prompts']} prompts"
@@ -75,7 +78,9 @@ def ordered(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return sorted(rows, key=lambda row: (row["temperature"], not is_plain(row), row["speedup"]))
 
 
-_LEGEND = "tokens a pass: the model's own token counted, ± half of the 95 % interval over prompts; speed: median"
+_LEGEND = (
+    "tokens per forward pass: the model's own token counted, ± half of the 95 % interval over prompts; speed: median"
+)
 
 
 def _reached(depth: int) -> Column:
@@ -84,4 +89,4 @@ def _reached(depth: int) -> Column:
 
 
 def _per_pass(kind: str) -> Column:
-    return Column(kind, lambda r: f"{r['kinds'][kind]['per_pass']:.2f}")
+    return Column(kind, lambda r: f"{r['kinds'][kind]['tokens_per_pass']:.2f}")

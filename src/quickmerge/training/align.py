@@ -1,6 +1,6 @@
 """A head start for a projector: what stands on a patch, in the language model's own words.
 
-A language model that is shown patches learns for long what they mean before it learns to answer. Where pictures come
+A language model that is shown patches learns for long what they mean before it learns to answer. Where images come
 with boxes, the projector can be told directly: a patch inside the box of ``red circle`` becomes the sum of the model's
 embeddings of these words. That is a regression, fitted without the language model, in minutes; then the model reads
 patches as it reads words. Boxes are used for nothing else.
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from quickmerge.datasets.images import upright_size
-from quickmerge.datasets.questions import AskedPictures
+from quickmerge.datasets.questions import AskedImages
 from quickmerge.errors import QuickmergeError
 from quickmerge.sampling import evenly
 
@@ -29,19 +29,19 @@ __all__ = [
     "align_projector",
     "fitted_of",
     "patch_texts",
-    "placed_pictures",
+    "placed_images",
     "projector_input",
     "word_embedding",
 ]
 
 BATCH, RATE = 1024, 1e-3
 EMPTY = 24
-"""Patches of each picture that nothing stands on; there are many, and they are all alike."""
+"""Patches of each image that nothing stands on; there are many, and they are all alike."""
 
 
 def align_projector(
     model: LlavaForConditionalGeneration,
-    dataset: AskedPictures,
+    dataset: AskedImages,
     tokenizer: PreTrainedTokenizerBase,
     *,
     pictures: int,
@@ -53,21 +53,21 @@ def align_projector(
 
     Args:
         model: a LLaVA.
-        dataset: its pictures; those with `objects` are used, evenly taken.
+        dataset: its images; those with `objects` are used, evenly taken.
         tokenizer: of the model.
-        pictures: how many of them at most.
+        images: how many of them at most.
         epochs: passes over their patches.
         seed: of the order.
         progress: called with the share that is done.
 
     Returns:
-        The share of the variance of the words' embeddings that is explained on the last tenth of the pictures, which
+        The share of the variance of the words' embeddings that is explained on the last tenth of the images, which
         are not fitted; 0 is no better than a constant.
 
     Raises:
-        QuickmergeError: if no picture has objects.
+        QuickmergeError: if no image has objects.
     """
-    chosen = placed_pictures(dataset.pictures, pictures)
+    chosen = placed_images(dataset.pictures, pictures)
     tell = progress or (lambda share: None)
     features, targets, held = _gather(model, dataset, tokenizer, chosen, lambda share: tell(0.6 * share))
     projector = model.model.multi_modal_projector
@@ -98,7 +98,7 @@ def align_projector(
 @torch.no_grad()
 def _gather(
     model: LlavaForConditionalGeneration,
-    dataset: AskedPictures,
+    dataset: AskedImages,
     tokenizer: PreTrainedTokenizerBase,
     chosen: Sequence[int],
     tell: Any,
@@ -124,25 +124,25 @@ def _gather(
     return torch.cat(features), torch.cat(targets), held or sum(map(len, features))
 
 
-def placed_pictures(pictures: Sequence[Any], most: int) -> list[int]:
-    """The numbers of at most ``most`` pictures with objects, evenly taken.
+def placed_images(pictures: Sequence[Any], most: int) -> list[int]:
+    """The numbers of at most ``most`` images with objects, evenly taken.
 
     Raises:
         QuickmergeError: if there are none.
     """
     placed = [index for index, picture in enumerate(pictures) if getattr(picture, "objects", ())]
     if not placed:
-        raise QuickmergeError("pictures must have objects (texts with boxes) to align the projector by, got none")
+        raise QuickmergeError("images must have objects (texts with boxes) to align the projector by, got none")
     return evenly(placed, most)
 
 
 def fitted_of(chosen: Sequence[int]) -> int:
-    """How many of the chosen pictures are fitted: all but the last tenth, and one at least."""
+    """How many of the chosen images are fitted: all but the last tenth, and one at least."""
     return max(1, len(chosen) * 9 // 10)
 
 
 def projector_input(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """What the projector of a LLaVA reads of a picture ``(3, H, W)``: ``(N, F)``."""
+    """What the projector of a LLaVA reads of an image ``(3, H, W)``: ``(N, F)``."""
     seen: list[Tensor] = []
     hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
     try:
@@ -180,12 +180,12 @@ def word_embedding(tokenizer: PreTrainedTokenizerBase, table: Tensor, text: str)
 
 
 def patch_texts(picture: Annotated, grid: tuple[int, int]) -> list[str | None]:
-    """What stands on each patch of a picture that was scaled to cover a grid and cut around its centre.
+    """What stands on each patch of an image that was scaled to cover a grid and cut around its centre.
 
     A patch belongs to the smallest box that its centre is in.
 
     Args:
-        picture: with objects.
+        image: with objects.
         grid: patches down and across.
     """
     width, height = upright_size(picture.path)

@@ -111,9 +111,9 @@ def decide(
     """Choose a candidate for each kind of token.
 
     Each candidate makes the rows of all kinds first, and the best one is where the search begins. Kinds of which the
-    text has fewer than `ENOUGH` new tokens get their fallback, unless the text becomes dearer by more than noise. Then
-    the other kinds are gone through, those with the most new tokens first, and each takes the candidate with which the
-    text costs the fewest bits while all others stay as they are.
+    text has fewer than `ENOUGH` new tokens get their fallback, unless the text becomes more expensive by more than
+    noise. Then the other kinds are gone through, those with the most new tokens first, and each takes the candidate
+    with which the text costs the fewest bits while all others stay as they are.
 
     Args:
         candidates: names.

@@ -170,7 +170,7 @@ def return_plan(origin: NDArray[np.int64], put_aside: NDArray[np.int64], *, size
     """The way back from an earlier transplant to the vocabulary that the model had before it; nothing is approximated.
 
     Args:
-        origin: ``(V,)``, for each row of the model as it is the id that it had before, or -1.
+        origin: ``(V,)``, for each row of the unmodified model the id that it had before, or -1.
         put_aside: former ids whose rows were put aside.
         size: rows of the matrices that are wanted; below the former number the last ones are left out.
     """

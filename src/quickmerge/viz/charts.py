@@ -1,4 +1,4 @@
-"""Charts of a page: drawn by matplotlib in both colour schemes, as pictures of which a browser takes the right one."""
+"""Charts of a page: drawn by matplotlib in both colour schemes, as images of which a browser takes the right one."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _FONT = b"system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial,
 
 
 def picture(draw: Callable[[Theme], Figure], label: str) -> Markup:
-    """What ``draw`` makes in either scheme as one picture that reads out as ``label``.
+    """What ``draw`` makes in either scheme as one image that reads out as ``label``.
 
     The same drawing gives the same text. Text stays text, in the page's own font.
     """
-    return macro("picture", *(_data(draw, theme) for theme in (LIGHT, DARK)), label)
+    return macro("image", *(_data(draw, theme) for theme in (LIGHT, DARK)), label)
 
 
 def _data(draw: Callable[[Theme], Figure], theme: Theme) -> str:

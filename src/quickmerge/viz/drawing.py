@@ -1,4 +1,4 @@
-"""The colours of every report, in one place, so page, charts and pictures agree.
+"""The colours of every report, in one place, so page, charts and images agree.
 
 Slot colours are bright fills that carry dark ink in both schemes. Their order matters: neighbours (also the
 last and the first) stay apart for readers with deuteranopia, protanopia or tritanopia, and state is never told
@@ -110,7 +110,7 @@ def tint_alpha(level: int) -> float:
     return 0.16 + 0.055 * level
 
 
-# The fonts of the token map picture, and which characters they can draw.
+# The fonts of the token map image, and which characters they can draw.
 
 
 # The first comes with matplotlib, so a Latin, Greek or Cyrillic document looks the same everywhere; the others are

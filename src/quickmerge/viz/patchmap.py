@@ -1,4 +1,4 @@
-"""Which patches of a picture or a video are one token, after some depth of a model; and the pictures themselves."""
+"""Which patches of an image or a video are one token, after some depth of a model; and the images themselves."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def clip_of(frames: Sequence[Picture] | NDArray[np.uint8], *stages: PatchStage) 
     """
     pictures = [pixels_of(frame, f"frames[{index}]") for index, frame in enumerate(frames)]
     if not pictures:
-        raise QuickmergeError("frames must be at least one picture, got none")
+        raise QuickmergeError("frames must be at least one image, got none")
     for index, picture in enumerate(pictures):
         if picture.shape != pictures[0].shape:
             raise QuickmergeError(
@@ -177,7 +177,7 @@ def hues(groups: NDArray[np.int64], count: int, wanted: NDArray[np.bool_]) -> ND
     """Which of `HUES` each wanted group gets ``(count,)``, -1 for the others.
 
     The largest group chooses first. Each takes the colour that fewest have, of those that no group beside it has:
-    beside it in the picture, corners too, or in its place at the next step, where a change of colour shows that the
+    beside it in the image, corners too, or in its place at the next step, where a change of colour shows that the
     token ended. Up to twelve groups all differ; where all twelve colours are around, the rarest there is taken.
 
     Args:
@@ -234,7 +234,7 @@ def border_coverage(groups: NDArray[np.int64], size: tuple[int, int], width: flo
 
     Args:
         groups: ``(H, W)``, the group of each patch.
-        size: height and width of the picture in pixels.
+        size: height and width of the image in pixels.
         width: of the lines in pixels.
 
     Returns:
@@ -270,7 +270,7 @@ def _overlap(pixels: int, start: NDArray[np.floating[Any]], end: NDArray[np.floa
     return overlap
 
 
-# Paint a picture by which patches are one token.
+# Paint an image by which patches are one token.
 
 
 Alone: TypeAlias = Literal["mean", "photo"]
@@ -304,7 +304,7 @@ def group_colours(image: Picture, groups: NDArray[np.int64], *, alone: Alone = "
         alone: what a group of one patch shows, its ``"mean"`` colour or the ``"photo"``.
 
     Returns:
-        A picture of the same size.
+        An image of the same size.
 
     Raises:
         QuickmergeError: groups are no such array or have more patches along a side than the image has pixels; the
@@ -395,7 +395,7 @@ def resized(frame: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
 
 
 def dimmed(photo: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Dark, grey and hatched: what the model no longer reads. The hatching tells it from a dark or grey picture."""
+    """Dark, grey and hatched: what the model no longer reads. The hatching tells it from a dark or grey image."""
     grey = 18 + 0.32 * (photo @ _LUMA)
     y, x = np.indices(grey.shape)
     off = np.abs((x + y) % 9 - 4)  # pixels from the middle of the nearest diagonal, along a row

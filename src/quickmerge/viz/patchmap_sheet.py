@@ -1,4 +1,4 @@
-"""Write text into pictures, in the fonts of the other figures."""
+"""Write text into images, in the fonts of the other figures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write(
     """Write one line.
 
     Args:
-        picture: where to write.
+        image: where to write.
         at: the left end and the baseline, in pixels.
         words: what to write; cut with an ellipsis where it is wider than ``room``.
         size: height of the font in pixels.
@@ -120,7 +120,7 @@ _CAPTION_WIDTH = 165.0
 
 @dataclass(frozen=True)
 class Box:
-    """A place for a picture, in pixels; its caption goes below."""
+    """A place for an image, in pixels; its caption goes below."""
 
     x: int
     y: int
@@ -132,7 +132,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Space:
-    """What an arrangement has to go by, in pixels: the width, the gap between pictures, a caption's height."""
+    """What an arrangement has to go by, in pixels: the width, the gap between images, a caption's height."""
 
     width: float
     gap: float
@@ -145,10 +145,10 @@ def arrange(count: int, aspect: float, space: Space) -> tuple[list[Box], int]:
     """Places for a photo and ``count - 1`` painted copies, all of them of one shape.
 
     One row, if the copies are high enough to read; else the photo large at left, over two rows of copies; else rows of
-    two, else one below the other, for pictures that are very wide.
+    two, else one below the other, for images that are very wide.
 
     Args:
-        count: pictures, the photo first.
+        count: images, the photo first.
         aspect: width over height of each.
         space: the room there is.
 
@@ -174,7 +174,7 @@ def _grid(count: int, columns: int, aspect: float, space: Space) -> tuple[list[B
     cell = (space.width - (columns - 1) * space.gap) / columns
     height = min(cell / aspect, _TALLEST * space.unit)
     width = height * aspect
-    if width < cell:  # narrow pictures move together, as far as their captions let them
+    if width < cell:  # narrow images move together, as far as their captions let them
         cell = min(cell, max(width, _CAPTION_WIDTH * space.unit))
     left = (space.width - columns * cell - (columns - 1) * space.gap) / 2
     boxes = []
@@ -200,13 +200,13 @@ def _lead(copies: int, aspect: float, space: Space) -> tuple[list[Box], int]:
 
 
 def _box(x: float, y: float, width: float, height: float, room: float) -> Box:
-    # Ends are rounded, not lengths, so that pictures under one another end at the same pixel.
+    # Ends are rounded, not lengths, so that images under one another end at the same pixel.
     left, top = round(x), round(y)
     right, bottom = max(round(x + width), left + 1), max(round(y + height), top + 1)
     return Box(left, top, right - left, bottom - top, max(round(room), 1))
 
 
-# What is written around painted pictures: captions below each, and what the colours mean.
+# What is written around painted images: captions below each, and what the colours mean.
 
 
 LEADING = 1.45
@@ -214,13 +214,13 @@ LEADING = 1.45
 
 
 def caption(sheet: Image.Image, box: Box, stage: PatchStage, unit: float, theme: Theme) -> None:
-    """Write a stage's name and tokens below its picture, under a bar as long as the share of tokens left."""
+    """Write a stage's name and tokens below its image, under a bar as long as the share of tokens left."""
     _bar(sheet, box, stage.tokens / stage.originally, unit, theme)
     _lines(sheet, box, stage.heading, stage.facts, unit, theme)
 
 
 def original(sheet: Image.Image, box: Box, facts: str, unit: float, theme: Theme) -> None:
-    """Write the caption of the untouched picture, under a full bar."""
+    """Write the caption of the untouched image, under a full bar."""
     _bar(sheet, box, 1.0, unit, theme)
     _lines(sheet, box, "original", facts, unit, theme)
 
@@ -229,10 +229,10 @@ def legend(fills: Sequence[Fill], size: float, room: float, turns: bool = False)
     """What the colours mean, as far as they occur, in lines that fit.
 
     Args:
-        fills: of all pictures on the sheet.
+        fills: of all images on the sheet.
         size: height of the font in pixels.
         room: the width of a line in pixels.
-        turns: whether all pictures show what was chosen in turns, which `patchmap_order.key` explains.
+        turns: whether all images show what was chosen in turns, which `patchmap_order.key` explains.
     """
     if turns:
         words = ["Framed: one token each, kept."]
@@ -309,7 +309,7 @@ def last_turn(stages: Sequence[PatchStage]) -> int:
 
 
 def ordered(stage: PatchStage, frame: NDArray[np.uint8], size: tuple[int, int], last: int) -> Image.Image:
-    """A picture with what was kept as in the photo, framed in the colour of its turn, and the rest dimmed.
+    """An image with what was kept as in the photo, framed in the colour of its turn, and the rest dimmed.
 
     Each turn is numbered too, where the number can be read. What was kept without a turn has no frame.
 
@@ -343,7 +343,7 @@ def number_size(patch: tuple[float, float], last: int) -> float:
 
 
 def rim(size: tuple[int, int], grid: tuple[int, ...]) -> NDArray[np.bool_]:
-    """The pixels of a picture ``size`` that lie along the sides of their patch, ``size`` bool.
+    """The pixels of an image ``size`` that lie along the sides of their patch, ``size`` bool.
 
     They are a tenth of a patch wide, at least one pixel and at most three.
     """
@@ -385,7 +385,7 @@ _MARGIN, _GAP, _CAPTION, _TITLE, _SMALL = 28.0, 16.0, 74.0, 54.0, 14.5
 """In units of 1/1200 of the width; the last is the font of the legend."""
 
 
-def merged_picture(
+def merged_image(
     image: Picture,
     stages: PatchStage | Sequence[PatchStage],
     title: str | None = None,
@@ -405,7 +405,7 @@ def merged_picture(
         stages: the groups at one depth, or at several, rising. Of more than ``max_stages``, as many are drawn at even
             distances, the last among them: of twelve blocks and four copies, blocks 3, 6, 9 and 12.
         title: a heading, if any.
-        width: of the picture in pixels, at least 300; everything scales with it.
+        width: of the image in pixels, at least 300; everything scales with it.
         max_stages: most copies to draw, 1..5.
         alone: what a token of one patch shows: the ``"photo"``, as nothing was merged, or its ``"mean"`` colour.
         dark: draw light on dark.

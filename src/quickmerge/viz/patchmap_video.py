@@ -26,7 +26,7 @@ def encoded(frames: Sequence[Image.Image], kind: str, milliseconds: int, exact: 
     """Return an endless animation; the same frames give the same bytes.
 
     Args:
-        frames: pictures of one size.
+        frames: images of one size.
         kind: ``.gif`` or ``.webp``.
         milliseconds: how long each frame stays; GIF rounds it down to tens.
         exact: colours ``#rrggbb``, at most 128, that GIF keeps as they are, for areas of one colour: any other would
@@ -64,7 +64,7 @@ def _number(pixels: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _table(frames: Sequence[Image.Image], exact: Sequence[str]) -> Image.Image:
-    """A picture whose palette has the exact colours, and those that are nearest to all others of up to eight frames."""
+    """An image whose palette has the exact colours, and those that are nearest to all others of up to eight frames."""
     count = min(_LOOKED_AT, len(frames))
     width, height = frames[0].size
     together = Image.new("RGB", (width, height * count))
@@ -76,14 +76,14 @@ def _table(frames: Sequence[Image.Image], exact: Sequence[str]) -> Image.Image:
     return table
 
 
-# Write pictures whole or not at all.
+# Write images whole or not at all.
 
 
 _FORMATS: dict[str, dict[str, object]] = {".png": {"optimize": True}, ".webp": {"quality": 90, "method": 6}}
 
 
-def write_picture(picture: Image.Image, path: str | os.PathLike[str]) -> Path:
-    """Write a picture as PNG, or as WebP at a fraction of the size, by the ending of its name.
+def write_image(picture: Image.Image, path: str | os.PathLike[str]) -> Path:
+    """Write an image as PNG, or as WebP at a fraction of the size, by the ending of its name.
 
     Raises:
         QuickmergeError: path ends in neither .png nor .webp, or cannot be written.
@@ -126,10 +126,10 @@ def video_strip(
     it; a token within one step has the mean colour of its pixels.
 
     Args:
-        frames: F pictures of one size, what the model saw; the grid's T divides F.
+        frames: F images of one size, what the model saw; the grid's T divides F.
         stage: the groups ``(T, H, W)``.
         title: a heading, if any.
-        width: of the picture in pixels, at least 300; everything scales with it. One or two frames take less.
+        width: of the image in pixels, at least 300; everything scales with it. One or two frames take less.
         max_frames: most frames to draw, 1..8, at even distances.
         alone: what a token of one patch shows: the ``"photo"``, as nothing was merged, or its ``"mean"`` colour.
         dark: draw light on dark.
@@ -182,7 +182,7 @@ def facts(stage: PatchStage, fill: Fill) -> str:
     return " · ".join(parts)
 
 
-# A video beside copies painted by tokens, as a moving picture that anyone can open.
+# A video beside copies painted by tokens, as a moving image that anyone can open.
 
 
 _NARROWEST = 200
@@ -207,20 +207,20 @@ def video_animation(
     Colours are those of `video_strip`. The file appears whole or not at all.
 
     Args:
-        frames: F pictures of one size, what the model saw; the T of each stage divides F.
+        frames: F images of one size, what the model saw; the T of each stage divides F.
         stages: the groups, one stage or up to five at rising depth; of more, five at even distances.
         path: where to write, ending in .gif or .webp; WebP is several times smaller at better colours.
         seconds_per_frame: how long each frame stays, 0.02..60; GIF rounds it to hundredths.
         title: a heading, if any.
-        width: of the picture in pixels, at least 200.
-        max_bytes: where the file would be larger, the picture is made narrower until it is not; None for any size.
+        width: of the image in pixels, at least 200.
+        max_bytes: where the file would be larger, the image is made narrower until it is not; None for any size.
         alone: what a token of one patch shows: the ``"photo"``, as nothing was merged, or its ``"mean"`` colour.
         dark: draw light on dark.
 
     Raises:
         QuickmergeError: path ends in something else or cannot be written; there are no frames or stages; frames
             differ in size, or their number is no multiple of T; a grid has more patches along a side than frames have
-            pixels; seconds_per_frame or alone is not allowed; max_bytes is too few even for the narrowest picture.
+            pixels; seconds_per_frame or alone is not allowed; max_bytes is too few even for the narrowest image.
         ValueError: width or max_bytes is no whole number in its range.
     """
     kind = suffix_among(path, (".gif", ".webp"))
@@ -256,7 +256,7 @@ def _sheets(
     width: int,
     theme: Theme,
 ) -> list[Image.Image]:
-    """Every frame as a whole picture of the animation."""
+    """Every frame as a whole image of the animation."""
     unit = width / 720
     margin, gap = round(_MARGIN * unit), round(_GAP * unit)
     panels = 1 + len(stages)

@@ -1,4 +1,4 @@
-"""Draw one token of the token map picture: its fill, its text, and the marks for dropped and protected."""
+"""Draw one token of the token map image: its fill, its text, and the marks for dropped and protected."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _columns(char: str) -> int:
     return 2 if unicodedata.east_asian_width(char) in ("W", "F") else 1
 
 
-# The title and the legend of the token map picture.
+# The title and the legend of the token map image.
 
 
 MARGIN = 22.0
@@ -175,7 +175,7 @@ class Entry(NamedTuple):
 
 
 def legend(slots: Slots, width: float) -> list[Entry]:
-    """Return where each entry goes, in as many rows as a picture of ``width`` points asks for."""
+    """Return where each entry goes, in as many rows as an image of ``width`` points asks for."""
     entries: list[tuple[State | None, str]] = []
     entries += [(state, f"{state.value} {total:,}") for state, total in slots.counts().items() if total]
     guarded = sum(cell.protected for cell in slots.cells)
@@ -233,7 +233,7 @@ def _measure(words: str, size: float, *, bold: bool = False) -> float:
     return float(TextPath((0, 0), clean(words), size=size, prop=font).get_extents().width)
 
 
-# The token map as a picture for a README or a paper.
+# The token map as an image for a README or a paper.
 
 
 _COLUMNS, _LINES = 92, 36
@@ -253,10 +253,10 @@ def token_map_figure(
 
     Args:
         cells: The tokens of the document in reading order.
-        path: Where to write the picture.
-        title: The heading of the picture.
+        path: Where to write the image.
+        title: The heading of the image.
         columns: Characters on a line (92 where None).
-        max_lines: Lines to draw; a longer document is cut and the picture says how much it shows.
+        max_lines: Lines to draw; a longer document is cut and the image says how much it shows.
         dark: Draw light on dark.
 
     Raises:
@@ -265,7 +265,7 @@ def token_map_figure(
     suffix_of(path)
     wide = _COLUMNS if columns is None else columns
     if wide < 20 or max_lines < 1:
-        raise QuickmergeError("A token map picture needs at least 20 columns and one line.")
+        raise QuickmergeError("A token map image needs at least 20 columns and one line.")
     theme = DARK if dark else LIGHT
     slots = Slots(cells)
     pieces, shown = lay_out(cells, wide, max_lines)

@@ -94,7 +94,7 @@ def test_an_answer_is_right_if_and_only_if_decoding_gives_it(vlm, name: str) -> 
 
 
 @pytest.mark.parametrize("name", [n for n in VISUAL_TOKEN_REDUCERS if "text" not in method(n).asks])
-def test_reading_the_picture_once_changes_nothing(vlm, name: str) -> None:
+def test_reading_the_image_once_changes_nothing(vlm, name: str) -> None:
     model, processor = vlm
     asked = ask(model, processor, picture(3), QUESTIONS)
     alone = [greedy(model, one, qm.reduce(model, method(name), layer=0), 2) for one in asked]
@@ -126,7 +126,7 @@ def test_a_method_that_looks_at_the_text_sees_each_question_and_no_answer(vlm, m
     assert seen == want and len(set(want)) > 1
 
 
-def test_the_tower_looks_at_a_picture_once(vlm) -> None:
+def test_the_tower_looks_at_an_image_once(vlm) -> None:
     model, processor = vlm
     asked = ask(model, processor, picture(), QUESTIONS)
     looks: list[Any] = []
@@ -154,13 +154,13 @@ def test_arms_ask_for_the_share_of_tokens(vlm, pictures) -> None:
     assert [row["visual_kept"] for row in rows] == [36, 18, 18, 16, 9, 9, 9]
     assert len(records) == 3 * 7 and all(row["visual_in"] == 36 for row in rows)
     for row in rows:
-        assert row["questions"] == 11 and row["pictures"] == 3
+        assert row["questions"] == 11 and row["images"] == 3
         assert {kind: each["questions"] for kind, each in row["kinds"].items()} == {"what": 5, "where": 3, "count": 3}
         assert 0 < row["tower_seconds"] < row["seconds"] and 0 < row["prefill_seconds"] < row["seconds"]
         assert row["rounds"] == 2 and row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
     assert rows[0]["speedup"] == 1 and rows[0]["change"] == 0 and rows[0]["reducer_seconds"] == 0
     assert rows[1]["reducer_seconds"] > 0
-    # caches hold what is left of the picture and the text
+    # caches hold what is left of the image and the text
     per_token = rows[0]["cache_bytes"] - rows[1]["cache_bytes"]
     assert per_token == 18 * 2 * 2 * 2 * 8 * 4
     assert rows[3]["cache_bytes"] == rows[0]["cache_bytes"] - 20 * per_token // 18
@@ -168,7 +168,7 @@ def test_arms_ask_for_the_share_of_tokens(vlm, pictures) -> None:
 
 def test_rows_count_questions_and_changes() -> None:
     def record(image: str, method: str, keep: float, right: list[bool], kinds: list[str]) -> dict[str, Any]:
-        return {"picture": image, "method": method, "keep": keep, "right": right, "kinds": kinds,
+        return {"image": image, "method": method, "keep": keep, "right": right, "kinds": kinds,
                 "visual_in": 100, "visual_kept": 100 * keep}  # fmt: skip
 
     rows = answer_rows([
@@ -208,7 +208,7 @@ def test_bad_input_is_told_in_one_sentence(vlm, pictures) -> None:
         exact_answers(model, [], nullcontext())
     (one,) = ask(model, processor, picture(), QUESTIONS[:1])
     bare = AskedQuestion({**one.inputs, "input_ids": one.ids.clamp(max=5)}, one.answer)
-    with pytest.raises(QuickmergeError, match="must hold a picture"):
+    with pytest.raises(QuickmergeError, match="must hold an image"):
         exact_answers(model, [bare], nullcontext())
     broken = Annotated(Path("gone.png"), (), QUESTIONS)
     with pytest.raises(QuickmergeError, match=r"gone\.png"):
@@ -252,7 +252,7 @@ def test_the_table_has_a_line_for_each_method_and_a_column_for_each_kind(vlm, pi
 @pytest.mark.parametrize("family", vlm_zoo.FAMILIES)
 @pytest.mark.parametrize("name", ["full", "random", "tome", "trimtokenator"])
 def test_every_family_is_asked_as_it_decodes(family: str, name: str) -> None:
-    """Positions in a grid, tiles and features of several depths: a picture read once answers as each prompt alone."""
+    """Positions in a grid, tiles and features of several depths: an image read once answers as each prompt alone."""
     model = vlm_zoo.model_of(family)
     first = vlm_zoo.prompt(model, [[0]])
     end = int((first["input_ids"][0] == vlm_zoo.IMAGE).nonzero()[-1]) + 2

@@ -53,7 +53,7 @@ def test_rows_hold_every_column_and_one_full_reference(tiny_llama) -> None:
             assert row["recovery"] == 1.0 and row["cache_ratio"] == 1.0 and row["nll"] == row["nll_full"]
         else:
             assert row["tokens_kept"] == 24 and row["cache_ratio"] == (40 + 24) / 80
-    # Two settings of one method are told apart. All are compared at equal operations: only the reducer's own differ.
+    # Two settings of one method are told apart. All are compared at equal FLOPs: only the reducer's own differ.
     ratios = {row["reducer"]: row["flops_ratio"] for row in whole if row["keep"] == 0.6}
     assert ratios["quickmerge"] == ratios["quickmerge:pool=1"] > ratios["random"] > 0.5
 

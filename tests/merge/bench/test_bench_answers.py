@@ -17,7 +17,7 @@ KINDS = ("colour", "count", "exists", "read", "what", "where")
 def row(method: str, keep: float, kept: float, exact: float, timed: bool = True) -> dict[str, Any]:
     times = {"seconds": 1.234, "speedup": 1.4, "reducer_seconds": 0.0204, "cache_bytes": 3 * 2**19}
     return {
-        "method": method, "keep": keep, "pictures": 64, "questions": 600, "visual_in": 256, "visual_kept": kept,
+        "method": method, "keep": keep, "images": 64, "questions": 600, "visual_in": 256, "visual_kept": kept,
         "exact": exact, "exact_low": exact - 0.03, "exact_high": exact + 0.03,
         "change": exact - 0.7, "change_low": exact - 0.75, "change_high": exact - 0.65,
         "kinds": {kind: {"questions": 100, "exact": exact + 0.01 * index} for index, kind in enumerate(KINDS)},
@@ -49,12 +49,12 @@ def test_a_terminal_gets_a_table_of_costs_and_one_of_kinds(timed: bool) -> None:
     assert "full 256 70.0 ±3.0 –" + (" 1234 1.40x 20 1.5" if timed else "") in lines
     assert "trimtokenator 64 52.0 ±3.0 -18.0 ±5.0" + (" 1234 1.40x 20 1.5" if timed else "") in lines
     assert "trimtokenator 64 52 53 54 55 56 57" in lines
-    assert "600 questions about 64 pictures: 100 colour," in " ".join(lines)
+    assert "600 questions about 64 images: 100 colour," in " ".join(lines)
 
 
 def test_rows_go_by_share_and_then_by_what_is_right() -> None:
     assert [one["method"] for one in ordered(rows())] == ["full", "smaller images", "trimtokenator", "random"]
-    # A method that keeps everything is not the model as it is.
+    # A method that keeps everything is not the unmodified model.
     assert ordered([row("tome", 1.0, 256, 0.9), row("full", 1.0, 256, 0.7)])[0]["method"] == "full"
 
 

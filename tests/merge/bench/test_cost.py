@@ -1,4 +1,4 @@
-"""Counting operations and bytes: against counters that know nothing of our formula."""
+"""Counting FLOPs and bytes: against counters that know nothing of our formula."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_a_head_is_asked_for_labels() -> None:
         guesses = [("a", "b", "c")[i] for i in model(x).logits.argmax(-1).tolist()]
     labels = [*guesses[:3], "none"]
     rows = bench_images(model, [x], arms(model, [qm.ToMe()], [0.7], x), labels=labels, classes=("a", "b", "c")).rows
-    assert rows[0]["correct"] == 0.75 and rows[0]["agrees"] == 1 and rows[0]["correct_change"] == 0
+    assert rows[0]["accuracy"] == 0.75 and rows[0]["agreement"] == 1 and rows[0]["accuracy_change"] == 0
     with pytest.raises(QuickmergeError, match="one for each of 4 images"):
         bench_images(model, [x], [], labels=labels[:2], classes=("a", "b", "c"))
     with pytest.raises(QuickmergeError, match="need classes"):

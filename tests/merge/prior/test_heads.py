@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from quickmerge.merge.prior import Prior, PriorConfig
 from quickmerge.merge.prior.layout import sample
 from quickmerge.merge.prior.model import FORWARD
-from quickmerge.merge.prior.train_patches import pictures_of, train_prior_patches, view_of
+from quickmerge.merge.prior.train_patches import images_of, train_prior_patches, view_of
 from quickmerge.merge.prior.train_text import train_prior_text
 from quickmerge.merge.reducers import Uniform
 from quickmerge.merge.tokens import TokenView
@@ -23,7 +23,7 @@ DRAWING = ["energy", "flow", "diffusion"]
 
 
 class Shades:
-    """Pictures of one shade each, with a little noise: after its first patch a picture is known."""
+    """Images of one shade each, with a little noise: after its first patch an image is known."""
 
     def __init__(self, count: int, seed: int = 0) -> None:
         draws = generator(seed)
@@ -41,7 +41,7 @@ class Shades:
 
 
 @pytest.mark.parametrize("head", ["flow", "diffusion"])  # of energy's slow start there docs/prior.md tells
-def test_a_prior_of_pictures_learns_and_draws(head: str, tmp_path) -> None:
+def test_a_prior_of_images_learns_and_draws(head: str, tmp_path) -> None:
     config = TrainingConfig(steps=120, batch=32, learning_rate=5e-3, save_every=120)
     done = train_prior_patches(
         Shades(256), config, tmp_path, keeps=[1.0], patch=4, kind="images", width=32, layers=1, heads=2, head=head,
@@ -59,7 +59,7 @@ def test_a_prior_of_pictures_learns_and_draws(head: str, tmp_path) -> None:
     assert torch.equal(drawn, again) and not torch.equal(drawn, other)
     assert torch.equal(drawn[:, 0], view.hidden[:, 0])
     # Three patches are drawn given the first: their shade is its own.
-    shade = pictures_of(drawn, 4, (8, 8)).mean((1, 2, 3))
+    shade = images_of(drawn, 4, (8, 8)).mean((1, 2, 3))
     error = (shade - pictures.mean((1, 2, 3))).square().mean()
     assert float(error) < 0.2 * float(pictures.mean((1, 2, 3)).var())
     with pytest.raises(ValueError, match=f"temperature must be 1 for the {head} head"):

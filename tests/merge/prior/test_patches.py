@@ -1,4 +1,4 @@
-"""Pictures to patches and back, to the bit; waves that keep lengths."""
+"""Images to patches and back, to the bit; waves that keep lengths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import generator, prop, seeds
 
-from quickmerge.merge.prior.train_patches import patchify, pictures_of, pixels, unpatchify, view_of, waves
+from quickmerge.merge.prior.train_patches import images_of, patchify, pixels, unpatchify, view_of, waves
 
 small = st.integers(1, 4)
 
@@ -56,15 +56,15 @@ def test_a_view_has_a_grid_and_half_grey_is_zero() -> None:
     clip = torch.rand(2, 3, 3, 8, 12, generator=generator(0))
     view = view_of(clip, 4)
     assert view.grid == (3, 2, 3) and view.hidden.shape == (2, 18, 48)
-    torch.testing.assert_close(pictures_of(view.hidden, 4, (8, 12), 3), clip)
+    torch.testing.assert_close(images_of(view.hidden, 4, (8, 12), 3), clip)
     assert not bool(view_of(torch.full((1, 3, 8, 8), 0.5), (4, 8)).hidden.any())
 
 
 @pytest.mark.parametrize(
     ("shape", "patch", "message"),
     [
-        ((1, 3, 9, 8), 4, "patch must divide the sides of the picture, 9 x 8, got 4 x 4"),
-        ((1, 3, 8, 10), (8, 4), "patch must divide the sides of the picture, 8 x 10, got 8 x 4"),
+        ((1, 3, 9, 8), 4, "patch must divide the sides of the image, 9 x 8, got 4 x 4"),
+        ((1, 3, 8, 10), (8, 4), "patch must divide the sides of the image, 8 x 10, got 8 x 4"),
         ((3, 8, 8), 4, r"x must be images \(B, C, H, W\) or clips"),
         ((1, 3, 8, 8), 0, "patch must be a whole number of at least 1, got 0"),
     ],

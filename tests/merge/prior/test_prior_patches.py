@@ -1,4 +1,4 @@
-"""Training a small prior over the patches of pictures."""
+"""Training a small prior over the patches of images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from quickmerge.training import TrainingConfig
 
 
 class Slopes:
-    """Pictures that grow brighter in some direction, with a little noise: what comes next can be told."""
+    """Images that grow brighter in some direction, with a little noise: what comes next can be told."""
 
     def __init__(self, count: int, shape: tuple[int, ...] = (3, 12, 20), seed: int = 0) -> None:
         draws = generator(seed)
@@ -169,7 +169,7 @@ def test_each_step_draws_a_keep() -> None:
     assert len({round(goal(batch, 0.0)["loss"].item(), 5) for _ in range(12)}) == 2
 
 
-def test_pictures_of_one_colour_do_not_count_as_collapsed() -> None:
+def test_images_of_one_colour_do_not_count_as_collapsed() -> None:
     goal = objective(directions="forward")
     flat = torch.full((2, 3, 12, 20), 0.25)
     told = goal(flat, 0.0)
@@ -204,9 +204,7 @@ class Pairs(Uniform):
 def test_settings_are_checked(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"keeps must be shares in \(0, 1\], got \[1.5\]"):
         objective(keeps=[1.5])
-    with pytest.raises(
-        ValueError, match="prior must be of pictures, with pool 0 and axes 2 or 3, got pool=4 and axes=1"
-    ):
+    with pytest.raises(ValueError, match="prior must be of images, with pool 0 and axes 2 or 3, got pool=4 and axes=1"):
         objective(pool=4, axes=1)
     with pytest.raises(ValueError, match=r"batch must be images \(B, C, H, W\) for this prior, got shape \(2, 3, 3"):
         objective()(torch.zeros(2, 3, 3, 8, 8), 0.0)
@@ -216,7 +214,7 @@ def test_settings_are_checked(tmp_path) -> None:
     for data, kind, message in [
         (Slopes(2), "image", "kind must be one of images, videos, got 'image'"),
         (Slopes(2), "videos", r"dataset must hold clips \(T, C, H, W\) for kind 'videos', got items of shape \(3, 12"),
-        (Slopes(2, (3, 13, 20)), "images", "patch must divide the sides of the picture, 13 x 20, got 4 x 4"),
+        (Slopes(2, (3, 13, 20)), "images", "patch must divide the sides of the image, 13 x 20, got 4 x 4"),
     ]:
         with pytest.raises(ValueError, match=message):
             train_prior_patches(data, config, tmp_path, keeps=[0.5], patch=4, kind=kind, width=16, heads=2)

@@ -23,7 +23,7 @@ from training_samples import lines, same
 
 from quickmerge.datasets.annotated import Annotated, read_annotated
 from quickmerge.datasets.labelled import PixelFormat
-from quickmerge.datasets.questions import AskedPictures, AskedTokens, Row, pack
+from quickmerge.datasets.questions import AskedImages, AskedTokens, Row, pack
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.train.answers import Answer, answer_logits, evaluate_answers, exact, scaled_inputs, train_vlm
 from quickmerge.merge.train.new_vlm import new_vlm
@@ -47,7 +47,7 @@ def tiny(attn: str = "sdpa", language: type[Any] = hf.LlamaConfig) -> Any:
 
 
 def rows(seed: int, shape: list[list[tuple[int, int]]]) -> list[Row]:
-    """Pictures; ``shape`` has for each the lengths of its questions and answers."""
+    """Images; ``shape`` has for each the lengths of its questions and answers."""
     noise = generator(seed)
 
     def words(count: int) -> tuple[int, ...]:
@@ -162,10 +162,10 @@ def vlm() -> tuple[Any, Any]:
     return new_vlm(hf.Dinov2Model(tower), language, vlm_samples.tokenizer(), shown, layers=(2, 3))
 
 
-def asked(folder: Path, model: Any, processor: Any, questions: int | None = 2, count: int = 6) -> AskedPictures:
+def asked(folder: Path, model: Any, processor: Any, questions: int | None = 2, count: int = 6) -> AskedImages:
     if not folder.exists():
         vlm_samples.annotated(folder, count)
-    return AskedPictures(
+    return AskedImages(
         read_annotated(folder), processor.tokenizer, PixelFormat.of(processor.image_processor), questions=questions,
         image_tokens=model.config.image_seq_length, image_token=model.config.image_token_id,
     )  # fmt: skip
@@ -196,17 +196,17 @@ def test_questions_are_drawn_anew_and_packed_as_the_processor_puts_them(tmp_path
     assert every.fingerprint() != dataset.fingerprint() == asked(tmp_path / "data", model, processor, 1).fingerprint()
 
 
-def test_pictures_without_questions_are_passed_over(tmp_path: Path) -> None:
+def test_images_without_questions_are_passed_over(tmp_path: Path) -> None:
     model, processor = vlm()
     found = read_annotated(vlm_samples.annotated(tmp_path / "data"))
     dumb = [Annotated(each.path, ("thing",), ()) for each in found]
     more = {"image_tokens": 16, "image_token": model.config.image_token_id}
     form = PixelFormat.of(processor.image_processor)
-    assert len(AskedPictures([*dumb, found[0]], processor.tokenizer, form, **more)) == 1
-    with pytest.raises(QuickmergeError, match="pictures must hold at least one with a question, got none"):
-        AskedPictures(dumb, processor.tokenizer, form, **more)
+    assert len(AskedImages([*dumb, found[0]], processor.tokenizer, form, **more)) == 1
+    with pytest.raises(QuickmergeError, match="images must hold at least one with a question, got none"):
+        AskedImages(dumb, processor.tokenizer, form, **more)
     with pytest.raises(ValueError, match="questions must be a whole number of at least 1, got 0"):
-        AskedPictures(found, processor.tokenizer, form, questions=0, **more)
+        AskedImages(found, processor.tokenizer, form, questions=0, **more)
 
 
 def test_the_projector_learns_on_features_of_one_size(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_the_projector_learns_on_features_of_one_size(tmp_path: Path) -> None:
 
 
 def painted(folder: Path) -> Path:
-    """Pictures of one colour, which is what is asked for: only who sees them can answer."""
+    """Images of one colour, which is what is asked for: only who sees them can answer."""
     folder.mkdir()
     told = []
     for number, colour in enumerate(["red", "blue"] * 4):

@@ -26,7 +26,7 @@ BARE = {
 
 
 class Corners:
-    """Pictures that are bright on the left or on the right."""
+    """Images that are bright on the left or on the right."""
 
     def __init__(self, count: int = 16, seed: int = 0) -> None:
         self.items = 0.3 * torch.randn(count, 3, 32, 32, generator=generator(seed))
@@ -151,7 +151,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path) -> None:
         train_classifier(two(), None, Corners(), config(), tmp_path / "parts", smoothing=0.0, resume=True)
 
 
-def test_pictures_of_another_size_are_read() -> None:
+def test_images_of_another_size_are_read() -> None:
     model, _ = vision_samples.make("vit")
     assert classify(model, torch.randn(1, 3, 48, 40)).shape == (1, 3)
 

@@ -32,7 +32,7 @@ from quickmerge.training import TrainingConfig
 
 
 class Blobs:
-    """Pictures whose upper left corner tells their class."""
+    """Images whose upper left corner tells their class."""
 
     def __init__(self, count: int = 24, seed: int = 0) -> None:
         draws = generator(seed)
@@ -188,7 +188,7 @@ def test_small_shares_and_half_precision_stay_finite(keep: float, tmp_path) -> N
     assert all(math.isfinite(line["loss"]) for line in lines(tmp_path))
 
 
-def test_larger_pictures_than_the_model_was_made_for() -> None:
+def test_larger_images_than_the_model_was_made_for() -> None:
     goal = objective().train()
     told = goal([torch.randn(2, 3, 48, 40), torch.tensor([0, 2])], 0.0)
     told["loss"].backward()

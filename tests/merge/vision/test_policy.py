@@ -153,7 +153,7 @@ def test_keeping_everything_is_the_model_and_keeping_nothing_is_finite(family: s
 
 @pytest.mark.parametrize("family", ["vit", "dinov2", "siglip"])
 def test_other_sizes_and_small_shares(family: str) -> None:
-    """Larger pictures that are no square, at a tenth of the patches."""
+    """Larger images that are no square, at a tenth of the patches."""
     model, _ = vision_samples.make(family)
     pixels = vision_samples.pictures(family, size=(64, 40))
     more = {} if family == "dinov2" else {"interpolate_pos_encoding": True}

@@ -130,7 +130,7 @@ def test_packed_towers_tell_of_the_squares_that_the_merger_reads(family: str, ki
         start += size
 
 
-def test_pictures_in_lines_pool_the_squares_that_the_projector_reads() -> None:
+def test_images_in_lines_pool_the_squares_that_the_projector_reads() -> None:
     model = model_of("paddleocr_vl")
     inputs = row_of(model, ROWS, 1)
     with torch.no_grad():

@@ -127,7 +127,7 @@ def test_counts_are_what_was_asked_for_everywhere(family: str) -> None:
     assert stats.cache_bytes_full / stats.cache_bytes == pytest.approx(inputs["input_ids"].shape[1] / max(left))
     assert stats.tower_seconds > 0
     assert stats.prefill_seconds > 0
-    assert "3 picture(s)" in str(stats)
+    assert "3 image(s)" in str(stats)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in FLAT])
@@ -278,7 +278,7 @@ def test_generation_without_a_cache_reduces_the_prompt_each_step() -> None:
     assert torch.equal(cached, fresh)
 
 
-def test_words_of_the_question_are_those_behind_the_picture() -> None:
+def test_words_of_the_question_are_those_behind_the_image() -> None:
     model = model_of("llava")
     ids = torch.tensor([[BOS, 5, 6, 88, *[IMAGE] * 16, END, 7, 8, 9, 2, 10]])
     inputs = {"input_ids": ids, **{k: v for k, v in prompt(model, [[0]]).items() if k == "pixel_values"}}

@@ -1,4 +1,4 @@
-"""A batch of prompts with pictures is read as its rows are, in every supported family."""
+"""A batch of prompts with images is read as its rows are, in every supported family."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_reducers_are_told_what_the_block_below_computed(family: str) -> None:
 def test_generation_from_a_cache_equals_reading_everything_again(family: str, layer: Any) -> None:
     model = model_of(family)
     inputs = prompt(model, ROWS)
-    # What follows the pictures must not change what is chosen.
+    # What follows the images must not change what is chosen.
     for reducer in (qm.SCOPE(keep=0.4, alpha=0), METHODS["random"]):
         with qm.reduce(model, reducer, layer=layer), torch.no_grad():
             cached = write(model, inputs, 4, suppress_tokens=[IMAGE, VIDEO])

@@ -157,7 +157,7 @@ def more_rows(model: Any) -> Any:
         (labels, "labels must be left out inside a quickmerge run"),
         (static, "must be a DynamicCache|attention_mask must be a 2-D"),
         (square, "attention_mask must be a 2-D padding mask"),
-        (no_ids, "input_ids must be given with pictures"),
+        (no_ids, "input_ids must be given with images"),
         (elsewhere, "was filled outside this run"),
         (other_layer, "vision_feature_layer must be the model's own inside a quickmerge run, -2, got -1"),
         (turn, "attention_mask must have a column for each of the|position_ids must go on behind the prompt"),

@@ -1,4 +1,4 @@
-"""Whether a vision-language model answers questions about a picture to the letter, as it is or with fewer tokens.
+"""Whether a vision-language model answers questions with an exact match, unmodified or with fewer tokens.
 
 A greedy answer is the right one if and only if the most likely token is the right one wherever the right answer, and
 the token that ends it, is read: as long as that holds, greedy decoding reads the same. So no answer is decoded.
@@ -46,7 +46,7 @@ class AskedQuestion:
         return ids
 
     def head(self, count: int) -> dict[str, Any]:
-        """The inputs of the first ``count`` tokens, and the whole picture."""
+        """The inputs of the first ``count`` tokens, and the whole image."""
         shape = self.ids.shape
         return {
             name: value[:, :count] if isinstance(value, Tensor) and value.shape == shape else value
@@ -56,7 +56,7 @@ class AskedQuestion:
 
 @dataclass(frozen=True)
 class Answered:
-    """Which questions were answered to the letter, and of the picture's tokens how many there were and were kept."""
+    """Which questions were answered with exact match, and of the image's tokens how many there were and were kept."""
 
     right: tuple[bool, ...]
     visual_in: int
@@ -64,7 +64,7 @@ class Answered:
 
 
 def ask(model: Any, processor: Any, image: Image.Image, questions: Sequence[Question]) -> list[AskedQuestion]:
-    """Questions about one picture as the model takes them, on its device and in its precision."""
+    """Questions about one image as the model takes them, on its device and in its precision."""
     tokenizer = processor.tokenizer
     asked = []
     for question in questions:
@@ -81,21 +81,21 @@ def ask(model: Any, processor: Any, image: Image.Image, questions: Sequence[Ques
 def exact_answers(
     model: Any, asked: Sequence[AskedQuestion], run: AbstractContextManager[Any], *, shared: bool = True
 ) -> Answered:
-    """Which of the questions about one picture a model answers to the letter.
+    """Which of the questions about one image a model answers with an exact match.
 
-    The picture is read once, with what all prompts have in common, into a cache; then one question after another is
+    The image is read once, with what all prompts have in common, into a cache; then one question after another is
     read on that cache, which is cut back each time. A method that looks at the question must see it in full, and
     nothing of the answer: with ``shared=False`` each prompt is read on its own, and the answer on its cache. The tower
-    looks at the picture once either way, where the model takes features in place of pixels.
+    looks at the image once either way, where the model takes features in place of pixels.
 
     Args:
         model: a vision-language model in eval mode.
-        asked: questions about one picture, see `ask`.
+        asked: questions about one image, see `ask`.
         run: what to enter meanwhile, `quickmerge.reduce` at layer 0 or nothing.
-        shared: whether what is left of the picture is the same for all questions.
+        shared: whether what is left of the image is the same for all questions.
 
     Raises:
-        QuickmergeError: there is no question, or no picture in a prompt.
+        QuickmergeError: there is no question, or no image in a prompt.
     """
     if not asked:
         raise QuickmergeError("questions must be at least one, got none")
@@ -119,7 +119,7 @@ def exact_answers(
 
 
 def _seen(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs that put the picture's features in the place of its pixels, so that several prompts look at it once.
+    """Inputs that put the image's features in the place of its pixels, so that several prompts look at it once.
 
     Nothing where the model takes no features.
     """
@@ -152,22 +152,22 @@ def _is_right(model: Any, one: AskedQuestion, count: int, last: Tensor, cache: A
 
 
 def _common(asked: Sequence[AskedQuestion], image: int) -> int | None:
-    """How many tokens all prompts begin with; None if these don't hold the picture and something behind it.
+    """How many tokens all prompts begin with; None if these don't hold the image and something behind it.
 
-    The last token that is read is not the picture's own, since hosts keep that one as it is.
+    The last token that is read is not the image's own, since hosts keep that one as it is.
     """
     most = min(one.ids.shape[1] for one in asked) - 1
     same = torch.stack([one.ids[0, :most] == asked[0].ids[0, :most] for one in asked]).all(0)
     count = int(same.long().cumprod(0).sum())
     where = (asked[0].ids[0] == image).nonzero()
     if not len(where):
-        raise QuickmergeError("each prompt must hold a picture, got one without")
+        raise QuickmergeError("each prompt must hold an image, got one without")
     return count if count > int(where[-1]) + 1 else None
 
 
 # The ways in which a vision-language model is asked: as it is, with every method, and with smaller images. Settings of
 # their arms: ``keep``, the share of the visual tokens; ``processor``, which makes smaller images, where it is not the
-# model's own; ``shared``, whether what is left of a picture is the same for all questions about it (usually).
+# model's own; ``shared``, whether what is left of an image is the same for all questions about it (usually).
 
 
 FULL = Arm("full", settings={"keep": 1.0})
@@ -184,7 +184,7 @@ def answer_arms(
         processor: its processor.
         reducers: one of each method; ``keep`` is replaced.
         keeps: shares of the visual tokens to keep.
-        smaller: also the model as it is on smaller images, where its tower takes images of several sizes.
+        smaller: also the unmodified model on smaller images, where its tower takes images of several sizes.
     """
     found: list[Arm] = []
     for keep in keeps:
@@ -208,7 +208,7 @@ def _attach(model: Any, reducer: Reducer) -> Callable[[], AbstractContextManager
 
 def _smaller(model: Any, processor: Any, keep: float) -> Any:
     """A processor whose images make about the share ``keep`` of the tokens; None where the tower takes but one size."""
-    # Others cut pictures up, or take them as large as they are.
+    # Others cut images up, or take them as large as they are.
     if find_vlm(model).family.layout != "patches" or hasattr(model.config, "image_grid_pinpoints"):
         return None
     images = processor.image_processor

@@ -1,4 +1,4 @@
-"""What a prefill costs, before running it: floating-point operations and cache bytes, counted."""
+"""What a prefill costs, before running it: FLOPs and cache bytes, counted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Shape:
     bytes_per_value: int = 4
 
     def prefill_flops(self, tokens: Sequence[float]) -> float:
-        """Operations of a prefill in which block i reads ``tokens[i]`` tokens; the head is left out.
+        """FLOPs of a prefill in which block i reads ``tokens[i]`` tokens; the head is left out.
 
         Per block ``2 n P`` for the matrices and ``2 n^2 H d`` for causal attention (half of ``4 n^2 H d``), less
         where a sliding window cuts it.
@@ -45,7 +45,7 @@ class Shape:
         return sum(held) * each
 
     def reducer_flops(self, reducer: Reducer, tokens: Sequence[float]) -> float:
-        """Operations of the reducer itself in a prefill in which block i reads ``tokens[i]`` tokens.
+        """FLOPs of the reducer itself in a prefill in which block i reads ``tokens[i]`` tokens.
 
         For every merge, ``2 w n H d`` for the scores of its w voters in each probed block, and ``2 n D`` to merge;
         for the first one also what a trained method adds.
@@ -60,7 +60,7 @@ class Shape:
         return total
 
     def flops_ratio(self, reducer: Reducer, tokens: Sequence[float]) -> float:
-        """Operations of a reduced prefill, the reducer's own inside, over those of a full one.
+        """FLOPs of a reduced prefill, the reducer's own inside, over those of a full one.
 
         ``tokens[i]`` is what block i reads; the first block reads the whole prompt.
         """
@@ -95,7 +95,7 @@ def model_shape(model: nn.Module | Any) -> Shape:
 
 @dataclass(frozen=True)
 class Cost:
-    """A plan's price: tokens per block, operations and cache bytes, each beside the unreduced model's."""
+    """A plan's price: tokens per block, FLOPs and cache bytes, each beside the unreduced model's."""
 
     tokens_per_layer: tuple[float, ...]
     flops: float
@@ -105,7 +105,7 @@ class Cost:
 
     @property
     def flops_ratio(self) -> float:
-        """Operations, the reducer's own included, over those of the unreduced prefill."""
+        """FLOPs, the reducer's own included, over those of the unreduced prefill."""
         return self.flops / self.flops_full
 
     @property
@@ -115,7 +115,7 @@ class Cost:
 
     @property
     def speedup(self) -> float:
-        """Prefill speed-up if time goes as operations."""
+        """Prefill speed-up if time goes as FLOPs."""
         return self.flops_full / self.flops
 
 
@@ -157,7 +157,7 @@ def _half_up(x: float) -> float:
 
 
 def break_even(shape: Shape, reducer: Reducer, schedule: Schedule, protected: int = 20) -> int | None:
-    """Fewest prompt tokens at which the reducer saves more operations than it spends; None if never below 2^20."""
+    """Fewest prompt tokens at which the reducer saves more FLOPs than it spends; None if never below 2^20."""
     low, high = protected + 1, 2**20
     if plan_cost(shape, reducer, schedule, high, protected).flops_ratio >= 1:
         return None

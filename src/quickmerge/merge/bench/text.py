@@ -131,13 +131,13 @@ _METHOD = (
     "each token of the text that really follows a document: lower is better.",
     "Recovery is the share of the improvement from reading the document that is left after the reduction: 100% is as "
     "good as the full document, 0% no better than never having read it. Below 0% the reduced document misleads.",
-    "Compute and cache are shares of what the full prompt takes. Prefill is the time to read the prompt, by the clock "
+    "FLOPs and cache are shares of what the full prompt takes. Prefill is the time to read the prompt, by the clock "
     "on the machine named here, with the reducer's own time in it.",
 )
 _FIGURES: tuple[tuple[Cost, str], ...] = (
     (
         "flops_ratio",
-        "Up and to the left is better. The compute follows from the model and does not depend on the machine.",
+        "Up and to the left is better. FLOPs follow from the model and do not depend on the machine.",
     ),
     ("prefill_seconds", "The same against the clock: here a reducer also pays for its own work."),
 )

@@ -1,4 +1,4 @@
-"""The benchmark of vision transformers: quality and cost of every method on the same images, at equal operations."""
+"""The benchmark of vision transformers: quality and cost of every method on the same images, at equal FLOPs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-# Settings of the arms: ``keep``, the share of the operations that was asked for, None for a method that comes as it was
+# Settings of the arms: ``keep``, the share of the FLOPs that was asked for, None for a method that comes as it was
 # trained; ``resize``, pixels of both sides that images are brought to first; ``model``, the one that is run where a
 # method was trained with its own.
 
@@ -77,7 +77,7 @@ def arms(
     smaller: bool = True,
     trained: Sequence[tuple[Reducer, Any]] = (),
 ) -> list[Arm]:
-    """Every method at every share of the operations, as nearly as whole tokens allow.
+    """Every method at every share of the FLOPs, as nearly as whole tokens allow.
 
     A method that takes tokens out in every block gets the constant `Removal` of that cost. One that reduces once
     (`Reducer.once`) does so a quarter of the way up, or further down where that can't save enough.
@@ -85,11 +85,11 @@ def arms(
     Args:
         model: a supported vision transformer.
         reducers: one of each method; ``keep`` is replaced.
-        ratios: shares of the operations of the model as it is.
+        ratios: shares of the FLOPs of the unmodified model.
         pixels: images ``(B, C, H, W)`` of the size to be measured.
         trained: methods that were trained for their blocks and their share, each with the model that it runs in (None:
             this one); they come as they are, once.
-        smaller: also the model as it is on smaller images, which is what saving tokens is free without any method.
+        smaller: also the unmodified model on smaller images, which is what saving tokens is free without any method.
 
     Raises:
         ValueError: for a share that can't be reached.
@@ -122,7 +122,7 @@ def _attach(model: Any, reducer: Reducer, layer: Any) -> Callable[[], VisionRun]
 
 
 def _smaller(shape: Any, encoder: Encoder, ratio: float, pixels: Tensor, prefix: int) -> int:
-    """Pixels of the sides at which the model as it is costs the share ``ratio``, a whole number of patches."""
+    """Pixels of the sides at which the unmodified model costs the share ``ratio``, a whole number of patches."""
     patch = pixels.shape[-1] // encoder.grid(pixels)[2]
     full = [math.prod(encoder.grid(pixels)) + prefix] * len(encoder)
 
@@ -202,7 +202,7 @@ def bench_images(
 ) -> Result:
     """Measure what every method does to the features, and to the labels where there are any.
 
-    Fidelity is the cosine of an image's features with those of the model as it is: of what is pooled (class token and
+    Fidelity is the cosine of an image's features with those of the unmodified model: of what is pooled (class token and
     mean patch, each patch counted once however many share a slot), and of every patch (a dropped one counts as 0).
 
     Args:
@@ -216,7 +216,7 @@ def bench_images(
         advance: called with a label before each measurement, for progress.
 
     Returns:
-        One row for each method, the model as it is first, and one record per image and method.
+        One row for each method, the unmodified model first, and one record per image and method.
 
     Raises:
         QuickmergeError: labels for other than as many images, or without a head or probe to guess them.
@@ -246,8 +246,8 @@ def bench_images(
                 records.append({
                     "image": first + i, "method": arm.name, "asked": arm.keep, "ratio": ratio,
                     "pooled": float(pooled[i]), "patches": float(patches[i]),
-                    "correct": None if labels is None or guess is None else float(guess[i] == labels[first + i]),
-                    "agrees": None if guess is None or reference is None else float(guess[i] == reference[i]),
+                    "accuracy": None if labels is None or guess is None else float(guess[i] == labels[first + i]),
+                    "agreement": None if guess is None or reference is None else float(guess[i] == reference[i]),
                     "tokens": sum(seen.leaving) / len(seen.leaving), "tokens_out": seen.leaving[-1],
                 })  # fmt: skip
         first += len(batch)
@@ -272,26 +272,26 @@ def _row(records: Sequence[Row], arm: Arm) -> Row:
     row: Row = {"method": arm.name, "asked": arm.keep, "images": len(mine)}
     for key in ("ratio", "tokens", "tokens_out"):
         row[key] = sum(r[key] for r in mine) / len(mine)
-    for key in ("pooled", "patches", "correct", "agrees"):
+    for key in ("pooled", "patches", "accuracy", "agreement"):
         values = [r[key] for r in mine]
         if any(v is None for v in values):
             continue
         row[key], row[f"{key}_low"], row[f"{key}_high"] = mean_interval(values)
-        if key == "correct":
+        if key == "accuracy":
             lost = [r[key] - full[r["image"]][key] for r in mine]
-            row["correct_change"], row["correct_change_low"], row["correct_change_high"] = mean_interval(lost)
+            row["accuracy_change"], row["accuracy_change_low"], row["accuracy_change_high"] = mean_interval(lost)
     return row
 
 
 def time_arms(
     model: Any, x: Tensor, methods: Sequence[Arm], rounds: int, advance: Callable[[str], None] = lambda _: None
 ) -> list[Row]:
-    """Throughput of every method beside that of the model as it is: they take turns, in another order each round.
+    """Throughput of every method beside that of the unmodified model: they take turns, in another order each round.
 
     Attaching and detaching are outside of what is timed, the method's own work inside.
 
     Returns:
-        One row for each method: median seconds, images a second, and of the ratio to the model as it is in the same
+        One row for each method: median seconds, images a second, and of the ratio to the unmodified model in the same
         round the median and the quartiles.
     """
     everything = [FULL, *methods]
@@ -318,10 +318,10 @@ def time_arms(
 
 
 _METHOD = (
-    "Compute is the share of the multiplications of the model as it is, embedding and head left out. Fidelity is the "
-    "cosine of features with those of the model as it is: of the class token and the mean patch together, and of each "
-    "patch, where one that was dropped counts as 0.",
-    "Speed-up is the time of the model as it is over the method's, which took turns; the method's own work is inside.",
+    "FLOPs are the share of those of the unmodified model, embedding and head left out. Fidelity is the cosine of "
+    "features with those of the unmodified model: of the class token and the mean patch together, and of each patch, "
+    "where one that was dropped counts as 0.",
+    "Speed-up is the time of the unmodified model over the method's, which took turns, the method's work inside.",
 )
 
 
@@ -336,9 +336,9 @@ def _faithful(header: str, key: str, form: str) -> Column:
 
 COLUMNS = (
     Column("method", text("method")),
-    Column("compute", number("ratio", ".2f")),
+    Column("FLOPs", number("ratio", ".2f")),
     Column("tokens out", number("tokens_out", ".0f")),
-    _faithful("correct", "correct", ".3f"),
+    _faithful("accuracy", "accuracy", ".3f"),
     _faithful("pooled", "pooled", ".4f"),
     _faithful("patches", "patches", ".3f"),
     Column("images/s", number("images_per_second", ".1f", none="–")),
@@ -355,5 +355,5 @@ def vision_report(rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) ->
 
 
 def _ordered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The model as it is, then by what was asked for, most faithful first."""
+    """The unmodified model, then by what was asked for, most faithful first."""
     return sorted(rows, key=lambda row: (-(row["asked"] or row["ratio"]), -row["pooled"]))

@@ -1,4 +1,4 @@
-"""The benchmark of vision-language models: right answers and cost of every method on the same annotated pictures."""
+"""The benchmark of vision-language models: right answers and cost of every method on the same annotated images."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def bench_answers(
     Args:
         model: a vision-language model in eval mode.
         processor: its processor.
-        pictures: with questions; see `quickmerge.datasets.annotated.read_annotated`.
+        images: with questions; see `quickmerge.datasets.annotated.read_annotated`.
         arms: see `quickmerge.merge.bench.answers`.
         rounds: how often each is timed; 0 leaves times out.
-        advance: called with a label before each measurement, for progress: once for each picture and arm, the model
+        advance: called with a label before each measurement, for progress: once for each image and arm, the model
             as it is counted, and as often for each round and one more.
 
     Returns:
-        One row for each arm, the model as it is first, and one record per picture and arm.
+        One row for each arm, the unmodified model first, and one record per image and arm.
 
     Raises:
-        QuickmergeError: a picture can't be read or there is none with a question.
+        QuickmergeError: an image can't be read or there is none with a question.
     """
     records = [
-        {"picture": number, **record}
+        {"image": number, **record}
         for number, picture in enumerate(pictures)
         for record in answer_records(model, processor, picture, arms, advance)
     ]
@@ -67,7 +67,7 @@ def bench_answers(
 def answer_records(
     model: Any, processor: Any, picture: Annotated, arms: Sequence[Arm], advance: Advance = lambda _: None
 ) -> list[Row]:
-    """What the model as it is and every arm answered to the questions about one picture: one record each."""
+    """What the unmodified model and every arm answered to the questions about one image: one record each."""
     image = open_image(picture.path)
     usual = ask(model, processor, image, picture.questions)
     records = []
@@ -86,28 +86,28 @@ def answer_records(
 
 
 def answer_rows(records: Sequence[Row]) -> list[Row]:
-    """Average over pictures, by method and share: all questions, each kind, and the change against the full model.
+    """Average over images, by method and share: all questions, each kind, and the change against the full model.
 
-    Each record carries its ``picture``, a name or number of its own. Intervals are over pictures drawn with
-    replacement, since questions about one picture have much in common.
+    Each record carries its ``image``, a name or number of its own. Intervals are over images drawn with
+    replacement, since questions about one image have much in common.
 
     Raises:
         QuickmergeError: there is no record.
     """
     if not records:
-        raise QuickmergeError("pictures must hold at least one with a question, got none")
-    full = {r["picture"]: r["right"] for r in records if r["method"] == FULL.name}
+        raise QuickmergeError("images must hold at least one with a question, got none")
+    full = {r["image"]: r["right"] for r in records if r["method"] == FULL.name}
     rows = []
     for method, keep in dict.fromkeys((r["method"], r["keep"]) for r in records):
         mine = [r for r in records if (r["method"], r["keep"]) == (method, keep)]
         count = [len(r["right"]) for r in mine]
         right = [sum(r["right"]) for r in mine]
-        change = [sum(r["right"]) - sum(full[r["picture"]]) for r in mine]
+        change = [sum(r["right"]) - sum(full[r["image"]]) for r in mine]
         kinds: dict[str, list[bool]] = {}
         for record in mine:
             for kind, one in zip(record["kinds"], record["right"], strict=True):
                 kinds.setdefault(kind, []).append(one)
-        row: Row = {"method": method, "keep": keep, "pictures": len(mine), "questions": sum(count)}
+        row: Row = {"method": method, "keep": keep, "images": len(mine), "questions": sum(count)}
         for key in ("visual_in", "visual_kept"):
             row[key] = sum(r[key] for r in mine) / len(mine)
         for name, values in (("exact", right), ("change", change)):
@@ -129,13 +129,13 @@ def time_answers(
     rounds: int,
     advance: Advance = lambda _: None,
 ) -> list[Row]:
-    """Time from a picture and its first question to the first token, by arm: they take turns, in another order each.
+    """Time from an image and its first question to the first token, by arm: they take turns, in another order each.
 
     Returns:
-        One row for each arm, the model as it is first: median seconds of the whole (``seconds``), of the language model
-        with the reducer inside (``prefill_seconds``), of the reducer with all that it has measured
+        One row for each arm, the unmodified model first: median seconds of the whole (``seconds``), of the language
+        model with the reducer inside (``prefill_seconds``), of the reducer with all that it has measured
         (``reducer_seconds``) and of the tower with what is measured there (``tower_seconds``); of the ratio to the
-        whole of the model as it is in the same round the median and the quartiles; and ``cache_bytes`` behind it.
+        whole of the unmodified model in the same round the median and the quartiles; and ``cache_bytes`` behind it.
     """
 
     def timed(arm: Arm, picture: Annotated, number: int) -> Row:
@@ -144,7 +144,7 @@ def time_answers(
         (asked,) = ask(model, own, image, picture.questions[:1])
         with torch.inference_mode(), observe(model) if arm.attach is None else arm.context() as run:
             seconds = seconds_of(partial(model, **asked.inputs, use_cache=True, logits_to_keep=1), model.device)
-            stats: Any = run.summary()  # of a model with pictures
+            stats: Any = run.summary()  # of a model with images
         return {
             "seconds": seconds, "prefill_seconds": stats.prefill_seconds, "reducer_seconds": stats.reducer_seconds,
             "tower_seconds": stats.tower_seconds, "cache_bytes": stats.prompt_cache_bytes,
@@ -165,13 +165,13 @@ def time_answers(
 
 Rows = Sequence[Mapping[str, Any]]
 
-_LEGEND = "% of the questions answered to the letter; ± is half of the 95 % interval over pictures"
+_LEGEND = "% of the questions answered with exact match; ± is half of the 95 % interval over images"
 _METHOD = (
-    "Right is the % of the questions that greedy decoding answers to the letter; change is that minus the model as it "
-    "is, on the same questions. ± is half of the 95 % interval over pictures drawn with replacement.",
-    "Milliseconds are from a picture and a question to the first token: vision tower, method and language model. "
-    "Methods took turns, and speed-up is the time of the model as it is over the method's. The cache is as the prompt "
-    "left it.",
+    "Right is the % of the questions that greedy decoding answers with an exact match; change is that minus the "
+    "unmodified model, on the same questions. ± is half of the 95 % interval over images drawn with replacement.",
+    "Milliseconds are from an image and a question to the first token: vision tower, method and language model. "
+    "Methods took turns, and speed-up is the time of the unmodified model over the method's. The cache is as the "
+    "prompt left it.",
 )
 
 
@@ -211,19 +211,19 @@ def answers_report(rows: Rows, meta: Mapping[str, Any]) -> Report:
         Section("What is still answered, for what it costs", Table([METHOD, TOKENS, *COST], body)),
         Section("Right, by kind of question", Table([METHOD, TOKENS, *kind_columns(rows)], body), _questions(rows)),
     ]
-    title = f"{meta['model']}: fewer visual tokens on {_several(meta['images'], 'picture')}"
+    title = f"{meta['model']}: fewer visual tokens on {_several(meta['images'], 'image')}"
     return Report(title, sections, _METHOD, meta, legend=_LEGEND)
 
 
 def ordered(rows: Rows) -> list[Mapping[str, Any]]:
-    """The model as it is, then by the share that was asked for, most right answers first."""
+    """The unmodified model, then by the share that was asked for, most right answers first."""
     return sorted(rows, key=lambda row: (row["method"] != "full", -row["keep"], -row["exact"]))
 
 
 def _questions(rows: Rows) -> str:
     row = rows[0]
     told = ", ".join(f"{found['questions']:,} {kind}" for kind, found in row["kinds"].items())
-    return f"{_several(row['questions'], 'question')} about {_several(row['pictures'], 'picture')}: {told}"
+    return f"{_several(row['questions'], 'question')} about {_several(row['images'], 'image')}: {told}"
 
 
 def _several(number: int, what: str) -> str:

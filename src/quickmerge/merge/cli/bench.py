@@ -34,7 +34,7 @@ TEXT_EXAMPLE = (
 )
 IMAGE_EXAMPLE = "Example: quickmerge bench image photos/ --reducer quickmerge,tome,tofu,random --flops 0.5,0.65"
 VLM_EXAMPLE = (
-    "Example: quickmerge bench vlm pictures/ --model runs/vlm --reducer scope,trimtokenator,tome --keep 0.5,0.25"
+    "Example: quickmerge bench vlm images/ --model runs/vlm --reducer scope,trimtokenator,tome --keep 0.5,0.25"
 )
 BATCH = 8
 
@@ -238,7 +238,7 @@ def vlm(
         methods = [make_reducer(name.strip(), place="visual") for name in reducer.split(",")]
     pictures = [picture for picture in read_annotated(image) if picture.questions]
     if not pictures:
-        raise QuickmergeError(f"the folder must hold pictures with questions, got only labels in {image}")
+        raise QuickmergeError(f"the folder must hold images with questions, got only labels in {image}")
     pictures = evenly(pictures, limit)
     seeing, processor = load_vlm(model)
     seen = open_image(pictures[0].path)

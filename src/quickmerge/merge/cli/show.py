@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from quickmerge.merge.tokens.budget import Budget
 
-TEXT_EXAMPLE = "Example: quickmerge show text report.txt --keep 0.3 --html map.html --picture map.png"
+TEXT_EXAMPLE = "Example: quickmerge show text report.txt --keep 0.3 --html map.html --figure map.png"
 IMAGE_EXAMPLE = (
     "Example: quickmerge show image photo.jpg --reducer tome --remove 16; "
     "quickmerge show image photo.jpg --reducer scope --tokens 64"
@@ -58,7 +58,7 @@ SEEING = Annotated[str, typer.Option("--model", help="vit-small-14, a folder, or
 PICTURE = Annotated[
     Path | None,
     typer.Option(
-        "--picture", help="Write it here (.png or .webp). Default: named after the file.", rich_help_panel=OUTPUT
+        "--figure", help="Write it here (.png or .webp). Default: named after the file.", rich_help_panel=OUTPUT
     ),
 ]
 
@@ -88,7 +88,7 @@ def text(
         Path | None, typer.Option("--html", help="Write an HTML page here.", rich_help_panel=OUTPUT)
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option("--picture", help="Write a picture here (.png or .svg).", rich_help_panel=OUTPUT)
+        Path | None, typer.Option("--figure", help="Write an image here (.png or .svg).", rich_help_panel=OUTPUT)
     ] = None,
     json: JSON = None,
 ) -> None:
@@ -97,7 +97,7 @@ def text(
         raise QuickmergeError("give either a file or --text, got " + ("neither" if file is None else "both"))
     check_output(json, html, picture)
     if picture is not None and picture.suffix not in (".png", ".svg"):
-        raise QuickmergeError(f"--picture must end in .png or .svg, got {picture.name!r}")
+        raise QuickmergeError(f"--figure must end in .png or .svg, got {picture.name!r}")
     depth = parse_layer(layer)
     content = check_text("--text", str(text)) if file is None else read_text(file, first=BYTES * limit + 2**16)
     check_model(model)
@@ -160,15 +160,15 @@ def image(
     """Show the patches of an image by the token that they became, in the order of the choice where there is one."""
     from quickmerge.datasets.images import open_image
     from quickmerge.datasets.labelled import PixelFormat
-    from quickmerge.merge.collect import as_picture, patch_stages
+    from quickmerge.merge.collect import as_image, patch_stages
     from quickmerge.models import load_vision
     from quickmerge.models.encoder import find_encoder
     from quickmerge.terminal import Terminal
-    from quickmerge.viz.patchmap_sheet import merged_picture
-    from quickmerge.viz.patchmap_video import write_picture
+    from quickmerge.viz.patchmap_sheet import merged_image
+    from quickmerge.viz.patchmap_video import write_image
 
     picture = picture or Path(f"{image.stem}-{reducer.split(':')[0]}.png")
-    _check_suffix("--picture", picture, PICTURES)
+    _check_suffix("--figure", picture, PICTURES)
     check_output(json, picture)
     budget, where, photo = parse_budget(keep, tokens, SHARE), _where(remove, layer, tokens), open_image(image)
     if is_vlm(model):
@@ -197,8 +197,8 @@ def image(
         raise QuickmergeError(
             f"nothing was merged: --keep must be below 1 or --remove above 0, got {share:g}, {remove}"
         )
-    seen = as_picture(pixels[0], form)
-    write_picture(merged_picture(seen, stages, title=f"{clean_name(image.name)}, {reducer}"), picture)
+    seen = as_image(pixels[0], form)
+    write_image(merged_image(seen, stages, title=f"{clean_name(image.name)}, {reducer}"), picture)
     print(stats)
     print(f"wrote {clean_name(picture)}")
     _write(json, image, model, reducer, share, remove, stages, stats.as_dict())
@@ -232,14 +232,14 @@ def video(
 
     from quickmerge.datasets import VideoClips
     from quickmerge.datasets.labelled import PixelFormat
-    from quickmerge.merge.collect import as_picture, frame_stage
+    from quickmerge.merge.collect import as_image, frame_stage
     from quickmerge.merge.reducers.pooling import GridMerge
     from quickmerge.models import load_vision
     from quickmerge.terminal import Terminal
-    from quickmerge.viz.patchmap_video import video_animation, video_strip, write_picture
+    from quickmerge.viz.patchmap_video import video_animation, video_strip, write_image
 
     picture = picture or Path(f"{video.stem}-{reducer.split(':')[0]}.png")
-    _check_suffix("--picture", picture, PICTURES)
+    _check_suffix("--figure", picture, PICTURES)
     if animation is not None:
         _check_suffix("--animation", animation, ANIMATIONS)
     check_output(json, picture, animation)
@@ -254,10 +254,10 @@ def video(
         form = PixelFormat.of(processor)
         pixels = form.standardised(VideoClips([video], (form.height, form.width), frames, stride)[0])[None]
         stage = frame_stage(encoder, pixels, across)
-    seen = [as_picture(frame, form) for frame in pixels[0]]
+    seen = [as_image(frame, form) for frame in pixels[0]]
     total = stage.groups.size
     print(f"{across!r}: {stage.tokens} of {total} tokens left of {frames} frames")
-    write_picture(video_strip(seen, stage, title=f"{clean_name(video.name)}, {reducer}"), picture)
+    write_image(video_strip(seen, stage, title=f"{clean_name(video.name)}, {reducer}"), picture)
     print(f"wrote {clean_name(picture)}")
     if animation is not None:
         video_animation(seen, stage, animation)
@@ -308,7 +308,7 @@ def stage_data(stage: Any) -> dict[str, Any]:
     return {"name": stage.name, "tokens": stage.tokens, "groups": stage.groups.tolist(), **ranks}
 
 
-# ``quickmerge show image --model VLM``: which visual tokens a language model was given, as a picture.
+# ``quickmerge show image --model VLM``: which visual tokens a language model was given, as an image.
 
 
 PROMPT = "Describe the image."
@@ -329,8 +329,8 @@ def _show_tokens(
     """Paint an image by what became of its tokens in front of a language model, or inside it with ``layer``."""
     from quickmerge.merge.collect import visual_stage
     from quickmerge.terminal import Terminal
-    from quickmerge.viz.patchmap_sheet import merged_picture
-    from quickmerge.viz.patchmap_video import write_picture
+    from quickmerge.viz.patchmap_sheet import merged_image
+    from quickmerge.viz.patchmap_video import write_image
 
     method = parse_reducer(reducer, budget, "visual")
     vlm, processor = load_vlm(model)
@@ -343,7 +343,7 @@ def _show_tokens(
             f"got {budget!r}"
         )
     asked = f": {question}" if "text" in method.asks else ""
-    write_picture(merged_picture(seen, stage, title=f"{clean_name(name)}, {reducer}{asked}"), picture)
+    write_image(merged_image(seen, stage, title=f"{clean_name(name)}, {reducer}{asked}"), picture)
     print(stats)
     print(f"wrote {clean_name(picture)}")
     write_json(json, {

@@ -13,8 +13,8 @@ from quickmerge.errors import QuickmergeError, clean_name
 from quickmerge.terminal import say
 
 if TYPE_CHECKING:
-    from quickmerge.datasets.labelled import LabelledPictures
-    from quickmerge.datasets.questions import AskedPictures
+    from quickmerge.datasets.labelled import LabelledImages
+    from quickmerge.datasets.questions import AskedImages
 
 CLASSIFIER_EXAMPLE = (
     "Example: quickmerge train classifier --model vit-small-14 --data photos/train --out runs/classifier"
@@ -58,7 +58,7 @@ def classifier(
         torch.manual_seed(settings.seed)
         network = new_classifier(backbone, classes)
         dataset = pictures(images, classes, processor, augment=augment)
-        held_out = held_out_pictures(test, classes, processor)
+        held_out = held_out_images(test, classes, processor)
         say(f"{len(dataset)} images of {len(classes)} classes")
         result = train_classifier(
             network,
@@ -86,14 +86,14 @@ def labelled(folder: Path) -> tuple[list[str], list[Any]]:
     return sorted({image.label for image in images}), images
 
 
-def pictures(images: list[Any], classes: list[str], processor: Any, *, augment: bool) -> LabelledPictures:
+def pictures(images: list[Any], classes: list[str], processor: Any, *, augment: bool) -> LabelledImages:
     """A dataset of labelled images as a model wants to be shown them."""
-    from quickmerge.datasets.labelled import LabelledPictures, PixelFormat
+    from quickmerge.datasets.labelled import LabelledImages, PixelFormat
 
-    return LabelledPictures(images, classes, PixelFormat.of(processor), augment=augment)
+    return LabelledImages(images, classes, PixelFormat.of(processor), augment=augment)
 
 
-def held_out_pictures(folder: Path | None, classes: list[str], processor: Any) -> LabelledPictures | None:
+def held_out_images(folder: Path | None, classes: list[str], processor: Any) -> LabelledImages | None:
     """The images to measure on, if there are any."""
     return None if folder is None else pictures(labelled(folder)[1], classes, processor, augment=False)
 
@@ -109,7 +109,7 @@ def load_backbone(name: str) -> tuple[Any, Any]:
     return model, processor
 
 
-def measure(what: str, model: Any, dataset: LabelledPictures) -> float:
+def measure(what: str, model: Any, dataset: LabelledImages) -> float:
     """Print the accuracy of a model as it stands."""
     from quickmerge.merge.train.classify import evaluate
     from quickmerge.terminal import Terminal
@@ -188,7 +188,7 @@ def dynamicvit(
     check_labels(classes, known, data)
     with one_sentence():
         dataset = pictures(images, known, processor, augment=augment)
-        held_out = held_out_pictures(test, known, processor)
+        held_out = held_out_images(test, known, processor)
         say(f"{len(dataset)} images of {len(classes)} classes")
         if held_out is not None:
             measure("accuracy with every patch", network, held_out)
@@ -212,7 +212,7 @@ def _measure_reduced(network: Any, out: Path, held_out: Any) -> None:
     print(f"tokens: {stats.tokens_kept:.1f} of {stats.tokens_in} a block")
 
 
-# ``quickmerge train vlm``: teach a language model to see, with a vision transformer, on questions about pictures.
+# ``quickmerge train vlm``: teach a language model to see, with a vision transformer, on questions about images.
 
 
 VLM_RATE = 3e-4
@@ -220,7 +220,7 @@ VLM_RATE = 3e-4
 VLM_EXAMPLE = "Example: quickmerge train vlm --data scenes/train,photos/train --test scenes/test --out runs/vlm"
 
 VLM_DATA = Annotated[
-    str, typer.Option("--data", help="Folders with pictures and annotations.jsonl, commas between them.")
+    str, typer.Option("--data", help="Folders with images and annotations.jsonl, commas between them.")
 ]
 VLM_TEST = Annotated[str | None, typer.Option("--test", help="Such folders to measure the answers on.")]
 VISION = Annotated[str, typer.Option("--vision", help="vit-small-14, a folder, or a Hugging Face id.")]
@@ -270,7 +270,7 @@ def vlm(
         made, processor = new_vlm(tower, language, tokenizer, image_processor, layers=depths)
         dataset = _asked(pictures, made, processor, questions)
         asked = _asked(held_out, made, processor, None) if held_out else None
-        say(f"{len(dataset)} pictures with {sum(len(each.questions) for each in dataset.pictures)} questions")
+        say(f"{len(dataset)} images with {sum(len(each.questions) for each in dataset.pictures)} questions")
         result = train_vlm(
             made, processor, dataset, settings, out, align=align, warmup_language=warmup_language,
             language_rate=language_rate, resume=training.resume,
@@ -291,21 +291,21 @@ def _pictures(option: str, folders: str | None) -> list[Any]:
     return [picture for name in names for picture in read_annotated(Path(name).expanduser())]
 
 
-def _asked(pictures: list[Any], model: Any, processor: Any, questions: int | None) -> AskedPictures:
+def _asked(pictures: list[Any], model: Any, processor: Any, questions: int | None) -> AskedImages:
     from quickmerge.datasets.labelled import PixelFormat
-    from quickmerge.datasets.questions import AskedPictures
+    from quickmerge.datasets.questions import AskedImages
 
-    return AskedPictures(
+    return AskedImages(
         pictures, processor.tokenizer, PixelFormat.of(processor.image_processor), questions=questions,
         image_tokens=model.config.image_seq_length, image_token=model.config.image_token_id,
     )  # fmt: skip
 
 
-def _measure(model: Any, dataset: AskedPictures) -> None:
+def _measure(model: Any, dataset: AskedImages) -> None:
     from quickmerge.merge.train.answers import evaluate_answers
     from quickmerge.terminal import Terminal
 
-    with Terminal(stderr=True).status(f"asking about {len(dataset)} pictures"):
+    with Terminal(stderr=True).status(f"asking about {len(dataset)} images"):
         shares = evaluate_answers(model.eval(), dataset)
     told = ", ".join(f"{kind} {share:.3f}" for kind, share in shares.items() if kind != "all")
-    print(f"answered to the letter on {len(dataset)} pictures: {shares['all']:.4f} ({clean_name(told)})")
+    print(f"answered with exact match on {len(dataset)} images: {shares['all']:.4f} ({clean_name(told)})")

@@ -1,4 +1,4 @@
-"""``quickmerge train prior``: the autoregressive prior over merged tokens, for a language model or for pictures."""
+"""``quickmerge train prior``: the autoregressive prior over merged tokens, for a language model or for images."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def prior(
                 held_out=[read_text(path) for path in held_out or []], column=column, half=half,
             )  # fmt: skip
         else:
-            _train_pictures(
+            _train_images(
                 found, out, keeps=keeps, config=settings, resume=training.resume, shape=shape, half=half,
                 size=size, patch=patch, frames=frames, column=column,
             )  # fmt: skip
@@ -139,7 +139,7 @@ def _train_text(
     tell(result, out)
 
 
-def _train_pictures(
+def _train_images(
     found: Data,
     out: Path,
     *,
@@ -159,7 +159,7 @@ def _train_pictures(
 
     say = Terminal(stderr=True)
     dataset: ImageFolder | VideoClips
-    with say.status("looking at the pictures"):
+    with say.status("looking at the images"):
         if found.kind == "videos":
             dataset = VideoClips(found.files, size, frames)
         else:

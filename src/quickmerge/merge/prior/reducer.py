@@ -98,7 +98,7 @@ class QuickMergePrior(QuickMerge):
             return self.prior.align(view, plan)
 
     def align_flops(self, tokens: float, slots: float) -> float:
-        """Operations of saliency head, learned merge, transformer and corrections."""
+        """FLOPs of saliency head, learned merge, transformer and corrections."""
         c = self.prior.config
         per_token = c.features * (c.width + c.pool) + (64 * (c.features + 1) if self.prior.saliency is not None else 0)
         blocks = c.layers * 12 * c.width**2

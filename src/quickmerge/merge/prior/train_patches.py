@@ -1,4 +1,4 @@
-"""From pictures to the features of patches, and back."""
+"""From images to the features of patches, and back."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def patch_grid(shape: torch.Size | tuple[int, ...], patch: Patch) -> tuple[int, 
     if len(shape) not in (4, 5):
         raise ValueError(f"x must be images (B, C, H, W) or clips (B, T, C, H, W), got shape {tuple(shape)}")
     if shape[-2] % height or shape[-1] % width:
-        raise ValueError(
-            f"patch must divide the sides of the picture, {shape[-2]} x {shape[-1]}, got {height} x {width}"
-        )
+        raise ValueError(f"patch must divide the sides of the image, {shape[-2]} x {shape[-1]}, got {height} x {width}")
     return (shape[1] if len(shape) == 5 else 1), shape[-2] // height, shape[-1] // width
 
 
@@ -75,7 +73,7 @@ def unpatchify(patches: Tensor, patch: Patch, size: tuple[int, int], frames: int
     Args:
         patches: ``(B, N, C * h * w)``.
         patch: pixels of both sides, or height and width.
-        size: height and width of the pictures.
+        size: height and width of the images.
         frames: frames of a clip; None for images.
 
     Returns:
@@ -89,7 +87,7 @@ def unpatchify(patches: Tensor, patch: Patch, size: tuple[int, int], frames: int
     t, rows, columns = patch_grid((b, frames or 1, 1, *size), patch)
     if n != t * rows * columns or length % (height * width):
         raise ValueError(
-            f"patches must be {t * rows * columns} a row, of a multiple of {height * width} values, for {t} pictures "
+            f"patches must be {t * rows * columns} a row, of a multiple of {height * width} values, for {t} images "
             f"of {size[0]} x {size[1]}, got {n} of {length}"
         )
     cut = patches.reshape(b, t, rows, columns, -1, height, width).permute(0, 1, 4, 2, 5, 3, 6)
@@ -137,10 +135,10 @@ def _cosines(length: int) -> Tensor:
 
 
 def view_of(pictures: Tensor, patch: Patch) -> TokenView:
-    """Pictures as tokens: the `waves` of their patches, on a grid.
+    """Images as tokens: the `waves` of their patches, on a grid.
 
     Args:
-        pictures: images ``(B, C, H, W)`` or clips ``(B, T, C, H, W)`` in [0, 1].
+        images: images ``(B, C, H, W)`` or clips ``(B, T, C, H, W)`` in [0, 1].
         patch: pixels of both sides, or height and width.
 
     Returns:
@@ -152,13 +150,13 @@ def view_of(pictures: Tensor, patch: Patch) -> TokenView:
     return TokenView(waves(patchify(pictures - 0.5, patch), patch), grid=patch_grid(pictures.shape, patch))
 
 
-def pictures_of(tokens: Tensor, patch: Patch, size: tuple[int, int], frames: int | None = None) -> Tensor:
-    """Tokens as pictures again: the inverse of `view_of`, not held to [0, 1].
+def images_of(tokens: Tensor, patch: Patch, size: tuple[int, int], frames: int | None = None) -> Tensor:
+    """Tokens as images again: the inverse of `view_of`, not held to [0, 1].
 
     Args:
         tokens: ``(B, N, C h w)``, one for each patch.
         patch: pixels of both sides, or height and width.
-        size: height and width of the pictures.
+        size: height and width of the images.
         frames: frames of a clip; None for images.
 
     Returns:
@@ -174,9 +172,9 @@ def pictures_of(tokens: Tensor, patch: Patch, size: tuple[int, int], frames: int
 
 
 KINDS = {"images": 2, "videos": 3}
-"""What a prior of pictures is of, and the axes of a place in it."""
+"""What a prior of images is of, and the axes of a place in it."""
 FLAT = 1e-4
-"""Pictures whose patches spread less than this are of one colour: they have nothing that could collapse."""
+"""Images whose patches spread less than this are of one colour: they have nothing that could collapse."""
 
 
 class PriorPatches(Objective):
@@ -197,7 +195,7 @@ class PriorPatches(Objective):
         reducer: from a share to what merges; `GridMerge` by default.
 
     Raises:
-        ValueError: if a share is not in (0, 1], or the prior is not of pictures.
+        ValueError: if a share is not in (0, 1], or the prior is not of images.
     """
 
     def __init__(
@@ -208,7 +206,7 @@ class PriorPatches(Objective):
             raise ValueError(f"keeps must be shares in (0, 1], got {list(keeps)}")
         if not prior.config.generates or prior.config.axes not in KINDS.values():
             raise ValueError(
-                "prior must be of pictures, with pool 0 and axes 2 or 3, "
+                "prior must be of images, with pool 0 and axes 2 or 3, "
                 f"got pool={prior.config.pool} and axes={prior.config.axes}"
             )
         self.prior = prior
@@ -229,7 +227,7 @@ class PriorPatches(Objective):
 
     @torch.no_grad()
     def calibrate(self, pictures: Dataset, most: int = 32) -> None:
-        """Set the prior's scale of features from the slots, at every keep, of up to ``most`` pictures spread evenly."""
+        """Set the prior's scale of features from the slots, at every keep, of up to ``most`` images spread evenly."""
         count = min(most, len(pictures))
         slots = []
         for index in range(count):
@@ -241,7 +239,7 @@ class PriorPatches(Objective):
         self.prior.calibrate(torch.cat(slots).to(self.prior.mean.device))
 
     def forward(self, batch: Tensor, progress: float) -> dict[str, Tensor]:
-        """Losses of a batch of pictures."""
+        """Losses of a batch of images."""
         prior = self.prior
         # Places and pixels lose too much in half precision, and cost too little to gain from it.
         with torch.autocast(batch.device.type, enabled=False), torch.no_grad():

@@ -229,8 +229,8 @@ class PriorText(Objective):
         model = self._model[0]
         with torch.no_grad():
             full = _precise(model.get_output_embeddings()(self._read_whole(batch))).log_softmax(-1)
-        # One pass of the full model serves several keeps, since it is the dearest part. The draw depends on the step
-        # alone, so that all processes train at the same keeps.
+        # One pass of the full model serves several keeps, since it is the most expensive part. The draw depends on the
+        # step alone, so that all processes train at the same keeps.
         keeps = random.Random(f"{progress:.9f}").sample(self.keeps, min(DRAWS, len(self.keeps)))
         each = [self._at(keep, batch, full, self._heat(progress) if self.training else 0.0) for keep in keeps]
         return {name: torch.stack([losses[name] for losses in each]).mean() for name in each[0]}

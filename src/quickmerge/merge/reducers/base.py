@@ -103,7 +103,7 @@ class Reducer(ABC):
         return {}
 
     def align_flops(self, tokens: float, slots: float) -> float:
-        """Operations of `align`, and of whatever else is trained, for ``tokens`` merged into ``slots``."""
+        """FLOPs of `align`, and of whatever else is trained, for ``tokens`` merged into ``slots``."""
         return 0.0
 
     @property
@@ -225,7 +225,7 @@ def select_visual_tokens(
     grid: tuple[int, int, int] | None = None,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, MergePlan]:
-    """Which visual tokens of some pictures are kept, a picture a row; no model is looked at.
+    """Which visual tokens of some images are kept, an image a row; no model is looked at.
 
     How many are kept is known beforehand, ``min(K, n)`` of the n tokens of a row, so an engine can make room for them.
 

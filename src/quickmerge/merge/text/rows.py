@@ -191,7 +191,7 @@ def plan_rows(
 
 
 def pick_rows(view: TokenView, rows: Tensor) -> TokenView:
-    """The rows ``rows (R,)`` of a view without pictures nor a question."""
+    """The rows ``rows (R,)`` of a view without images nor a question."""
 
     def pick(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.index_select(0, rows)

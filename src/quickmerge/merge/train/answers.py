@@ -1,4 +1,4 @@
-"""Training a vision-language model to answer questions about pictures."""
+"""Training a vision-language model to answer questions about images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import LlavaForConditionalGeneration
 
-from quickmerge.datasets.questions import AskedPictures, Packed, pack
+from quickmerge.datasets.questions import AskedImages, Packed, pack
 from quickmerge.errors import UnsupportedModelError, whole_number
 from quickmerge.locks import sole_writer
 from quickmerge.merge.train.classify import check_share
@@ -34,7 +34,7 @@ __all__ = ["Answer", "answer_ids", "evaluate_answers", "prompt_ids", "scaled_inp
 
 PROJECTOR, LANGUAGE = "projector", "language"
 SAMPLES = 64
-"""Pictures that the spread of the tower's features is measured on."""
+"""Images that the spread of the tower's features is measured on."""
 
 
 def answer_logits(model: LlavaForConditionalGeneration, batch: Packed) -> Tensor:
@@ -59,7 +59,7 @@ def answer_logits(model: LlavaForConditionalGeneration, batch: Packed) -> Tensor
 
 
 class Answer(Objective):
-    """Cross-entropy of the answers' tokens, of questions about pictures as `pack` puts them together.
+    """Cross-entropy of the answers' tokens, of questions about images as `pack` puts them together.
 
     The projector is trained from the first step on, the language model later and at a lower rate, and the vision
     tower not at all.
@@ -104,7 +104,7 @@ class Answer(Objective):
         self._whole[0].model.vision_tower.to(device)
 
     def forward(self, batch: Packed, progress: float) -> dict[str, Tensor]:
-        """The loss, and the share of questions that are answered to the letter."""
+        """The loss, and the share of questions that are answered with exact match."""
         logits = answer_logits(self._whole[0], batch).float()
         return {"loss": F.cross_entropy(logits, batch.target), "exact": exact(logits, batch).mean()}
 
@@ -119,7 +119,7 @@ def exact(logits: Tensor, batch: Packed) -> Tensor:
 def train_vlm(
     model: LlavaForConditionalGeneration,
     processor: Any,
-    dataset: AskedPictures,
+    dataset: AskedImages,
     config: TrainingConfig,
     out: Path,
     *,
@@ -134,10 +134,10 @@ def train_vlm(
     Args:
         model: a LLaVA; `new_vlm` makes one. Trained in place.
         processor: the processor that is saved beside it.
-        dataset: pictures with questions.
+        dataset: images with questions.
         config: settings of the loop.
         out: folder for the model, checkpoints and metrics.
-        align: by how many pictures with objects the projector is aligned before the first step; see
+        align: by how many images with objects the projector is aligned before the first step; see
             `quickmerge.training.align`. 0 leaves it as it is.
         fresh: whether the projector is as `new_vlm` drew it; False for one that was trained before.
         warmup_language: see `Answer`.
@@ -190,9 +190,7 @@ class _Columns(nn.Module):
 
 
 @contextmanager
-def scaled_inputs(
-    model: LlavaForConditionalGeneration, dataset: AskedPictures, *, fresh: bool = False
-) -> Iterator[None]:
+def scaled_inputs(model: LlavaForConditionalGeneration, dataset: AskedImages, *, fresh: bool = False) -> Iterator[None]:
     """Let the projector learn as if each of the tower's features had a deviation of 1.
 
     The residual stream of a vision transformer grows tenfold from its low blocks to its high ones. AdamW takes steps
@@ -201,7 +199,7 @@ def scaled_inputs(
 
     Args:
         model: whose projector it is.
-        dataset: pictures to measure the deviations on.
+        dataset: images to measure the deviations on.
         fresh: True for a projector just drawn at random: what was drawn becomes W', and the mean of the features is
             taken out. False leaves unchanged what the projector computes.
     """
@@ -219,8 +217,8 @@ def scaled_inputs(
 
 
 @torch.no_grad()
-def _spread(model: LlavaForConditionalGeneration, dataset: AskedPictures) -> tuple[Tensor, Tensor]:
-    """Mean and deviation ``(F,)`` of what the projector reads, over patches of up to 64 pictures."""
+def _spread(model: LlavaForConditionalGeneration, dataset: AskedImages) -> tuple[Tensor, Tensor]:
+    """Mean and deviation ``(F,)`` of what the projector reads, over patches of up to 64 images."""
     sampled = evenly(range(len(dataset)), SAMPLES)
     features = torch.cat([projector_input(model, dataset.pixels(index)).double() for index in sampled])
     like = model.model.multi_modal_projector.linear_1.weight
@@ -229,10 +227,10 @@ def _spread(model: LlavaForConditionalGeneration, dataset: AskedPictures) -> tup
     return features.mean(0).to(like), deviation.to(like)
 
 
-def evaluate_answers(model: LlavaForConditionalGeneration, dataset: AskedPictures) -> dict[str, float]:
-    """Share of the questions of each kind, and of all (``"all"``), that a model as it stands answers to the letter.
+def evaluate_answers(model: LlavaForConditionalGeneration, dataset: AskedImages) -> dict[str, float]:
+    """Exact match of a model as it stands: the share of the questions of each kind, and of all (``"all"``).
 
-    The dataset should ask every question of a picture (``questions=None``), so that kinds are told by their order.
+    The dataset should ask every question of an image (``questions=None``), so that kinds are told by their order.
     """
     right: dict[str, list[float]] = {"all": []}
     with torch.inference_mode():

@@ -113,7 +113,7 @@ class DynamicViTObjective(Objective):
     """The loss of DynamicViT on a batch ``[pixels (B, 3, H, W), labels (B,)]`` (arXiv 2106.02034, eq. 18).
 
     The model reads every patch, and a mask says which count (`quickmerge.merge.vision.policy`); masks are drawn by
-    Gumbel-softmax from torch's global generator. A copy of the model as it is given is the teacher.
+    Gumbel-softmax from torch's global generator. A copy of the unmodified model given is the teacher.
 
     Args:
         model: an image classifier, trained in place.

@@ -1,4 +1,4 @@
-"""Which columns of a prompt are visual tokens, and of which picture or video."""
+"""Which columns of a prompt are visual tokens, and of which image or video."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = ("image", "video")
 
 @dataclass
 class Image:
-    """The visual tokens of one picture (of one tile, where a model cuts pictures up in front of it) or video.
+    """The visual tokens of one image (of one tile, where a model cuts images up in front of it) or video.
 
     ``row`` of the batch and ``columns (n,)`` of the prompt as it was given; ``kind``, ``"image"`` or ``"video"``;
     ``grid`` (T, H, W) of the tokens where they form one. ``plan``, once it was made, a plan of one row for the n
@@ -52,7 +52,7 @@ class Image:
 
 
 def read_images(vlm: Vlm, inputs: dict[str, Any], features: FeatureWatch) -> list[Image]:
-    """Every picture and video of a prompt, in the order in which their features fill the placeholders.
+    """Every image and video of a prompt, in the order in which their features fill the placeholders.
 
     Args:
         vlm: the model.
@@ -71,7 +71,7 @@ def read_images(vlm: Vlm, inputs: dict[str, Any], features: FeatureWatch) -> lis
         if output is None:
             continue
         if ids is None:
-            raise QuickmergeError("input_ids must be given with pictures inside a quickmerge run, to find them by")
+            raise QuickmergeError("input_ids must be given with images inside a quickmerge run, to find them by")
         rows, columns = (ids == vlm.token(kind)).nonzero(as_tuple=True)
         pieces = [piece for each in tensors_of(output) for piece in features.pieces(each)]
         sizes = [piece.tokens for piece in pieces]
@@ -81,7 +81,7 @@ def read_images(vlm: Vlm, inputs: dict[str, Any], features: FeatureWatch) -> lis
             )
         for piece, mine, places in zip(pieces, rows.split(sizes), columns.split(sizes), strict=True):
             if bool((mine != mine[0]).any()):
-                raise QuickmergeError(f"input_ids must hold the {kind} placeholders of a picture in one row, got two")
+                raise QuickmergeError(f"input_ids must hold the {kind} placeholders of an image in one row, got two")
             places = places if piece.apart is None else places[~piece.apart.to(places.device)]
             images.append(Image(int(mine[0]), places, kind, piece.grid, piece.seen, now=places))
     return images
@@ -100,7 +100,7 @@ def special_ids(vlm: Vlm) -> set[int]:
 def instruction(ids: Tensor, valid: Tensor, special: set[int], images: list[Image]) -> list[Tensor]:
     """The columns of each row that hold the user's instruction, as far as a model can tell without its tokenizer.
 
-    Tokens that no configuration names as special: those behind the last picture, or all where there are none behind.
+    Tokens that no configuration names as special: those behind the last image, or all where there are none behind.
 
     Args:
         ids: ``(B, N)``; placeholders are special.
@@ -118,7 +118,7 @@ def instruction(ids: Tensor, valid: Tensor, special: set[int], images: list[Imag
     return found
 
 
-# Deciding for the visual tokens of a batch: a view per picture, and one plan for the whole sequence.
+# Deciding for the visual tokens of a batch: a view per image, and one plan for the whole sequence.
 
 
 @dataclass(frozen=True)
@@ -142,14 +142,14 @@ def decide(
 ) -> Decision | None:
     """Reduce the visual tokens of a sequence; every other token stays alone.
 
-    Pictures of the same shape are decided together, a row each, so padding is never seen.
+    Images of the same shape are decided together, a row each, so padding is never seen.
 
     Args:
         reducer: the method, with the ``keep`` of this place.
         whole: the sequence as it is.
         images: what is to be reduced, by where it is now.
         text: columns of each row's instruction.
-        told: what is known of a picture beside its hidden states.
+        told: what is known of an image beside its hidden states.
 
     Returns:
         None if every token stays.
@@ -220,7 +220,7 @@ def _plan(
 
 
 def _cells(image: Image) -> Tensor:
-    """Where each of a picture's present tokens stands among those that there were."""
+    """Where each of an image's present tokens stands among those that there were."""
     if image.plan is None:
         return torch.arange(image.count)
     return image.plan.position[0].cpu()
@@ -231,13 +231,13 @@ def _keeps_all(plan: MergePlan, view: TokenView) -> bool:
 
 
 def _places(group: list[Image]) -> tuple[Tensor, Tensor]:
-    """Rows ``(G, 1)`` and columns ``(G, n)`` of pictures with the same number of tokens."""
+    """Rows ``(G, 1)`` and columns ``(G, n)`` of images with the same number of tokens."""
     columns = torch.stack([image.now for image in group])  # type: ignore[misc]
     return torch.tensor([[image.row] for image in group], device=columns.device), columns
 
 
 def _together(whole: TokenView, made: list[tuple[list[Image], TokenView, MergePlan]]) -> tuple[MergePlan, Tensor]:
-    """One plan for the sequence from those for its pictures, and the column at which each slot stands."""
+    """One plan for the sequence from those for its images, and the column at which each slot stands."""
     shape, device = whole.valid.shape, whole.valid.device
     anchor = whole.valid.clone()
     leader = torch.full(shape, -1, dtype=torch.long, device=device)
@@ -288,9 +288,9 @@ def view_of(view: TokenView, i: int) -> TokenView:
 def told_inside(
     trace: AttentionTrace | None, view: TokenView, visual: Tensor, asks: frozenset[str]
 ) -> Callable[[Image], Seen | None]:
-    """A function that tells of a picture, by the attention of the block below the merge.
+    """A function that tells of an image, by the attention of the block below the merge.
 
-    Saliency is what the text behind the picture pays to each token, mean over heads and voters; for ``"norm"`` the root
+    Saliency is what the text behind the image pays to each token, mean over heads and voters; for ``"norm"`` the root
     mean square length of what each adds to their outputs. Keys are means over heads.
 
     Args:

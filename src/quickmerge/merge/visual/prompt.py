@@ -1,4 +1,4 @@
-"""A prompt with pictures that was read: what is left of it, and how what follows it fits on."""
+"""A prompt with images that was read: what is left of it, and how what follows it fits on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quickmerge.merge.tokens.plan import MergePlan
 
 @dataclass
 class VisualPrompt(PromptState):
-    """What a cache knows of a prompt with pictures. All that is of ``valid``'s width is as the first block read it.
+    """What a cache knows of a prompt with images. All that is of ``valid``'s width is as the first block read it.
 
     ``width``: columns as given. ``true_position (..., B)``: the position that the first token behind the prompt would
     have had, and ``next_position`` the one that it gets; None where the model counts. ``masked``: whether a mask was

@@ -25,7 +25,7 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Seen:
-    """What the tower told of one picture, tile or video whose tokens it made; None where nobody asked.
+    """What the tower told of one image, tile or video whose tokens it made; None where nobody asked.
 
     ``grid`` (T, H, W) of the ``count`` visual tokens, where they form one; ``features (n, D)``, ``saliency (n,)`` and
     ``key (n, d)``.
@@ -75,7 +75,7 @@ def received(trace: AttentionTrace, kind: str, *, class_token: bool, mask: Tenso
 
 
 def window_order(grid: Grid, merge: int, window: int) -> Tensor:
-    """The place that each visual token of a picture has in a tower that reads it window by window: ``(n,)`` long.
+    """The place that each visual token of an image has in a tower that reads it window by window: ``(n,)`` long.
 
     Frames stay apart. Windows of ``window`` x ``window`` tokens follow one another line by line, those at the right and
     lower edges smaller, and so do the tokens in each.
@@ -175,7 +175,7 @@ class TowerWatch:
         self.seen, self._parts = [], []
 
     def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """Called for every attention of the layer that is measured; a packed tower calls it picture by picture."""
+        """Called for every attention of the layer that is measured; a packed tower calls it image by image."""
         if self.asks & {"attention", "norm", "key"}:
             began = self.clock()
             with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
@@ -222,7 +222,7 @@ class TowerWatch:
         states = [output.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
         gone = 1 if config.vision_feature_select_strategy == "default" else 0
         count = states[0].shape[1] - gone
-        # Registers, and a class token that stays, belong to no place in the picture.
+        # Registers, and a class token that stays, belong to no place in the image.
         whole = prefix_of(states[0].shape[1], grid, type(self.vlm.model).__name__) == gone
         features = torch.cat(states, -1)[:, gone:].detach() if "tower" in self.asks else None
         saliency, key = self._parts[-1] if self._parts else (None, None)
@@ -240,7 +240,7 @@ class TowerWatch:
         return [seen_of(grid, merge, True, *parts) for parts in zip(*each, strict=True)]
 
     def _packed(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> list[Seen]:
-        """Pictures and videos one after another in one sequence."""
+        """Images and videos one after another in one sequence."""
         given = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         grids: list[Grid] = [tuple(each) for each in given.tolist()]
         merge, raster = self.vlm.merge, self.vlm.family.raster
@@ -259,9 +259,9 @@ class TowerWatch:
         return seen
 
 
-# Knowing of every feature that fills a placeholder which picture it was made from.
+# Knowing of every feature that fills a placeholder which image it was made from.
 #
-# ``generate`` encodes pictures before anything else and then hands on features alone, so what they were made from has
+# ``generate`` encodes images before anything else and then hands on features alone, so what they were made from has
 # to be noted where they are made: a run stands in front of the model's ``get_image_features`` and
 # ``get_video_features`` while it is attached.
 
@@ -272,7 +272,7 @@ OWN = ("vision_feature_layer", "vision_feature_select_strategy")
 
 @dataclass(frozen=True)
 class Piece:
-    """Placeholders of one picture: how many, which of them are ``apart``, no visual tokens, and what is known."""
+    """Placeholders of one image: how many, which of them are ``apart``, no visual tokens, and what is known."""
 
     tokens: int
     apart: Tensor | None = None
@@ -327,7 +327,7 @@ class FeatureWatch:
                     raise QuickmergeError(
                         f"{name} must be the model's own inside a quickmerge run, {own!r}, got {inputs[name]!r}"
                     )
-            # Some models make the features of a video by the function for pictures.
+            # Some models make the features of a video by the function for images.
             within, self._within = self._within, True
             try:
                 output = made(*args, **kwargs)
@@ -380,16 +380,16 @@ class FeatureWatch:
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The features that a model has made, a tensor for each row or picture; some give those of all tiles as one."""
+    """The features that a model has made, a tensor for each row or image; some give those of all tiles as one."""
     vectors = output.pooler_output
     return [vectors] if isinstance(vectors, Tensor) else list(vectors)
 
 
 def mosaics(vlm: Vlm, image_sizes: Any, seen: list[Seen]) -> list[Piece]:
-    """LLaVA-NeXT: a picture as a whole and cut into crops, without what padded them, a newline behind every line.
+    """LLaVA-NeXT: an image as a whole and cut into crops, without what padded them, a newline behind every line.
 
     The model's own packing is run on numbers instead of features; so it is known which token of which crop went where.
-    All of a picture is one set of tokens with one budget, and newlines stay as they are.
+    All of an image is one set of tokens with one budget, and newlines stay as they are.
     """
     config, base = vlm.config, vlm.base
     code: Any = sys.modules[type(base).__module__]

