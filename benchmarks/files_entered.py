@@ -30,6 +30,7 @@ from tokenizer_samples import SENTENCES, sentencepiece_bpe  # noqa: E402
 from transplant_samples import model_folder, tokenizer_folder  # noqa: E402
 
 import quickmerge as qm  # noqa: E402
+from quickmerge.bench.environment import environment  # noqa: E402
 from quickmerge.cli import main as command_line  # noqa: E402
 
 HOME = Path(qm.__file__).resolve().parent
@@ -99,13 +100,13 @@ def jobs(work: Path) -> dict[str, Callable[[], Any]]:
         )
 
     return {
-        "bench image": run("bench", "--image", photos, "--model", work / "vit", "--keep", "0.7", "--rounds", "2"),
+        "bench image": run("bench", "image", photos, "--model", work / "vit", "--flops", "0.7", "--rounds", "2"),
         "transplant": run(
             "transplant", "--base", base, "--donor", donor, "--tokenizer", wanted, "--out", work / "out",
             "--method", "omp", "--k", "4",
         ),
         "generate text": run(
-            "generate", "--model", base, "--prompt", " ".join(SENTENCES[:3]), "--max-new-tokens", "4",
+            "generate", "text", "--model", base, "--prompt", " ".join(SENTENCES[:3]), "--max-new-tokens", "4",
             "--min-tokens", "0",
         ),
         "SpeculativeDecoding": speculate,
@@ -125,7 +126,11 @@ def main() -> None:
         if given.list:
             print(*(f"    {file}" for file in files), sep="\n")
     if given.json:
-        given.json.write_text(json.dumps({"limits": LIMITS, "files": found}, indent=1) + "\n", encoding="utf-8")
+        rows = [
+            {"job": name, "files": len(files), "limit": LIMITS[name], "entered": files} for name, files in found.items()
+        ]
+        result = {"rows": rows, "meta": {"environment": environment()}}
+        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

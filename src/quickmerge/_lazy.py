@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -28,7 +29,9 @@ def lazy(
     def get(name: str) -> Any:
         if name not in where:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(where[name]), name)
+        found = getattr(import_module(where[name]), name)
+        setattr(sys.modules[package], name, found)  # the next use doesn't come here
+        return found
 
     public = sorted({*where, *more})
     return get, lambda: public, public
