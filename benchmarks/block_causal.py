@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import environment
 from quickmerge.bench.quality import token_nll
 from quickmerge.console.options import quiet, write_json
 from quickmerge.merge.attach import reduce

@@ -29,7 +29,7 @@ from documents import MANIFEST, SAY, is_whole
 from notes import Notes
 from rich.console import Console
 
-from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import environment
 from quickmerge.calm.bench import calm_report, calm_rows, prompts_of
 from quickmerge.calm.cli import open_models, parse_models
 from quickmerge.calm.cli_train import AE_CHUNKS

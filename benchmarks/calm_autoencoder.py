@@ -25,7 +25,7 @@ from calm_tables import autoencoder_noise
 from documents import SAY
 from rich.console import Console
 
-from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import environment
 from quickmerge.bench.stats import ratio_interval
 from quickmerge.calm.cli import parse_models
 from quickmerge.calm.cli_train import AE_CHUNKS, Sources

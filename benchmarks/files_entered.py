@@ -30,7 +30,7 @@ from tokenizer_samples import SENTENCES, sentencepiece_bpe  # noqa: E402
 from transplant_samples import model_folder, tokenizer_folder  # noqa: E402
 
 import quickmerge as qm  # noqa: E402
-from quickmerge.bench.environment import environment  # noqa: E402
+from quickmerge.bench.harness import environment  # noqa: E402
 from quickmerge.cli import main as command_line  # noqa: E402
 
 HOME = Path(qm.__file__).resolve().parent

@@ -26,8 +26,7 @@ from prompts import COUNT, SAY, held_out_prompts
 from rich.console import Console
 
 import quickmerge as qm
-from quickmerge.bench.environment import environment
-from quickmerge.bench.harness import Arm
+from quickmerge.bench.harness import Arm, environment
 from quickmerge.console.options import one_sentence, progress, quiet, write_json
 from quickmerge.datasets.prompts import Prompt
 from quickmerge.errors import QuickmergeError

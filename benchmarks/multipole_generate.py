@@ -28,8 +28,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import quickmerge as qm
-from quickmerge.bench.environment import environment
-from quickmerge.bench.harness import interleave, now
+from quickmerge.bench.harness import environment, interleave, now
 from quickmerge.bench.stats import spread
 from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.errors import QuickmergeError

@@ -32,8 +32,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import quickmerge as qm
-from quickmerge.bench.environment import environment
-from quickmerge.bench.harness import Arm
+from quickmerge.bench.harness import Arm, environment
 from quickmerge.bench.table import Column, Table, number, text
 from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.errors import QuickmergeError

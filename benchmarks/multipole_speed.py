@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import quickmerge as qm
-from quickmerge.bench.environment import environment
-from quickmerge.bench.harness import interleave, seconds_of
+from quickmerge.bench.harness import environment, interleave, seconds_of
 from quickmerge.bench.stats import quartiles, spread
 from quickmerge.console.options import progress, write_json
 from quickmerge.multipole.attend import attend_and_count

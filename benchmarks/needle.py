@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn.functional import cross_entropy
 
-from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import environment
 from quickmerge.bench.quality import continuation_logits
 from quickmerge.console.options import parse_layer, quiet, write_json
 from quickmerge.merge.attach import reduce

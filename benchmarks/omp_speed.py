@@ -23,8 +23,7 @@ import transplant_tables
 from rich.console import Console
 from torch import Tensor
 
-from quickmerge.bench.environment import environment
-from quickmerge.bench.harness import interleave
+from quickmerge.bench.harness import environment, interleave
 from quickmerge.bench.stats import quartiles
 from quickmerge.console.options import progress, write_json
 from quickmerge.transplant.matching_pursuit import Sparse, combine, fast_bfloat16, omp

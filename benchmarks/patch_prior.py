@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import environment
 from quickmerge.datasets import ImageFolder, VideoClips, find_data
 from quickmerge.files import write_json
 from quickmerge.merge.prior import Prior, PriorConfig

@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from quickmerge.bench.environment import environment
-from quickmerge.bench.harness import Arm, interleave
+from quickmerge.bench.harness import Arm, environment, interleave
 from quickmerge.bench.stats import quartiles
 from quickmerge.console.options import quiet, write_json
 from quickmerge.data import demo_document

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 import quickmerge as qm
-from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import environment
 from quickmerge.bench.quality import continuation_nll, document_nll, recovery
 from quickmerge.console.options import quiet
 from quickmerge.datasets import TextWindows, find_data

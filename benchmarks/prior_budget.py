@@ -18,7 +18,7 @@ import tables
 from rich.console import Console
 from rich.progress import track
 
-from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import environment
 from quickmerge.bench.quality import token_nll
 from quickmerge.console.options import quiet, write_json
 from quickmerge.data import shipped_prior

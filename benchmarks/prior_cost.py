@@ -19,8 +19,7 @@ from prefill_speed import read
 from rich.progress import track
 
 import quickmerge as qm
-from quickmerge.bench.environment import environment
-from quickmerge.bench.harness import Arm, interleave
+from quickmerge.bench.harness import Arm, environment, interleave
 from quickmerge.bench.stats import quartiles
 from quickmerge.console.options import quiet
 from quickmerge.data import demo_document, shipped_prior

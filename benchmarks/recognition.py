@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quickmerge as qm
-from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import environment
 from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.datasets.annotated import read_annotated
 from quickmerge.models import cache_folder, load_vision

@@ -22,7 +22,7 @@ from rich.console import Console
 from scene_things import SHAPES
 from torch import Tensor
 
-from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import environment
 from quickmerge.console.options import quiet, write_json
 from quickmerge.datasets.annotated import read_annotated
 from quickmerge.errors import QuickmergeError

@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import quickmerge as qm
-from quickmerge.bench.environment import environment
-from quickmerge.bench.harness import interleave, seconds_of
+from quickmerge.bench.harness import environment, interleave, seconds_of
 from quickmerge.console.options import progress, write_json
 from quickmerge.datasets.labelled import load_batch
 from quickmerge.merge.reducers.trimtokenator import alignment

@@ -35,7 +35,7 @@ from transplant_tables import TRANSPLANT
 from transplant_texts import corpus, passages
 
 import quickmerge as qm
-from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import environment
 from quickmerge.bench.stats import ratio_interval
 from quickmerge.console.options import one_sentence, progress, quiet, write_json
 from quickmerge.errors import QuickmergeError

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 import quickmerge as qm
-from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import environment
 from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.datasets.labelled import load_batch, read_labelled
 from quickmerge.merge.bench.vision import arms, bench_images, look, vision_report

@@ -21,8 +21,7 @@ from rich.console import Console
 from torch import nn
 
 import quickmerge as qm
-from quickmerge.bench.environment import environment
-from quickmerge.bench.harness import Arm
+from quickmerge.bench.harness import Arm, environment
 from quickmerge.console.options import progress, write_json
 from quickmerge.merge.bench.vision import look, time_arms
 from quickmerge.merge.bench.vision_cost import vision_shape

@@ -20,7 +20,7 @@ from rich.progress import track
 from torch import Tensor
 
 import quickmerge as qm
-from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import environment
 from quickmerge.bench.stats import mean_interval
 from quickmerge.console.options import quiet, write_json
 from quickmerge.datasets import VideoClips

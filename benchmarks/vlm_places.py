@@ -19,8 +19,7 @@ import torch
 from rich.console import Console
 
 import quickmerge as qm
-from quickmerge.bench.environment import environment
-from quickmerge.bench.harness import Arm
+from quickmerge.bench.harness import Arm, environment
 from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.datasets.annotated import read_annotated
 from quickmerge.errors import QuickmergeError

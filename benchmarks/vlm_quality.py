@@ -23,7 +23,7 @@ from pictures import SAY
 from rich.console import Console
 
 import quickmerge as qm
-from quickmerge.bench.environment import environment
+from quickmerge.bench.harness import environment
 from quickmerge.console.options import progress, quiet, write_json
 from quickmerge.datasets.annotated import Annotated, read_annotated
 from quickmerge.errors import QuickmergeError

@@ -143,7 +143,7 @@ def group(ending: Ending) -> str:
 
 def results(endings: list[Ending], seed: int) -> dict[str, object]:
     """What the page on trust is made of."""
-    from quickmerge.bench.environment import environment
+    from quickmerge.bench.harness import environment
 
     rows = []
     for name in sorted({group(ending) for ending in endings}):

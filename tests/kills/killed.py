@@ -233,7 +233,7 @@ class Kills:
 
     def results(self, seed: int) -> dict[str, Any]:
         """What the page on trust is made of. A kill counts once all that it left was seen to be right."""
-        from quickmerge.bench.environment import environment
+        from quickmerge.bench.harness import environment
 
         rows = [{"job": name, **hits} for name, hits in self.hits.items()]
         return {"rows": rows, "meta": {"seed": seed, "environment": environment()}}

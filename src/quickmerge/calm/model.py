@@ -19,10 +19,9 @@ from quickmerge.calm.generation import Generators, generate_chunks
 from quickmerge.calm.heads import SamplingHead, make_head
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, door
 from quickmerge.models.compat import ModelOutput, cache_argument, either_cache, own_model, returned_cache
-from quickmerge.models.console import transformers_silenced
 from quickmerge.models.folder import check_model_folder
 from quickmerge.models.part import Signed
-from quickmerge.models.read import damaged, read_config, read_weights, tried
+from quickmerge.models.read import damaged, read_config, read_weights, transformers_silenced, tried
 
 if TYPE_CHECKING:
     from quickmerge.models.compat import BaseStreamer

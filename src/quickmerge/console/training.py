@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from quickmerge.console.commands import with_options
-from quickmerge.console.config import NONE
+from quickmerge.console.commands import NONE, with_options
 from quickmerge.console.options import one_sentence, parse_numbers
 from quickmerge.errors import QuickmergeError, clean_name
 from quickmerge.terminal import say

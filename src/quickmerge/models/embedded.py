@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from quickmerge.errors import need
-from quickmerge.models.console import saying, transformers_silenced
 from quickmerge.models.download import (
     WheelFile,
     build_once,
@@ -26,6 +25,7 @@ from quickmerge.models.download import (
     installed_file,
     write_manifest,
 )
+from quickmerge.models.read import saying, transformers_silenced
 from quickmerge.models.tokenizer_files import tiktoken_tokenizer
 from quickmerge.models.vit_small import convert_vit
 

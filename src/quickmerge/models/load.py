@@ -20,11 +20,10 @@ from quickmerge.errors import (
     near_match,
 )
 from quickmerge.models.compat import attention_names
-from quickmerge.models.console import saying, transformers_silenced
 from quickmerge.models.download import cache_folder
 from quickmerge.models.embedded import EMBEDDED, MODELS, SENTENCE_MODELS, VISION_MODELS
 from quickmerge.models.folder import CONFIG, check_files, check_model_folder
-from quickmerge.models.read import check_causal, read, read_config
+from quickmerge.models.read import check_causal, read, read_config, saying, transformers_silenced
 from quickmerge.models.weights import check_build, local_path, shown
 
 if TYPE_CHECKING:

@@ -15,10 +15,9 @@ from quickmerge.models.compat import (
     image_text_names,
     torchvision_available,
 )
-from quickmerge.models.console import transformers_silenced
 from quickmerge.models.embedded import MODELS, VISION_MODELS
 from quickmerge.models.load import load_from
-from quickmerge.models.read import damaged, first_sentence, read_config, read_weights
+from quickmerge.models.read import damaged, first_sentence, read_config, read_weights, transformers_silenced
 
 if TYPE_CHECKING:
     import torch

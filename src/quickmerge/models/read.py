@@ -1,8 +1,13 @@
-"""A tokenizer is tried as soon as it is read: what its files hold wrongly comes out only when it is used."""
+"""Reading a model with transformers in one quiet voice, and saying in a sentence what is wrong where it fails."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,8 +19,7 @@ from quickmerge.errors import (
     door,
     first_sentence,
 )
-from quickmerge.models.compat import causal_lm_names
-from quickmerge.models.console import transformers_silenced
+from quickmerge.models.compat import causal_lm_names, library_logging
 from quickmerge.models.folder import CONFIG, held_by, weight_files
 from quickmerge.models.part import HASH, check_hashes
 from quickmerge.models.weights import FLOATS, check_build, check_finite, check_integers, read_header, read_json
@@ -23,7 +27,61 @@ from quickmerge.models.weights import FLOATS, check_build, check_finite, check_i
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["check_causal", "damaged", "first_sentence", "read", "read_config", "read_weights", "tried"]
+__all__ = [
+    "check_causal",
+    "damaged",
+    "first_sentence",
+    "read",
+    "read_config",
+    "read_weights",
+    "saying",
+    "transformers_silenced",
+    "tried",
+]
+
+
+@contextmanager
+def saying(message: str, *, progress: bool, only_on_terminal: bool = False) -> Iterator[None]:
+    """Show `message` with a spinner while the block runs, or as one plain line where there is no terminal.
+
+    Args:
+        message: what goes on.
+        progress: False says nothing at all.
+        only_on_terminal: leave out the plain line, for what takes a second or two.
+    """
+    if not progress:
+        yield
+        return
+    from quickmerge.terminal import Terminal
+
+    # this very stream, and not whatever sys.stderr is later: `transformers_silenced` replaces that one
+    console = Terminal(file=sys.stderr)
+    if not console.is_terminal:
+        if not only_on_terminal:
+            console.print(message, highlight=False, soft_wrap=True)
+        yield
+        return
+    with console.status(message):
+        yield
+
+
+@contextmanager
+def transformers_silenced() -> Iterator[None]:
+    """Keep the bars and warnings of transformers off the screen; the caller reports what matters itself."""
+    logging = library_logging()
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # some of its bars ask no setting
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# A tokenizer is tried as soon as it is read: what its files hold wrongly comes out only when it is used.
 
 
 T = TypeVar("T")
@@ -50,7 +108,7 @@ def tried(tokenizer: T) -> T:
     return tokenizer
 
 
-# Reading a model with transformers, and saying in one sentence what is wrong when it cannot be read.
+# Configs and weights.
 
 
 def read(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

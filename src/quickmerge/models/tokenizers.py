@@ -24,12 +24,11 @@ from quickmerge.errors import (
     near_match,
 )
 from quickmerge.models.chat import templates_in
-from quickmerge.models.console import transformers_silenced
 from quickmerge.models.download import cache_folder
 from quickmerge.models.embedded import EMBEDDED, MODELS, SENTENCE_MODELS, TOKENIZERS
 from quickmerge.models.folder import TEXT_BYTES, check_files
 from quickmerge.models.load import hub_folder
-from quickmerge.models.read import tried
+from quickmerge.models.read import transformers_silenced, tried
 from quickmerge.models.tokenizer_files import sentencepiece_tokenizer, tiktoken_tokenizer
 from quickmerge.models.weights import check_regular, local_path
 

@@ -56,11 +56,10 @@ class SentenceEncoder:
         """
         from transformers import AutoModel, AutoTokenizer
 
-        from quickmerge.models.console import transformers_silenced
         from quickmerge.models.download import cache_folder
         from quickmerge.models.embedded import EMBEDDED, SENTENCE_MODELS
         from quickmerge.models.folder import check_files, check_model_folder
-        from quickmerge.models.read import first_sentence, read_config, read_weights
+        from quickmerge.models.read import first_sentence, read_config, read_weights, transformers_silenced
         from quickmerge.models.weights import local_path
 
         name = os.fspath(name_or_path)

@@ -13,10 +13,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 from quickmerge.errors import QuickmergeError, door
 from quickmerge.files import write_json
-from quickmerge.models.console import transformers_silenced
 from quickmerge.models.folder import check_files, check_model_folder
 from quickmerge.models.part import CONFIG, HASH, WEIGHTS, check_hashes, file_hash, save_parts
-from quickmerge.models.read import damaged, read_config, read_weights, tried
+from quickmerge.models.read import damaged, read_config, read_weights, transformers_silenced, tried
 from quickmerge.models.weights import check_finite, check_floats, local_path, read_header, read_json
 from quickmerge.recognition.config import RecognizerConfig
 from quickmerge.recognition.network import Network

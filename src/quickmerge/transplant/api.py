@@ -88,8 +88,7 @@ def transplant(
             is then at ``out`` but what was there before.
         UnknownModelError, UnsupportedModelError, DamagedWeightsError, FetchError, CacheFolderError: as for `load`.
     """
-    from quickmerge.models.console import transformers_silenced
-    from quickmerge.models.read import read_config
+    from quickmerge.models.read import read_config, transformers_silenced
 
     target = Path(out).expanduser()
     given = donor is not None or bool(text)

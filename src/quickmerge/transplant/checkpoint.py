@@ -316,7 +316,7 @@ def _without_weights(config: Any, extra: int, *, donor: bool) -> Any:
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
-    from quickmerge.models.console import transformers_silenced
+    from quickmerge.models.read import transformers_silenced
 
     settings = copy.deepcopy(config)
     text = settings.get_text_config()

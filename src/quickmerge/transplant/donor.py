@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quickmerge.errors import QuickmergeError, number_at_least, whole_number
-from quickmerge.models.console import transformers_silenced
 from quickmerge.models.download import cache_folder
 from quickmerge.models.embedded import EMBEDDED, MODELS, SENTENCE_MODELS, TOKENIZERS
 from quickmerge.models.folder import check_model_folder
 from quickmerge.models.load import find_model, hub_folder
-from quickmerge.models.read import read_config
+from quickmerge.models.read import read_config, transformers_silenced
 from quickmerge.transplant.checkpoint import FLOATS, Entry, find_matrices, open_checkpoint, read_entries
 
 __all__ = [

@@ -227,7 +227,7 @@ def write_tokenizer(folder: Path, tokenizer: Any, base: Any, template: Template)
 def _cuts_alike(folder: Path, tokenizer: Any) -> bool:
     from transformers import AutoTokenizer
 
-    from quickmerge.models.console import transformers_silenced
+    from quickmerge.models.read import transformers_silenced
 
     try:
         with transformers_silenced():

@@ -10,7 +10,7 @@ from strategies import generator, prop, seeds
 
 from quickmerge.calm.heads import make_head
 from quickmerge.merge.prior import CollapseError
-from quickmerge.merge.prior.losses import check_collapse, collapse_penalty, next_slot_loss, relative_spread, spread
+from quickmerge.merge.prior.model import check_collapse, collapse_penalty, next_slot_loss, relative_spread, spread
 
 
 @pytest.mark.parametrize("name", ["gaussian", "mixture", "energy"])

@@ -91,7 +91,7 @@ def _gather(
 ) -> dict[str, Any]:  # fmt: skip
     from statistics import median
 
-    from quickmerge.bench.environment import environment
+    from quickmerge.bench.harness import environment
     from quickmerge.merge.bench.cost import model_shape
     from quickmerge.merge.collect import plan_cells
     from quickmerge.models import MODELS

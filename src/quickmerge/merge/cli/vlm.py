@@ -45,10 +45,9 @@ def is_vlm(name: str) -> bool:
         QuickmergeError: there is no such model.
     """
     from quickmerge.models.compat import image_text_names
-    from quickmerge.models.console import transformers_silenced
     from quickmerge.models.embedded import MODELS, VISION_MODELS
     from quickmerge.models.load import find_model
-    from quickmerge.models.read import read_config
+    from quickmerge.models.read import read_config, transformers_silenced
 
     if name in MODELS or name in VISION_MODELS:
         return False

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from quickmerge.merge.prior.budget import Surprise as Surprise
     from quickmerge.merge.prior.budget import calibrate_surprise as calibrate_surprise
     from quickmerge.merge.prior.config import PriorConfig as PriorConfig
-    from quickmerge.merge.prior.losses import CollapseError as CollapseError
+    from quickmerge.merge.prior.model import CollapseError as CollapseError
     from quickmerge.merge.prior.model import Prior as Prior
     from quickmerge.merge.prior.reducer import QuickMergePrior as QuickMergePrior
     from quickmerge.models.identity import model_hash as model_hash
@@ -23,8 +23,7 @@ __getattr__, __dir__, __all__ = lazy(
             "calibrate_surprise",
         ),
         "config": ("PriorConfig",),
-        "losses": ("CollapseError",),
-        "model": ("Prior",),
+        "model": ("CollapseError", "Prior"),
         "reducer": ("QuickMergePrior",),
         "quickmerge.models.identity": ("model_hash",),
     },

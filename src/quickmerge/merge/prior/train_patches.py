@@ -16,8 +16,7 @@ from quickmerge.datasets.images import Size, height_and_width
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.prior.config import PriorConfig
 from quickmerge.merge.prior.layout import layout_of, read_slots, slot_loss
-from quickmerge.merge.prior.losses import check_collapse, relative_spread, spread
-from quickmerge.merge.prior.model import BACKWARD, FORWARD, Prior
+from quickmerge.merge.prior.model import BACKWARD, FORWARD, Prior, check_collapse, relative_spread, spread
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.pooling import GridMerge
 from quickmerge.merge.tokens.view import TokenView

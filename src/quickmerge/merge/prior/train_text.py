@@ -17,8 +17,15 @@ from quickmerge.errors import whole_number
 from quickmerge.merge.attach import reduce
 from quickmerge.merge.prior.budget import calibrate_surprise
 from quickmerge.merge.prior.config import PriorConfig
-from quickmerge.merge.prior.losses import check_collapse, collapse_penalty, relative_spread
-from quickmerge.merge.prior.model import BACKWARD, FORWARD, Prior, unit
+from quickmerge.merge.prior.model import (
+    BACKWARD,
+    FORWARD,
+    Prior,
+    check_collapse,
+    collapse_penalty,
+    relative_spread,
+    unit,
+)
 from quickmerge.merge.prior.network import noisy_select
 from quickmerge.merge.prior.reducer import QuickMergePrior
 from quickmerge.merge.tokens.budget import Schedule
