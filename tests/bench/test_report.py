@@ -32,9 +32,9 @@ def report(words: str = "x") -> Report:
 
 def test_the_parts_stand_in_this_order() -> None:
     html = report().html()
-    tags = [tag for tag in Parsed(html).tags if tag in ("h1", "h2", "p", "image", "table", "caption")]
+    tags = [tag for tag in Parsed(html).tags if tag in ("h1", "h2", "p", "picture", "table", "caption")]
     # the brand and the subtitle around the title, the verdict, two sections, the notes, the facts
-    assert tags == ["p", "h1", "p", "p", "h2", "image", "h2", "table", "caption", "h2", "p", "p", "table"]
+    assert tags == ["p", "h1", "p", "p", "h2", "picture", "h2", "table", "caption", "h2", "p", "p", "table"]
     for name, row in (("strong", "ours"), ("ruled", "last")):
         assert re.search(rf'<tr class="{name}">\s*<th[^>]*>{row}', html)
     assert "more" in html and "x, 2" in html and not Parsed(html).open

@@ -126,7 +126,7 @@ def test_bench_report_has_figures_tables_and_kinds() -> None:
     full = rows()[0] | {"reducer": "full", "keep": 1.0, "recovery": 1.0, "flops_ratio": 1.0}
     html = bench_report([*rows(kinds=True), full], {"model": "some/model", "versions": {"torch": "2.13.0"}}).html()
     words = text_of(html)
-    assert html.count("<image>") == 2
+    assert html.count("<picture>") == 2
     for wanted in ("Every result", "Recovery by kind of document", "code", "prose", "versions torch", "some/model"):
         assert wanted in words
     assert words.index("full 100%") < words.index("quickmerge 50%")
