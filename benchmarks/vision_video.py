@@ -26,6 +26,7 @@ from quickmerge.console.options import quiet, write_json
 from quickmerge.datasets import VideoClips
 from quickmerge.datasets.labelled import PixelFormat
 from quickmerge.merge.reducers.pooling import GridMerge
+from quickmerge.merge.tokens import Evidence
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.vision.vit import encode_frames
 from quickmerge.models import cache_folder
@@ -74,7 +75,9 @@ def ways(full: Tensor, keep: float, frames: int) -> dict[str, Tensor]:
     grid = (frames, side, side)
     index = torch.arange(full.shape[1])[None]
     key = full[:, None]
-    view = qm.TokenView(full, position=index, grid=grid, attention=(AttentionTrace(key, key, key, 1.0),))
+    view = qm.TokenView(
+        full, position=index, grid=grid, evidence=Evidence(attention=(AttentionTrace(key, key, key, 1.0),))
+    )
     out: dict[str, Tensor] = {}
     methods = {
         "grid (space and time)": GridMerge(keep=keep),

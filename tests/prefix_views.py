@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import KINDS, generator, numbers, seeds, up_to
 from torch import Tensor
 
-from quickmerge.merge.tokens import AttentionTrace, TokenView
+from quickmerge.merge.tokens import AttentionTrace, Evidence, TokenView
 
 LENGTHS = (2, 3, 16, 17, 197, 198, 257)
 PREFIXES = (0, 1, 2, 5)
@@ -54,11 +54,9 @@ def make(
         numbers((batch, tokens, rng.choice((1, 4, 7))), kind, draws, dtype),
         position=position,
         size=size,
-        attention=(trace,),
         grid=grid,
-        layer=layer,
-        depth=12,
         prefix=prefix,
+        evidence=Evidence(attention=(trace,), layer=layer, depth=12),
     )
 
 
@@ -105,7 +103,7 @@ def ragged(view: TokenView, seed: int, junk: float = 1e30) -> TokenView:
     def spoilt(x: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, torch.full_like(x, junk), x)
 
-    trace = view.attention[-1]
+    trace = view.evidence.attention[-1]
     heads = pad[:, None, :, None]
     return replace(
         masks,
@@ -114,12 +112,15 @@ def ragged(view: TokenView, seed: int, junk: float = 1e30) -> TokenView:
         protected=masks.protected & valid,
         size=view.size * valid,
         length=(view.size * valid).sum(-1),
-        attention=(
-            replace(
-                trace,
-                query=spoilt(trace.query, heads),
-                key=spoilt(trace.key, heads),
-                value=spoilt(trace.value, heads),
+        evidence=replace(
+            view.evidence,
+            attention=(
+                replace(
+                    trace,
+                    query=spoilt(trace.query, heads),
+                    key=spoilt(trace.key, heads),
+                    value=spoilt(trace.value, heads),
+                ),
             ),
         ),
     )
@@ -137,9 +138,12 @@ def one_row(view: TokenView, row: int) -> TokenView:
         position=view.position[part, :n],
         size=view.size[part, :n],
         length=view.length[part],
-        attention=tuple(
-            replace(t, query=t.query[part, :, :n], key=t.key[part, :, :n], value=t.value[part, :, :n])
-            for t in view.attention
+        evidence=replace(
+            view.evidence,
+            attention=tuple(
+                replace(t, query=t.query[part, :, :n], key=t.key[part, :, :n], value=t.value[part, :, :n])
+                for t in view.evidence.attention
+            ),
         ),
     )
 

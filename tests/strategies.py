@@ -17,7 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quickmerge.merge.tokens import AttentionTrace, Count, Entropy, Mass, MergePlan, Ratio, TokenView
+from quickmerge.merge.tokens import AttentionTrace, Count, Entropy, Evidence, Mass, MergePlan, Ratio, TokenView
 from quickmerge.merge.tokens.budget import Budget
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)
@@ -144,10 +144,10 @@ def views(
         position=position,
         size=size,
         length=length,
-        attention=tuple(attention_trace(batch, tokens, kind, dtype, rng) for _ in range(attention)),
         exempt=guarded & valid & (torch.rand(valid.shape, generator=draws) < rng.choice((0.0, 0.5, 0.8, 1.0)))
         if exempt
         else None,
+        evidence=Evidence(attention=tuple(attention_trace(batch, tokens, kind, dtype, rng) for _ in range(attention))),
     )
     return litter(view, draws) if garbage else view
 
@@ -177,9 +177,12 @@ def litter(view: TokenView, rng: torch.Generator) -> TokenView:
         exempt=None if view.exempt is None else torch.where(pad, torch.rand(shape, generator=rng) < 0.5, view.exempt),
         position=torch.where(pad, torch.randint(0, 200, shape, generator=rng), view.position),
         size=torch.where(pad, torch.randint(0, 9, shape, generator=rng), view.size),
-        attention=tuple(
-            replace(t, query=junk(t.query, heads), key=junk(t.key, heads), value=junk(t.value, heads))
-            for t in view.attention
+        evidence=replace(
+            view.evidence,
+            attention=tuple(
+                replace(t, query=junk(t.query, heads), key=junk(t.key, heads), value=junk(t.value, heads))
+                for t in view.evidence.attention
+            ),
         ),
     )
 
@@ -195,9 +198,11 @@ def take(view: TokenView, rows: slice, tokens: slice) -> TokenView:
         length=view.length[rows],
         exempt=None if view.exempt is None else view.exempt[rows, tokens],
         latest=view.latest,
-        attention=tuple(
-            replace(t, query=t.query[rows, :, tokens], key=t.key[rows, :, tokens], value=t.value[rows, :, tokens])
-            for t in view.attention
+        evidence=Evidence(
+            attention=tuple(
+                replace(t, query=t.query[rows, :, tokens], key=t.key[rows, :, tokens], value=t.value[rows, :, tokens])
+                for t in view.evidence.attention
+            )
         ),
     )
 
@@ -217,12 +222,18 @@ def without_exempt(view: TokenView, row: int) -> TokenView:
         position=view.position[row, where][None],
         size=view.size[row, where][None],
         length=view.counted_length[row : row + 1],
-        attention=tuple(
-            replace(t, query=t.query[row, :, where][None], key=t.key[row, :, where][None],
-                    value=t.value[row, :, where][None])
-            for t in view.attention
+        evidence=Evidence(
+            attention=tuple(
+                replace(
+                    t,
+                    query=t.query[row, :, where][None],
+                    key=t.key[row, :, where][None],
+                    value=t.value[row, :, where][None],
+                )
+                for t in view.evidence.attention
+            )
         ),
-    )  # fmt: skip
+    )
 
 
 def padded(view: TokenView, left: int, right: int, seed: int) -> TokenView:
@@ -242,8 +253,11 @@ def padded(view: TokenView, left: int, right: int, seed: int) -> TokenView:
         position=wide(view.position, 1),
         size=wide(view.size, 1),
         length=view.length,
-        attention=tuple(
-            replace(t, query=wide(t.query, 2), key=wide(t.key, 2), value=wide(t.value, 2)) for t in view.attention
+        evidence=Evidence(
+            attention=tuple(
+                replace(t, query=wide(t.query, 2), key=wide(t.key, 2), value=wide(t.value, 2))
+                for t in view.evidence.attention
+            )
         ),
     )
     return litter(bigger, generator(seed))

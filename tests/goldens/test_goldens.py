@@ -14,6 +14,7 @@ from quickmerge.calm.brier import brier_terms
 from quickmerge.calm.heads.energy import energy_score
 from quickmerge.merge.reducers.dynamicvit import Predictor
 from quickmerge.merge.reducers.tome import match_down
+from quickmerge.merge.tokens import Evidence
 from quickmerge.merge.tokens.removal import masked_softmax
 from quickmerge.merge.tokens.selection import cover
 from quickmerge.merge.train.dynamicvit import feature_loss, logit_loss, ratio_loss
@@ -153,5 +154,5 @@ def test_recognition_training_mask() -> None:
 def test_trimtokenator() -> None:
     golden = stored("trimtokenator")
     method = qm.TrimTokenator(keep=qm.Count(golden["count"]), aligned=golden["aligned"])
-    plan = method.plan(qm.TokenView(golden["x"], text=golden["text"]))
+    plan = method.plan(qm.TokenView(golden["x"], evidence=Evidence(text=golden["text"])))
     assert (plan.slot[0] >= 0).nonzero().flatten().tolist() == golden["keep"].tolist()

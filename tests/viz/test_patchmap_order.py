@@ -12,7 +12,7 @@ from PIL import Image
 import quickmerge as qm
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.collect import patch_ranks
-from quickmerge.merge.tokens import Count, TokenView
+from quickmerge.merge.tokens import Count, Evidence, TokenView
 from quickmerge.viz.patchmap import PatchStage, cell_of_pixel, dimmed
 from quickmerge.viz.patchmap_sheet import last_turn, merged_image, number_size, ordered, rim, turn_colours, width_of
 
@@ -158,7 +158,9 @@ def test_ranks_that_do_not_fit_are_refused(ranks: np.ndarray, words: str) -> Non
 def test_ranks_are_the_order_of_the_choice(seed: int, count: int, prefix: bool) -> None:
     draws = torch.Generator().manual_seed(seed)
     hidden = torch.randn(1, 13, 5, generator=draws)
-    view = TokenView(hidden, saliency=torch.rand(1, 13, generator=draws), prefix=1 if prefix else None)
+    view = TokenView(
+        hidden, prefix=1 if prefix else None, evidence=Evidence(saliency=torch.rand(1, 13, generator=draws))
+    )
     for reducer in (qm.SCOPE(keep=Count(count)), qm.TrimTokenator(keep=Count(count), aligned=1.0)):
         plan = reducer.plan(view)
         assert plan.order is not None

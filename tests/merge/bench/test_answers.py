@@ -76,7 +76,7 @@ def test_an_answer_is_right_if_and_only_if_decoding_gives_it(vlm, name: str) -> 
     asked = ask(model, processor, picture(), QUESTIONS)
     decoded = [greedy(model, one, run(), 3) for one in asked]
     assert len(set(decoded)) > 1 or name != "full"  # the model is not blind to what it is asked
-    shared = "text" not in ({} if name == "full" else method(name).asks)
+    shared = "text" not in ({} if name == "full" else method(name).needs.visual)
     for wrong_at in (None, 0, 1, 2):
         gold = [list(each) for each in decoded]
         if wrong_at is not None:
@@ -93,7 +93,7 @@ def test_an_answer_is_right_if_and_only_if_decoding_gives_it(vlm, name: str) -> 
     assert exact_answers(model, [short], run(), shared=shared).right == (True,)
 
 
-@pytest.mark.parametrize("name", [n for n in VISUAL_TOKEN_REDUCERS if "text" not in method(n).asks])
+@pytest.mark.parametrize("name", [n for n in VISUAL_TOKEN_REDUCERS if "text" not in method(n).needs.visual])
 def test_reading_the_image_once_changes_nothing(vlm, name: str) -> None:
     model, processor = vlm
     asked = ask(model, processor, picture(3), QUESTIONS)
@@ -111,7 +111,7 @@ def test_a_method_that_looks_at_the_text_sees_each_question_and_no_answer(vlm, m
     plan = qm.TrimTokenator.plan
 
     def watched(self: Any, view: Any) -> Any:
-        there = view.text.shape[1] if view.text_valid is None else int(view.text_valid.sum())
+        there = view.evidence.text.shape[1] if view.evidence.text_valid is None else int(view.evidence.text_valid.sum())
         seen.append(there)
         return plan(self, view)
 

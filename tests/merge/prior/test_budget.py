@@ -16,7 +16,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.merge.attach import reduce
 from quickmerge.merge.prior import Prior, PriorConfig
 from quickmerge.merge.prior.budget import Surprise, calibrate_surprise
-from quickmerge.merge.tokens import TokenView
+from quickmerge.merge.tokens import Evidence, TokenView
 
 CHUNK, WINDOW = 16, 8
 
@@ -98,7 +98,7 @@ def test_fed_in_pieces_it_is_the_same(model, prior, seed: int, steps: list[int])
 def test_surprising_chunks_are_followed_by_finer_ones(model, prior) -> None:
     """The count after each chunk is the formula's, with the surprise that the budget itself measured."""
     budget = Surprise(prior, keep=0.4, gamma=1.5)
-    view = TokenView(hidden=torch.zeros(3, 100, 32), surprise=torch.tensor([-1.0, 0.0, 1.0]))
+    view = TokenView(hidden=torch.zeros(3, 100, 32), evidence=Evidence(surprise=torch.tensor([-1.0, 0.0, 1.0])))
     z = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
     want = (40 * (1.5 * z - 1.125).exp().clamp(0.25, 4)).clamp_max(100).round().long()
     assert torch.equal(budget.count(view, None), want)
@@ -120,7 +120,7 @@ def test_without_gamma_it_is_a_fixed_share(model, prior) -> None:
 def test_the_mean_share_stays(model, prior) -> None:
     """For normal surprise the mean of the factor is one, whatever gamma."""
     z = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
-    view = TokenView(hidden=torch.zeros(20_000, 50, 1), surprise=z)
+    view = TokenView(hidden=torch.zeros(20_000, 50, 1), evidence=Evidence(surprise=z))
     kept = Surprise(prior, keep=0.3, gamma=0.5, low=0.01, high=100).count(view, None).double().mean() / 50
     assert abs(float(kept) - 0.3) < 0.005
 

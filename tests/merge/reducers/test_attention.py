@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import prop, views
 
 from quickmerge.merge.reducers import Attention
-from quickmerge.merge.tokens import AttentionTrace, Count, TokenView
+from quickmerge.merge.tokens import AttentionTrace, Count, Evidence, TokenView
 
 
 def slow_score(view: TokenView, row: int, window: int) -> dict[int, float]:
@@ -17,7 +17,7 @@ def slow_score(view: TokenView, row: int, window: int) -> dict[int, float]:
     tokens = view.valid[row].nonzero().flatten().tolist()
     voters = tokens[-window:]
     score = dict.fromkeys(tokens, 0.0)
-    for trace in view.attention:
+    for trace in view.evidence.attention:
         heads = trace.query.shape[1]
         for head in range(heads):
             group = head // (heads // trace.key.shape[1])
@@ -30,7 +30,7 @@ def slow_score(view: TokenView, row: int, window: int) -> dict[int, float]:
                 dots = [float(trace.query[row, head, i] @ trace.key[row, group, j]) * trace.scaling for j in seen]
                 total = math.fsum(math.exp(d - max(dots)) for d in dots)
                 for j, d in zip(seen, dots, strict=True):
-                    score[j] += math.exp(d - max(dots)) / total / len(voters) / heads / len(view.attention)
+                    score[j] += math.exp(d - max(dots)) / total / len(voters) / heads / len(view.evidence.attention)
     return score
 
 
@@ -59,9 +59,9 @@ def test_finds_the_token_that_is_looked_at() -> None:
     query, key = torch.zeros(1, 1, n, 2), torch.zeros(1, 1, n, 2)
     query[..., 0] = 1.0
     key[0, 0, 3, 0] = 20.0
-    view = TokenView(torch.zeros(1, n, 1), attention=(AttentionTrace(query, key, key, 1.0),))
+    view = TokenView(torch.zeros(1, n, 1), evidence=Evidence(attention=(AttentionTrace(query, key, key, 1.0),)))
     assert Attention(keep=Count(1), layers=1).plan(view).position.tolist() == [[3]]
 
 
 def test_probes_as_many_layers_as_it_is_told() -> None:
-    assert Attention(layers=3).probes == 3 and Attention.proportional is False
+    assert Attention(layers=3).needs.layers == 3 and Attention.proportional is False

@@ -37,6 +37,7 @@ from quickmerge.merge.tokens import (
     AttentionTrace,
     Count,
     Entropy,
+    Evidence,
     Mass,
     MergePlan,
     Ratio,
@@ -147,9 +148,9 @@ def test_nor_do_they_over_several_merges(name: str, data: st.DataObject, keeps: 
     stages = [*(Ratio(keep) for keep in sorted(keeps, reverse=True)[:-1]), Remaining(min(keeps))]
     for keep in stages:
         reducer = make_reducer(name, keep=keep, **probing(name))
-        if reducer.probes:  # traces of the tokens as they are by now
-            now = replace(now, attention=traces(now))
-            told = [each and replace(each, attention=traces(each)) for each in told]
+        if reducer.needs.layers:  # traces of the tokens as they are by now
+            now = replace(now, evidence=Evidence(attention=traces(now)))
+            told = [each and replace(each, evidence=Evidence(attention=traces(each))) for each in told]
         plan = reducer.plan(now)
         rows = [each and reducer.plan(each) for each in told]
         now, told = after(now, plan), [each and after(each, row) for each, row in zip(told, rows, strict=True)]
@@ -230,7 +231,7 @@ def test_planning_is_a_pure_function_of_the_view(name: str, data: st.DataObject)
 
 def tensors(view: TokenView) -> list[Tensor]:
     parts = [view.hidden, view.valid, view.protected, view.position, view.size, view.length]
-    return parts + [x for t in view.attention for x in (t.query, t.key, t.value)]
+    return parts + [x for t in view.evidence.attention for x in (t.query, t.key, t.value)]
 
 
 @LAWFUL
@@ -258,7 +259,7 @@ def test_reducing_twice_is_one_lawful_plan(name: str, data: st.DataObject, keep:
         protected=first.carry(view.protected),
         position=first.position,
         size=first.size,
-        attention=(),
+        evidence=replace(view.evidence, attention=()),
     )
     then = make_reducer("topnorm", keep=low).plan(between)
     then.check(between)
@@ -282,7 +283,7 @@ def test_more_budget_never_means_fewer_tokens(name: str, data: st.DataObject, to
 def test_reducers_without_a_saliency_refuse_budgets_that_need_one(name: str, budget: Any) -> None:
     rng = torch.Generator().manual_seed(0)
     trace = AttentionTrace(*(torch.randn(1, 2, 6, 4, generator=rng) for _ in range(3)), scaling=0.5)
-    view = TokenView(torch.randn(1, 6, 3, generator=rng), attention=(trace,))
+    view = TokenView(torch.randn(1, 6, 3, generator=rng), evidence=Evidence(attention=(trace,)))
     with pytest.raises(ValueError, match=f"budget {type(budget).__name__} needs a saliency"):
         make_reducer(name, keep=budget).plan(view)
 
@@ -291,7 +292,7 @@ def test_reducers_without_a_saliency_refuse_budgets_that_need_one(name: str, bud
 def test_a_reducer_that_reads_attention_says_when_there_is_none(name: str) -> None:
     reducer = make_reducer(name)
     view = TokenView(torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(0)))
-    if reducer.probes == 0:
+    if reducer.needs.layers == 0:
         reducer.plan(view).check(view)
     else:
         with pytest.raises(ValueError, match=r"attention must hold .* got none"):
@@ -379,7 +380,7 @@ def test_whole_number() -> None:
 @given(views(attention=2, dtypes=(torch.float64,), max_tokens=15), st.integers(1, 20), st.booleans())
 def test_mean_attention_is_the_mean_over_layers_and_heads(view: TokenView, window: int, norm: bool) -> None:
     measure = partial(attention_norm if norm else received_attention, window=window)
-    layers = [measure(t, view.valid, view.position) for t in view.attention]
+    layers = [measure(t, view.valid, view.position) for t in view.evidence.attention]
     want = torch.stack([layer.sum(1) / layer.shape[1] for layer in layers]).sum(0) / len(layers)
     got = mean_attention(view, measure)
     torch.testing.assert_close(got[view.valid], want[view.valid], rtol=0, atol=1e-12)
@@ -399,4 +400,10 @@ def test_a_reducer_is_a_score_and_nothing_more() -> None:
     plan = Chosen(keep=0.5).plan(view)
     assert isinstance(plan, MergePlan)
     assert plan.position.tolist() == [[1, 3]] and plan.slot.tolist() == [[-1, 0, -1, 1]]
-    assert Chosen().probes == 0 and Chosen.proportional is False
+    assert Chosen().needs.layers == 0 and Chosen.proportional is False
+
+
+@pytest.mark.parametrize("hook", ["probes", "asks", "voters"])
+def test_a_reducer_that_says_what_it_needs_in_the_old_way_is_refused(hook: str) -> None:
+    with pytest.raises(TypeError, match=rf"Old\.{hook}.*needs"):
+        type("Old", (ScoreReducer,), {hook: 1})

@@ -19,7 +19,7 @@ from quickmerge.merge.attach import reduce
 from quickmerge.merge.reducers.dynamicvit import DynamicViT, Predictor, even_stages
 from quickmerge.merge.tokens.budget import Count, Entropy, Ratio
 from quickmerge.merge.tokens.removal import Removal
-from quickmerge.merge.tokens.view import TokenView
+from quickmerge.merge.tokens.view import Evidence, TokenView
 from quickmerge.models.identity import model_hash
 
 
@@ -84,7 +84,9 @@ def test_it_has_as_many_parameters_as_the_published_one() -> None:
 @given(up_to(3), st.sampled_from([0, 1, 2, 5]), st.integers(1, 20), st.floats(0.01, 1), st.integers(0, 999))
 def test_the_likeliest_stay_in_raster_order(batch: int, prefix: int, patches: int, keep: float, seed: int) -> None:
     view = TokenView(
-        torch.randn(batch, prefix + patches, 8, generator=generator(seed)), prefix=prefix, layer=6, depth=12
+        torch.randn(batch, prefix + patches, 8, generator=generator(seed)),
+        prefix=prefix,
+        evidence=Evidence(layer=6, depth=12),
     )
     left = max(1, prefix + int(patches * keep))
     method = DynamicViT(Count(left), predictors(8, 3, seed))
@@ -100,7 +102,7 @@ def test_the_likeliest_stay_in_raster_order(batch: int, prefix: int, patches: in
         gone = [i for i in range(patches) if i not in chosen]
         if chosen and gone:
             assert float(p[row][chosen].min()) >= float(p[row][gone].max()) - 1e-5
-        alone = TokenView(view.hidden[row : row + 1], prefix=prefix, layer=6, depth=12)
+        alone = TokenView(view.hidden[row : row + 1], prefix=prefix, evidence=Evidence(layer=6, depth=12))
         assert torch.equal(method.plan(alone).position[0], plan.position[row])
 
 
@@ -111,13 +113,13 @@ def test_any_budget_with_padding_keeps_what_a_known_prefix_would(budget) -> None
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[1, 7:] = False
     protected = (torch.arange(9) < 2) & valid
-    view = TokenView(hidden, valid=valid, protected=protected, layer=3, depth=12)
+    view = TokenView(hidden, valid=valid, protected=protected, evidence=Evidence(layer=3, depth=12))
     method = DynamicViT(budget, predictors())
     plan = method.plan(view)
     plan.check(view)
     for row, n in enumerate((9, 7)):
         single = DynamicViT(budget, method.predictors).plan(
-            TokenView(hidden[row, None, :n], prefix=2, layer=3, depth=12)
+            TokenView(hidden[row, None, :n], prefix=2, evidence=Evidence(layer=3, depth=12))
         )
         assert plan.position[row][plan.valid[row]].tolist() == single.position[0].tolist()
 
@@ -152,7 +154,7 @@ def test_it_compiles_without_a_break() -> None:
     method = DynamicViT(Count(6), predictors())
 
     def stage(x: Tensor) -> Tensor:
-        view = TokenView(x, prefix=1, layer=3, depth=12)
+        view = TokenView(x, prefix=1, evidence=Evidence(layer=3, depth=12))
         return method.plan(view).merge(x)
 
     x = torch.randn(2, 11, 8, generator=generator(1))
@@ -161,7 +163,7 @@ def test_it_compiles_without_a_break() -> None:
 
 
 def test_half_precision_tokens_are_read() -> None:
-    view = TokenView(torch.randn(2, 9, 8).bfloat16(), prefix=1, layer=3, depth=12)
+    view = TokenView(torch.randn(2, 9, 8).bfloat16(), prefix=1, evidence=Evidence(layer=3, depth=12))
     assert DynamicViT(Count(4), predictors()).plan(view).slots == 4
 
 
@@ -235,9 +237,9 @@ def test_settings_are_checked() -> None:
         ({"layer": 4, "depth": 12}, "layer must be one of 3,6,9 for these predictors, got 4"),
     ]:
         with pytest.raises(ValueError, match=message):
-            method.plan(TokenView(hidden, prefix=1, **more))
+            method.plan(TokenView(hidden, prefix=1, evidence=Evidence(**more)))
     with pytest.raises(ValueError, match="hidden must have 8 features for these predictors, got 12"):
-        method.plan(TokenView(torch.randn(1, 5, 12), prefix=1, layer=3, depth=12))
+        method.plan(TokenView(torch.randn(1, 5, 12), prefix=1, evidence=Evidence(layer=3, depth=12)))
     with pytest.raises(QuickmergeError, match=r"keep must be a number .* to be saved"):
         DynamicViT(Count(3), predictors()).save_pretrained("nowhere")
 

@@ -23,7 +23,7 @@ from quickmerge.merge.reducers import (
 )
 from quickmerge.merge.reducers.dynamicvit import Predictor
 from quickmerge.merge.reducers.pooling import GridMerge
-from quickmerge.merge.tokens import Count, Entropy, Mass, TokenView
+from quickmerge.merge.tokens import Count, Entropy, Evidence, Mass, TokenView
 from quickmerge.merge.tokens.removal import fill_dropped, gumbel_keep, kept_mean, masked_softmax
 from quickmerge.merge.tokens.selection import cover, disperse
 
@@ -33,7 +33,9 @@ SCALES = (0.0, 1e-30, 1.0, 1e6)
 
 def changed(view: TokenView, **fields: Any) -> TokenView:
     """`replace`, also of a view whose prefix says what is valid and protected."""
-    return replace(view, **({} if view.prefix is None else {"valid": None, "protected": None}), **fields)
+    beside = {name: fields.pop(name) for name in list(fields) if name in Evidence.__annotations__}
+    masks = {} if view.prefix is None else {"valid": None, "protected": None}
+    return replace(view, evidence=replace(view.evidence, **beside), **masks, **fields)
 
 
 def scaled(view: TokenView, scale: float, seed: int) -> TokenView:
@@ -48,7 +50,7 @@ def scaled(view: TokenView, scale: float, seed: int) -> TokenView:
         hidden=change(view.hidden, odd[..., None]),
         attention=tuple(
             replace(t, query=t.query * scale, key=t.key * scale, value=change(t.value, odd[:, None, :, None]))
-            for t in view.attention
+            for t in view.evidence.attention
         ),
     )
 

@@ -117,4 +117,4 @@ def test_a_grid_that_does_not_hold_the_patches_is_refused() -> None:
 
 
 def test_settings() -> None:
-    assert Pool.places == ("vision",) and Pool.proportional and Pool().probes == 0
+    assert Pool.places == ("vision",) and Pool.proportional and Pool().needs.layers == 0

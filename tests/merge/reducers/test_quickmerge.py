@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from strategies import assert_same_plan, plain_budgets, prop, saliency_budgets, views
 
 from quickmerge.merge.reducers import QuickMerge
-from quickmerge.merge.tokens import AttentionTrace, Count, Entropy, MergePlan, TokenView
+from quickmerge.merge.tokens import AttentionTrace, Count, Entropy, Evidence, MergePlan, TokenView
 
 
 def slow_saliency(view: TokenView, row: int, window: int, nearest: int, pool: int) -> dict[int, float]:
@@ -24,7 +24,7 @@ def slow_saliency(view: TokenView, row: int, window: int, nearest: int, pool: in
     nearest = min(nearest, int(view.length[row]) // 8)
     voters = tokens[-window:]
     score = dict.fromkeys(tokens, 0.0)
-    for trace in view.attention:
+    for trace in view.evidence.attention:
         heads = trace.query.shape[1]
         for head in range(heads):
             group = head // (heads // trace.key.shape[1])
@@ -43,7 +43,7 @@ def slow_saliency(view: TokenView, row: int, window: int, nearest: int, pool: in
                     p = math.exp(d - max(dots)) / total
                     squares[j] += math.fsum((p * v) ** 2 for v in trace.value[row, group, j].tolist())
             for j in tokens:
-                score[j] += math.sqrt(squares[j] / len(voters)) / heads / len(view.attention)
+                score[j] += math.sqrt(squares[j] / len(voters)) / heads / len(view.evidence.attention)
     near = {j: [score[i] for i in tokens if abs(i - j) <= pool // 2] for j in tokens}
     return {j: math.fsum(near[j]) / len(near[j]) for j in tokens}
 
@@ -161,7 +161,7 @@ def test_an_entropy_budget_reads_the_saliency() -> None:
     n = 12
     zeros, one = torch.zeros(2, 1, n, 2), torch.ones(2, 1, n, 2)
     one[1, 0, 1:] = 1e-6
-    view = TokenView(torch.zeros(2, n, 1), attention=(AttentionTrace(zeros, zeros, one, 1.0),))
+    view = TokenView(torch.zeros(2, n, 1), evidence=Evidence(attention=(AttentionTrace(zeros, zeros, one, 1.0),)))
     reducer = QuickMerge(keep=Entropy(), layers=1, nearest=0, pool=1)
     even, peaked = reducer.plan(view).valid.sum(-1).tolist()
     assert even > n / 2 and peaked == 1
@@ -186,16 +186,18 @@ def test_bad_settings_are_named(setting: str, value: Any, allowed: str) -> None:
 
 
 def test_probes_as_many_layers_as_it_is_told() -> None:
-    assert QuickMerge(layers=3).probes == 3
+    assert QuickMerge(layers=3).needs.layers == 3
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(30, 30), (64, 64), (5000, 64)])
 def test_voters_are_the_window_or_the_whole_prompt(tokens: int, rows: int) -> None:
-    assert QuickMerge(window=64).voters(tokens) == rows
+    assert min(QuickMerge(window=64).needs.rows, tokens) == rows
 
 
 def test_recency_1_keeps_the_most_recent_tokens() -> None:
     zeros = torch.zeros(1, 1, 20, 2)
-    view = TokenView(torch.zeros(1, 20, 1), attention=(AttentionTrace(zeros, zeros, zeros + 1, 1.0),))
+    view = TokenView(
+        torch.zeros(1, 20, 1), evidence=Evidence(attention=(AttentionTrace(zeros, zeros, zeros + 1, 1.0),))
+    )
     plan = QuickMerge(keep=Count(6), layers=1, recency=1.0).plan(view)
     assert plan.position[0].tolist() == [14, 15, 16, 17, 18, 19]

@@ -16,12 +16,12 @@ from strategies import assert_same_plan, assert_same_row, prop, seeds, told
 import quickmerge as qm
 from quickmerge.merge.reducers import QuickMergeVision, ToMe
 from quickmerge.merge.reducers.tofu import mlerp
-from quickmerge.merge.tokens import AttentionTrace, Count, Entropy, Mass, TokenView
+from quickmerge.merge.tokens import AttentionTrace, Count, Entropy, Evidence, Mass, TokenView
 
 
 def slow_saliency(view: TokenView, row: int, votes: int) -> dict[int, float]:
     """Mean over heads of the root mean square length of what a token adds to the outputs of the voters."""
-    trace, there = view.attention[-1], view.valid[row].nonzero().flatten().tolist()
+    trace, there = view.evidence.attention[-1], view.valid[row].nonzero().flatten().tolist()
     fixed = [i for i in there if view.protected[row, i]]
     free = [i for i in there if i not in fixed]
     most = min(votes, len(free))
@@ -60,7 +60,7 @@ def test_saliency(view: TokenView, votes: int, seed: int) -> None:
 
 def slow_groups(view: TokenView, row: int, count: int, alpha: float, saliency: list[float]) -> dict[int, list[int]]:
     """One row, round by round: the members of every slot, by the token that it stands at."""
-    key = view.attention[-1].key[row].double().mean(0)
+    key = view.evidence.attention[-1].key[row].double().mean(0)
     groups = [[i] for i in range(len(key))]
     at = list(range(len(key)))
     while True:
@@ -151,7 +151,9 @@ def test_what_is_read_stays_and_what_is_not_goes() -> None:
     read[1], read[2], read[3] = 6.0, 4.0, 2.0
     query = read.expand(1, 1, n, 6).clone()
     value = torch.ones(1, 1, n, 2)
-    view = TokenView(torch.zeros(1, n, 2), attention=(AttentionTrace(query, key, value, 1.0),), prefix=1)
+    view = TokenView(
+        torch.zeros(1, n, 2), prefix=1, evidence=Evidence(attention=(AttentionTrace(query, key, value, 1.0),))
+    )
     for count, merged in ((8, [[7, 8]]), (7, [[5, 6], [7, 8]]), (6, [[3, 4], [5, 6], [7, 8]])):
         slot = QuickMergeVision(keep=Count(count), alpha=1.0).plan(view).slot[0].tolist()
         assert [[i for i, s in enumerate(slot) if s == k] for k in sorted(set(slot)) if slot.count(k) > 1] == merged
@@ -159,8 +161,13 @@ def test_what_is_read_stays_and_what_is_not_goes() -> None:
 
 def test_no_saliency_at_all_is_no_harm() -> None:
     view = make(1, 17, 1, 0)
-    (trace,) = view.attention
-    mute = replace(view, valid=None, protected=None, attention=(replace(trace, value=torch.zeros_like(trace.value)),))
+    (trace,) = view.evidence.attention
+    mute = replace(
+        view,
+        valid=None,
+        protected=None,
+        evidence=replace(view.evidence, attention=(replace(trace, value=torch.zeros_like(trace.value)),)),
+    )
     plan = QuickMergeVision(keep=Count(10)).plan(mute)
     plan.check(mute)
     assert plan.slots == 10

@@ -16,12 +16,12 @@ from torch import Tensor
 
 import quickmerge as qm
 from quickmerge.merge.reducers import VISION_REDUCERS, VISUAL_TOKEN_REDUCERS, make_reducer
-from quickmerge.merge.tokens import Count, Entropy, Mass, MergePlan, Ratio, TokenView
+from quickmerge.merge.tokens import Count, Entropy, Evidence, Mass, MergePlan, Ratio, TokenView
 
 
 def attention_paid(view: TokenView, row: int) -> list[float]:
     """What the prefix tokens, or all where there are none, pay to each token: summed over heads and payers."""
-    trace, n = view.attention[-1], int(view.valid[row].sum())
+    trace, n = view.evidence.attention[-1], int(view.valid[row].sum())
     guarded = view.protected[row, :n].nonzero().flatten().tolist()
     heads = trace.query.shape[1]
     total = [0.0] * n
@@ -85,7 +85,7 @@ def features(batch: int, tokens: int, seed: int, **more: Any) -> TokenView:
     draws = generator(seed)
     hidden = torch.randn(batch, tokens, 8, generator=draws, dtype=torch.float64)
     saliency = torch.rand(batch, tokens, generator=draws, dtype=torch.float64)
-    return TokenView(hidden, saliency=saliency, grid=(1, 1, tokens), **more)
+    return TokenView(hidden, grid=(1, 1, tokens), evidence=Evidence(saliency=saliency), **more)
 
 
 @prop(30)
@@ -96,25 +96,30 @@ def test_a_saliency_that_the_host_measured(tokens: int, count: int, seed: int) -
         plan = qm.SCOPE(keep=Count(count)).plan(seen)
         plan.check(seen)
         for row in range(2):
-            want = slow_scope(view, row, min(count, tokens), 1.0, view.saliency[row].tolist())
+            want = slow_scope(view, row, min(count, tokens), 1.0, view.evidence.saliency[row].tolist())
             assert stays(plan, row) == want
 
 
 def test_the_hosts_saliency_comes_before_attention() -> None:
     view = make(1, 30, 1, 0)
-    own = replace(view, valid=None, protected=None, saliency=(torch.arange(30.0)[None] == 17).float())
+    own = replace(
+        view,
+        valid=None,
+        protected=None,
+        evidence=replace(view.evidence, saliency=(torch.arange(30.0)[None] == 17).float()),
+    )
     assert 17 in stays(qm.SCOPE(keep=Count(2)).plan(own), 0)
-    assert torch.equal(qm.SCOPE().saliency(own), own.saliency)
+    assert torch.equal(qm.SCOPE().saliency(own), own.evidence.saliency)
 
 
 def test_without_alpha_no_saliency_is_read() -> None:
     view = features(2, 20, 0)
-    bare = replace(view, saliency=None)
+    bare = replace(view, evidence=replace(view.evidence, saliency=None))
     reducer = qm.SCOPE(keep=0.5, alpha=0)
-    assert reducer.probes == 0 and reducer.voters(20) == 0 and reducer.saliency(bare) is None
+    assert reducer.needs.layers == 0 and reducer.needs.rows == 0 and reducer.saliency(bare) is None
     assert torch.equal(reducer.plan(view).slot, reducer.plan(bare).slot)
     assert not torch.equal(qm.SCOPE(keep=0.5).plan(view).slot, reducer.plan(bare).slot)
-    assert qm.SCOPE().probes == 1 and qm.SCOPE().voters(20) == 1
+    assert qm.SCOPE().needs.layers == 1 and qm.SCOPE().needs.rows == 1
     with pytest.raises(ValueError, match=r"attention must hold the trace of the view's block for scope .* got none"):
         qm.SCOPE(keep=0.5).plan(bare)
     with pytest.raises(ValueError, match="budget Mass needs a saliency"):
@@ -131,11 +136,11 @@ def test_a_batch_of_features_equals_its_rows(data: st.DataObject, seed: int) -> 
     batch = replace(
         view,
         hidden=torch.where(valid[..., None], view.hidden, 1e300),
-        saliency=torch.where(valid, view.saliency, math.nan),
         valid=valid,
         protected=torch.zeros_like(valid),
         size=valid.long(),
         length=valid.sum(-1),
+        evidence=replace(view.evidence, saliency=torch.where(valid, view.evidence.saliency, math.nan)),
     )
     budget = data.draw(st.sampled_from((Ratio(0.4), Count(5), Mass(0.6), Entropy())))
     reducer = qm.SCOPE(keep=budget)
@@ -143,7 +148,9 @@ def test_a_batch_of_features_equals_its_rows(data: st.DataObject, seed: int) -> 
     plan.check(batch)
     for row in range(3):
         n = int(lengths[row])
-        one = TokenView(view.hidden[row : row + 1, :n], saliency=view.saliency[row : row + 1, :n])
+        one = TokenView(
+            view.hidden[row : row + 1, :n], evidence=Evidence(saliency=view.evidence.saliency[row : row + 1, :n])
+        )
         assert_same_row(told(plan, batch, row), told(reducer.plan(one), one, 0))
 
 
@@ -175,19 +182,21 @@ def test_duplicates_make_room() -> None:
     """Of many copies one is enough: the rest of the budget goes to what is new."""
     eye = torch.eye(4)
     hidden = torch.cat([eye[:1].expand(20, -1), eye[1:]])[None]
-    view = TokenView(hidden, saliency=torch.ones(1, 23))
+    view = TokenView(hidden, evidence=Evidence(saliency=torch.ones(1, 23)))
     assert stays(qm.SCOPE(keep=Count(4)).plan(view), 0) == [0, 20, 21, 22]
 
 
 def test_half_precision_chooses_almost_the_same() -> None:
     view = make(2, 200, 1, 3)
-    trace = view.attention[0]
+    trace = view.evidence.attention[0]
     coarse = replace(
         view,
         valid=None,
         protected=None,
         hidden=view.hidden.bfloat16(),
-        attention=(replace(trace, query=trace.query.bfloat16(), key=trace.key.bfloat16()),),
+        evidence=replace(
+            view.evidence, attention=(replace(trace, query=trace.query.bfloat16(), key=trace.key.bfloat16()),)
+        ),
     )
     one, two = (qm.SCOPE(keep=Count(50)).plan(v).slot >= 0 for v in (view, coarse))
     assert int((one & two).sum()) >= 0.85 * 100
@@ -218,7 +227,7 @@ def test_bad_settings_are_named(alpha: Any) -> None:
 )
 def test_a_bad_saliency_is_named(saliency: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TokenView(torch.zeros(2, 3, 1), saliency=saliency)
+        TokenView(torch.zeros(2, 3, 1), evidence=Evidence(saliency=saliency))
 
 
 def test_it_has_its_name_and_place() -> None:

@@ -13,11 +13,11 @@ from strategies import assert_same_plan, prop
 
 from quickmerge.merge.reducers import ToFu, ToMe
 from quickmerge.merge.reducers.tome import mean_key
-from quickmerge.merge.tokens import Count, MergePlan, TokenView
+from quickmerge.merge.tokens import Count, Evidence, MergePlan, TokenView
 
 
 def pairs_of(view: TokenView, row: int, remove: int) -> list[tuple[int, int]]:
-    metric = view.attention[-1].key[row].double().mean(0).tolist()
+    metric = view.evidence.attention[-1].key[row].double().mean(0).tolist()
     return slow_pairs(metric, view.prefix, remove)
 
 
@@ -102,7 +102,9 @@ def test_the_switch() -> None:
     view = make(1, 17, 1, 0)
 
     def prunes(switch: int | None, layer: int | None, depth: int | None = 12) -> bool:
-        seen = TokenView(view.hidden, attention=view.attention, prefix=1, layer=layer, depth=depth)
+        seen = TokenView(
+            view.hidden, prefix=1, evidence=Evidence(attention=view.evidence.attention, layer=layer, depth=depth)
+        )
         return bool((ToFu(keep=Count(12), switch=switch).plan(seen).slot < 0).any())
 
     assert [prunes(None, layer) for layer in (0, 5, 6, 11)] == [True, True, False, False]
@@ -150,5 +152,5 @@ def test_half_precision_keeps_norms() -> None:
 
 
 def test_plan_is_a_merge_plan_for_vision_alone() -> None:
-    assert ToFu.places == ("vision",) and ToFu.proportional and ToFu().probes == 1
+    assert ToFu.places == ("vision",) and ToFu.proportional and ToFu().needs.layers == 1
     assert isinstance(ToFu(keep=Count(9)).plan(make(1, 17, 1, 0)), MergePlan)

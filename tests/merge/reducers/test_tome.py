@@ -14,7 +14,7 @@ from strategies import prop, views
 from torch import Tensor
 
 from quickmerge.merge.reducers import ToMe
-from quickmerge.merge.tokens import AttentionTrace, Count, Ratio, TokenView
+from quickmerge.merge.tokens import AttentionTrace, Count, Evidence, Ratio, TokenView
 
 
 @dataclass
@@ -35,7 +35,7 @@ def slow_tome(view: TokenView, row: int, count: int) -> list[Group]:
             at=i,
             members=[i],
             weight=float(view.size[row, i]),
-            metric=view.attention[-1].key[row, :, i].double().mean(0),
+            metric=view.evidence.attention[-1].key[row, :, i].double().mean(0),
             guarded=bool(view.protected[row, i]),
         )
         for i in view.valid[row].nonzero().flatten().tolist()
@@ -69,7 +69,7 @@ def slow_tome(view: TokenView, row: int, count: int) -> list[Group]:
     st.integers(1, 30),
 )
 def test_the_rounds(view: TokenView, tokens: int) -> None:
-    if view.attention[-1].key.shape[-1] == 1:
+    if view.evidence.attention[-1].key.shape[-1] == 1:
         return  # all cosines of numbers are 1 or -1, so rounding decides
     plan = ToMe(keep=Count(tokens)).plan(view)
     for row in range(len(view.valid)):
@@ -95,7 +95,7 @@ def test_drops_nothing_and_weighs_by_size(view: TokenView, tokens: int) -> None:
 def test_merges_what_is_alike() -> None:
     kinds = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     key = torch.eye(4)[kinds][None, None]
-    view = TokenView(torch.zeros(1, 8, 1), attention=(AttentionTrace(key, key, key, 1.0),))
+    view = TokenView(torch.zeros(1, 8, 1), evidence=Evidence(attention=(AttentionTrace(key, key, key, 1.0),)))
     plan = ToMe(keep=0.5).plan(view)
     assert plan.slot.tolist() == [kinds.tolist()]
     assert plan.position.tolist() == [[1, 3, 5, 7]] and plan.size.tolist() == [[2] * 4]
@@ -105,12 +105,15 @@ def test_reads_the_keys_of_the_last_probed_layer() -> None:
     rng = torch.Generator().manual_seed(0)
     one, two = (AttentionTrace(*(torch.randn(1, 2, 9, 4, generator=rng) for _ in range(3)), 1.0) for _ in range(2))
     hidden = torch.randn(1, 9, 3, generator=rng)
-    plans = [ToMe(keep=0.5).plan(TokenView(hidden, attention=traces)).slot for traces in ((one, two), (two,), (one,))]
+    plans = [
+        ToMe(keep=0.5).plan(TokenView(hidden, evidence=Evidence(attention=traces))).slot
+        for traces in ((one, two), (two,), (one,))
+    ]
     assert torch.equal(plans[0], plans[1]) and not torch.equal(plans[0], plans[2])
 
 
 def test_attention_above_the_merge_is_proportional() -> None:
-    assert ToMe.proportional is True and ToMe().probes == 1
+    assert ToMe.proportional is True and ToMe().needs.layers == 1
 
 
 @prop(30)
@@ -135,7 +138,7 @@ def test_one_round_behind_a_prefix_is_the_papers(tokens: int, prefix: int) -> No
         plan.check(view)
         merged = plan.merge(view.hidden)
         for row in range(2):
-            metric = view.attention[-1].key[row].mean(0)
+            metric = view.evidence.attention[-1].key[row].mean(0)
             into = dict(slow_pairs(metric.tolist(), prefix, min(r, most)))
             stays = [i for i in range(tokens) if i not in into]
             assert plan.position[row].tolist() == view.position[row, stays].tolist()
@@ -154,7 +157,7 @@ def test_rounds_behind_a_prefix(view: TokenView, tokens: int) -> None:
     plan = ToMe(keep=Count(tokens)).plan(view)
     plan.check(view)
     for row in range(len(view.hidden)):
-        metric = list(view.attention[-1].key[row].mean(0))
+        metric = list(view.evidence.attention[-1].key[row].mean(0))
         size, members = view.size[row].tolist(), [[i] for i in range(len(metric))]
         while (remove := min(len(metric) - tokens, (len(metric) - view.prefix) // 2)) > 0:
             pairs = slow_pairs([m.tolist() for m in metric], view.prefix, remove)

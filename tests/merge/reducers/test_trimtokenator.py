@@ -16,7 +16,7 @@ from torch import Tensor
 import quickmerge as qm
 from quickmerge.merge.reducers import VISION_REDUCERS, VISUAL_TOKEN_REDUCERS, make_reducer
 from quickmerge.merge.reducers.trimtokenator import alignment
-from quickmerge.merge.tokens import Count, Entropy, MergePlan, Ratio, TokenView
+from quickmerge.merge.tokens import Count, Entropy, Evidence, MergePlan, Ratio, TokenView
 
 
 def slow_alignment(x: Tensor, text: Tensor, normalize: bool, norm: int) -> list[float]:
@@ -55,7 +55,7 @@ def view_of(batch: int, tokens: int, words: int, seed: int, dtype: torch.dtype =
     draws = generator(seed)
     x = torch.randn(batch, tokens, 6, generator=draws, dtype=torch.float64)
     text = 0.5 + torch.randn(batch, words, 6, generator=draws, dtype=torch.float64)
-    return TokenView(x.to(dtype), text=text.to(dtype), grid=(1, 1, tokens))
+    return TokenView(x.to(dtype), grid=(1, 1, tokens), evidence=Evidence(text=text.to(dtype)))
 
 
 def stays(plan: MergePlan, row: int) -> list[int]:
@@ -97,12 +97,12 @@ def test_both_stages_are_the_literal_loops(norm: int, normalize: bool, objective
             plan = reducer.plan(seen)
             plan.check(seen)
             for row in range(2):
-                assert stays(plan, row) == slow_trim(view.hidden[row], view.text[row], count, reducer)
+                assert stays(plan, row) == slow_trim(view.hidden[row], view.evidence.text[row], count, reducer)
         prefix = torch.full((2, 2, 6), 3.0, dtype=torch.float64)
-        behind = TokenView(torch.cat([prefix, view.hidden], 1), text=view.text, prefix=2)
+        behind = TokenView(torch.cat([prefix, view.hidden], 1), prefix=2, evidence=Evidence(text=view.evidence.text))
         plan = replace(reducer, keep=Count(count + 2)).plan(behind)
         plan.check(behind)
-        want = slow_trim(view.hidden[0], view.text[0], count, reducer)
+        want = slow_trim(view.hidden[0], view.evidence.text[0], count, reducer)
         assert stays(plan, 0) == [0, 1, *(i + 2 for i in want)]
 
 
@@ -119,9 +119,11 @@ def test_a_batch_equals_its_rows(spare: int, seed: int, budget: Any, aligned: fl
     words = torch.arange(5) < m[:, None]
     guarded = (torch.rand(3, 14, generator=draws) < 0.2) & valid
     batch = TokenView(
-        torch.where(valid[..., None], view.hidden, 1e300), valid=valid, protected=guarded,
-        text=torch.where(words[..., None], view.text, math.nan), text_valid=words,
-    )  # fmt: skip
+        torch.where(valid[..., None], view.hidden, 1e300),
+        valid=valid,
+        protected=guarded,
+        evidence=Evidence(text=torch.where(words[..., None], view.evidence.text, math.nan), text_valid=words),
+    )
     reducer = qm.TrimTokenator(budget, aligned)
     plan = reducer.plan(batch)
     plan.check(batch)
@@ -131,7 +133,7 @@ def test_a_batch_equals_its_rows(spare: int, seed: int, budget: Any, aligned: fl
         one = TokenView(
             view.hidden[row, there][None],
             protected=guarded[row, there][None],
-            text=view.text[row, words[row]][None],
+            evidence=Evidence(text=view.evidence.text[row, words[row]][None]),
         )
         assert_same_row(told(plan, batch, row), told(reducer.plan(one), one, 0))
 
@@ -144,7 +146,7 @@ def test_tokens_of_any_kind_give_lawful_plans(data: st.DataObject, batch: int, n
     text = numbers((batch, 4, 3), data.draw(st.sampled_from(KINDS)), draws, dtype)
     settings = {"norm": data.draw(st.sampled_from((1, 2))), "objective": data.draw(st.sampled_from(("sum", "min")))}
     reducer = qm.TrimTokenator(Count(count), normalize=data.draw(st.booleans()), **settings)
-    for view in (TokenView(x, text=text), TokenView(x, text=text, prefix=0)):
+    for view in (TokenView(x, evidence=Evidence(text=text)), TokenView(x, prefix=0, evidence=Evidence(text=text))):
         plan = reducer.plan(view)
         plan.check(view)
         assert plan.valid.sum(-1).tolist() == [min(count, n)] * batch
@@ -162,7 +164,7 @@ def test_tokens_too_long_for_their_squares_are_far_and_not_lost() -> None:
     view = view_of(1, 20, 3, 0, torch.float32)
     hidden = torch.where(torch.arange(20)[:, None] < 15, view.hidden * 1e30, view.hidden)
     for prefix in (None, 0):
-        seen = TokenView(hidden, text=view.text, prefix=prefix)
+        seen = TokenView(hidden, prefix=prefix, evidence=Evidence(text=view.evidence.text))
         for count in (3, 8, 19):
             plan = qm.TrimTokenator(Count(count), aligned=0.1).plan(seen)
             plan.check(seen)
@@ -171,7 +173,11 @@ def test_tokens_too_long_for_their_squares_are_far_and_not_lost() -> None:
 
 def test_equal_tokens_go_in_order_and_copies_come_last() -> None:
     text = torch.ones(1, 2, 4)
-    assert stays(qm.TrimTokenator(Count(3)).plan(TokenView(torch.zeros(1, 8, 4), text=text)), 0) == [0, 1, 2]
+    assert stays(qm.TrimTokenator(Count(3)).plan(TokenView(torch.zeros(1, 8, 4), evidence=Evidence(text=text))), 0) == [
+        0,
+        1,
+        2,
+    ]
     twins = torch.eye(4)[torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])][None]  # all equally near to the text
     for objective in ("sum", "min"):
         plan = qm.TrimTokenator(Count(4), aligned=1.0, objective=objective).plan(TokenView(twins))
@@ -182,26 +188,30 @@ def test_the_text_decides_and_its_order_does_not() -> None:
     view = view_of(1, 40, 6, 0)
     reducer = qm.TrimTokenator(Count(8), aligned=0.4)
     plan = reducer.plan(view)
-    shuffled = replace(view, text=view.text[:, torch.tensor([3, 0, 5, 1, 4, 2])])
+    shuffled = replace(
+        view, evidence=replace(view.evidence, text=view.evidence.text[:, torch.tensor([3, 0, 5, 1, 4, 2])])
+    )
     assert torch.equal(reducer.plan(shuffled).slot, plan.slot)
-    assert not torch.equal(reducer.plan(replace(view, text=-3 * view.text)).slot, plan.slot)
+    assert not torch.equal(
+        reducer.plan(replace(view, evidence=replace(view.evidence, text=-3 * view.evidence.text))).slot, plan.slot
+    )
 
 
 def test_lengths_drown_the_text_unless_they_are_taken_out() -> None:
     """The weakness that the docstring names, and what helps: of long tokens and a short text, the shortest stay."""
     view = view_of(1, 40, 6, 1)
-    far = replace(view, text=view.text / 100)
+    far = replace(view, evidence=replace(view.evidence, text=view.evidence.text / 100))
     length = view.hidden[0].norm(dim=-1)
     plain, unit = (qm.TrimTokenator(keep=0.2, normalize=n).alignment(far)[0] for n in (False, True))
     assert (plain.argsort() == (-length).argsort()).float().mean() > 0.8
-    words = torch.nn.functional.normalize(view.text[0], dim=-1).mean(0)
+    words = torch.nn.functional.normalize(view.evidence.text[0], dim=-1).mean(0)
     want = torch.nn.functional.normalize(view.hidden[0], dim=-1) @ words
     assert torch.equal(unit.argsort(), want.argsort())
 
 
 def test_half_precision_is_compared_in_single() -> None:
     view = view_of(2, 40, 6, 0, torch.bfloat16)
-    fine = replace(view, hidden=view.hidden.float(), text=view.text.float())
+    fine = replace(view, hidden=view.hidden.float(), evidence=replace(view.evidence, text=view.evidence.text.float()))
     for norm in (1, 2):
         reducer = qm.TrimTokenator(keep=0.3, norm=norm)
         assert torch.equal(reducer.plan(view).slot, reducer.plan(fine).slot)
@@ -213,25 +223,29 @@ def test_planning_by_shapes_compiles_whole(norm: int) -> None:
     reducer = qm.TrimTokenator(Count(9), norm=norm)
 
     def run(x: Tensor, text: Tensor, words: Tensor) -> tuple[Tensor, ...]:
-        plan = reducer.plan(TokenView(x, text=text, text_valid=words, prefix=1))
+        plan = reducer.plan(TokenView(x, prefix=1, evidence=Evidence(text=text, text_valid=words)))
         return plan.slot, plan.position, plan.merge(x)
 
     words = torch.tensor([[True, True, False, False], [True] * 4])
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="eager")
-    for got, want in zip(compiled(view.hidden, view.text, words), run(view.hidden, view.text, words), strict=True):
+    for got, want in zip(
+        compiled(view.hidden, view.evidence.text, words), run(view.hidden, view.evidence.text, words), strict=True
+    ):
         torch.testing.assert_close(got, want)
 
 
 def test_what_it_lacks_is_named() -> None:
     view = view_of(2, 9, 3, 0)
-    bare = replace(view, text=None, text_valid=None)
+    bare = replace(view, evidence=replace(view.evidence, text=None, text_valid=None))
     for seen in (bare, replace(bare, valid=None, protected=None, prefix=1)):
         with pytest.raises(ValueError, match=r"text must be \(B, M, D\) embeddings .* for trimtokenator, got none"):
             qm.TrimTokenator(Count(4)).plan(seen)
     qm.TrimTokenator(keep=0.5, aligned=1.0).plan(bare).check(bare)  # nobody asks the text
     with pytest.raises(ValueError, match="text must have as many features as the tokens, 6, got 5"):
-        qm.TrimTokenator(keep=0.5).plan(replace(view, text=view.text[..., :5]))
+        qm.TrimTokenator(keep=0.5).plan(
+            replace(view, evidence=replace(view.evidence, text=view.evidence.text[..., :5]))
+        )
     with pytest.raises(ValueError, match="budget Entropy needs a saliency"):
         qm.TrimTokenator(Entropy()).plan(view)
 
@@ -255,7 +269,7 @@ def test_what_it_lacks_is_named() -> None:
 )
 def test_a_bad_text_is_named(fields: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TokenView(torch.zeros(2, 3, 1), **fields)
+        TokenView(torch.zeros(2, 3, 1), evidence=Evidence(**fields))
 
 
 @pytest.mark.parametrize(

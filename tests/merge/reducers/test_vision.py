@@ -20,7 +20,7 @@ import quickmerge as qm
 from quickmerge.errors import UnknownReducerError
 from quickmerge.merge.reducers import REDUCERS, VISION_REDUCERS, Attention, Reducer, make_reducer
 from quickmerge.merge.reducers.base import key_bias, sees_all, voters
-from quickmerge.merge.tokens import AttentionTrace, Count, Entropy, Mass, MergePlan, Ratio, TokenView
+from quickmerge.merge.tokens import AttentionTrace, Count, Entropy, Evidence, Mass, MergePlan, Ratio, TokenView
 
 NAMES = ("quickmerge", "tome", "tofu", "attention", "topnorm", "uniform", "random", "pool", "scope")
 LAWFUL = pytest.mark.parametrize("name", NAMES)
@@ -149,11 +149,13 @@ def test_planning_by_shapes_waits_for_nothing(name: str) -> None:
 @LAWFUL
 def test_planning_by_shapes_compiles_whole(name: str) -> None:
     view, reducer = make(2, 37, 1, 0), made(name, Count(9))
-    trace = view.attention[0]
+    trace = view.evidence.attention[0]
 
     def run(x: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, ...]:
         traces = (AttentionTrace(q, k, v, 0.5),)
-        seen = TokenView(x, position=position, attention=traces, grid=view.grid, layer=6, depth=12, prefix=1)
+        seen = TokenView(
+            x, position=position, grid=view.grid, prefix=1, evidence=Evidence(attention=traces, layer=6, depth=12)
+        )
         plan = reducer.plan(seen)
         return plan.slot, plan.size, plan.position, reducer.combine(seen, plan, x)
 
@@ -172,7 +174,9 @@ class Planned(torch.nn.Module):
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, ...]:
         traces = (AttentionTrace(q, k, v, 0.5),)
-        seen = TokenView(x, position=position, attention=traces, grid=self.grid, layer=6, depth=12, prefix=1)
+        seen = TokenView(
+            x, position=position, grid=self.grid, prefix=1, evidence=Evidence(attention=traces, layer=6, depth=12)
+        )
         plan = self.reducer.plan(seen)
         return plan.slot, plan.size, plan.position, self.reducer.combine(seen, plan, x)
 
@@ -183,7 +187,7 @@ def test_planning_exports_with_any_batch(name: str) -> None:
 
     def inputs(rows: int) -> tuple[Tensor, ...]:
         view = make(rows, 37, 1, 0)
-        trace = view.attention[0]
+        trace = view.evidence.attention[0]
         return view.hidden, trace.query, trace.key, trace.value, view.position
 
     planned = Planned(made(name, Count(9)), make(3, 37, 1, 0))
@@ -198,7 +202,7 @@ def test_planning_exports_with_any_batch(name: str) -> None:
 @LAWFUL
 def test_planning_changes_nothing_that_it_reads_and_repeats_itself(name: str) -> None:
     view, reducer = make(2, 37, 1, 0, merged=True), made(name, Count(9))
-    trace = view.attention[0]
+    trace = view.evidence.attention[0]
     parts = [view.hidden, view.position, view.size, trace.query, trace.key, trace.value]
     before, state = [x.clone() for x in parts], torch.get_rng_state()
     plan = reducer.plan(view)
@@ -235,7 +239,9 @@ def test_reducers_without_a_saliency_refuse_budgets_that_need_one(name: str, bud
 @LAWFUL
 def test_what_a_reducer_lacks_is_named(name: str) -> None:
     full = make(1, 9, 1, 0)
-    bare = TokenView(full.hidden, prefix=1, grid=None if name == "pool" else full.grid, layer=6, depth=12)
+    bare = TokenView(
+        full.hidden, prefix=1, grid=None if name == "pool" else full.grid, evidence=Evidence(layer=6, depth=12)
+    )
     reducer = made(name, Count(4))
     if name in (*MATCHES, "attention", "scope"):
         with pytest.raises(ValueError, match=r"attention must hold .* got none"):
@@ -324,7 +330,7 @@ def test_images_are_told_from_text() -> None:
 
 def slow_received(view: TokenView, row: int, rows: list[int]) -> list[float]:
     """Mean over heads and voters of the attention that each token gets from them, in both directions."""
-    trace, there = view.attention[-1], view.valid[row].nonzero().flatten().tolist()
+    trace, there = view.evidence.attention[-1], view.valid[row].nonzero().flatten().tolist()
     heads = trace.query.shape[1]
     out = dict.fromkeys(there, 0.0)
     for head in range(heads):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import quickmerge as qm
 from quickmerge.merge.reducers import VISUAL_TOKEN_REDUCERS
+from quickmerge.merge.tokens import Evidence
 from quickmerge.merge.tokens.plan import anchors_of
 
 
@@ -56,7 +57,9 @@ def test_padding_changes_nothing(name: str) -> None:
 
 @given(tokens=st.integers(4, 12), count=st.integers(1, 5), seed=st.integers(0, 99))
 def test_slots_stand_where_a_member_stood(tokens: int, count: int, seed: int) -> None:
-    view = qm.TokenView(features(2, tokens, seed), key=features(2, tokens, seed + 1), position=_places(tokens, seed))
+    view = qm.TokenView(
+        features(2, tokens, seed), position=_places(tokens, seed), evidence=Evidence(key=features(2, tokens, seed + 1))
+    )
     for reducer in (qm.ToMe(keep=qm.Count(count)), qm.Uniform(keep=qm.Count(count))):
         plan = reducer.plan(view)
         seats = anchors_of(plan, view)

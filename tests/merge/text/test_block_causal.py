@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 import quickmerge as qm
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.text.block_causal import ChunkedLayer
-from quickmerge.merge.tokens import AttentionTrace, Count, TokenView
+from quickmerge.merge.tokens import AttentionTrace, Count, Evidence, TokenView
 
 EXACT = 1e-10
 REDUCERS = {
@@ -142,7 +142,12 @@ def slow_logits(model: Any, ids: Tensor, reducer: Any, chunk: int, window: int, 
         for row in range(rows):
             trace = AttentionTrace(*(t[row : row + 1, :, part] for t in (q, k, v)), attention.scaling)
             features = v[row : row + 1, :, part].transpose(1, 2).flatten(2)
-            view = TokenView(features, position=place, protected=guard, attention=(trace,) if reducer.probes else ())
+            view = TokenView(
+                features,
+                position=place,
+                protected=guard,
+                evidence=Evidence(attention=(trace,) if reducer.needs.layers else ()),
+            )
             saliency = reducer.saliency(view)[:, :chunk] if hasattr(reducer, "saliency") else None
             if isinstance(reducer, qm.QuickMerge):  # no token of a finished chunk is recent
                 reducer = replace(reducer, recency=0.0)

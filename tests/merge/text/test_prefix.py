@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, StaticCache
 
 import quickmerge as qm
 from quickmerge.errors import QuickmergeError
-from quickmerge.merge.tokens import AttentionTrace, Schedule, TokenView
+from quickmerge.merge.tokens import AttentionTrace, Evidence, Schedule, TokenView
 
 EXACT = 1e-10
 REDUCERS = {
@@ -170,14 +170,14 @@ def test_the_host_shows_the_reducer_what_the_layers_below_computed(name: str) ->
         valid = mask.bool()
         rank = valid.long().cumsum(-1)
         protected = valid & ((rank <= 3) | (rank > rank[:, -1:] - 5))
-        traces = [hand_trace(model, i, hidden[i], position) for i in range(2 - reducer.probes, 2)]
+        traces = [hand_trace(model, i, hidden[i], position) for i in range(2 - reducer.needs.layers, 2)]
         view = TokenView(
             hidden=hidden[2],
             valid=valid,
             protected=protected,
             position=position,
             length=valid.sum(-1),
-            attention=traces,
+            evidence=Evidence(attention=traces),
         )
         plan = reducer.plan(view)
     assert torch.equal(run.protected, protected)

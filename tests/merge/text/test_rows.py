@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import quickmerge as qm
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.text.rows import check_one_text, plan_rows
-from quickmerge.merge.tokens import MergePlan, TokenView
+from quickmerge.merge.tokens import Evidence, MergePlan, TokenView
 
 REDUCERS: dict[str, Any] = {
     "quickmerge": qm.QuickMerge(keep=0.5, layers=2, window=16, pool=3),
@@ -138,7 +138,7 @@ def test_a_plan_for_some_rows_is_lawful_and_leaves_the_others(
     index = torch.arange(width)
     valid = torch.stack([index >= width - n if left else index < n for n in counts])
     hidden = torch.randn(len(counts), width, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    view = TokenView(hidden, valid=valid, key=hidden)
+    view = TokenView(hidden, valid=valid, evidence=Evidence(key=hidden))
     rows = torch.tensor([i for i in range(len(counts)) if chosen[i]] or [0])
     reducer = qm.ToMe(keep=0.5)
 
@@ -153,7 +153,7 @@ def test_a_plan_for_some_rows_is_lawful_and_leaves_the_others(
         own = valid[i]
         there = plan.valid[i]
         if i in rows.tolist():
-            alone = TokenView(hidden[i : i + 1, own], key=hidden[i : i + 1, own])
+            alone = TokenView(hidden[i : i + 1, own], evidence=Evidence(key=hidden[i : i + 1, own]))
             single = reducer.plan(alone)
             close(slots[i][there], single.merge(alone.hidden)[0])
             close(planned.added[3][i][there], single.merge(alone.hidden)[0] + 1)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quickmerge.merge.tokens import (
     AttentionTrace,
+    Evidence,
     TokenView,
     attention_norm,
     bidirectional_attention,
@@ -94,7 +95,7 @@ moments = st.sampled_from((1, 2, 3))
 @prop(60)
 @given(probed(), st.integers(1, 12), moments)
 def test_received_attention(view: TokenView, window: int, moment: int) -> None:
-    (trace,) = view.attention
+    (trace,) = view.evidence.attention
     got = received_attention(trace, view.valid, view.position, window, moment)
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, slow_received(trace, view, window, moment), rtol=0, atol=1e-10)
@@ -106,7 +107,7 @@ def test_received_attention(view: TokenView, window: int, moment: int) -> None:
 def test_chosen_voters_vote_like_the_last_ones_where_these_are_chosen(
     view: TokenView, window: int, moment: int
 ) -> None:
-    (trace,) = view.attention
+    (trace,) = view.evidence.attention
     rows, real = last_rows(view.valid, window)
     got = attention_from(trace, torch.where(real, rows, -1), view.valid, view.position, moment)
     torch.testing.assert_close(got, slow_received(trace, view, window, moment), rtol=0, atol=1e-10)
@@ -115,7 +116,7 @@ def test_chosen_voters_vote_like_the_last_ones_where_these_are_chosen(
 @prop(30)
 @given(probed(max_tokens=40, merged=None), st.integers(1, 45))
 def test_what_a_row_receives_sums_to_one(view: TokenView, window: int) -> None:
-    (trace,) = view.attention
+    (trace,) = view.evidence.attention
     total = received_attention(trace, view.valid, view.position, window).sum(-1)
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-10)
 
@@ -124,7 +125,7 @@ def test_what_a_row_receives_sums_to_one(view: TokenView, window: int) -> None:
 @given(probed(merged=True), st.integers(1, 12))
 def test_received_attention_over_merged_tokens(view: TokenView, window: int) -> None:
     """A sliding window is counted in positions, the voters in tokens."""
-    (trace,) = view.attention
+    (trace,) = view.evidence.attention
     got = received_attention(trace, view.valid, view.position, window)
     torch.testing.assert_close(got, slow_received(trace, view, window, 1), rtol=0, atol=1e-10)
 
@@ -132,7 +133,7 @@ def test_received_attention_over_merged_tokens(view: TokenView, window: int) -> 
 @prop(40)
 @given(probed(), st.integers(1, 12), moments)
 def test_attention_norm(view: TokenView, window: int, moment: int) -> None:
-    (trace,) = view.attention
+    (trace,) = view.evidence.attention
     got = attention_norm(trace, view.valid, view.position, window, moment)
     want = slow_norm(trace, view, window, moment)
     valid = view.valid[:, None].expand_as(got)
@@ -146,7 +147,7 @@ def test_votes_for_near_tokens_can_be_left_out(
     view: TokenView, window: int, moment: int, nearest: int, norm: bool
 ) -> None:
     """Counted in positions and for each row on its own; the other probabilities stay what they were."""
-    (trace,) = view.attention
+    (trace,) = view.evidence.attention
     measure = attention_norm if norm else received_attention
     each = nearest + torch.arange(len(view.valid))
     got = measure(trace, view.valid, view.position, window, moment, each)
@@ -223,7 +224,7 @@ def naive_norm(trace: AttentionTrace, view: TokenView, window: int, moment: int)
 def test_bfloat16_errs_less_than_twice_a_plain_bfloat16_version(
     fast: Callable[..., Tensor], naive: Callable[..., Tensor], view: TokenView, window: int, moment: int
 ) -> None:
-    (trace,) = view.attention
+    (trace,) = view.evidence.attention
     truth = naive(as_double(trace), view, window, moment)
     ours = (fast(trace, view, window, moment).double() - truth).abs().max()
     plain = (naive(trace, view, window, moment).double() - truth).abs().max()
@@ -233,7 +234,7 @@ def test_bfloat16_errs_less_than_twice_a_plain_bfloat16_version(
 @prop(30)
 @given(probed(dtypes=(torch.float32,), max_tokens=40, kinds=("normal",)), st.integers(1, 45))
 def test_float32_stays_near_float64(view: TokenView, window: int) -> None:
-    (trace,) = view.attention
+    (trace,) = view.evidence.attention
     exact = as_double(trace)
     close = {"rtol": 1e-4, "atol": 1e-5}
     for measure in (received_attention, attention_norm):
@@ -257,7 +258,7 @@ def test_padding_and_batch_mates_change_nothing(view: TokenView, left: int, righ
 
 
 def statistic(name: str, view: TokenView, window: int) -> Tensor:
-    (trace,) = view.attention
+    (trace,) = view.evidence.attention
     measure = received_attention if name == "received" else attention_norm
     return measure(trace, view.valid, view.position, window)
 
@@ -292,7 +293,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_is_as_large_as_the_attention_matrix(name: str) -> None:
     n, rng = 4096, generator(0)
     trace = AttentionTrace(*(numbers((1, 1, n, 1), "normal", rng) for _ in range(3)), scaling=1.0)
-    view = TokenView(torch.zeros(1, n, 1), attention=(trace,))
+    view = TokenView(torch.zeros(1, n, 1), evidence=Evidence(attention=(trace,)))
     with Largest() as largest:
         statistic(name, view, n)
     assert BLOCK * n <= largest.numel <= 2 * BLOCK * n < n * n
@@ -347,7 +348,7 @@ def slow_bidirectional(trace: AttentionTrace, rows: Tensor, bias: Tensor | None,
 @prop(30)
 @given(prefix_views(dtypes=DOUBLE, max_patches=8), seeds, moments, st.sampled_from(("none", "size", "padding")))
 def test_bidirectional_attention(view: TokenView, seed: int, moment: int, kind: str) -> None:
-    (trace,) = view.attention
+    (trace,) = view.evidence.attention
     b, n = view.position.shape
     rng = generator(seed)
     rows = torch.randint(-1, n, (b, 5), generator=rng)

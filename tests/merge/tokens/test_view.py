@@ -16,7 +16,7 @@ def test_defaults_are_every_token_once_in_order() -> None:
     assert view.position.tolist() == [[0, 1, 2]] * 2
     assert view.size.tolist() == [[1, 1, 1]] * 2
     assert view.length.tolist() == [3, 3]
-    assert view.attention == () and view.grid is None and view.text is None
+    assert view.evidence.attention == () and view.grid is None and view.evidence.text is None
 
 
 def test_defaults_count_positions_over_valid_tokens_only() -> None:

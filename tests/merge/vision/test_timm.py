@@ -219,7 +219,7 @@ def test_a_method_sees_the_attention_that_the_block_computed(name: str) -> None:
 
     class Watching(qm.ToMe):
         def plan(self, view: TokenView) -> MergePlan:
-            traces.append((view, view.attention[0]))
+            traces.append((view, view.evidence.attention[0]))
             return super().plan(view)
 
     model, x, mixed = build(name, torch.float64), pixels(2, torch.float64), []

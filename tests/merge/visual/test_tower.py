@@ -46,7 +46,7 @@ def test_saliency_and_features_are_those_of_the_selected_layer(attn: str, tower:
     assert len(seen) == 3
     for i, view in enumerate(seen):
         close(view.hidden[0], features[i])
-        close(view.saliency[0], saliency[i])
+        close(view.evidence.saliency[0], saliency[i])
         assert view.grid == (1, 4, 4)
 
 
@@ -63,8 +63,8 @@ def test_keys_and_norms_are_those_of_the_selected_layer() -> None:
     share = (q.double() @ k.double().transpose(-1, -2) * 8**-0.5).softmax(-1)[:, :, 0, 1:]
     norm = (share * v.double().norm(dim=-1)[:, :, 1:]).mean(1)
     for i, view in enumerate(found):
-        close(view.key[0], k.mean(1)[i, 1:])
-        close(view.saliency[0], norm[i])
+        close(view.evidence.key[0], k.mean(1)[i, 1:])
+        close(view.evidence.saliency[0], norm[i])
 
 
 @pytest.mark.parametrize("family", ["idefics3", "smolvlm"])
@@ -79,7 +79,7 @@ def test_tiles_pool_the_squares_that_the_connector_shuffles(family: str) -> None
     saliency = shuffle(out.attentions[-1].mean(1).sum(1)[..., None], 2).sum(-1)
     for i, view in enumerate(views(model, METHODS["scope"], inputs)):
         close(view.hidden[0], features[i])
-        close(view.saliency[0], saliency[i])
+        close(view.evidence.saliency[0], saliency[i])
         assert view.grid == (1, 4, 4)
 
 
@@ -119,7 +119,7 @@ def test_packed_towers_tell_of_the_squares_that_the_merger_reads(family: str, ki
             order = window_order((grid[0], 2 * grid[1], 2 * grid[2]), 2, 2)
         mine = slice(start, start + size)
         close(view.hidden[0], features[mine].mean(1)[order])
-        close(view.saliency[0], saliency[mine][order])
+        close(view.evidence.saliency[0], saliency[mine][order])
         assert view.grid == grid
         # What the merger makes of these squares is what stands at these places.
         given = {k: v for k, v in inputs.items() if k.startswith(("pixel_values", "image_grid", "video_grid"))}
@@ -139,7 +139,7 @@ def test_images_in_lines_pool_the_squares_that_the_projector_reads() -> None:
     for view, (_, h, w) in zip(views(model, METHODS["scope"], inputs), (GRIDS[1], GRIDS[2]), strict=True):
         mine = out.flatten(0, -2)[start : start + h * w].view(h // 2, 2, w // 2, 2, -1)
         close(view.hidden[0], mine.mean((1, 3)).flatten(0, 1))
-        assert float(view.saliency.sum()) == pytest.approx(h * w, rel=1e-5)
+        assert float(view.evidence.saliency.sum()) == pytest.approx(h * w, rel=1e-5)
         start += h * w
 
 
@@ -162,8 +162,8 @@ def test_nothing_is_measured_that_nobody_asks_for() -> None:
     inputs = row_of(model, ROWS, 1)
     for reducer in (METHODS["random"], METHODS["trimtokenator"], qm.Uniform(keep=0.4)):
         for view in views(model, reducer, inputs):
-            assert view.saliency is None
-            assert view.key is None
+            assert view.evidence.saliency is None
+            assert view.evidence.key is None
             assert view.hidden.shape[-1] == 32
     with qm.reduce(model, METHODS["random"]) as run, torch.no_grad():
         model(**inputs)

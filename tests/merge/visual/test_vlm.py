@@ -285,11 +285,11 @@ def test_words_of_the_question_are_those_behind_the_image() -> None:
     with qm.reduce(model, METHODS["trimtokenator"]) as run, torch.no_grad():
         model(**inputs)
     words = model.get_input_embeddings()(torch.tensor([END, 7, 8, 9, 10]))
-    assert torch.equal(run.images[0].view.text[0], words)
+    assert torch.equal(run.images[0].view.evidence.text[0], words)
     ids = torch.tensor([[BOS, 5, 6, *[IMAGE] * 16, 2]])
     with qm.reduce(model, METHODS["trimtokenator"]) as run, torch.no_grad():
         model(**{**inputs, "input_ids": ids})
-    assert torch.equal(run.images[0].view.text[0], model.get_input_embeddings()(torch.tensor([5, 6])))
+    assert torch.equal(run.images[0].view.evidence.text[0], model.get_input_embeddings()(torch.tensor([5, 6])))
 
 
 @pytest.mark.parametrize(("family", "name", "layer"), [("llava", "scope", 0), ("qwen2_vl", "quickmerge", [0, 1])])

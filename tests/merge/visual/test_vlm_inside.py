@@ -86,8 +86,8 @@ def test_reducers_are_told_what_the_block_below_computed(family: str) -> None:
             expected = votes.mean((0, 1))
             if name == "quickmerge":
                 expected = (votes.square().mean(1).sqrt() * value).mean(0)
-                assert torch.allclose(image.view.key[0], key[image.columns], atol=EXACT)
-            assert torch.allclose(image.view.saliency[0].double(), expected[image.columns], atol=EXACT)
+                assert torch.allclose(image.view.evidence.key[0], key[image.columns], atol=EXACT)
+            assert torch.allclose(image.view.evidence.saliency[0].double(), expected[image.columns], atol=EXACT)
             assert torch.allclose(image.view.hidden[0], out.hidden_states[LAYER][0, image.columns], atol=EXACT * 10)
 
 

@@ -190,7 +190,7 @@ def answer_arms(
     for keep in keeps:
         for reducer in reducers:
             method = replace(reducer, keep=keep)
-            settings = {"keep": keep, "shared": "text" not in method.asks}
+            settings = {"keep": keep, "shared": "text" not in method.needs.visual}
             found.append(Arm(method.label, _attach(model, method), settings))
         small = _smaller(model, processor, keep) if smaller else None
         if small is not None:

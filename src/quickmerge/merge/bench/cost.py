@@ -53,7 +53,7 @@ class Shape:
         total, first = 0.0, True
         for before, after in itertools.pairwise(tokens):
             if after < before:
-                votes = reducer.probes * 2 * reducer.voters(before) * before * self.heads * self.head_dim
+                votes = reducer.needs.layers * 2 * min(reducer.needs.rows, before) * before * self.heads * self.head_dim
                 total += votes + 2 * before * self.width
                 total += reducer.align_flops(before, after) if first else 0.0
                 first = False

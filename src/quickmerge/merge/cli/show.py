@@ -342,7 +342,7 @@ def _show_tokens(
             "nothing was merged: --keep must be below 1, or --tokens below the tokens that the image has, "
             f"got {budget!r}"
         )
-    asked = f": {question}" if "text" in method.asks else ""
+    asked = f": {question}" if "text" in method.needs.visual else ""
     write_image(merged_image(seen, stage, title=f"{clean_name(name)}, {reducer}{asked}"), picture)
     print(stats)
     print(f"wrote {clean_name(picture)}")

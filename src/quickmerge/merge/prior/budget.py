@@ -98,8 +98,8 @@ class Surprise:
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
         length = view.counted_length.double()
         wanted = self.keep * length
-        if view.surprise is not None:
-            factor = (self.gamma * view.surprise.double() - self.gamma**2 / 2).exp()
+        if view.evidence.surprise is not None:
+            factor = (self.gamma * view.evidence.surprise.double() - self.gamma**2 / 2).exp()
             wanted = wanted * factor.clamp(self.low, self.high)
         return clamp_count(round_half_up(torch.minimum(wanted, length)), view)
 

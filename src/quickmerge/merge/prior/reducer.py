@@ -90,7 +90,7 @@ class QuickMergePrior(QuickMerge):
 
     def first(self, view: TokenView) -> bool:
         """Whether the tokens stand at the first merge, the one that the prior was trained for."""
-        return bool(view.layer == self.prior.config.trained_for["layers"][0])
+        return bool(view.evidence.layer == self.prior.config.trained_for["layers"][0])
 
     def align(self, view: TokenView, plan: MergePlan) -> Mapping[int, Tensor]:
         """Corrections of the slots, by block."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quickmerge.errors import whole_number
-from quickmerge.merge.reducers.base import ScoreReducer, key_bias, mean_attention, sees_all, voters
+from quickmerge.merge.reducers.base import Needs, ScoreReducer, key_bias, mean_attention, sees_all, voters
 from quickmerge.merge.tokens.saliency import AttentionTrace, bidirectional_attention, received_attention
 from quickmerge.merge.tokens.view import TokenView
 
@@ -42,19 +42,12 @@ class Attention(ScoreReducer):
         object.__setattr__(self, "window", whole_number("window", self.window))
 
     @property
-    def probes(self) -> int:  # noqa: D102
-        return self.layers
-
-    @property
-    def asks(self) -> frozenset[str]:  # noqa: D102
-        return frozenset({"attention"})
-
-    def voters(self, tokens: float) -> float:  # noqa: D102
-        return min(float(self.window), tokens)
+    def needs(self) -> Needs:  # noqa: D102
+        return Needs(self.layers, self.window, frozenset({"attention"}))
 
     def score(self, view: TokenView) -> Tensor:  # noqa: D102
-        if view.saliency is not None:
-            return torch.where(view.valid, view.saliency, 0.0)
+        if view.evidence.saliency is not None:
+            return torch.where(view.valid, view.evidence.saliency, 0.0)
         if not sees_all(view):
             return mean_attention(view, partial(received_attention, window=self.window))
         tokens = view.hidden.shape[1]

@@ -14,9 +14,27 @@ from torch import Tensor, nn
 from quickmerge.merge.tokens.budget import Budget, Count, Ratio, as_budget, fixed_count, lowest, select
 from quickmerge.merge.tokens.plan import MergePlan, anchors_of
 from quickmerge.merge.tokens.saliency import AttentionTrace
-from quickmerge.merge.tokens.view import TokenView
+from quickmerge.merge.tokens.view import Evidence, TokenView
 
 Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method must be told beside the tokens, as the `Evidence` of a view.
+
+    Args:
+        layers: how many layers below the merge must hand over their queries, keys and values.
+        rows: how many query rows of each of these are read, at most.
+        visual: what is measured of visual tokens that a language model is given, for a view of these alone.
+            ``"tower"``: ``view.hidden`` is what the vision tower made of them, not what the language model gets.
+            ``"attention"`` or ``"norm"``: the saliency is the attention that they receive, or that times the length of
+            their values. ``"key"``: their keys. ``"text"``: the embeddings of the text.
+    """
+
+    layers: int = 0
+    rows: int = 0
+    visual: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -54,23 +72,17 @@ class Reducer(ABC):
         return ":".join([self.name, *(f"{name}={value}" for name, value, default in own if value != default)])
 
     @property
-    def probes(self) -> int:
-        """How many layers below the merge must hand over their queries, keys and values; 0 for none."""
-        return 0
+    def needs(self) -> Needs:
+        """What a host must measure beside the tokens; nothing else is measured."""
+        return Needs()
 
-    @property
-    def asks(self) -> frozenset[str]:
-        """What a host must measure of visual tokens that a language model is given, for a view of these alone.
-
-        ``"tower"``: ``view.hidden`` is what the vision tower made of them, not what the language model gets.
-        ``"attention"`` or ``"norm"``: ``view.saliency`` is the attention that they receive, or that times the length of
-        their values. ``"key"``: ``view.key``. ``"text"``: ``view.text``. Nothing else is measured.
-        """
-        return frozenset()
-
-    def voters(self, tokens: float) -> float:
-        """How many query rows of each probed layer the reducer reads, of a prompt of ``tokens`` tokens."""
-        return 0.0
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name in ("probes", "asks", "voters"):
+            if name in vars(cls):
+                raise TypeError(
+                    f"{cls.__name__}.{name} is no longer asked for: give it by Reducer.needs, as Needs(...)"
+                )
 
     def stages(self, depth: int) -> tuple[int, ...] | None:
         """The blocks of a vision transformer of ``depth`` blocks that the method acts at when nobody names any.
@@ -155,9 +167,9 @@ def mean_attention(view: TokenView, measure: Callable[[AttentionTrace, Tensor, T
     Raises:
         ValueError: if there is no trace to read.
     """
-    if not view.attention:
+    if not view.evidence.attention:
         raise ValueError("attention must hold at least one layer's trace for this reducer, got none")
-    per_layer = [measure(t, view.valid, view.position).mean(1) for t in view.attention]
+    per_layer = [measure(t, view.valid, view.position).mean(1) for t in view.evidence.attention]
     return torch.stack(per_layer).mean(0)
 
 
@@ -250,8 +262,8 @@ def select_visual_tokens(
         raise ValueError(f"reducer must be one for visual tokens, such as SCOPE(keep=0.25), got {reducer!r}")
     if not isinstance(reducer.budget, (Count, Ratio)):
         raise ValueError(f"keep must be a share or a Count, which are known beforehand, got {reducer.keep!r}")
-    given = {"grid": grid, "text": text, "text_valid": text_valid, "saliency": saliency, "key": key}
-    view = TokenView(features, valid=valid, layer=0, depth=1, **given)  # type: ignore[arg-type]
+    evidence = Evidence(text=text, text_valid=text_valid, saliency=saliency, key=key, layer=0, depth=1)
+    view = TokenView(features, valid=valid, grid=grid, evidence=evidence)  # type: ignore[arg-type]
     plan = reducer.plan(view)
     kept = torch.zeros(*features.shape[:2], dtype=torch.bool, device=features.device)
     rows = torch.arange(kept.shape[0], device=kept.device)[:, None].expand_as(plan.position)

@@ -135,12 +135,12 @@ class DynamicViT(Reducer):
         Raises:
             ValueError: at a block that no predictor was trained for, or for features of another width.
         """
-        if view.layer is None or view.depth is None:
+        if view.evidence.layer is None or view.evidence.depth is None:
             raise ValueError("layer and depth must be known for dynamicvit, got a view without them")
-        stages = self.stages(view.depth)
-        if view.layer not in stages:
-            raise ValueError(f"layer must be one of {_listed(stages)} for these predictors, got {view.layer}")
-        predictor = self.predictors[stages.index(view.layer)]
+        stages = self.stages(view.evidence.depth)
+        if view.evidence.layer not in stages:
+            raise ValueError(f"layer must be one of {_listed(stages)} for these predictors, got {view.evidence.layer}")
+        predictor = self.predictors[stages.index(view.evidence.layer)]
         assert isinstance(predictor, Predictor)
         if view.hidden.shape[-1] != predictor.width:
             raise ValueError(

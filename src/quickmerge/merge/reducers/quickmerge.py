@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quickmerge.errors import number_at_least, whole_number
-from quickmerge.merge.reducers.base import Reducer, key_bias, mean_attention, voters
+from quickmerge.merge.reducers.base import Needs, Reducer, key_bias, mean_attention, voters
 from quickmerge.merge.reducers.tofu import OPERATORS, mlerp
 from quickmerge.merge.reducers.tome import match_down, mean_key
 from quickmerge.merge.tokens.budget import fixed_count, select
@@ -67,11 +67,8 @@ class QuickMerge(Reducer):
                 raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
 
     @property
-    def probes(self) -> int:  # noqa: D102
-        return self.layers
-
-    def voters(self, tokens: float) -> float:  # noqa: D102
-        return min(float(self.window), tokens)
+    def needs(self) -> Needs:  # noqa: D102
+        return Needs(self.layers, self.window)
 
     def saliency(self, view: TokenView) -> Tensor:
         """``(B, N)`` pooled attention norm."""
@@ -154,15 +151,8 @@ class QuickMergeVision(Reducer):
             raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, got {self.operator!r}")
 
     @property
-    def probes(self) -> int:  # noqa: D102
-        return 1
-
-    @property
-    def asks(self) -> frozenset[str]:  # noqa: D102
-        return frozenset({"key", "norm"})
-
-    def voters(self, tokens: float) -> float:  # noqa: D102
-        return min(float(self.votes + 1), tokens)
+    def needs(self) -> Needs:  # noqa: D102
+        return Needs(1, self.votes + 1, frozenset({"key", "norm"}))
 
     @torch.no_grad()
     def saliency(self, view: TokenView) -> Tensor:
@@ -171,11 +161,11 @@ class QuickMergeVision(Reducer):
         Raises:
             ValueError: if there is no trace to read.
         """
-        if view.saliency is not None:
-            return torch.where(view.valid, view.saliency, 0.0)
-        if not view.attention:
+        if view.evidence.saliency is not None:
+            return torch.where(view.valid, view.evidence.saliency, 0.0)
+        if not view.evidence.attention:
             raise ValueError(f"attention must hold the trace of the view's block for {self.name}, got none")
-        trace = view.attention[-1]
+        trace = view.evidence.attention[-1]
         received = bidirectional_attention(trace, voters(view, self.votes), key_bias(view, True), moment=2)
         added = times_value_norm(received, trace.value)
         return torch.where(view.valid, added.mean(1), 0.0)

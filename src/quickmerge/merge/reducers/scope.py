@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quickmerge.errors import number_at_least
-from quickmerge.merge.reducers.base import Reducer, key_bias, voters
+from quickmerge.merge.reducers.base import Needs, Reducer, key_bias, voters
 from quickmerge.merge.tokens.budget import fixed_count
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.saliency import bidirectional_attention
@@ -49,15 +49,8 @@ class SCOPE(Reducer):
         number_at_least("alpha", self.alpha, 0)
 
     @property
-    def probes(self) -> int:  # noqa: D102
-        return 1 if self.alpha else 0
-
-    @property
-    def asks(self) -> frozenset[str]:  # noqa: D102
-        return frozenset({"tower", "attention"} if self.alpha else {"tower"})
-
-    def voters(self, tokens: float) -> float:  # noqa: D102
-        return 1.0 if self.alpha else 0.0
+    def needs(self) -> Needs:  # noqa: D102
+        return Needs(1, 1, frozenset({"tower", "attention"})) if self.alpha else Needs(visual=frozenset({"tower"}))
 
     @torch.no_grad()
     def saliency(self, view: TokenView) -> Tensor | None:
@@ -66,11 +59,11 @@ class SCOPE(Reducer):
         Raises:
             ValueError: if there is neither a saliency nor a trace to read.
         """
-        if view.saliency is not None:
-            return torch.where(view.valid, view.saliency, 0.0)
+        if view.evidence.saliency is not None:
+            return torch.where(view.valid, view.evidence.saliency, 0.0)
         if not self.alpha:
             return None
-        if not view.attention:
+        if not view.evidence.attention:
             raise ValueError(
                 f"attention must hold the trace of the view's block for {self.name} where the view has no saliency, "
                 f"got none"
@@ -80,7 +73,7 @@ class SCOPE(Reducer):
             rows = voters(view, 0 if view.prefix else tokens)
         else:
             rows = voters(view, torch.where((view.protected & view.valid).any(-1), 0, tokens))
-        received = bidirectional_attention(view.attention[-1], rows, key_bias(view, self.proportional)).mean(1)
+        received = bidirectional_attention(view.evidence.attention[-1], rows, key_bias(view, self.proportional)).mean(1)
         return torch.where(view.valid, received, 0.0)
 
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quickmerge.errors import whole_number
-from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.reducers.base import Needs, Reducer
 from quickmerge.merge.reducers.tome import match_down, mean_key
 from quickmerge.merge.tokens.budget import fixed_count
 from quickmerge.merge.tokens.plan import MergePlan
@@ -82,12 +82,8 @@ class ToFu(Reducer):
             raise ValueError(f"weighted must be True or False, got {self.weighted!r}")
 
     @property
-    def probes(self) -> int:  # noqa: D102
-        return 1
-
-    @property
-    def asks(self) -> frozenset[str]:  # noqa: D102
-        return frozenset({"key"})
+    def needs(self) -> Needs:  # noqa: D102
+        return Needs(1, visual=frozenset({"key"}))
 
     def prunes(self, view: TokenView) -> bool:
         """True in blocks below the switch.
@@ -96,13 +92,13 @@ class ToFu(Reducer):
             ValueError: if the view does not say in which block it is, or ``switch`` is None and it does not say how
                 many there are.
         """
-        if view.layer is None:
+        if view.evidence.layer is None:
             raise ValueError("layer must be the number of the view's block for tofu, got None")
         if self.switch is not None:
-            return view.layer < self.switch
-        if view.depth is None:
+            return view.evidence.layer < self.switch
+        if view.evidence.depth is None:
             raise ValueError("depth must be the model's number of blocks for tofu without a switch, got None")
-        return view.layer < view.depth // 2
+        return view.evidence.layer < view.evidence.depth // 2
 
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
         drop, metric, count = self.prunes(view), mean_key(view, self.name), fixed_count(self.budget, view)

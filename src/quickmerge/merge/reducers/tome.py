@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.reducers.base import Needs, Reducer
 from quickmerge.merge.tokens.budget import fixed_count
 from quickmerge.merge.tokens.plan import MergePlan, bipartite_matching, bipartite_pairs
 from quickmerge.merge.tokens.view import TokenView
@@ -22,11 +22,11 @@ def mean_key(view: TokenView, who: str) -> Tensor:
     Raises:
         ValueError: if there is no trace to read.
     """
-    if view.key is not None:
-        return view.key.detach().to(torch.promote_types(view.key.dtype, torch.float32))
-    if not view.attention:
+    if view.evidence.key is not None:
+        return view.evidence.key.detach().to(torch.promote_types(view.evidence.key.dtype, torch.float32))
+    if not view.evidence.attention:
         raise ValueError(f"attention must hold the trace of the layer below for {who}, got none")
-    key = view.attention[-1].key.detach()
+    key = view.evidence.attention[-1].key.detach()
     return key.to(torch.promote_types(key.dtype, torch.float32)).mean(1)
 
 
@@ -132,12 +132,8 @@ class ToMe(Reducer):
     proportional: ClassVar[bool] = True
 
     @property
-    def probes(self) -> int:  # noqa: D102
-        return 1
-
-    @property
-    def asks(self) -> frozenset[str]:  # noqa: D102
-        return frozenset({"key"})
+    def needs(self) -> Needs:  # noqa: D102
+        return Needs(1, visual=frozenset({"key"}))
 
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
         metric, count = mean_key(view, self.name), fixed_count(self.budget, view)

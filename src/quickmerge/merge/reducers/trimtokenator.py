@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.reducers.base import Needs, Reducer
 from quickmerge.merge.tokens.budget import fixed_count, round_half_up
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.selection import OBJECTIVES, disperse, keep_only, unit
@@ -30,7 +30,7 @@ class TrimTokenator(Reducer):
        cosines with those kept (`quickmerge.merge.tokens.selection.disperse`), up to the budget.
 
     What is kept stays in its order and what is not is dropped. For the visual tokens that a language model is given,
-    behind the projector, with the model's own embeddings of the question as ``view.text``: both in one space. Inside a
+    behind the projector, with the model's own embeddings of the question as text: both in one space. Inside a
     plain vision transformer, or over the frames of a video, there is no question: ``aligned=1`` leaves the first stage
     out.
 
@@ -67,8 +67,8 @@ class TrimTokenator(Reducer):
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
 
     @property
-    def asks(self) -> frozenset[str]:  # noqa: D102
-        return frozenset({"text"} if self.aligned < 1 else ())
+    def needs(self) -> Needs:  # noqa: D102
+        return Needs(visual=frozenset({"text"} if self.aligned < 1 else ()))
 
     def alignment(self, view: TokenView) -> Tensor:
         """``(B, N)``: minus the mean distance to the text, as `alignment` says; higher is nearer.
@@ -76,17 +76,18 @@ class TrimTokenator(Reducer):
         Raises:
             ValueError: if the view has no text, or one of another width than the tokens.
         """
-        if view.text is None:
+        if view.evidence.text is None:
             raise ValueError(
                 f"text must be (B, M, D) embeddings of the question for {self.name}, got none; with aligned=1, none is "
                 "needed"
             )
-        if view.text.shape[-1] != view.hidden.shape[-1]:
+        if view.evidence.text.shape[-1] != view.hidden.shape[-1]:
             raise ValueError(
-                f"text must have as many features as the tokens, {view.hidden.shape[-1]}, got {view.text.shape[-1]}"
+                f"text must have as many features as the tokens, {view.hidden.shape[-1]}, "
+                f"got {view.evidence.text.shape[-1]}"
             )
         x = torch.where(view.valid[..., None], view.hidden, 0.0)
-        return alignment(x, view.text, view.text_valid, self.normalize, self.norm)
+        return alignment(x, view.evidence.text, view.evidence.text_valid, self.normalize, self.norm)
 
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
         left, p = fixed_count(self.budget, view), view.prefix

@@ -23,7 +23,7 @@ from quickmerge.merge.text.modes import BlockCausal
 from quickmerge.merge.text.rows import check_one_text
 from quickmerge.merge.tokens.budget import ReadingBudget
 from quickmerge.merge.tokens.saliency import AttentionTrace
-from quickmerge.merge.tokens.view import TokenView
+from quickmerge.merge.tokens.view import Evidence, TokenView
 from quickmerge.models.attachment import PerThread
 from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, decoder_mask, proportional_attention
@@ -75,9 +75,10 @@ class Reader:
         while self.pending.shape[1] >= self.chunk:
             index = torch.arange(self.chunk, device=hidden.device).expand(len(hidden), -1)
             view = TokenView(
-                hidden=self.pending[:, : self.chunk], position=len(self.surprises) * self.chunk + index,
-                layer=self.budget.layer,
-            )  # fmt: skip
+                hidden=self.pending[:, : self.chunk],
+                position=len(self.surprises) * self.chunk + index,
+                evidence=Evidence(layer=self.budget.layer),
+            )
             found, self.memory = self.budget.read(view, self.memory)
             self.surprises.append(found)
             self.pending = self.pending[:, self.chunk :]
@@ -345,9 +346,11 @@ class BlockCausalRun(Run):
             protected=(held.absorbed + index < self.rules.sinks) | (index >= c),
             exempt=index >= c,
             latest=False,
-            attention=(trace,) if self.reducer.probes else (),
-            surprise=self._surprise(held.absorbed // c),
-            layer=layer,
+            evidence=Evidence(
+                attention=(trace,) if self.reducer.needs.layers else (),
+                surprise=self._surprise(held.absorbed // c),
+                layer=layer,
+            ),
         )
         plan = self.reducer.plan(view)
         # Padding slots stand on the left, so the window's own slots are the last ones of every row.

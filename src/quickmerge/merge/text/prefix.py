@@ -36,7 +36,7 @@ from quickmerge.merge.text.rows import check_one_text, check_padding, plan_rows,
 from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.saliency import AttentionTrace
-from quickmerge.merge.tokens.view import TokenView
+from quickmerge.merge.tokens.view import Evidence, TokenView
 from quickmerge.models.attachment import PerThread, by_name, setting, watch_generate
 from quickmerge.models.compat import cache_name, given_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, proportional_attention
@@ -323,7 +323,7 @@ class PrefixRun(Run):
 
     def _probed(self, call: PrefixCall, layer: int) -> bool:
         """Whether a merge that is to come asks what the attention of this layer computed."""
-        return any(s - self.reducer.probes <= layer < s and s not in call.plans for s in self.stages)
+        return any(s - self.reducer.needs.layers <= layer < s and s not in call.plans for s in self.stages)
 
     def _reads(self, call: PrefixCall, layer: int) -> int | None:
         """The first block of the segment by which a block's arguments are changed; None leaves them as they are."""
@@ -418,7 +418,7 @@ class PrefixRun(Run):
         assert call.protected is not None and call.whole is not None
         below, n = call.segment(index - 1), hidden.shape[1]
         prompt = call.valid.shape[1] - call.drafts
-        wanted = [layer for layer in range(max(0, index - self.reducer.probes), index) if layer in call.traces]
+        wanted = [layer for layer in range(max(0, index - self.reducer.needs.layers), index) if layer in call.traces]
         # A probe below an earlier merge saw more tokens than there are now, so it can't speak for them.
         traces = [
             AttentionTrace(t.query[:, :, :n], t.key[:, :, :n], t.value[:, :, :n], t.scaling, t.window)
@@ -437,8 +437,7 @@ class PrefixRun(Run):
             size=None if below is None else below.size[:, :n],  # type: ignore[arg-type]
             exempt=carried(call.exempt),
             length=call.length,  # type: ignore[arg-type]
-            attention=traces,
-            layer=index,
+            evidence=Evidence(attention=traces, layer=index),
         )
         shut = call.whole | ~view.free.any(-1)
         plan, added = MergePlan.identity(view), {}

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.tokens.plan import MergePlan
-from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.tokens.view import TokenView
 
 MARKS = 4
@@ -196,9 +195,6 @@ def pick_rows(view: TokenView, rows: Tensor) -> TokenView:
     def pick(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.index_select(0, rows)
 
-    names = ("hidden", "valid", "protected", "position", "size", "length", "exempt", "saliency", "key", "surprise")
-    traces = tuple(
-        AttentionTrace(t.query[rows], t.key[rows], t.value[rows], t.scaling, t.window) for t in view.attention
-    )
+    names = ("hidden", "valid", "protected", "position", "size", "length", "exempt")
     picked: dict[str, Any] = {name: pick(getattr(view, name)) for name in names}
-    return replace(view, attention=traces, **picked)
+    return replace(view, evidence=view.evidence.each_row(lambda x: x.index_select(0, rows)), **picked)

@@ -7,13 +7,14 @@ from quickmerge.merge.tokens.budget import Budget, Count, Entropy, Mass, Ratio, 
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.removal import Removal, removal_for
 from quickmerge.merge.tokens.saliency import AttentionTrace, attention_norm, bidirectional_attention, received_attention
-from quickmerge.merge.tokens.view import TokenView
+from quickmerge.merge.tokens.view import Evidence, TokenView
 
 __all__ = [
     "AttentionTrace",
     "Budget",
     "Count",
     "Entropy",
+    "Evidence",
     "Mass",
     "MergePlan",
     "Ratio",

@@ -2,14 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quickmerge.errors import whole_number
 from quickmerge.merge.tokens.saliency import AttentionTrace
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known beside the tokens of a view: measured by the host, where a method asks for it by its `Needs`.
+
+    Args:
+        attention: one `AttentionTrace` per probed layer, lowest layer first; empty when the reducer did not
+            ask for any.
+        text: ``(B, M, D)`` text features, for methods that need the question, else None.
+        text_valid: ``(B, M)`` bool, False for padding of the text. Default, where there is a text: all.
+        saliency: ``(B, N)`` finite and non-negative, how much each token matters, where the host has measured it
+            elsewhere (the attention of a class token that is not among these tokens, say); padding may hold anything.
+            Else None.
+        key: ``(B, N, d)`` what tokens resemble one another by (keys of an attention layer, mean over its heads), where
+            the host has measured it elsewhere; else None.
+        surprise: ``(B,)`` how much more surprising than usual the tokens before these were, for budgets that ask;
+            else None.
+        layer: the block in which, or in front of which, the tokens stand, for methods that go by it; else None.
+        depth: how many blocks the model has, for methods that go by it; else None.
+
+    Raises:
+        ValueError: if the shapes do not agree with each other or with the tokens, or a saliency is out of range.
+    """
+
+    attention: Sequence[AttentionTrace] = ()
+    saliency: Tensor | None = None
+    key: Tensor | None = None
+    text: Tensor | None = None
+    text_valid: Tensor | None = None
+    surprise: Tensor | None = None
+    layer: int | None = None
+    depth: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.text is None:
+            if self.text_valid is not None:
+                raise ValueError("text_valid must be left out where there is no text")
+        elif self.text_valid is None and self.text.ndim == 3:
+            there = torch.ones(self.text.shape[:2], dtype=torch.bool, device=self.text.device)
+            object.__setattr__(self, "text_valid", there)
+
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> Evidence:
+        """The same of other rows: ``change`` is applied to everything that has a row for each of the batch."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        rows: dict[str, Any] = {name: change(value) for name, value in held.items() if isinstance(value, Tensor)}
+        traces = tuple(
+            replace(t, query=change(t.query), key=change(t.key), value=change(t.value)) for t in self.attention
+        )
+        return replace(self, attention=traces, **rows)
+
+    def check(self, hidden: Tensor, valid: Tensor, *, look: bool) -> None:
+        """Raise ValueError unless this belongs to tokens ``hidden (B, N, D)``, valid where ``valid (B, N)`` says so.
+
+        Values are looked at where ``look`` allows it.
+        """
+        rows, tokens = hidden.shape[:2]
+        if self.text is not None:
+            if self.text.ndim != 3 or self.text.shape[0] != rows or self.text.shape[1] == 0:
+                raise ValueError(
+                    f"text must be ({rows}, text tokens, features) with a token at least, "
+                    f"got shape {tuple(self.text.shape)}"
+                )
+            shape = self.text.shape[:2]
+            if self.text_valid is not None and self.text_valid.shape != shape:
+                raise ValueError(f"text_valid must have shape {tuple(shape)}, got {tuple(self.text_valid.shape)}")
+        if self.key is not None and (self.key.ndim != 3 or self.key.shape[:2] != hidden.shape[:2]):
+            raise ValueError(f"key must be ({rows}, {tokens}, features), got {tuple(self.key.shape)}")
+        if self.saliency is None:
+            return
+        if self.saliency.shape != hidden.shape[:2]:
+            raise ValueError(f"saliency must have shape {(rows, tokens)}, got {tuple(self.saliency.shape)}")
+        if look:
+            wrong = valid & ~(self.saliency.isfinite() & (self.saliency >= 0))
+            if bool(wrong.any()):
+                raise ValueError(f"saliency must be finite and not negative, got {float(self.saliency[wrong][0])}")
+
+
+NOTHING = Evidence()
+"""What is known where nobody has asked; one object for all, since a compiler of graphs makes none."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +110,11 @@ class TokenView:
         size: ``(B, N)`` int, how many original tokens each token already stands for, at least one. Default: one each.
         length: ``(B,)`` int, how many original tokens the row had; what a ratio budget is a ratio of.
             Default: the sum of ``size`` over the valid tokens.
-        attention: one `AttentionTrace` per probed layer, lowest layer first; empty when the reducer did not
-            ask for any.
         grid: ``(T, H, W)`` for images and video, else None.
-        text: ``(B, M, D)`` text features, for methods that need the question, else None.
-        text_valid: ``(B, M)`` bool, False for padding of the text. Default, where there is a text: all.
-        saliency: ``(B, N)`` finite and non-negative, how much each token matters, where the host has measured it
-            elsewhere (the attention of a class token that is not among these tokens, say); padding may hold anything.
-            Else None.
-        key: ``(B, N, d)`` what tokens resemble one another by (keys of an attention layer, mean over its heads), where
-            the host has measured it elsewhere; else None.
-        surprise: ``(B,)`` how much more surprising than usual the tokens before these were, for budgets that ask;
-            else None.
-        layer: the block in which, or in front of which, the tokens stand, for methods that go by it; else None.
-        depth: how many blocks the model has, for methods that go by it; else None.
         prefix: says, without anything having to be looked at, that every token is valid and that exactly the first
             ``prefix`` of each row are protected (class token, registers). Shapes are then known beforehand, so that a
             plan with a `Count` budget can be compiled, and nothing waits for a device. None: the masks decide.
+        evidence: what is known beside the tokens, where a method asks for it.
 
     Raises:
         ValueError: if the shapes do not agree or a row has no valid token, and without a ``prefix``, where values may
@@ -58,18 +127,11 @@ class TokenView:
     position: Tensor = field(default=None)  # type: ignore[assignment]
     size: Tensor = field(default=None)  # type: ignore[assignment]
     length: Tensor = field(default=None)  # type: ignore[assignment]
-    attention: Sequence[AttentionTrace] = ()
     grid: tuple[int, int, int] | None = None
-    text: Tensor | None = None
-    text_valid: Tensor | None = None
-    saliency: Tensor | None = None
-    key: Tensor | None = None
-    surprise: Tensor | None = None
-    layer: int | None = None
-    depth: int | None = None
     prefix: int | None = None
     exempt: Tensor | None = None
     latest: bool = True
+    evidence: Evidence = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.hidden.ndim != 3:
@@ -80,6 +142,8 @@ class TokenView:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
+        if self.evidence is None:
+            object.__setattr__(self, "evidence", NOTHING)
         if self.prefix is not None:
             self._fill_prefix(shape, device)
         default("valid", torch.ones(shape, dtype=torch.bool, device=device))
@@ -96,8 +160,7 @@ class TokenView:
         default("length", (self.size * self.valid).sum(-1))
         if self.length.shape != shape[:1]:
             raise ValueError(f"length must have shape {tuple(shape[:1])}, got {tuple(self.length.shape)}")
-        self._check_text()
-        self._check_saliency()
+        self.evidence.check(self.hidden, self.valid, look=self.prefix is None)
         if self.prefix is None:
             self._check_values()
 
@@ -111,42 +174,10 @@ class TokenView:
         if self.exempt is not None:
             lawful = (self.protected | ~self.exempt | ~self.valid).all()
             rules.append(("exempt must be protected tokens alone, got others among them", lawful))
-        if self.text_valid is not None:
-            rules.append((f"text_valid {empty}", self.text_valid.any(-1).all()))
+        if self.evidence.text_valid is not None:
+            rules.append((f"text_valid {empty}", self.evidence.text_valid.any(-1).all()))
         if not bool(torch.stack([lawful for _, lawful in rules]).all()):
             raise ValueError(next(told for told, lawful in rules if not bool(lawful)))
-
-    def _check_text(self) -> None:
-        if self.text is None:
-            if self.text_valid is not None:
-                raise ValueError("text_valid must be left out where there is no text")
-            return
-        if self.text.ndim != 3 or self.text.shape[0] != self.hidden.shape[0] or self.text.shape[1] == 0:
-            raise ValueError(
-                f"text must be ({self.hidden.shape[0]}, text tokens, features) with a token at least, "
-                f"got shape {tuple(self.text.shape)}"
-            )
-        shape = self.text.shape[:2]
-        if self.text_valid is None:
-            object.__setattr__(self, "text_valid", torch.ones(shape, dtype=torch.bool, device=self.text.device))
-        elif self.text_valid.shape != shape:
-            raise ValueError(f"text_valid must have shape {tuple(shape)}, got {tuple(self.text_valid.shape)}")
-
-    def _check_saliency(self) -> None:
-        if self.key is not None and (self.key.ndim != 3 or self.key.shape[:2] != self.hidden.shape[:2]):
-            raise ValueError(
-                f"key must be ({', '.join(map(str, self.hidden.shape[:2]))}, features), got {tuple(self.key.shape)}"
-            )
-        if self.saliency is None:
-            return
-        if self.saliency.shape != self.hidden.shape[:2]:
-            raise ValueError(
-                f"saliency must have shape {tuple(self.hidden.shape[:2])}, got {tuple(self.saliency.shape)}"
-            )
-        if self.prefix is None:
-            wrong = self.valid & ~(self.saliency.isfinite() & (self.saliency >= 0))
-            if bool(wrong.any()):
-                raise ValueError(f"saliency must be finite and not negative, got {float(self.saliency[wrong][0])}")
 
     def _fill_prefix(self, shape: torch.Size, device: torch.device) -> None:
         if self.valid is not None or self.protected is not None:

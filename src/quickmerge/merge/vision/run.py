@@ -18,7 +18,7 @@ from quickmerge.merge.tokens.budget import Count, layers_of
 from quickmerge.merge.tokens.plan import MergePlan, follow
 from quickmerge.merge.tokens.removal import Removal, removal_for
 from quickmerge.merge.tokens.saliency import AttentionTrace
-from quickmerge.merge.tokens.view import TokenView
+from quickmerge.merge.tokens.view import Evidence, TokenView
 from quickmerge.models.attachment import Attachment, PerThread
 from quickmerge.models.encoder import Block, Encoder, prefix_of
 
@@ -313,9 +313,11 @@ class VisionRun(Attachment):
             index_of = torch.arange(hidden.shape[1], device=hidden.device)
             known |= {"valid": level.valid, "protected": (index_of < call.prefix) & level.valid}
         view = TokenView(
-            hidden, attention=() if trace is None else (trace,), grid=call.grid, layer=index,
-            depth=len(self.encoder), **known,
-        )  # fmt: skip
+            hidden,
+            grid=call.grid,
+            evidence=Evidence(attention=() if trace is None else (trace,), layer=index, depth=len(self.encoder)),
+            **known,
+        )
         plan = reducer.plan(view)
         if plan.slots == hidden.shape[1]:
             return None, hidden

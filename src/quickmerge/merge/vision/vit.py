@@ -18,7 +18,7 @@ from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.tokens.plan import follow, to_members
 from quickmerge.merge.tokens.removal import Removal
 from quickmerge.merge.tokens.saliency import AttentionTrace
-from quickmerge.merge.tokens.view import TokenView
+from quickmerge.merge.tokens.view import Evidence, TokenView
 from quickmerge.merge.vision.run import Call, full_length, pick, rotary, schedule_for, spread
 from quickmerge.merge.vision.run import VisionRun as VisionRun
 from quickmerge.models.attachment import refuse_tracing
@@ -230,8 +230,8 @@ def encode_frames(
         size=size.reshape(b, -1),
         position=(frame * rows * columns + place).reshape(b, -1),
         length=torch.full((b,), t * rows * columns, device=hidden.device),
-        attention=(AttentionTrace(key, key, key, features.shape[-1] ** -0.5),),
         grid=(t, rows, columns),
+        evidence=Evidence(attention=(AttentionTrace(key, key, key, features.shape[-1] ** -0.5),)),
     )
     plan = across.plan(view)
     if slot is None:

@@ -14,7 +14,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.tokens.plan import MergePlan, anchors_of
 from quickmerge.merge.tokens.saliency import AttentionTrace, attention_from, times_value_norm
-from quickmerge.merge.tokens.view import TokenView
+from quickmerge.merge.tokens.view import Evidence, TokenView
 from quickmerge.merge.visual.tower import FeatureWatch, Grid, Seen, tensors_of
 from quickmerge.models.vlm import Vlm
 
@@ -199,7 +199,7 @@ def _plan(
 
     features = stacked("features")
     question, there = None, None
-    if "text" in reducer.asks and all(len(text[image.row]) for image in group):
+    if "text" in reducer.needs.visual and all(len(text[image.row]) for image in group):
         at = torch.nn.utils.rnn.pad_sequence([text[image.row] for image in group], True, -1)
         there = at >= 0
         question = whole.hidden.detach()[rows, at.clamp_min(0)]
@@ -209,12 +209,14 @@ def _plan(
         size=whole.size[rows, columns],
         length=torch.full((len(group),), group[0].count, device=hidden.device),
         grid=group[0].grid,
-        text=question,
-        text_valid=there,
-        saliency=stacked("saliency"),
-        key=stacked("key"),
-        layer=whole.layer,
-        depth=whole.depth,
+        evidence=Evidence(
+            text=question,
+            text_valid=there,
+            saliency=stacked("saliency"),
+            key=stacked("key"),
+            layer=whole.evidence.layer,
+            depth=whole.evidence.depth,
+        ),
     )
     return view, reducer.plan(view)
 
@@ -279,7 +281,7 @@ def view_of(view: TokenView, i: int) -> TokenView:
     """Row ``i`` of a view, as a view of one row."""
     names = [f.name for f in fields(view) if isinstance(getattr(view, f.name), Tensor)]
     rows: dict[str, Any] = {name: getattr(view, name)[i : i + 1] for name in names}
-    return replace(view, **rows)
+    return replace(view, evidence=view.evidence.each_row(lambda x: x[i : i + 1]), **rows)
 
 
 # What a reducer is told of visual tokens inside the language model: by the attention of the block below.

@@ -20,7 +20,7 @@ from quickmerge.merge.text.merged_cache import Segment, check_fillable, pick_col
 from quickmerge.merge.text.prefix import CALL, PrefixCall, PrefixRun
 from quickmerge.merge.tokens.budget import layers_of
 from quickmerge.merge.tokens.plan import MergePlan
-from quickmerge.merge.tokens.view import TokenView
+from quickmerge.merge.tokens.view import Evidence, TokenView
 from quickmerge.merge.visual.plan import Decision, Image, decide, instruction, read_images, special_ids, told_inside
 from quickmerge.merge.visual.prompt import VisualPrompt, deepstack, next_positions
 from quickmerge.merge.visual.tower import FeatureWatch, Seen, TowerWatch
@@ -38,7 +38,7 @@ def reduce_vlm(
     """Make a vision-language model read fewer visual tokens; see `quickmerge.merge.attach.reduce` for the arguments."""
     if not isinstance(reducer, Reducer):
         raise ValueError(f"reducer must be a quickmerge reducer such as SCOPE(keep=0.25), got {reducer!r}")
-    if "vision" not in reducer.places or (reducer.probes and not reducer.asks):
+    if "vision" not in reducer.places or (reducer.needs.layers and not reducer.needs.visual):
         raise ValueError(
             f"reducer {reducer.name} ({type(reducer).__name__}) is not for visual tokens; those of "
             "`quickmerge.merge.reducers.VISUAL_TOKEN_REDUCERS` are"
@@ -91,7 +91,7 @@ class VlmRun(PrefixRun):
         keep = reducer.keep
         shares = [keep ** (i + 1) if isinstance(keep, (int, float)) else keep for i in range(len(layers))]
         self.stages = dict(zip(layers, shares, strict=True))
-        self.tower = TowerWatch(vlm, reducer.asks if 0 in layers else frozenset(), self.clock)
+        self.tower = TowerWatch(vlm, reducer.needs.visual if 0 in layers else frozenset(), self.clock)
         self.features = FeatureWatch(vlm, self.tower)
         self.images: list[Image] = []
         """The images and videos of the last prompt, each with the plan for its tokens."""
@@ -243,12 +243,15 @@ class VlmRun(PrefixRun):
             visual[image.row, image.now] = True
         valid = call.valid if below is None else below.valid
         view = TokenView(
-            hidden=hidden, valid=valid, protected=valid & ~visual,
+            hidden=hidden,
+            valid=valid,
+            protected=valid & ~visual,
             position=call.places if below is None else below.position,
             size=None if below is None else below.size,  # type: ignore[arg-type]
-            length=call.length, layer=index, depth=len(self.decoder),  # type: ignore[arg-type]
-        )  # fmt: skip
-        trace, asks = call.traces.get(index - 1), self.reducer.asks
+            length=call.length,  # type: ignore[arg-type]
+            evidence=Evidence(layer=index, depth=len(self.decoder)),
+        )
+        trace, asks = call.traces.get(index - 1), self.reducer.needs.visual
         told = told_by_tower if index == 0 else told_inside(trace, view, visual, asks)
         reducer = replace(self.reducer, keep=self.stages[index])
         decision = decide(reducer, view, call.images, call.text, told)
@@ -276,7 +279,7 @@ class VlmRun(PrefixRun):
 
     def _probed(self, call: PrefixCall, layer: int) -> bool:
         below = layer + 1 in self.stages and layer + 1 not in call.plans
-        return below and bool(self.reducer.asks & {"attention", "norm", "key"})
+        return below and bool(self.reducer.needs.visual & {"attention", "norm", "key"})
 
     def _reads(self, call: PrefixCall, layer: int) -> int | None:
         # Behind the projector the model itself makes masks and rotary tables for what it is given.
