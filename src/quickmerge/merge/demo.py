@@ -62,8 +62,8 @@ def prediction(data: _Run, full: _Run, reduced: _Run) -> list[Markup]:
     blocks = [
         heading("How well the model predicts what comes next"),
         paragraph(
-            "NLL is how surprised the model is, on average, by each token of the text that really follows the "
-            "document: lower is better."
+            "NLL is the mean negative log-likelihood of the text that really follows the document, in nats per token: "
+            "lower is better."
         ),
         paragraph(
             "Recovery is the share of the improvement from reading the document that is left after the reduction: "

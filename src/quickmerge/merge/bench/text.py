@@ -127,8 +127,8 @@ def _rows(records: Sequence[Row], kind: str | None) -> list[Row]:
 
 _FEW = 4  # documents that are named one by one
 _METHOD = (
-    "Every reducer read the same documents with the same model. NLL is how surprised the model is, on average, by "
-    "each token of the text that really follows a document: lower is better.",
+    "Every reducer read the same documents with the same model. NLL is the mean negative "
+    "log-likelihood of the text that really follows a document, in nats per token: lower is better.",
     "Recovery is the share of the improvement from reading the document that is left after the reduction: 100% is as "
     "good as the full document, 0% no better than never having read it. Below 0% the reduced document misleads.",
     "FLOPs and cache are shares of what the full prompt takes. Prefill is the time to read the prompt, by the clock "

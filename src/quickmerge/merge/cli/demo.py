@@ -162,7 +162,7 @@ def _print(console: Any, data: dict[str, Any], expected: str) -> None:
     line("decode per token", "decode_seconds_per_token", 1e3, "ms")
     line("cache after the prompt", "cache_bytes", 2**-20, "MiB")
     table.add_row("prefill FLOPs", "1", f"{data['flops_ratio']:.2f}", f"{data['flops_ratio']:.2f}")
-    table.add_row("surprise at the document's end (nats per token)", f"{full['nll']:.3f}", f"{reduced['nll']:.3f}",
+    table.add_row("NLL at the document's end (nats per token)", f"{full['nll']:.3f}", f"{reduced['nll']:.3f}",
                   f"without the document: {data['nll_none']:.3f}")  # fmt: skip
     console.print(table)
     console.print(
