@@ -11,9 +11,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from quickmerge.merge.tokens.budget import Budget, Count, Ratio, as_budget, fixed_count, lowest, select
+from quickmerge.merge.tokens.budget import Budget, Count, Ratio, as_budget
 from quickmerge.merge.tokens.plan import MergePlan, anchors_of
 from quickmerge.merge.tokens.saliency import AttentionTrace
+from quickmerge.merge.tokens.selection import keep_best
 from quickmerge.merge.tokens.view import Evidence, TokenView
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -149,11 +150,7 @@ class ScoreReducer(Reducer):
 
     def plan(self, view: TokenView) -> MergePlan:
         """Keep the ``keep`` best-scoring tokens; protected tokens are always among them."""
-        score = self.score(view)
-        count = fixed_count(self.budget, view)
-        if count is not None and view.prefix is not None:
-            return MergePlan.from_moves(view, lowest(score, view.hidden.shape[1] - count, view.prefix))
-        return MergePlan.from_anchors(view, select(score, self.budget.count(view, score), view))
+        return keep_best(view, self.budget, self.score(view))
 
 
 def moved(network: Network, device: torch.device) -> Network:

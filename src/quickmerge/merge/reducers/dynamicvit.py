@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from quickmerge.errors import QuickmergeError, door, whole_number
 from quickmerge.merge.reducers.base import Reducer, moved
-from quickmerge.merge.tokens.budget import fixed_count, lowest, select
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.removal import kept_mean
+from quickmerge.merge.tokens.selection import keep_best
 from quickmerge.merge.tokens.view import TokenView
 from quickmerge.models.part import CONFIG, WEIGHTS, open_part, save_part
 
@@ -157,10 +157,7 @@ class DynamicViT(Reducer):
     def plan(self, view: TokenView) -> MergePlan:
         """Keep the tokens that are likeliest to be worth keeping, and drop the rest."""
         score = self.log_probs(view)
-        count = fixed_count(self.budget, view)
-        if count is not None and view.prefix is not None:
-            return MergePlan.from_moves(view, lowest(score, view.hidden.shape[1] - count, view.prefix))
-        return MergePlan.from_anchors(view, select(score, self.budget.count(view, score.exp()), view))
+        return keep_best(view, self.budget, score, score.exp())
 
     # What it belongs to -----------------------------------------------------------------------------------------
 

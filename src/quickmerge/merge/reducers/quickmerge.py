@@ -13,7 +13,7 @@ from quickmerge.errors import number_at_least, whole_number
 from quickmerge.merge.reducers.base import Needs, Reducer, key_bias, mean_attention, voters
 from quickmerge.merge.reducers.tofu import OPERATORS, mlerp
 from quickmerge.merge.reducers.tome import match_down, mean_key
-from quickmerge.merge.tokens.budget import fixed_count, select
+from quickmerge.merge.tokens.budget import fixed_count, how_many, select
 from quickmerge.merge.tokens.plan import MergePlan, next_anchor
 from quickmerge.merge.tokens.saliency import attention_norm, bidirectional_attention, pool, times_value_norm
 from quickmerge.merge.tokens.view import TokenView
@@ -175,7 +175,7 @@ class QuickMergeVision(Reducer):
         if self.alpha == 0 and count is not None:
             return match_down(view, metric, count)
         saliency = self.saliency(view)
-        left = self.budget.count(view, saliency) if count is None else count
+        left = how_many(self.budget, view, saliency)
         if self.alpha == 0:
             return match_down(view, metric, left)
         # On a scale of its own, so that no power of it vanishes.

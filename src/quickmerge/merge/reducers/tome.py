@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quickmerge.merge.reducers.base import Needs, Reducer
-from quickmerge.merge.tokens.budget import fixed_count
+from quickmerge.merge.tokens.budget import how_many
 from quickmerge.merge.tokens.plan import MergePlan, bipartite_matching, bipartite_pairs
 from quickmerge.merge.tokens.view import TokenView
 
@@ -136,5 +136,4 @@ class ToMe(Reducer):
         return Needs(1, visual=frozenset({"key"}))
 
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
-        metric, count = mean_key(view, self.name), fixed_count(self.budget, view)
-        return match_down(view, metric, self.budget.count(view, None) if count is None else count)
+        return match_down(view, mean_key(view, self.name), how_many(self.budget, view))

@@ -186,6 +186,12 @@ def fixed_count(budget: Budget, view: TokenView) -> int | None:
     return min(max(budget.tokens, view.prefix, 1), view.hidden.shape[1])
 
 
+def how_many(budget: Budget, view: TokenView, saliency: Tensor | None = None) -> int | Tensor:
+    """How many tokens are kept: one number where `fixed_count` knows it, else ``(B,)``, a number for each row."""
+    known = fixed_count(budget, view)
+    return budget.count(view, saliency) if known is None else known
+
+
 def lowest(score: Tensor, remove: int, prefix: int) -> Tensor:
     """``(B, remove)`` long: the lowest-scoring tokens behind the prefix, rising; of equal ones the later go."""
     order = score[:, prefix:].argsort(dim=-1, descending=True, stable=True)

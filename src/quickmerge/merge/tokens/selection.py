@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from quickmerge.errors import whole_number
+from quickmerge.merge.tokens.budget import Budget, fixed_count, lowest, select
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.view import TokenView
 
@@ -239,3 +240,21 @@ def _limits(x: Tensor, count: int | Tensor, open_: Tensor | None) -> tuple[int, 
 
 def _cut(order: Tensor, limit: Tensor) -> Tensor:
     return torch.where(torch.arange(order.shape[1], device=order.device) < limit[:, None], order, -1)
+
+
+def keep_best(view: TokenView, budget: Budget, score: Tensor, saliency: Tensor | None = None) -> MergePlan:
+    """The plan that keeps the highest-scoring tokens and drops the rest; protected tokens are always kept.
+
+    Where shapes alone say how many that are, nothing is looked at, so that the plan compiles; else masks decide.
+
+    Args:
+        view: the tokens.
+        budget: how many of them are kept.
+        score: ``(B, N)``, higher is kept; padding may hold anything finite.
+        saliency: ``(B, N)``, what the budget goes by. Default: the score.
+    """
+    count = fixed_count(budget, view)
+    if count is not None and view.prefix is not None:
+        return MergePlan.from_moves(view, lowest(score, view.hidden.shape[1] - count, view.prefix))
+    counts = budget.count(view, score if saliency is None else saliency)
+    return MergePlan.from_anchors(view, select(score, counts, view))
