@@ -88,6 +88,11 @@ def _run(case: Case, work: Path, held: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (room, room))
         resource.setrlimit(resource.RLIMIT_CPU, (int(2 * SECONDS), int(2 * SECONDS) + 5))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        import torch
+
+        # The thread pool of the process that was forked from is lost, and torch makes the next one when it is first
+        # asked for: by several threads at once, where weights are loaded by them, that is a race which it asserts on.
+        torch.set_num_threads(1)
         from quickmerge.cli import main
 
         sys.argv = ["quickmerge", *given]
