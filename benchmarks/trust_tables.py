@@ -15,7 +15,7 @@ WORDS = {
     "vlm": "vision-language models", "image": "images", "video": "videos and playlists", "text": "text files",
     "typed": "texts on the command line", "name": "names of files and models", "prompts": "lists of prompts",
     "labels": "lists of labels", "annotations": "annotations of images", "output": "places to write to",
-    "option": "options out of range",
+    "options": "files of options (--config)", "option": "options out of range",
 }  # fmt: skip
 
 
