@@ -1,4 +1,7 @@
-"""Object recognition as next-token prediction (arXiv 2312.02142), with one-shot sampling."""
+"""Object recognition as next-token prediction (arXiv 2312.02142), with one-shot sampling.
+
+It stands on `quickmerge.merge.reducers` and `quickmerge.merge.vision`, by which its images are read with fewer tokens.
+"""
 
 from __future__ import annotations
 
