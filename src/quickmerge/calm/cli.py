@@ -163,11 +163,6 @@ def parse_models(text: str) -> dict[str, str]:
     return found
 
 
-def has_calm(model: str | None) -> bool:
-    """Whether one of the models that were named is a CALM, told by its config alone."""
-    return model is not None and any(is_calm(part.strip().rpartition("=")[2]) for part in model.split(","))
-
-
 def bench(
     text: Annotated[list[Path], typer.Argument(help="Held-out UTF-8 texts.", metavar="FILES")],
     model: Annotated[

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -152,7 +151,7 @@ def plan_rows(
     if rows is None:
         decided = plan(view)
         return Planned(decided, dict(align(view, decided)))
-    part = pick_rows(view, rows)
+    part = view.each_row(lambda x: x.index_select(0, rows))
     decided = plan(part)
     added = align(part, decided)
     left = view.pads_left
@@ -187,14 +186,3 @@ def plan_rows(
         valid=put(view.valid.long(), decided.valid.long()).bool(),
     )
     return Planned(merged, {block: spread(x) for block, x in added.items()})
-
-
-def pick_rows(view: TokenView, rows: Tensor) -> TokenView:
-    """The rows ``rows (R,)`` of a view without images nor a question."""
-
-    def pick(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.index_select(0, rows)
-
-    names = ("hidden", "valid", "protected", "position", "size", "length", "exempt")
-    picked: dict[str, Any] = {name: pick(getattr(view, name)) for name in names}
-    return replace(view, evidence=view.evidence.each_row(lambda x: x.index_select(0, rows)), **picked)

@@ -13,6 +13,12 @@ from quickmerge.errors import whole_number
 from quickmerge.merge.tokens.saliency import AttentionTrace
 
 
+def _tensors(held: Evidence | TokenView, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Those fields that are tensors, each with its rows changed."""
+    values = {f.name: getattr(held, f.name) for f in fields(held)}
+    return {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What is known beside the tokens of a view: measured by the host, where a method asks for it by its `Needs`.
@@ -55,12 +61,10 @@ class Evidence:
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Evidence:
         """The same of other rows: ``change`` is applied to everything that has a row for each of the batch."""
-        held = {f.name: getattr(self, f.name) for f in fields(self)}
-        rows: dict[str, Any] = {name: change(value) for name, value in held.items() if isinstance(value, Tensor)}
         traces = tuple(
             replace(t, query=change(t.query), key=change(t.key), value=change(t.value)) for t in self.attention
         )
-        return replace(self, attention=traces, **rows)
+        return replace(self, attention=traces, **_tensors(self, change))
 
     def check(self, hidden: Tensor, valid: Tensor, *, look: bool) -> None:
         """Raise ValueError unless this belongs to tokens ``hidden (B, N, D)``, valid where ``valid (B, N)`` says so.
@@ -187,6 +191,14 @@ class TokenView:
         object.__setattr__(self, "protected", index < self.prefix)
         if self.position is None:
             object.__setattr__(self, "position", index)
+
+    def each_row(self, change: Callable[[Tensor], Tensor]) -> TokenView:
+        """The view of other rows, its evidence too; see `Evidence.each_row`. Not with a ``prefix``."""
+        return replace(self, evidence=self.evidence.each_row(change), **_tensors(self, change))
+
+    def row(self, i: int) -> TokenView:
+        """Row ``i``, as a view of one row."""
+        return self.each_row(lambda x: x[i : i + 1])
 
     @property
     def counted(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -176,7 +176,7 @@ def decide(
         hidden = hidden.index_put((rows.expand_as(slots)[there], slots[there]), merged[there])
         for i, image in enumerate(group):
             own = _row(plan, i)
-            image.view = view_of(view, i) if image.view is None else image.view
+            image.view = view.row(i) if image.view is None else image.view
             image.plan = own if image.plan is None else image.plan.compose(own)
             image.now = slots[i][there[i]]
     return Decision(sequence, hidden, seat)
@@ -275,13 +275,6 @@ def _row(plan: MergePlan, i: int) -> MergePlan:
         moved=None,
         order=None if plan.order is None else plan.order[i : i + 1],
     )
-
-
-def view_of(view: TokenView, i: int) -> TokenView:
-    """Row ``i`` of a view, as a view of one row."""
-    names = [f.name for f in fields(view) if isinstance(getattr(view, f.name), Tensor)]
-    rows: dict[str, Any] = {name: getattr(view, name)[i : i + 1] for name in names}
-    return replace(view, evidence=view.evidence.each_row(lambda x: x[i : i + 1]), **rows)
 
 
 # What a reducer is told of visual tokens inside the language model: by the attention of the block below.
