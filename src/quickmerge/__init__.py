@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quickmerge.data import shipped_prior as shipped_prior
     from quickmerge.errors import QuickmergeError as QuickmergeError
     from quickmerge.merge.attach import reduce as reduce
+    from quickmerge.merge.place import Merge as Merge
     from quickmerge.merge.prior import Prior as Prior
     from quickmerge.merge.prior import QuickMergePrior as QuickMergePrior
     from quickmerge.merge.prior import Surprise as Surprise
@@ -68,6 +69,7 @@ __getattr__, __dir__, __all__ = lazy(
         "data": ("shipped_gumiho", "shipped_prior"),
         "errors": ("QuickmergeError",),
         "merge.attach": ("reduce",),
+        "merge.place": ("Merge",),
         "merge.prior": ("Prior", "QuickMergePrior", "Surprise"),
         "merge.reducers": (
             "SCOPE",
