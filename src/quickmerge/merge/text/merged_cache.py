@@ -25,8 +25,9 @@ class Segment:
     """What the blocks above one merge read: slots first, then whatever came after the prompt.
 
     ``slots`` is K, the entries that stand for the prompt. ``position (B, K + t)``, ``valid (B, K + t)`` and ``size (B,
-    K + t)`` are tables over the entries of these blocks' cache. A segment is never changed: what comes after the prompt
-    makes a new one, so that a forward keeps its own.
+    K + t)`` are tables over the entries of these blocks' cache. ``votes``, of the same shape, says as how many tokens
+    each entry counts in attention, which adds log(votes) to its scores; None for one each. A segment is never changed:
+    what comes after the prompt makes a new one, so that a forward keeps its own.
     """
 
     slots: int
@@ -34,11 +35,26 @@ class Segment:
     valid: Tensor
     size: Tensor
     padded: bool
+    votes: Tensor | None = None
 
     @classmethod
-    def of(cls, plan: MergePlan) -> Segment:
-        """The segment that a merge starts."""
-        return cls(plan.slots, plan.position, plan.valid, plan.size, padded=not bool(plan.valid.all()))
+    def of(cls, plan: MergePlan, below: Segment | None, proportional: bool) -> Segment:
+        """The segment that a merge starts.
+
+        Args:
+            plan: of the merge.
+            below: the segment whose slots it merged; None for single tokens.
+            proportional: whether a slot counts in attention as all of its members together (ToMe, arXiv 2210.09461).
+                Else it counts as they do on average: where merges of several methods lie above one another, what one
+                of them leaves alone goes on counting as it did.
+        """
+        before = None if below is None or below.votes is None else below.votes[:, : plan.slot.shape[1]]
+        votes = None if before is None else plan.merge(before.float())
+        if proportional:
+            before = torch.ones_like(plan.slot) if before is None else before
+            votes = before.new_zeros(plan.size.shape)
+            votes = votes.scatter_add(1, plan.slot.clamp_min(0), before * (plan.slot >= 0))
+        return cls(plan.slots, plan.position, plan.valid, plan.size, not bool(plan.valid.all()), votes)
 
     def extended(self, position: Tensor, valid: Tensor, stored: int | None = None) -> Segment:
         """With ``t`` new tokens ``(B, t)`` after the first ``stored`` entries, all of them for None.
@@ -46,8 +62,10 @@ class Segment:
         They are fewer than there were if a cache was cropped.
         """
         kept = slice(None, stored)
+        votes = self.votes
         return replace(
             self,
+            votes=None if votes is None else torch.cat([votes[:, kept], votes.new_ones(position.shape)], 1),
             position=torch.cat([self.position[:, kept], position], 1),
             valid=torch.cat([self.valid[:, kept], valid], 1),
             size=torch.cat([self.size[:, kept], torch.ones_like(position)], 1),
@@ -56,7 +74,10 @@ class Segment:
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Segment:
         """The segment of a cache whose rows were picked, moved or repeated by ``change``."""
-        return replace(self, position=change(self.position), valid=change(self.valid), size=change(self.size))
+        votes = None if self.votes is None else change(self.votes)
+        return replace(
+            self, position=change(self.position), valid=change(self.valid), size=change(self.size), votes=votes
+        )
 
     def mask(self, decoder: Decoder, layer: int, hidden: Tensor, cache: Cache | None) -> Any:
         """The attention mask of a block for ``hidden (B, q, D)``, built by the model's own mask builder.
@@ -126,7 +147,7 @@ def pick_columns(x: Tensor, source: Tensor, axis: int = -1) -> Tensor:
 
 @dataclass
 class PromptState:
-    """Of a prompt that was read: its segments by first block, and whether their sizes count in attention.
+    """Of a prompt that was read: its segments by first block.
 
     ``segments`` is empty where nothing was merged, for whatever reason. ``stats`` count what was read and written with
     this cache. ``tail`` tokens at the end of the prompt stand alone in every row and every block, so that they can be
@@ -134,7 +155,6 @@ class PromptState:
     """
 
     stats: RunStats
-    proportional: bool
     segments: dict[int, Segment] = field(default_factory=dict)
     tail: int = 0
 

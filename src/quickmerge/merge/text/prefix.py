@@ -50,8 +50,9 @@ DRAFTS = "quickmerge_drafts"
 
 @dataclass(frozen=True)
 class Reading:
-    """What was decided of a prompt: a plan for each merge from the lowest block up, and what stayed alone."""
+    """What was decided of a prompt: a plan for each merge from the lowest block up, where, and what stayed alone."""
 
+    layers: tuple[int, ...] = ()
     plans: tuple[MergePlan, ...] = ()
     composed: tuple[MergePlan, ...] = ()
     protected: Tensor | None = None
@@ -103,7 +104,10 @@ class PrefixCall:
         """Note the plan of the merge in front of a block."""
         self.composed.append(plan if self.plan is None else self.plan.compose(plan))
         self.plans[index] = plan
-        # Nobody above asks for what was below.
+        self.forget_below(index)
+
+    def forget_below(self, index: int) -> None:
+        """Drop what was measured below a merge: nobody above asks for it."""
         self.traces = {layer: trace for layer, trace in self.traces.items() if layer >= index}
 
 
@@ -120,15 +124,21 @@ class PrefixRun(Run):
         self, decoder: Decoder, reducer: Reducer, schedule: Schedule | None, mode: Prefix | None = None
     ) -> None:
         super().__init__(decoder, reducer)
+        self._place(self.reducer, schedule, mode)
+        self._latest = Reading()
+        self._head = inspect.signature(decoder.model.forward)
+
+    def _place(self, reducer: Reducer, schedule: Schedule | None, mode: Prefix | None) -> None:
+        """Set what is done to all tokens of a prompt, and what stays alone."""
         self.schedule = schedule
-        stages = [] if schedule is None else schedule.stages(reducer.keep, len(decoder))
+        stages = [] if schedule is None else schedule.stages(reducer.keep, len(self.decoder))
         self.stages = {s.layer: s.keep for s in stages}
+        self.reducers = {s.layer: replace(reducer, keep=s.keep) for s in stages}
+        """By block the method that merges a prompt as a whole in front of it, with its ``keep`` there."""
         # Without settings, as for visual tokens, nothing stays alone for where it stands.
         self.sinks, self.recent, self.protect, self.min_tokens = (
             (0, 0, None, 0) if mode is None else (mode.sinks, mode.recent, mode.protect, mode.min_tokens)
         )
-        self._latest = Reading()
-        self._head = inspect.signature(decoder.model.forward)
 
     # What was decided -------------------------------------------------------------------------------------------
 
@@ -161,11 +171,11 @@ class PrefixRun(Run):
     @property
     def main_plan(self) -> MergePlan | None:
         """From the prompt's N tokens to the slots that most of the reduced blocks read."""
-        composed = self._reading.composed
+        composed, starts = self._reading.composed, self._reading.layers
         if not composed:
             return None
-        ends = [*list(self.stages)[1:], len(self.decoder)]
-        blocks = [end - start for start, end in zip(self.stages, ends, strict=True)]
+        ends = [*starts[1:], len(self.decoder)]
+        blocks = [end - start for start, end in zip(starts, ends, strict=True)]
         return composed[blocks.index(max(blocks))]
 
     # Attaching --------------------------------------------------------------------------------------------------
@@ -292,14 +302,14 @@ class PrefixRun(Run):
         # Behind padding the recent tokens are not the last entries.
         tail = min(self.recent, int(length.min()) - 1) if bool(told[:, -1].all()) else 0
         return PrefixCall(
-            True, PromptState(stats, self.reducer.proportional, tail=tail), valid, kept.protected, kept.exempt, length,
+            True, PromptState(stats, tail=tail), valid, kept.protected, kept.exempt, length,
             whole=short | shut, drafts=drafts,
         )  # fmt: skip
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = self._now
         if call is not None and call.fresh:
-            reading = Reading(tuple(call.plans.values()), tuple(call.composed), call.protected)
+            reading = Reading(tuple(call.plans), tuple(call.plans.values()), tuple(call.composed), call.protected)
             self._own = self._latest = reading
         super()._after_model(module, args, kwargs, output)
         self._now = None
@@ -317,13 +327,13 @@ class PrefixRun(Run):
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             now.traces[layer] = AttentionTrace(query, key, value, scaling, self.decoder.windows[layer])
         segment = now.segment(layer)
-        if segment is None or not now.state.proportional:
+        if segment is None or segment.votes is None:
             return call(module, *args, **kwargs)
-        return proportional_attention(call, module, args, kwargs, segment.size[:, -key.shape[2] :])
+        return proportional_attention(call, module, args, kwargs, segment.votes[:, -key.shape[2] :])
 
     def _probed(self, call: PrefixCall, layer: int) -> bool:
         """Whether a merge that is to come asks what the attention of this layer computed."""
-        return any(s - self.reducer.needs.layers <= layer < s and s not in call.plans for s in self.stages)
+        return any(s - r.needs.layers <= layer < s and s not in call.plans for s, r in self.reducers.items())
 
     def _reads(self, call: PrefixCall, layer: int) -> int | None:
         """The first block of the segment by which a block's arguments are changed; None leaves them as they are."""
@@ -416,9 +426,9 @@ class PrefixRun(Run):
     def _decide(self, call: PrefixCall, index: int, hidden: Tensor, places: Tensor) -> None:
         """Plan for the prompt's tokens or slots ``hidden (B, n, D)``; ``places (B, N)`` are those of all its tokens."""
         assert call.protected is not None and call.whole is not None
-        below, n = call.segment(index - 1), hidden.shape[1]
+        below, n, reducer = call.segment(index - 1), hidden.shape[1], self.reducers[index]
         prompt = call.valid.shape[1] - call.drafts
-        wanted = [layer for layer in range(max(0, index - self.reducer.needs.layers), index) if layer in call.traces]
+        wanted = [layer for layer in range(max(0, index - reducer.needs.layers), index) if layer in call.traces]
         # A probe below an earlier merge saw more tokens than there are now, so it can't speak for them.
         traces = [
             AttentionTrace(t.query[:, :, :n], t.key[:, :, :n], t.value[:, :, :n], t.scaling, t.window)
@@ -443,22 +453,23 @@ class PrefixRun(Run):
         plan, added = MergePlan.identity(view), {}
         if not bool(shut.all()):
             rows = (~shut).nonzero().flatten() if bool(shut.any()) else None
-            reducer = replace(self.reducer, keep=self.stages[index])
-            align = self.reducer.align if index == min(self.stages) else lambda view, plan: {}
+            align = reducer.align if index == min(self.reducers) else lambda view, plan: {}
             planned = plan_rows(view, rows, reducer.plan, align)
             # Where every token stays alone, hidden states and the block's own arguments are left as they are, padding
             # and all, so keep=1 is the model bit for bit.
             if not bool((planned.plan.valid.sum(-1) == view.valid.sum(-1)).all()):
                 plan, added = planned.plan, planned.added
-                self._begin_segment(call, index, plan, places, prompt)
+                self._begin_segment(call, index, plan, places, prompt, reducer.proportional)
         call.decide(index, plan)
         if index in call.segments:
             # What was added below stays as it was, for blocks that are computed again.
             call.added = added or {b: plan.merge(x) if b >= index else x for b, x in call.added.items()}
 
-    def _begin_segment(self, call: PrefixCall, index: int, plan: MergePlan, places: Tensor, prompt: int) -> None:
+    def _begin_segment(
+        self, call: PrefixCall, index: int, plan: MergePlan, places: Tensor, prompt: int, proportional: bool
+    ) -> None:
         """Note what the blocks from ``index`` on read of a prompt of ``prompt`` columns; ``places (B, N)`` of all."""
-        segment = Segment.of(plan)
+        segment = Segment.of(plan, call.segment(index - 1), proportional)
         source = columns_at(places[:, :prompt], call.valid[:, :prompt], plan.position)
         if call.drafts:
             behind = torch.arange(prompt, prompt + call.drafts, device=source.device).expand(len(source), -1)

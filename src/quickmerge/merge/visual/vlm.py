@@ -177,7 +177,7 @@ class VlmRun(PrefixRun):
         text = [] if ids is None or not images else instruction(ids, valid, self._special, images)
         stats, length = self.stats, valid.sum(-1)
         state = VisualPrompt(
-            stats, self.reducer.proportional, width=shape[1], valid=valid, masked=mask is not None,
+            stats, width=shape[1], valid=valid, masked=mask is not None,
             recount=self.positions == "consecutive",
         )  # fmt: skip
         call = VisualCall(
@@ -218,7 +218,7 @@ class VlmRun(PrefixRun):
         state.masked = state.masked or not bool(plan.valid.all())
         call.valid = state.valid = plan.valid
         call.places, call.source[0] = plan.position, seat
-        call.segments[0] = state.segments[0] = Segment.of(plan)
+        call.segments[0] = state.segments[0] = Segment.of(plan, None, self.reducer.proportional)
         return changed
 
     def _read_on(self, inputs: dict[str, Any], embeds: Tensor, mask: Tensor | None) -> dict[str, Any]:
@@ -274,7 +274,7 @@ class VlmRun(PrefixRun):
         decision = self._decide_visual(call, index, hidden) if call.images else None
         if decision is None:
             return hidden
-        self._begin_segment(call, index, decision.plan, call.places, call.valid.shape[1])
+        self._begin_segment(call, index, decision.plan, call.places, call.valid.shape[1], self.reducer.proportional)
         return decision.hidden
 
     def _probed(self, call: PrefixCall, layer: int) -> bool:
