@@ -18,6 +18,7 @@ FLOORS = (
     {"bench"},
     {"console"},
     {"calm", "merge", "multipole", "recognition", "speculative", "transplant"},
+    {"recipe"},
     {"cli"},
 )
 """From the ground up. A room imports from its own floor, if that is not one of capabilities, and from those below."""
@@ -98,7 +99,17 @@ def test_the_command_line_starts_without_what_takes_seconds_to_import() -> None:
 
 @pytest.mark.parametrize(
     "package",
-    ["calm", "merge.prior", "multipole", "recognition", "speculative", "speculative.gumiho", "training", "transplant"],
+    [
+        "calm",
+        "merge.prior",
+        "multipole",
+        "recipe",
+        "recognition",
+        "speculative",
+        "speculative.gumiho",
+        "training",
+        "transplant",
+    ],
 )
 def test_no_public_name_is_that_of_a_module_beside_it(package: str) -> None:
     """Python puts a module that is imported in the place of a name of its package that is loaded on first use."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 from quickmerge.errors import QuickmergeError, as_index, near_match
@@ -12,7 +12,7 @@ from quickmerge.merge.text.modes import BlockCausal, Mode, Prefix
 from quickmerge.merge.tokens.budget import Schedule, layers_of
 from quickmerge.merge.tokens.removal import Removal
 
-__all__ = ["PLACES", "POSITIONS", "Merge", "Place", "as_merge"]
+__all__ = ["PLACES", "POSITIONS", "Merge", "Place", "as_merge", "shown"]
 
 Place = Literal["text", "visual", "tower"]
 
@@ -73,7 +73,7 @@ class Merge:
     @property
     def label(self) -> str:
         """The reducer's label with its ``keep``, and the settings of the host that are not the defaults."""
-        kept = f"{self.reducer.keep:g}" if isinstance(self.reducer.keep, float) else f"{self.reducer.keep}"
+        kept = f"{self.reducer.keep:g}" if isinstance(self.reducer.keep, float) else shown(self.reducer.keep)
         own = [(f.name, getattr(self, f.name), f.default) for f in fields(self) if f.name != "reducer"]
         told = [f"{name} {_short(value)}" for name, value, usual in own if value != usual]
         return ", ".join([f"{self.reducer.label} keep {kept}", *told])
@@ -136,5 +136,13 @@ def _as_layer(layer: Any) -> Any:
     )
 
 
+def shown(value: Any) -> str:
+    """A setting as one would write it: of an object what is not its default, of a reducer always its ``keep``."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    own = [f for f in fields(value) if f.init and f.repr and (f.name == "keep" or getattr(value, f.name) != f.default)]
+    return f"{type(value).__name__}({', '.join(f'{f.name}={shown(getattr(value, f.name))}' for f in own)})"
+
+
 def _short(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else shown(value).strip("'")

@@ -198,6 +198,12 @@ class Attachment(ABC):
         self._unused = finalize(self, _tell_unused, call, self._name)
         return self
 
+    def owned(self) -> Self:
+        """Belong to another run, which enters this one, and warns in its place."""
+        if self._unused is not None:
+            self._unused.detach()
+        return self
+
     def _leave_out_of_copies(self) -> None:
         handles = (getattr(undo, "__self__", None) for undo in self._undo)
         self._hooks = {handle.id for handle in handles if isinstance(handle, RemovableHandle)}
@@ -233,6 +239,8 @@ def detach(model: nn.Module) -> int:
     left = 0
     with _LOCK:
         for run in sorted(_ACTIVE, key=lambda each: each._order, reverse=True):
+            if run not in _ACTIVE:  # it belonged to one that was left before it
+                continue
             held = run._of()
             if held is not None and (held in parts or any(module is model for module in held.modules())):
                 run.detach()
@@ -324,13 +332,13 @@ def _tell_unused(call: str, name: str) -> None:
 # Standing in front of one model's ``generate``, which is told things that no forward is told.
 
 
-def watch_generate(model: nn.Module, around: Callable[[dict[str, Any], Callable[[], Any]], Any]) -> Callable[[], None]:
+def watch_generate(model: nn.Module, around: Callable[[dict[str, Any], Callable[..., Any]], Any]) -> Callable[[], None]:
     """Let ``around`` see every call of ``model.generate``.
 
     Args:
         model: a model that has it.
         around: is given the arguments by name, those of the generation config among them, and the call itself, which
-            it makes or does not make.
+            it makes or does not make. Keyword arguments that it makes it with take the place of the caller's.
 
     Returns:
         A function that undoes it.
@@ -340,7 +348,13 @@ def watch_generate(model: nn.Module, around: Callable[[dict[str, Any], Callable[
 
     @functools.wraps(inner)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        return around(by_name(signature, args, kwargs), lambda: inner(*args, **kwargs))
+        def call(**more: Any) -> Any:
+            if not more:
+                return inner(*args, **kwargs)
+            # What was given by its place has to be told by its name, or it might be told twice.
+            return inner(**{**dict(zip(signature.parameters, args, strict=False)), **kwargs, **more})
+
+        return around(by_name(signature, args, kwargs), call)
 
     return stand_in(model, "generate", generate)
 

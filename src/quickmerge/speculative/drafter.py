@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -83,6 +83,13 @@ class Stats:
         total = {name: getattr(self, name) + getattr(other, name) for name in counts + times}
         total |= {name: _sum(getattr(self, name), getattr(other, name)) for name in ("offered", "accepted")}
         return Stats(**total, lossless=self.lossless and other.lossless)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {**self.__dict__, "tokens_per_pass": self.tokens_per_pass, "acceptance": self.acceptance}
+
+    def __str__(self) -> str:
+        return self.summary() if self.rows else "nothing has been generated yet"
 
     def summary(self) -> str:
         """A few lines for people."""

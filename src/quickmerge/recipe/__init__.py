@@ -1,0 +1,27 @@
+"""What is done to a model, as one object that can be applied, saved, told and compared.
+
+`Recipe` has a place for each ingredient: merging of the text, of visual tokens and in a vision tower, multipole
+attention, and speculative decoding. This room alone knows all of these capabilities.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quickmerge._lazy import lazy
+
+if TYPE_CHECKING:
+    from quickmerge.recipe.recipe import Recipe as Recipe
+    from quickmerge.recipe.run import RecipeRun as RecipeRun
+    from quickmerge.recipe.run import RecipeStats as RecipeStats
+    from quickmerge.recipe.run import apply as apply
+    from quickmerge.recipe.speculation import Speculation as Speculation
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "recipe": ("Recipe",),
+        "run": ("RecipeRun", "RecipeStats", "apply"),
+        "speculation": ("Speculation",),
+    },
+)

@@ -1,0 +1,66 @@
+"""From a recipe and a model to the runs that do what the recipe says, each of one capability."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quickmerge.errors import UnsupportedModelError
+from quickmerge.merge.attach import reduce
+from quickmerge.merge.place import Merge
+from quickmerge.models.attachment import Attachment
+from quickmerge.models.encoder import holds_encoder, holds_timm
+from quickmerge.models.vlm import check_kind, holds_vlm, unwrapped
+from quickmerge.multipole.run import multipole
+from quickmerge.recipe.ingredients import Ingredients
+from quickmerge.recipe.speculation import SpeculationRun
+
+__all__ = ["parts"]
+
+
+def parts(model: Any, recipe: Ingredients) -> dict[str, Attachment]:
+    """The runs that a recipe asks for, none of them entered, by the argument that asked; in the order of entering.
+
+    Args:
+        model: a model that `quickmerge.reduce` takes, wrapped or not.
+        recipe: what is done to it.
+
+    Raises:
+        UnsupportedModelError: for a model that can't be served, or that has no such place, naming its class.
+        QuickmergeError: for a setting that does not fit it.
+    """
+    model = unwrapped(model)
+    check_kind(model)
+    found: dict[str, Attachment] = {}
+    if recipe.speculation is not None:
+        # Whether a model reads trees is tried on the plain model, so this one is made first, and entered last.
+        found["decoding"] = SpeculationRun(model, recipe.speculation)
+    if recipe.attention is not None:
+        found["attention"] = multipole(model, recipe.attention)
+    found |= _merging(model, recipe.merges)
+    return {name: found[name].owned() for name in reversed(found)}
+
+
+def _merging(model: Any, merges: dict[str, Merge]) -> dict[str, Attachment]:
+    """The runs in which tokens become fewer."""
+    _check_places(model, merges)
+    return {
+        name: reduce(
+            model, merge.reducer, merge.layer, mode=merge.mode, unmerge=merge.unmerge, positions=merge.positions
+        )
+        for name, merge in merges.items()
+    }
+
+
+def _check_places(model: Any, merges: dict[str, Merge]) -> None:
+    """Raise UnsupportedModelError for a place that the model does not have."""
+    if holds_vlm(model):
+        kind, have = "a vision-language model, whose visual tokens alone can be reduced", ("visual",)
+    elif holds_encoder(model) or holds_timm(model):
+        kind, have = "a vision transformer", ("tower",)
+    else:
+        kind, have = "a language model", ("merge",)
+    for name in merges:
+        if name not in have:
+            raise UnsupportedModelError(
+                f"{name} must be left out for {type(model).__name__}, {kind}: give {' or '.join(have)} instead"
+            )
