@@ -110,10 +110,13 @@ class Ingredients:
 def _print_of(where: str, part: Held) -> str:
     """What tells trained parts from each other: a hash of all that they hold."""
     state, config = state_of(part)
-    digest = hashlib.sha256(repr(config).encode())
+    digest = hashlib.sha256(config.encode())
     for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        values = tensor.detach().cpu()
+        # weights are read back in float32, whatever they were stored in
+        values = (values.float() if values.is_floating_point() else values).contiguous().reshape(-1)
+        digest.update(f"{name} {tuple(tensor.shape)} {values.dtype}\n".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

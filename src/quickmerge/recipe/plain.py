@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
 import torch
-from torch import nn
 
 from quickmerge.errors import QuickmergeError, first_sentence, near_match
 from quickmerge.merge.place import Merge
@@ -23,7 +23,7 @@ from quickmerge.recipe.speculation import Speculation
 from quickmerge.speculative.gumiho import Gumiho, GumihoNetwork
 from quickmerge.speculative.lookup import PromptLookup
 
-__all__ = ["TRAINED", "TYPES", "Held", "decode", "encode", "settings_of", "state_of"]
+__all__ = ["TRAINED", "TYPES", "Held", "UnknownEntryError", "decode", "encode", "settings_of", "state_of"]
 
 _KINDS: tuple[type, ...] = (
     *REDUCERS.values(), *VISUAL_TOKEN_REDUCERS.values(), QuickMergePrior, DynamicViT,
@@ -47,6 +47,10 @@ Written = Callable[[str, Any], Any]
 
 Held = Prior | GumihoNetwork | DynamicViT
 """What has weights that are written as a folder of its own."""
+
+
+class UnknownEntryError(QuickmergeError):
+    """There is no such type or setting, here and now."""
 
 
 def settings_of(kind: type) -> list[str]:
@@ -109,7 +113,7 @@ def decode(data: Any, where: str, part: Callable[[str, type, Any], Any], depth: 
     name = data.get("type")
     if not isinstance(name, str) or name not in TYPES:
         hint = near_match(name, TYPES) if isinstance(name, str) else ""
-        raise QuickmergeError(f"{where} must be of a known type, got {name!r:.80}{hint}")
+        raise UnknownEntryError(f"{where} must be of a known type, got {name!r:.80}{hint}")
     kind = TYPES[name]
     allowed = settings_of(kind)
     given: dict[str, Any] = {}
@@ -117,7 +121,7 @@ def decode(data: Any, where: str, part: Callable[[str, type, Any], Any], depth: 
         if key == "type":
             continue
         if key not in allowed:
-            raise QuickmergeError(f"{where} has the unknown setting {key!r:.80} of {name}{near_match(key, allowed)}")
+            raise UnknownEntryError(f"{where} has the unknown setting {key!r:.80} of {name}{near_match(key, allowed)}")
         inner = f"{where}.{key}"
         given[key] = part(inner, kind, value) if TRAINED.get(kind) == key else decode(value, inner, part, depth + 1)
     if kind in TRAINED and TRAINED[kind] not in given:
@@ -149,9 +153,9 @@ def _needed(field: Field[Any]) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
-def state_of(part: Held) -> tuple[Mapping[str, torch.Tensor], Any]:
-    """The weights of what has some, and everything else that says what it is."""
+def state_of(part: Held) -> tuple[Mapping[str, torch.Tensor], str]:
+    """The weights of what has some, and everything else that says what it is, as JSON."""
     if isinstance(part, DynamicViT):
-        return part.predictors.state_dict(), (part.layers, dict(part.trained_for))
-    assert isinstance(part, nn.Module)
-    return part.state_dict(), part.config
+        layers = None if part.layers is None else list(part.layers)
+        return part.predictors.state_dict(), json.dumps([layers, dict(part.trained_for)], sort_keys=True, default=str)
+    return part.state_dict(), part.config.to_json()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from quickmerge.recipe.ingredients import Ingredients
+from quickmerge.errors import QuickmergeError
+from quickmerge.recipe.ingredients import NAMES, Ingredients
+from quickmerge.recipe.saving import as_data, read, write
 
 __all__ = ["Recipe"]
 
@@ -27,3 +32,47 @@ class Recipe(Ingredients):
     Raises:
         QuickmergeError: naming the argument, what was given and what is allowed.
     """
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` would write into recipe.json, for rows of results: JSON's own types alone.
+
+        A trained part is told by the name under which it ships, or by the folder where it would be written; and by the
+        sha256 of its files.
+
+        Raises:
+            QuickmergeError: an ingredient can't be written, such as ``protect=`` or a reducer of your own.
+        """
+        return as_data(self._given())
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write recipe.json, and trained parts beside it, into ``folder``: all of them or none; other files stay.
+
+        Args:
+            folder: where to; made if need be.
+
+        Raises:
+            QuickmergeError: an ingredient can't be written, such as ``protect=`` or a reducer of your own; or the disk
+                is full or not writable. What was there before is still there.
+        """
+        write(self._given(), Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, given: str | os.PathLike[str]) -> Recipe:
+        """Read what `save_pretrained` wrote, or a file by hand.
+
+        Args:
+            given: a folder with recipe.json; or a .json, .yaml, .yml or .toml file of the same content, in which
+                settings that are left out are the defaults.
+
+        Raises:
+            QuickmergeError: there is none, it is damaged, written by a newer quickmerge or out of range, or a trained
+                part is missing or altered.
+        """
+        found = read(Path(given))
+        try:
+            return cls(**found)
+        except QuickmergeError as error:
+            raise QuickmergeError(f"{given}: {error}") from error
+
+    def _given(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in NAMES}
