@@ -6,25 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-import torch
-from decoding_samples import tiny
-from gumiho_samples import heads
 from hosts_zoo import build, generate, tokens
 from hypothesis import given
-from recipe_samples import RECIPES
+from recipe_samples import PARTS, RECIPES, drafts, prior
 from strategies import prop
-from torch import nn
 
 import quickmerge as qm
-from quickmerge.merge.prior.config import PriorConfig
 from quickmerge.merge.reducers import REDUCERS, VISION_REDUCERS, VISUAL_TOKEN_REDUCERS
-from quickmerge.merge.reducers.dynamicvit import Predictor
 
 
 def through(recipe: qm.Recipe, folder: Path) -> qm.Recipe:
@@ -102,42 +95,6 @@ def test_a_file_by_hand_has_the_defaults_for_what_it_leaves_out(tmp_path: Path) 
 
 
 # Trained parts ------------------------------------------------------------------------------------------------------
-
-
-def surprise() -> qm.Recipe:
-    torch.manual_seed(0)
-    known = {"layers": [1], "surprise": {"mean": 1.0, "deviation": 2.0, "group": 4}}
-    prior = qm.Prior(PriorConfig(features=32, width=16, heads=2, trained_for=known)).eval()
-    return qm.Recipe(merge=qm.Merge(qm.QuickMerge(qm.Surprise(prior, gamma=0.3)), mode=qm.BlockCausal()))
-
-
-def prior() -> qm.Recipe:
-    torch.manual_seed(0)
-    known = {"layers": [1], "reducer": {"pool": 3}}
-    made = qm.Prior(PriorConfig(features=32, width=16, heads=2, depths=(1, 2), trained_for=known)).eval()
-    return qm.Recipe(merge=qm.QuickMergePrior.from_prior(made, keep=qm.Count(9)))
-
-
-def predictors() -> qm.Recipe:
-    torch.manual_seed(0)
-    networks = nn.ModuleList([Predictor(8), Predictor(8)])
-    return qm.Recipe(tower=qm.DynamicViT(0.6, networks, (1, 3), {"model": "mine"}))
-
-
-def drafts() -> qm.Recipe:
-    made = heads(tiny())
-    made.network.float()
-    return qm.Recipe(
-        decoding=qm.Speculation(qm.Gumiho(made.network, dtype="bfloat16", beam=3, fta="duplicate"), tree=7)
-    )
-
-
-PARTS: dict[str, tuple[Callable[[], qm.Recipe], str]] = {
-    "prior": (prior, "merge-prior"),
-    "surprise": (surprise, "merge-keep-prior"),
-    "predictors": (predictors, "tower-predictors"),
-    "heads": (drafts, "decoding-network"),
-}
 
 
 @pytest.mark.parametrize("name", PARTS)

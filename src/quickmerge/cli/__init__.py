@@ -56,6 +56,7 @@ def _register() -> None:
     from quickmerge.cli import generate, ls, train
     from quickmerge.merge.cli import bench, demo, plan, show
     from quickmerge.merge.cli import vlm as images
+    from quickmerge.recipe import cli as recipe
     from quickmerge.recognition import cli as recognition
     from quickmerge.speculative import cli as speculative
     from quickmerge.transplant import cli as transplant
@@ -81,6 +82,11 @@ def _register() -> None:
     add(shows, "image", show.image, show.IMAGE_EXAMPLE)
     add(shows, "video", show.video, show.VIDEO_EXAMPLE)
     app.add_typer(shows, help="What of a text, an image or a video was kept, and what was merged into what.")
+
+    tells = choice("recipe", "show")
+    add(tells, "show", recipe.show, recipe.SHOW_EXAMPLE)
+    add(tells, "check", recipe.check, recipe.CHECK_EXAMPLE)
+    app.add_typer(tells, help="What a recipe does to a model, and whether it can.")
 
     add(app, "recognize", recognition.recognize, recognition.EXAMPLE)
     add(app, "transplant", transplant.transplant, transplant.EXAMPLE)

@@ -12,16 +12,18 @@ from quickmerge._lazy import lazy
 
 if TYPE_CHECKING:
     from quickmerge.recipe.recipe import Recipe as Recipe
+    from quickmerge.recipe.recipe import apply as apply
     from quickmerge.recipe.run import RecipeRun as RecipeRun
     from quickmerge.recipe.run import RecipeStats as RecipeStats
-    from quickmerge.recipe.run import apply as apply
     from quickmerge.recipe.speculation import Speculation as Speculation
+    from quickmerge.recipe.tell import Told as Told
 
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "recipe": ("Recipe",),
-        "run": ("RecipeRun", "RecipeStats", "apply"),
+        "recipe": ("Recipe", "apply"),
+        "run": ("RecipeRun", "RecipeStats"),
         "speculation": ("Speculation",),
+        "tell": ("Told",),
     },
 )

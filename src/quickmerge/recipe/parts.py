@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from quickmerge.errors import UnsupportedModelError
@@ -14,7 +15,7 @@ from quickmerge.multipole.run import multipole
 from quickmerge.recipe.ingredients import Ingredients
 from quickmerge.recipe.speculation import SpeculationRun
 
-__all__ = ["parts"]
+__all__ = ["check_places", "parts"]
 
 
 def parts(model: Any, recipe: Ingredients) -> dict[str, Attachment]:
@@ -42,7 +43,7 @@ def parts(model: Any, recipe: Ingredients) -> dict[str, Attachment]:
 
 def _merging(model: Any, merges: dict[str, Merge]) -> dict[str, Attachment]:
     """The runs in which tokens become fewer."""
-    _check_places(model, merges)
+    check_places(model, merges)
     return {
         name: reduce(
             model, merge.reducer, merge.layer, mode=merge.mode, unmerge=merge.unmerge, positions=merge.positions
@@ -51,7 +52,7 @@ def _merging(model: Any, merges: dict[str, Merge]) -> dict[str, Attachment]:
     }
 
 
-def _check_places(model: Any, merges: dict[str, Merge]) -> None:
+def check_places(model: Any, merges: Mapping[str, Merge]) -> None:
     """Raise UnsupportedModelError for a place that the model does not have."""
     if holds_vlm(model):
         kind, have = "a vision-language model, whose visual tokens alone can be reduced", ("visual",)

@@ -1,4 +1,4 @@
-"""``Recipe``: what is done to a model, as one object."""
+"""``Recipe``: what is done to a model, as one object; and ``apply``, which does it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.models.vlm import unwrapped
 from quickmerge.recipe.ingredients import NAMES, Ingredients
+from quickmerge.recipe.parts import parts
+from quickmerge.recipe.run import RecipeRun
 from quickmerge.recipe.saving import as_data, read, write
+from quickmerge.recipe.tell import Told, tell
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "apply"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -74,5 +78,68 @@ class Recipe(Ingredients):
         except QuickmergeError as error:
             raise QuickmergeError(f"{given}: {error}") from error
 
+    # On a model -----------------------------------------------------------------------------------------------------
+
+    def check(self, model: Any) -> None:
+        """Raise unless all of this can be done to ``model`` together; what is tried is undone again.
+
+        Args:
+            model: a model that `apply` takes, with its weights: a trained part is known to be made for them.
+
+        Raises:
+            UnsupportedModelError: for a model that can't be served, or has no such place, naming its class.
+            QuickmergeError: for a setting that does not fit the model, or ingredients that don't go together.
+        """
+        run = apply(model, self)
+        run.attach()
+        run.detach()
+
+    def told(self, model: Any, tokens: int = 4096, *, visual: int | None = None) -> Told:
+        """What this does to ``model``, from its shapes alone: tokens by layer, FLOPs, bytes, and where it pays.
+
+        Args:
+            model: a model that `apply` takes; one on the meta device does.
+            tokens: length of the prompt, of a language model with or without images.
+            visual: how many of them are visual; None where nobody knows.
+
+        Returns:
+            A `Told`, which prints as a few lines, and whose ``as_dict()`` is for JSON.
+
+        Raises:
+            UnsupportedModelError: for a model that has no such place, or can't be served.
+            QuickmergeError: for a number out of range, or a setting that does not fit the model's shapes.
+        """
+        return tell(self, model, tokens, visual)
+
     def _given(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in NAMES}
+
+
+def apply(model: Any, recipe: Recipe) -> RecipeRun:
+    """Do to ``model`` what ``recipe`` says while the returned run is entered as a context manager.
+
+    Inside, plain ``model.generate(...)`` is all that is needed: the prompt is merged, new tokens read the past by its
+    clusters, and several are drafted and checked a pass, as far as the recipe asks for it. An ingredient does what it
+    does alone, see `quickmerge.reduce`, `quickmerge.multipole` and `quickmerge.SpeculativeDecoding`.
+
+    With ``decoding`` in the recipe ``generate`` decodes in that way alone: ``custom_generate``, ``assistant_model`` and
+    ``prompt_lookup_num_tokens`` are refused. Each call gets a copy of the drafter, so threads may share the run.
+
+    Args:
+        model: a language model, a vision-language model or a vision transformer, as `quickmerge.reduce` takes them; it
+            may be wrapped as there.
+        recipe: what is done to it. An empty one does nothing.
+
+    Returns:
+        A `RecipeRun`: enter it with ``with``, or call its ``attach()`` and later ``detach()``; afterwards ask it for
+        its ``summary()``. A run that is never entered does nothing, and warns of it when it goes. If one ingredient
+        can't begin, none does. Copies and pickles of the model that are made inside are of the plain model.
+
+    Raises:
+        UnsupportedModelError: for a model that can't be served, or has no such place, naming its class.
+        QuickmergeError: for a setting that does not fit the model, or a recipe that is none.
+    """
+    if not isinstance(recipe, Ingredients):
+        raise QuickmergeError(f"recipe must be a Recipe such as Recipe(merge=QuickMerge(keep=0.4)), got "
+                              f"{recipe!r:.200}")  # fmt: skip
+    return RecipeRun(unwrapped(model), recipe, parts(model, recipe)).warn_if_unused("quickmerge.apply")

@@ -1,48 +1,14 @@
-"""``apply``: do to a model what a recipe says, inside a ``with`` block, and leave it as it was."""
+"""The run of a whole recipe: it enters those of its ingredients, leaves them, and says what they say."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from quickmerge.errors import QuickmergeError
 from quickmerge.models.attachment import Attachment
-from quickmerge.models.vlm import unwrapped
 from quickmerge.recipe.ingredients import Ingredients
-from quickmerge.recipe.parts import parts
-from quickmerge.recipe.recipe import Recipe
 
-__all__ = ["RecipeRun", "RecipeStats", "apply"]
-
-
-def apply(model: Any, recipe: Recipe) -> RecipeRun:
-    """Do to ``model`` what ``recipe`` says while the returned run is entered as a context manager.
-
-    Inside, plain ``model.generate(...)`` is all that is needed: the prompt is merged, new tokens read the past by its
-    clusters, and several are drafted and checked a pass, as far as the recipe asks for it. An ingredient does what it
-    does alone, see `quickmerge.reduce`, `quickmerge.multipole` and `quickmerge.SpeculativeDecoding`.
-
-    With ``decoding`` in the recipe ``generate`` decodes in that way alone: ``custom_generate``, ``assistant_model`` and
-    ``prompt_lookup_num_tokens`` are refused. Each call gets a copy of the drafter, so threads may share the run.
-
-    Args:
-        model: a language model, a vision-language model or a vision transformer, as `quickmerge.reduce` takes them; it
-            may be wrapped as there.
-        recipe: what is done to it. An empty one does nothing.
-
-    Returns:
-        A `RecipeRun`: enter it with ``with``, or call its ``attach()`` and later ``detach()``; afterwards ask it for
-        its ``summary()``. A run that is never entered does nothing, and warns of it when it goes. If one ingredient
-        can't begin, none does. Copies and pickles of the model that are made inside are of the plain model.
-
-    Raises:
-        UnsupportedModelError: for a model that can't be served, or has no such place, naming its class.
-        QuickmergeError: for a setting that does not fit the model, or a recipe that is none.
-    """
-    if not isinstance(recipe, Ingredients):
-        raise QuickmergeError(f"recipe must be a Recipe such as Recipe(merge=QuickMerge(keep=0.4)), got "
-                              f"{recipe!r:.200}")  # fmt: skip
-    return RecipeRun(unwrapped(model), recipe, parts(model, recipe)).warn_if_unused("quickmerge.apply")
+__all__ = ["RecipeRun", "RecipeStats"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +38,7 @@ class RecipeStats:
 
 
 class RecipeRun(Attachment):
-    """One recipe on one model; see `apply`.
+    """One recipe on one model; see `quickmerge.apply`.
 
     Args:
         model: what it attaches to.

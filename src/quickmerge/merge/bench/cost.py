@@ -69,14 +69,15 @@ class Shape:
 
 
 def model_shape(model: nn.Module | Any) -> Shape:
-    """The shape of a supported model; a model on the meta device does.
+    """The shape of a supported language model, or of that in a vision-language model; one on the meta device does.
 
     Raises:
         UnsupportedModelError: for a model that no reducer can be attached to.
     """
     from quickmerge.models.decoder import find_decoder
+    from quickmerge.models.vlm import find_vlm_decoder, holds_vlm
 
-    decoder = find_decoder(model)
+    decoder = find_vlm_decoder(model) if holds_vlm(model) else find_decoder(model, shared=True)
     config = decoder.config
     heads = config.num_attention_heads
     weights = tuple(
