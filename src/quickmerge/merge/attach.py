@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, as_index
+from quickmerge.merge.place import PLACES, Merge, Place
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.run import Run
 from quickmerge.merge.text.block_causal import BlockCausalRun
@@ -18,7 +19,8 @@ from quickmerge.merge.tokens.budget import ReadingBudget, Schedule
 from quickmerge.merge.tokens.removal import Removal
 from quickmerge.merge.vision.timm import reduce_timm
 from quickmerge.merge.vision.vit import VisionRun, reduce_vit
-from quickmerge.merge.visual.vlm import VlmRun, reduce_vlm
+from quickmerge.merge.visual.places import reduce_vlm, reduce_vlm_places
+from quickmerge.merge.visual.vlm import VlmRun
 from quickmerge.models.attachment import Attachment
 from quickmerge.models.decoder import check_free, find_decoder
 from quickmerge.models.encoder import holds_encoder, holds_timm
@@ -206,3 +208,66 @@ def _run(
             "layer must be a block, a list of blocks or a Schedule in a language model, got a Removal"
         )
     return reduce_lm(model, reducer, layer, as_mode(mode, settings))
+
+
+# ``reduce_places``: the same at several places of a model at once.
+
+
+def reduce_places(
+    model: PreTrainedModel | nn.Module,
+    *,
+    text: Merge | None = None,
+    visual: Merge | None = None,
+    tower: Merge | None = None,
+) -> Run | VisionRun | VlmRun:
+    """Make ``model`` read with fewer tokens at one place or at several, while the returned run is entered.
+
+    A language model has ``text`` alone and a vision transformer ``tower`` alone; there this is what `reduce` is. A
+    vision-language model has all three, in any combination:
+
+    - ``tower``: patches are merged inside the vision tower.
+    - ``visual``: visual tokens become fewer behind the projector, or in front of blocks of the language model.
+    - ``text``: all tokens of the prompt, visual ones among them, are merged in front of blocks of the language model,
+      as `Prefix` mode does. These blocks lie above those where visual tokens become fewer, and the method sees what is
+      left there: its ``keep`` is a share of that, ``sinks`` and ``recent`` count it, rows that have fewer than
+      ``min_tokens`` of it are read in full, and ``protect`` is asked about its ids.
+
+    Where methods differ in whether a slot counts in attention as its size, each decides for the slots that it made.
+
+    Args:
+        model: see `reduce`.
+        text: what is done to all tokens of a prompt, in a language model.
+        visual: what is done to the visual tokens.
+        tower: what is done in a vision transformer.
+
+    Returns:
+        One run for all places.
+
+    Raises:
+        UnsupportedModelError: for a model that can't be served, naming its class.
+        QuickmergeError: for a setting out of range, a place that the model does not have, or a combination that can't
+            be; a ValueError, as all of these.
+    """
+    model = unwrapped(model)
+    check_kind(model)
+    given: dict[Place, Merge | None] = {"text": text, "visual": visual, "tower": tower}
+    merges = {place: merge for place, merge in given.items() if merge is not None}
+    if not merges:
+        raise QuickmergeError("text, visual or tower must say what is to be merged, got None for each")
+    for place, merge in merges.items():
+        if not isinstance(merge, Merge):
+            raise QuickmergeError(f"{place} must be a Merge(reducer, ...) or None, got {type(merge).__name__}")
+        merge.check(place)
+    if holds_vlm(model):
+        run: Attachment = reduce_vlm_places(model, **merges)
+    else:
+        only: Place = "tower" if holds_timm(model) or holds_encoder(model) else "text"
+        for place in merges:
+            if place != only:
+                raise QuickmergeError(
+                    f"{place} must be None for {type(model).__name__}, which has no {place} to merge in, only {only}: "
+                    f"{PLACES[only]}"
+                )
+        merge = merges[only]
+        run = _run(model, merge.reducer, merge.layer, merge.mode, {}, unmerge=merge.unmerge, positions="kept")
+    return run.warn_if_unused("quickmerge.merge.attach.reduce_places")  # type: ignore[return-value]

@@ -4,65 +4,39 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.run import VisualStats
 from quickmerge.merge.text.merged_cache import Segment, check_fillable, pick_columns
+from quickmerge.merge.text.modes import Prefix
 from quickmerge.merge.text.prefix import CALL, PrefixCall, PrefixRun
-from quickmerge.merge.tokens.budget import layers_of
+from quickmerge.merge.text.rows import check_one_text, check_padding, protection, special_tokens
+from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.view import Evidence, TokenView
-from quickmerge.merge.visual.plan import Decision, Image, decide, instruction, read_images, special_ids, told_inside
+from quickmerge.merge.visual.plan import (
+    KINDS,
+    Decision,
+    Image,
+    decide,
+    instruction,
+    read_images,
+    special_ids,
+    told_inside,
+)
 from quickmerge.merge.visual.prompt import VisualPrompt, deepstack, next_positions
 from quickmerge.merge.visual.tower import FeatureWatch, Seen, TowerWatch
 from quickmerge.models.attachment import PerThread, setting
 from quickmerge.models.compat import cache_name, given_cache
-from quickmerge.models.decoder import check_free
-from quickmerge.models.vlm import Vlm, find_vlm
-
-POSITIONS = ("kept", "consecutive")
-
-
-def reduce_vlm(
-    model: PreTrainedModel, reducer: Reducer, layer: int | Sequence[int] | None = None, *, positions: str = "kept"
-) -> VlmRun:
-    """Make a vision-language model read fewer visual tokens; see `quickmerge.merge.attach.reduce` for the arguments."""
-    if not isinstance(reducer, Reducer):
-        raise ValueError(f"reducer must be a quickmerge reducer such as SCOPE(keep=0.25), got {reducer!r}")
-    if "vision" not in reducer.places or (reducer.needs.layers and not reducer.needs.visual):
-        raise ValueError(
-            f"reducer {reducer.name} ({type(reducer).__name__}) is not for visual tokens; those of "
-            "`quickmerge.merge.reducers.VISUAL_TOKEN_REDUCERS` are"
-        )
-    vlm = find_vlm(model, shared=True)
-    check_free(model, vlm.decoder.attentions, VlmRun)
-    depth = len(vlm.decoder)
-    layers = (0,) if layer is None else layers_of(layer)
-    lowest = vlm.deepstack or 1
-    whole = all(isinstance(x, int) and not isinstance(x, bool) and (x == 0 or lowest <= x < depth) for x in layers)
-    if not layers or not whole or any(a >= b for a, b in pairwise(layers)):
-        below = f", behind the blocks that are given features of the tower, as {vlm.name} does" if lowest > 1 else ""
-        raise ValueError(
-            f"layer must be 0 (behind the projector) or rising blocks in {lowest}..{depth - 1}{below}, got {layer!r}"
-        )
-    if positions not in POSITIONS:
-        raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
-    if positions == "consecutive" and vlm.family.mrope:
-        raise ValueError(
-            f"positions must be 'kept' for {type(model).__name__}, whose visual tokens have places in a grid, "
-            f"got {positions!r}"
-        )
-    reducer.check(model, layers, "visual")
-    return VlmRun(vlm, reducer, layers, positions=positions)
+from quickmerge.models.vlm import Vlm
 
 
 @dataclass
@@ -70,28 +44,55 @@ class VisualCall(PrefixCall):
     """The state of one forward. All that is of ``valid``'s width is as the first block reads it.
 
     ``images``; ``text``: columns of each row's instruction; ``places (B, K)``: the column of the given text at which
-    each token stands.
+    each token stands; ``ids (B, N)`` of the given text, None where there are none.
     """
 
     images: list[Image] = field(default_factory=list)
     text: list[Tensor] = field(default_factory=list)
     places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    ids: Tensor | None = None
 
 
 class VlmRun(PrefixRun):
-    """See `quickmerge.reduce`. Only visual tokens are merged or dropped, in the forward that fills an empty cache."""
+    """See `quickmerge.reduce` and `quickmerge.merge.attach.reduce_places`.
 
-    mode = "visual"
+    In the forward that fills an empty cache visual tokens are merged or dropped, and above that all tokens of the
+    prompt, each where it is asked for.
+
+    Args:
+        vlm: the model.
+        visual: the method for visual tokens; None leaves them.
+        layers: where it acts, rising: 0 behind the projector, or blocks of the language model.
+        positions: see `quickmerge.reduce`.
+        text: the method for all tokens, its blocks, and what stays alone; None leaves them.
+    """
+
     stats: VisualStats
     _turns = PerThread(int)
 
-    def __init__(self, vlm: Vlm, reducer: Reducer, layers: tuple[int, ...], *, positions: str) -> None:
+    def __init__(
+        self,
+        vlm: Vlm,
+        visual: Reducer | None,
+        layers: tuple[int, ...] = (),
+        *,
+        positions: str = "kept",
+        text: tuple[Reducer, Schedule, Prefix] | None = None,
+    ) -> None:
         self.vlm, self.positions = vlm, positions
-        super().__init__(vlm.decoder, reducer, None)
-        keep = reducer.keep
+        asked = {"visual": visual, Prefix.name: None if text is None else text[0]}
+        self.asked = {place: reducer for place, reducer in asked.items() if reducer is not None}
+        """The methods by what they act on."""
+        self.mode = " + ".join(self.asked)
+        super().__init__(vlm.decoder, next(iter(self.asked.values())), None)
+        if text is not None:
+            self._place(text[0].on(next(vlm.decoder.base.parameters()).device), *text[1:])
+        keep = 1.0 if visual is None else visual.keep
         shares = [keep ** (i + 1) if isinstance(keep, (int, float)) else keep for i in range(len(layers))]
-        self.stages = dict(zip(layers, shares, strict=True))
-        self.tower = TowerWatch(vlm, reducer.needs.visual if 0 in layers else frozenset(), self.clock)
+        self.visual_stages = dict(zip(layers, shares, strict=True))
+        self.stages = {**self.visual_stages, **self.stages}
+        asks = frozenset() if visual is None or 0 not in layers else visual.needs.visual
+        self.tower = TowerWatch(vlm, asks, self.clock)
         self.features = FeatureWatch(vlm, self.tower)
         self.images: list[Image] = []
         """The images and videos of the last prompt, each with the plan for its tokens."""
@@ -101,7 +102,12 @@ class VlmRun(PrefixRun):
         self._turn = threading.RLock()
 
     def _stats(self) -> VisualStats:
-        return VisualStats(mode=self.mode, reducer=repr(self.reducer), reducer_bytes=self.reducer.weights_bytes)
+        methods = self.asked.values()
+        return VisualStats(
+            mode=self.mode,
+            reducer=" + ".join(map(repr, methods)),
+            reducer_bytes=sum(method.weights_bytes for method in methods),
+        )
 
     @property
     def columns(self) -> Tensor | None:
@@ -113,7 +119,8 @@ class VlmRun(PrefixRun):
     def _attach(self) -> None:
         super()._attach()
         self._undo.extend(self.tower.attach())
-        self._undo.extend(self.features.attach())
+        if self.visual_stages:
+            self._undo.extend(self.features.attach())
         self._turn = threading.RLock()
         self._note(self.vlm.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         self._note(self.vlm.base.register_forward_hook(self._after_base, always_call=True))
@@ -169,11 +176,14 @@ class VlmRun(PrefixRun):
         if valid.shape != shape:
             raise QuickmergeError(f"attention_mask must be {tuple(shape)}, got {tuple(valid.shape)}")
         self._check_side(valid)
-        images = read_images(self.vlm, self._call, self.features) if self._call else []
+        ids = self._call.get("input_ids", inputs.get("input_ids"))
+        if self.reducers:
+            check_padding(valid)
+            check_one_text(inputs, valid, cache is not None)
+        images = read_images(self.vlm, self._call, self.features) if self._call and self.visual_stages else []
         visual = torch.zeros_like(valid)
         for image in images:
             visual[image.row, image.columns] = True
-        ids = self._call.get("input_ids")
         text = [] if ids is None or not images else instruction(ids, valid, self._special, images)
         stats, length = self.stats, valid.sum(-1)
         state = VisualPrompt(
@@ -182,15 +192,19 @@ class VlmRun(PrefixRun):
         )  # fmt: skip
         call = VisualCall(
             True, state, valid, valid & ~visual, length=length, images=images, text=text,
-            places=torch.arange(shape[1], device=device).expand(shape),
+            places=torch.arange(shape[1], device=device).expand(shape), ids=ids,
         )  # fmt: skip
         self._now, self.images = call, images
         stats.rows, stats.tokens_in = shape[0], float(length.float().mean())
         stats.images = len(images)
         stats.visual_in = sum(image.count for image in images) / shape[0]
+        if not self.visual_stages and ids is not None:
+            kinds = [self.vlm.token(kind) for kind in KINDS]
+            stats.visual_in = sum(int((ids == token).sum()) for token in kinds if token is not None) / shape[0]
+        stats.visual_kept = stats.visual_in
         stats.tower_seconds, stats.reducer_seconds = self.tower.account()
         changed: dict[str, Any] = {}
-        if 0 in self.stages and images:
+        if 0 in self.visual_stages and images:
             with torch.autocast(device.type, enabled=False):
                 changed = self._shorten(inputs, embeds, call, state)
         return {**changed, CALL: call}
@@ -253,7 +267,7 @@ class VlmRun(PrefixRun):
         )
         trace, asks = call.traces.get(index - 1), self.reducer.needs.visual
         told = told_by_tower if index == 0 else told_inside(trace, view, visual, asks)
-        reducer = replace(self.reducer, keep=self.stages[index])
+        reducer = replace(self.reducer, keep=self.visual_stages[index])
         decision = decide(reducer, view, call.images, call.text, told)
         plan = MergePlan.identity(view) if decision is None else decision.plan
         call.decide(index, plan)
@@ -266,20 +280,48 @@ class VlmRun(PrefixRun):
         assert isinstance(call, VisualCall)
         if index == 0:
             return hidden  # done in front of the decoder
+        if index in self.reducers:
+            if call.whole is None:
+                self._protect(call, index)
+            return super()._merge(call, index, hidden, kwargs)
         if index in call.plans:
             raise QuickmergeError(
                 "gradient checkpointing must be off where visual tokens are merged inside the language model, with a "
                 "transformers before 5.24: there a block is hooked again when it is computed again"
             )
         decision = self._decide_visual(call, index, hidden) if call.images else None
+        call.forget_below(index)  # with images or without: a batch is read as its rows are
         if decision is None:
             return hidden
         self._begin_segment(call, index, decision.plan, call.places, call.valid.shape[1], self.reducer.proportional)
         return decision.hidden
 
+    def _protect(self, call: VisualCall, index: int) -> None:
+        """Find what is to stay alone of the tokens that the merges of visual tokens have left in front of a block."""
+        below = call.segment(index - 1)
+        valid, places = (call.valid, call.places) if below is None else (below.valid, below.position)
+        kept = protection(
+            valid, None if call.ids is None else call.ids.gather(1, places), special_tokens(self.decoder.config),
+            sinks=self.sinks, recent=self.recent, protect=self.protect,
+        )  # fmt: skip
+        width = call.valid.shape[1] if call.plan is None else call.plan.slot.shape[1]
+
+        def given(mask: Tensor) -> Tensor:
+            # A padding slot stands nowhere.
+            marks = torch.zeros(len(mask), width, dtype=torch.long, device=mask.device)
+            return marks.scatter_add(1, places, (mask & valid).long()) > 0
+
+        call.protected, call.exempt = given(kept.protected), given(kept.exempt)
+        call.length = valid.sum(-1)
+        short, shut = call.length < self.min_tokens, kept.protected.sum(-1) >= call.length
+        call.whole = short | shut
+        self.stats.min_tokens, self.stats.rows_short = self.min_tokens, int(short.sum())
+        self.stats.rows_protected = int((shut & ~short).sum())
+
     def _probed(self, call: PrefixCall, layer: int) -> bool:
-        below = layer + 1 in self.stages and layer + 1 not in call.plans
-        return below and bool(self.reducer.needs.visual & {"attention", "norm", "key"})
+        below = layer + 1 in self.visual_stages and layer + 1 not in call.plans
+        asked = below and bool(self.reducer.needs.visual & {"attention", "norm", "key"})
+        return asked or super()._probed(call, layer)
 
     def _reads(self, call: PrefixCall, layer: int) -> int | None:
         # Behind the projector the model itself makes masks and rotary tables for what it is given.
@@ -297,7 +339,7 @@ class VlmRun(PrefixRun):
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = self._now
-        if isinstance(call, VisualCall) and call.fresh:
+        if isinstance(call, VisualCall) and call.fresh and self.visual_stages:
             self.stats.visual_kept = sum(image.left for image in call.images) / max(1, self.stats.rows)
         super()._after_model(module, args, kwargs, output)
 
