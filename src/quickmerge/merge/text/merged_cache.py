@@ -49,7 +49,7 @@ class Segment:
                 of them leaves alone goes on counting as it did.
         """
         before = None if below is None or below.votes is None else below.votes[:, : plan.slot.shape[1]]
-        votes = None if before is None else plan.merge(before.float())
+        votes = None if before is None else plan.merge(before.to(plan.weight.dtype))
         if proportional:
             before = torch.ones_like(plan.slot) if before is None else before
             votes = before.new_zeros(plan.size.shape)

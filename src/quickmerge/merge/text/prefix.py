@@ -153,6 +153,11 @@ class PrefixRun(Run):
         return list(self._reading.plans)
 
     @property
+    def merges(self) -> dict[int, MergePlan]:
+        """The same plans by the block in front of which they were carried out; 0 is behind a projector."""
+        return dict(zip(self._reading.layers, self._reading.plans, strict=True))
+
+    @property
     def composed(self) -> list[MergePlan]:
         """The same merges, each composed with those below it: from the prompt's N tokens to slots."""
         return list(self._reading.composed)

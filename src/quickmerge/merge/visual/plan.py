@@ -243,7 +243,7 @@ def _together(whole: TokenView, made: list[tuple[list[Image], TokenView, MergePl
     shape, device = whole.valid.shape, whole.valid.device
     anchor = whole.valid.clone()
     leader = torch.full(shape, -1, dtype=torch.long, device=device)
-    share = torch.ones(shape, dtype=torch.float32, device=device)
+    share = torch.ones(shape, dtype=torch.promote_types(whole.hidden.dtype, torch.float32), device=device)
     for group, view, plan in made:
         rows, columns = _places(group)
         at = anchors_of(plan, view)
@@ -252,7 +252,7 @@ def _together(whole: TokenView, made: list[tuple[list[Image], TokenView, MergePl
         anchor[rows, columns] = stays
         to = columns.gather(1, at.gather(1, plan.slot.clamp_min(0)))
         leader[rows, columns] = torch.where((plan.slot >= 0) & ~stays, to, -1)
-        share[rows, columns] = torch.where(plan.slot >= 0, plan.weight.float(), 1.0)
+        share[rows, columns] = torch.where(plan.slot >= 0, plan.weight.to(share.dtype), 1.0)
     plan = MergePlan.from_anchors(whole, anchor, leader, share)
     index = torch.arange(shape[1], device=device).expand(shape)
     seat = torch.zeros(shape[0], plan.slots + 1, dtype=torch.long, device=device)
