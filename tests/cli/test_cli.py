@@ -16,7 +16,7 @@ from quickmerge.cli import app
 COMMANDS = ["demo", "recognize", "transplant", "plan", "ls"]
 CHOICES = {
     "generate": ["text", "image", "calm"], "bench": ["text", "image", "vlm", "decode", "calm"],
-    "show": ["text", "image", "video"],
+    "show": ["text", "image", "video"], "recipe": ["show", "check"],
     "train": ["prior", "classifier", "dynamicvit", "gumiho", "recognizer", "vlm", "calm"],
 }  # fmt: skip
 ALL = [*COMMANDS, *(f"{name} {sub}" for name, subs in CHOICES.items() for sub in subs)]

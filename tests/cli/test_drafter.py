@@ -148,12 +148,6 @@ def wrong(tmp_path: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
         "width": ([*generate, "--drafter", tmp_path / "others"], "64 features in its last hidden state.* with 32"),
         "setting": ([*generate, "--drafter", "lookup:ngrams=2"], r"ngram, length, got 'ngrams' \(did you mean 'ngram'"),
         "setting value": ([*generate, "--drafter", "lookup:ngram=0"], "ngram must be a whole number"),
-        "image": ([*lookup, "--image", "a.png"], "no option --drafter: it belongs to quickmerge generate text"),
-        "keep": ([*lookup, "--keep", "0.4"], "--keep can't be used with --drafter"),
-        "reducer": ([*lookup, "--reducer", "tome"], "--reducer can't be used with --drafter"),
-        "layer": ([*lookup, "--layer", "1"], "--layer can't be used with --drafter"),
-        "attention": ([*lookup, "--attention", "multipole"], "--attention can't be used with --drafter"),
-        "prior": ([*lookup, "--prior", "smollm2-135m"], "--prior can't be used with --drafter"),
         "tree word": ([*lookup, "--tree", "big"], "--tree must be auto or a whole number of at least 1, got 'big'"),
         "tree zero": ([*lookup, "--tree", "0"], "--tree must be auto or a whole number of at least 1, got '0'"),
         "tree alone": ([*generate, "--tree", "4"], "--tree is for drafted tokens: give --drafter too"),
@@ -170,8 +164,8 @@ def wrong(tmp_path: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
 
 
 CASES = (
-    "unknown folder,near,no heads,other model,vocabulary,width,setting,setting value,image,keep,reducer,layer,"
-    "attention,prior,tree word,tree zero,tree alone,temperature,empty prompt,bench text,bench rounds,"
+    "unknown folder,near,no heads,other model,vocabulary,width,setting,setting value,"
+    "tree word,tree zero,tree alone,temperature,empty prompt,bench text,bench rounds,"
     "bench twice,bench prompts,bench temperature,bench minus,bench alone"
 )
 

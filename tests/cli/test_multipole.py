@@ -89,14 +89,7 @@ def test_a_short_text_is_read_exactly(run, tiny_folder) -> None:
         (["--attention", "multipole:space=window"], r"space must be one of rotated, windowed, got 'window'"),
         (["--attention", "multipole:first=2"], "first must be at most 1, the last block of LlamaForCausalLM"),
         (["--budget", "4"], "--budget is for multipole attention: give --attention multipole too"),
-        (
-            ["--attention", "multipole", "--drafter", "lookup"],
-            "--attention can't be used with --drafter, which reads every token: leave it out",
-        ),
-        (
-            ["--attention", "multipole", "--image", "a.png"],
-            "generate image has no option --attention: it belongs to quickmerge generate text",
-        ),
+        (["--budget", "4", "--image", "a.png"], "--budget is for multipole attention: give --attention multipole too"),
         (["--attention", "multipole", "--keep", "2"], r"--keep must be a number in \(0, 1\], got 2"),
     ],
 )

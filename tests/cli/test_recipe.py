@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vlm_samples
 
 import quickmerge as qm
 
@@ -37,3 +38,96 @@ def test_check_says_that_it_fits_or_exits_with_one_sentence(
     (recipe / "recipe.json").write_text("{")
     code, out, err = run("recipe", "check", recipe, "--model", tiny_folder)
     assert code == 2 and "can't be understood" in err
+
+
+# Commands that answer by a recipe, make one of their options, or save it --------------------------------------------
+
+FAST = ["--max-new-tokens", 6, "--prompt", "sea the sea"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "a.txt"
+    path.write_text("the sea " * 40, encoding="utf-8")
+    return path
+
+
+def test_a_saved_recipe_writes_the_same_answer(run: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    common = ["--model", tiny_folder, "--file", text, *FAST, "--json", tmp_path / "g.json"]
+    options = ["--keep", 0.3, "--layer", 1, "--min-tokens", 0, "--attention", "multipole:sink=2:interval=4"]
+    code, out, err = run("generate", *common, *options, "--save-recipe", tmp_path / "made")
+    assert code == 0, err
+    first = json.loads((tmp_path / "g.json").read_text())
+    made = qm.Recipe.from_pretrained(tmp_path / "made")
+    assert made == qm.Recipe(
+        merge=qm.Merge(qm.QuickMerge(keep=0.3), 1, qm.Prefix(min_tokens=0)),
+        attention=qm.Multipole(sink=2, interval=4),
+    )
+    assert first["recipe"] == made.as_dict()
+    code, again, err = run("generate", *common, "--recipe", tmp_path / "made", "--compare")
+    assert code == 0, err
+    assert again.startswith(f"== recipe ==\n{out.strip()}\n") and "== plain ==" in again
+    assert "x as fast a token" in err and "merge: QuickMerge(keep=0.3" in err and "attention: multipole:" in err
+    second = json.loads((tmp_path / "g.json").read_text())
+    assert second["recipe"] == first["recipe"]
+    read = second["by_recipe"]
+    assert read["merge"]["tokens_per_layer"] == first["multipole"]["tokens_per_layer"] and read["tokens"] <= 6
+    assert second["plain"]["tokens_per_layer"][1] > read["merge"]["tokens_per_layer"][1]
+
+
+def test_a_drafter_is_saved_as_a_recipe_and_read_again(run: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    common = ["--model", tiny_folder, "--file", text, *FAST, "--json", tmp_path / "g.json", "--compare"]
+    code, out, err = run(
+        "generate", *common, "--drafter", "lookup:ngram=2", "--tree", 4, "--save-recipe", tmp_path / "m"
+    )
+    assert code == 0, err
+    assert (
+        json.loads((tmp_path / "g.json").read_text())["recipe"] == qm.Recipe.from_pretrained(tmp_path / "m").as_dict()
+    )
+    code, again, err = run("generate", *common, "--recipe", tmp_path / "m" / "recipe.json")
+    assert code == 0, err
+    assert "recipe against plain: " in err and "the same text, token for token" in err
+    assert json.loads((tmp_path / "g.json").read_text())["by_recipe"]["decoding"]["lossless"]
+    assert out.replace("== drafted ==", "== recipe ==") == again
+
+
+def test_images_are_read_by_options_together_and_by_a_recipe(run: Any, photos: Path, tmp_path: Path) -> None:
+    vlm = vlm_samples.save(tmp_path / "vlm")
+    data, photo = tmp_path / "g.json", photos / "left" / "0.png"
+    common = ["--model", vlm, "--max-new-tokens", 3, "--prompt", "what colour is it ?", "--json", data]
+    code, out, err = run("generate", "--image", photo, *common, "--tokens", 5, "--attention", "multipole", "--compare",
+                         "--save-recipe", tmp_path / "made")  # fmt: skip
+    assert code == 0, err
+    assert "16 tokens of 1 image(s), 5 kept" in err and "too few to cluster" in err
+    found = json.loads(data.read_text())
+    made = qm.Recipe(visual=qm.SCOPE(keep=qm.Count(5)), attention=qm.Multipole())
+    assert found["recipe"] == made.as_dict() and qm.Recipe.from_pretrained(tmp_path / "made") == made
+    assert found["by_recipe"]["visual"]["visual_kept"] == 5
+    code, again, err = run("generate", "--image", photo, *common, "--recipe", tmp_path / "made", "--compare")
+    assert code == 0 and again == out, err
+    code, _, err = run("generate", "--image", photo, *common, "--drafter", "lookup")
+    assert code == 0, err
+    assert "visual" not in json.loads(data.read_text())["recipe"]
+
+
+WRONG = [
+    (["--recipe", "made", "--keep", 0.4], "--keep can't be used with --recipe, which says all that is done"),
+    (["--recipe", "made", "--drafter", "lookup"], "--drafter can't be used with --recipe"),
+    (
+        ["--recipe", "nowhere"],
+        "recipe must be a folder with recipe.json, or a .json or .yaml file, got nowhere",
+    ),
+    (["--tree", 4], "--tree is for drafted tokens: give --drafter too"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_wrong_options_are_one_sentence(run: Any, tiny_folder: Path, options: list[Any], message: str) -> None:
+    code, out, err = run("generate", "--model", tiny_folder, *FAST, *options)
+    assert code == 2 and out == "" and message in err and err.strip().count("\n") == 0, err
+
+
+def test_a_recipe_that_does_not_fit_is_one_sentence(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    qm.Recipe(tower=qm.ToMe()).save_pretrained(tmp_path / "tower")
+    code, out, err = run("generate", "--model", tiny_folder, *FAST, "--recipe", tmp_path / "tower")
+    assert code == 2 and out == "" and "tower must be left out for LlamaForCausalLM" in err

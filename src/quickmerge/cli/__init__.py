@@ -55,7 +55,6 @@ def _register() -> None:
     from quickmerge.calm import cli as calm
     from quickmerge.cli import generate, ls, train
     from quickmerge.merge.cli import bench, demo, plan, show
-    from quickmerge.merge.cli import vlm as images
     from quickmerge.recipe import cli as recipe
     from quickmerge.recognition import cli as recognition
     from quickmerge.speculative import cli as speculative
@@ -65,7 +64,7 @@ def _register() -> None:
 
     writes = choice("generate", "text", image="image")
     add(writes, "text", generate.text, generate.TEXT_EXAMPLE)
-    add(writes, "image", images.image, images.IMAGE_EXAMPLE)
+    add(writes, "image", generate.image, generate.IMAGE_EXAMPLE)
     add(writes, "calm", calm.generate, calm.GENERATE_EXAMPLE)
     app.add_typer(writes, help="Answer a prompt about a document or about images, which are read with fewer tokens.")
 

@@ -1,6 +1,6 @@
-"""``quickmerge generate text``: answer a prompt about a document by whatever makes that cheaper, alone or together.
+"""``quickmerge generate text`` and ``image``: answer a prompt by whatever makes that cheaper, alone or together.
 
-Here capabilities meet: merging, a prior, multipole attention and drafted tokens.
+Here capabilities meet: merging, a prior, multipole attention and drafted tokens, by options or by a recipe.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import typer
 from quickmerge.calm.cli import is_calm
 from quickmerge.console.answers import print_answers
 from quickmerge.console.options import (
-    CHEAPER,
     COMPARE,
     FEWER,
     JSON,
@@ -26,9 +25,11 @@ from quickmerge.console.options import (
     SAMPLE,
     SAMPLE_SEED,
     TEMPERATURE,
+    TOKENS,
     Alone,
     check_model,
     check_output,
+    check_text,
     load_writer,
     parse_layer,
     parse_question,
@@ -37,21 +38,45 @@ from quickmerge.console.options import (
     write_json,
 )
 from quickmerge.errors import QuickmergeError
-from quickmerge.merge.cli.options import add_prior, parse_reducer
+from quickmerge.merge.cli.options import add_prior, parse_budget, parse_reducer
+from quickmerge.merge.cli.vlm import check_vlm, load_vlm
 from quickmerge.multipole.cli import NAME as MULTIPOLE
-from quickmerge.multipole.cli import parse_attention
+from quickmerge.recipe.options import (
+    ATTENTION,
+    BUDGET,
+    DRAFTER,
+    RECIPE,
+    SAVE_RECIPE,
+    TREE,
+    check_alone,
+    check_folder,
+    check_helpers,
+    given_names,
+    load_recipe,
+    make_recipe,
+    record,
+    save_recipe,
+)
 from quickmerge.speculative.cli import generate_drafter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from quickmerge.merge.bench.answer import Answer
-    from quickmerge.merge.reducers import Reducer
+    from quickmerge.recipe import Recipe
+    from quickmerge.recipe.answer import RecipeAnswer
 
 TEXT_EXAMPLE = (
     'Example: quickmerge generate text report.txt --prompt "Summarise." --keep 0.4 --compare; '
     'quickmerge generate text report.txt --prompt "Summarise." --drafter lookup'
 )
+IMAGE_EXAMPLE = (
+    'Example: quickmerge generate image photo.jpg --model runs/vlm --reducer scope --tokens 64 --prompt "What is this?"'
+)
 SHARE = 0.4
-"""Of the tokens that is kept where nobody says."""
+"""Of the tokens of a text that is kept where nobody says."""
+IMAGE_SHARE = 0.25
+"""The same of visual tokens."""
 
 
 def text(
@@ -71,37 +96,11 @@ def text(
     layer: LAYER = None,
     prior: PRIOR = None,
     min_tokens: MIN_TOKENS = None,
-    attention: Annotated[
-        str | None,
-        typer.Option(
-            "--attention",
-            help="multipole: read the past by its clusters; settings follow.",
-            rich_help_panel=CHEAPER,
-        ),
-    ] = None,
-    budget: Annotated[
-        int | None,
-        typer.Option(
-            "--budget",
-            min=0,
-            help="Tokens of clusters read exactly. Default: 512.",
-            rich_help_panel=CHEAPER,
-        ),
-    ] = None,
-    drafter: Annotated[
-        str | None,
-        typer.Option(
-            "--drafter",
-            help="lookup, smollm2-135m (its heads), or a folder of train gumiho.",
-            rich_help_panel=CHEAPER,
-        ),
-    ] = None,
-    tree: Annotated[
-        str | None,
-        typer.Option(
-            "--tree", help="Drafted tokens that a pass reads: a number. Default: auto.", rich_help_panel=CHEAPER
-        ),
-    ] = None,
+    attention: ATTENTION = None,
+    budget: BUDGET = None,
+    drafter: DRAFTER = None,
+    tree: TREE = None,
+    recipe: RECIPE = None,
     max_new_tokens: MAX_NEW_TOKENS = 128,
     sample: SAMPLE = False,
     temperature: TEMPERATURE = None,
@@ -109,58 +108,198 @@ def text(
     compare: COMPARE = False,
     raw: RAW = False,
     json: JSON = None,
+    save: SAVE_RECIPE = None,
 ) -> None:
-    """Answer a prompt about a document: with fewer tokens, or tokens that cost less (--attention, --drafter)."""
+    """Answer a prompt about a document: with fewer tokens, or tokens that cost less, or all of it together."""
     from quickmerge.models.chat import question
 
     if is_calm(model):
         raise QuickmergeError(f"{model} is a CALM: let it write with quickmerge generate calm")
     sample, temperature = parse_sampling(sample, temperature, seed)
     merging = {"--reducer": reducer, "--keep": keep, "--layer": layer, "--prior": prior, "--min-tokens": min_tokens}
-    merged = [option for option, value in merging.items() if value is not None]
-    if drafter is not None:
-        if merged or attention is not None:
-            raise QuickmergeError(
-                f"{(merged or ['--attention'])[0]} can't be used with --drafter, which reads every token: leave it out"
-            )
+    cheaper = {"--attention": attention, "--budget": budget, "--drafter": drafter, "--tree": tree}
+    merged = given_names(merging)
+    check_alone(recipe, given_names({**merging, **cheaper}))
+    check_helpers(attention, budget, drafter, tree)
+    check_folder(save)
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "sample": sample, "temperature": temperature, "seed": seed
+    }  # fmt: skip
+
+    if drafter is not None and attention is None and not merged:
+
+        def drafted(drafts: Any, nodes: int | str) -> dict[str, Any]:
+            from quickmerge.recipe import Recipe, Speculation
+
+            made = Recipe(decoding=Speculation(drafts, tree=nodes))
+            save_recipe(save, made)
+            return {} if json is None else record(made)
+
         generate_drafter(
-            drafter, tree, file, prompt, model, max_new_tokens=max_new_tokens, sample=sample, temperature=temperature,
-            seed=seed, compare=compare, raw=raw, json=json,
-        )  # fmt: skip
+            drafter, tree, file, prompt, model, **settings, compare=compare, raw=raw, json=json, record=drafted
+        )
         return
-    if tree is not None:
-        raise QuickmergeError("--tree is for drafted tokens: give --drafter too")
-    if budget is not None and attention is None:
-        raise QuickmergeError("--budget is for multipole attention: give --attention multipole too")
     check_output(json)
     depth = parse_layer(layer)
     document, prompt = parse_question(prompt, file)
     check_model(model, question(document, prompt))
     # what takes seconds to import comes after what can be told at once
+    made = load_recipe(recipe) if recipe is not None else None
+    if made is None:
+        method = None
+        if attention is None or merged:
+            method = parse_reducer(reducer or "quickmerge", SHARE if keep is None else keep)
+            method = method if prior is None else add_prior(method, prior)
+        made = make_recipe(
+            merge=None if method is None else _place(method, depth, min_tokens), attention=attention, budget=budget,
+            drafter=drafter, tree=tree,
+        )  # fmt: skip
+    lm, tokenizer = load_writer(model)
+    alone = Alone.writing(lm, tokenizer)
+    if recipe is not None or drafter is not None:
+        from quickmerge.recipe.answer import answer
+
+        def ask(way: Recipe | None) -> RecipeAnswer:
+            return answer(lm, tokenizer, document, prompt, way, **settings)
+
+        told = _answer(made, compare, ask, raw=raw, alone=alone)
+        extra: dict[str, Any] = {"prompt": prompt, "sample": sample, "temperature": temperature}
+    else:
+        told, extra = _merged(made, lm, tokenizer, document, prompt, depth, compare, raw, min_tokens, settings, alone)
+    save_recipe(save, made)
+    if json is not None:
+        write_json(json, {"model": model, **record(made), **extra, **told})
+
+
+def _place(method: Any, depth: Any, min_tokens: int | None) -> Any:
+    from quickmerge.console.options import one_sentence
+    from quickmerge.merge.place import Merge
+    from quickmerge.merge.text.modes import Prefix
+
+    with one_sentence():
+        return Merge(method, depth, None if min_tokens is None else Prefix(min_tokens=min_tokens))
+
+
+def _answer(
+    recipe: Recipe, compare: bool, ask: Callable[[Any], RecipeAnswer], *, raw: bool, alone: Alone
+) -> dict[str, Any]:
+    """Answer by a recipe, and by the model alone where that is wanted; what both say, for JSON."""
+    from quickmerge.recipe.answer import compared
+    from quickmerge.terminal import Terminal
+
+    found = print_answers(recipe, compare, ask, names=("recipe", "plain"), raw=raw, alone=alone)
+    if compare:
+        print(compared(found["recipe"], found["plain"]), file=Terminal(stderr=True).file)
+    return {{"recipe": "by_recipe"}.get(name, name): each.as_dict() for name, each in found.items()}
+
+
+def _merged(
+    recipe: Recipe, lm: Any, tokenizer: Any, document: str, prompt: str, depth: Any, compare: bool, raw: bool,
+    min_tokens: int | None, writing: dict[str, Any], alone: Alone,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Answer with fewer tokens, with multipole attention, or both."""
     from quickmerge.merge.bench.answer import answer
+    from quickmerge.merge.place import Merge
     from quickmerge.multipole import multipole
 
-    settings = None if attention is None else parse_attention(attention, budget)
-    method: Reducer | None = None
-    if settings is None or merged:
-        method = parse_reducer(reducer or "quickmerge", SHARE if keep is None else keep)
-        method = method if prior is None else add_prior(method, prior)
-    lm, tokenizer = load_writer(model)
+    settings = recipe.attention
+    method = recipe.merge.reducer if isinstance(recipe.merge, Merge) else None
 
     def ask(way: Any) -> Answer:
         return answer(
             lm, tokenizer, document, prompt, None if way is None else method, depth,
-            attention=None if way is None or settings is None else multipole(lm, settings),
-            max_new_tokens=max_new_tokens, sample=sample, temperature=temperature, seed=seed,
+            attention=None if way is None or settings is None else multipole(lm, settings), **writing,
             **told_min_tokens(min_tokens),
         )  # fmt: skip
 
     results = print_answers(
         settings or method, compare, ask, lambda found: None if settings is None else str(found.attention),
-        ("reduced" if settings is None else MULTIPOLE, "full"), raw=raw, alone=Alone.writing(lm, tokenizer),
+        ("reduced" if settings is None else MULTIPOLE, "full"), raw=raw, alone=alone,
     )  # fmt: skip
-    write_json(json, {
-        "model": model, **({} if settings is None else {"attention": settings.label}),
+    extra = {
+        **({} if settings is None else {"attention": settings.label}),
         "reducer": None if method is None else method.label, "keep": None if method is None else method.keep,
-        "prompt": prompt, **{name: found.as_dict() for name, found in results.items()},
-    })  # fmt: skip
+        "prompt": prompt,
+    }  # fmt: skip
+    return {name: found.as_dict() for name, found in results.items()}, extra
+
+
+def image(
+    image: Annotated[list[Path], typer.Argument(help="Images that the prompt is about.", metavar="FILES")],
+    prompt: Annotated[str, typer.Option("--prompt", help="What to ask; never reduced.")],
+    model: Annotated[str, typer.Option("--model", help="A vision-language model: a folder or a Hugging Face id.")],
+    reducer: Annotated[
+        str | None,
+        typer.Option("--reducer", help="See quickmerge ls; settings follow. Default: scope.", rich_help_panel=FEWER),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            "--keep",
+            help=f"Share of the visual tokens kept, in (0, 1]. Default: {IMAGE_SHARE:g}.",
+            rich_help_panel=FEWER,
+        ),
+    ] = None,
+    tokens: TOKENS = None,
+    layer: LAYER = None,
+    attention: ATTENTION = None,
+    budget: BUDGET = None,
+    drafter: DRAFTER = None,
+    tree: TREE = None,
+    recipe: RECIPE = None,
+    max_new_tokens: MAX_NEW_TOKENS = 128,
+    sample: SAMPLE = False,
+    temperature: TEMPERATURE = None,
+    seed: SAMPLE_SEED = 0,
+    compare: COMPARE = False,
+    raw: RAW = False,
+    json: JSON = None,
+    save: SAVE_RECIPE = None,
+) -> None:
+    """Answer a prompt about images, of which a vision-language model reads fewer tokens, or tokens that cost less."""
+    sample, temperature = parse_sampling(sample, temperature, seed)
+    check_text("--prompt", prompt)
+    merging = {"--reducer": reducer, "--keep": keep, "--tokens": tokens, "--layer": layer}
+    cheaper = {"--attention": attention, "--budget": budget, "--drafter": drafter, "--tree": tree}
+    check_alone(recipe, given_names({**merging, **cheaper}))
+    check_helpers(attention, budget, drafter, tree)
+    check_output(json)
+    check_folder(save)
+    check_vlm(model, len(image), prompt)
+    # what takes seconds to import comes after what can be told at once
+    from quickmerge.datasets.images import open_image
+    from quickmerge.merge.bench.answer import answer_images as answer_reduced
+    from quickmerge.merge.bench.answer import clamped
+    from quickmerge.recipe.answer import answer_images
+
+    made, method, depth = load_recipe(recipe) if recipe is not None else None, None, None
+    if made is None:
+        if given_names(merging) or not given_names(cheaper):
+            method = parse_reducer(reducer or "scope", parse_budget(keep, tokens, IMAGE_SHARE), "visual")
+            depth = parse_layer(layer)
+        made = make_recipe(
+            visual=None if method is None else _place(method, depth, None), attention=attention, budget=budget,
+            drafter=drafter, tree=tree,
+        )  # fmt: skip
+    pictures = [open_image(path) for path in image]
+    vlm, processor = load_vlm(model)
+    alone = Alone.asked(vlm, processor, pictures[0])
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "sample": sample, "temperature": temperature, "seed": seed
+    }  # fmt: skip
+    extra: dict[str, Any] = {"prompt": prompt, "images": [path.name for path in image]}
+    if method is None or given_names(cheaper):
+        told = _answer(
+            made, compare, lambda way: answer_images(vlm, processor, pictures, prompt, way, **settings), raw=raw,
+            alone=alone,
+        )  # fmt: skip
+    else:
+        results = print_answers(
+            method, compare, lambda way: answer_reduced(vlm, processor, pictures, prompt, way, depth, **settings),
+            lambda found: None if tokens is None else clamped(tokens, found.visual), raw=raw, alone=alone,
+        )  # fmt: skip
+        told = {name: found.as_dict() for name, found in results.items()}
+        extra = {"reducer": method.label, "keep": keep, "tokens": tokens, **extra}
+    save_recipe(save, made)
+    if json is not None:
+        write_json(json, {"model": model, **record(made), **extra, **told})

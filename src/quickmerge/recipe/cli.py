@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +9,7 @@ import typer
 from quickmerge.console.options import JSON, check_output, load_model, one_sentence, quiet, write_json
 from quickmerge.errors import clean_name
 from quickmerge.merge.cli.vlm import is_vlm
+from quickmerge.recipe.options import load_recipe
 
 if TYPE_CHECKING:
     from quickmerge.recipe import Recipe
@@ -21,14 +21,6 @@ RECIPE = Annotated[str, typer.Argument(help="A folder of Recipe.save_pretrained,
 MODEL = Annotated[
     str, typer.Option("--model", help="A language, vision or vision-language model: a name, a folder, or a hub id.")
 ]
-
-
-def load_recipe(given: str) -> Recipe:
-    """The recipe that ``--recipe`` names."""
-    from quickmerge.recipe import Recipe
-
-    with one_sentence():
-        return Recipe.from_pretrained(Path(given).expanduser())
 
 
 def show(
@@ -50,13 +42,15 @@ def show(
     write_json(json, {**told.as_dict(), "model": model, "recipe": given.as_dict()})
 
 
-def check(recipe: RECIPE, model: MODEL = "smollm2-135m") -> None:
+def check(recipe: RECIPE, model: MODEL = "smollm2-135m", json: JSON = None) -> None:
     """Whether all of a recipe can be done to a model together; it is loaded, since trained parts are made for one."""
+    check_output(json)
     given = load_recipe(recipe)
     lm = _load(model, given, shapes=False)
     with one_sentence():
         given.check(lm)
     print(f"{clean_name(recipe)} fits {clean_name(model)}: {given.label}")
+    write_json(json, {"model": model, "recipe": given.as_dict(), "fits": True})
 
 
 def _load(name: str, recipe: Recipe, *, shapes: bool) -> Any:

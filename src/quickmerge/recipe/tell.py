@@ -345,7 +345,7 @@ def _left(keep: Any, tokens: int, stage: int = 1) -> float:
 
 
 def _patches_left(keep: Any, before: float, tokens: int, prefix: int, stage: int) -> float:
-    """The same of an image's tokens: a bare number is a share of its patches, a `Ratio` of all that are there by now."""
+    """The same of an image's tokens: a bare number is a share of its patches, a `Ratio` of what is left by now."""
     if isinstance(keep, (Count, Ratio)):
         return max(_left(keep, round(before)), float(prefix), 1.0)
     return float(prefix + max(1, int((tokens - prefix) * keep**stage + 1e-9)))

@@ -28,6 +28,8 @@ from quickmerge.console.options import (
 from quickmerge.errors import QuickmergeError, near_match
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from quickmerge.bench.harness import Arm
     from quickmerge.datasets.prompts import Prompt
     from quickmerge.speculative import Drafter
@@ -53,8 +55,12 @@ def generate_drafter(
     compare: bool,
     raw: bool,
     json: Path | None,
+    record: Callable[[Drafter, int | str], dict[str, Any]] = lambda drafter, tree: {},
 ) -> None:
-    """Print the answer, and on stderr how many tokens per forward pass of the model gave."""
+    """Print the answer, and on stderr how many tokens per forward pass of the model gave.
+
+    ``record`` is told the drafter and its tree once the answer is there, and says what else the JSON holds.
+    """
     from quickmerge.models.chat import question
 
     check_output(json)
@@ -65,7 +71,8 @@ def generate_drafter(
     from quickmerge.speculative.bench import PLAIN, draft_arm, prepare, prompt_ids, write
     from quickmerge.terminal import Terminal
 
-    arm = draft_arm(drafter_name(drafter), load_drafter(drafter), nodes)
+    drafts = load_drafter(drafter)
+    arm = draft_arm(drafter_name(drafter), drafts, nodes)
     lm, tokenizer = load_writer(model)
     alone, errors = Alone.writing(lm, tokenizer), Terminal(stderr=True)
     with errors.status("measuring what a pass costs (once)"), one_sentence(alone):
@@ -82,8 +89,9 @@ def generate_drafter(
     results = print_answers(arm, compare, ask, names=("drafted", "plain"), raw=raw, alone=alone)
     if compare:
         print(_compared(results["drafted"], results["plain"]), file=errors.file)
+    more = record(drafts, nodes)
     write_json(json, {
-        "model": model, "drafter": arm.name, "tree": nodes, "prompt": prompt, "sample": sample,
+        "model": model, **more, "drafter": arm.name, "tree": nodes, "prompt": prompt, "sample": sample,
         "temperature": temperature, **{name: found.as_dict() for name, found in results.items()},
     })  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,17 +65,7 @@ def answer(
     full. ``reducer=None`` reads everything, through the same code. ``attention`` is a run of `quickmerge.multipole` on
     this model: the answer's tokens read the rest by its clusters.
     """
-    text, where = document_chat(tokenizer, document, prompt)
-    check_room(model, tokenizer, "the text", text, max_new_tokens)
-    encoded = tokenizer(text, return_tensors="pt", return_offsets_mapping=True, add_special_tokens=False)
-    ids = encoded["input_ids"].to(model.device)
-    check_fits(model, "the text", ids, max_new_tokens)
-    start, end = encoded.pop("offset_mapping")[0].unbind(-1)
-    inside = (start >= where.start) & (end <= where.stop)
-
-    def protect(_: Tensor) -> Tensor:
-        return (~inside).to(ids.device).expand_as(ids) if document else torch.zeros_like(ids, dtype=torch.bool)
-
+    ids, protect = question_ids(model, tokenizer, document, prompt, max_new_tokens)
     run: Run = observe(model)
     if reducer is not None:
         mode = Prefix(protect=protect, recent=1 if document else 16, min_tokens=min_tokens)
@@ -87,6 +77,30 @@ def answer(
     )  # fmt: skip
     plan = getattr(run, "main_plan", None)
     return Answer(text, ids, seconds, run.summary(), plan, None if attention is None else attention.summary())
+
+
+def question_ids(
+    model: Any, tokenizer: Any, document: str, prompt: str, max_new_tokens: int
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """A prompt about a document through the chat template: its ids ``(1, N)``, and what marks all but the document.
+
+    The function is for `Prefix.protect`. With no document nothing is marked.
+
+    Raises:
+        QuickmergeError: they and ``max_new_tokens`` more are longer than the model's positions.
+    """
+    text, where = document_chat(tokenizer, document, prompt)
+    check_room(model, tokenizer, "the text", text, max_new_tokens)
+    encoded = tokenizer(text, return_tensors="pt", return_offsets_mapping=True, add_special_tokens=False)
+    ids: Tensor = encoded["input_ids"].to(model.device)
+    check_fits(model, "the text", ids, max_new_tokens)
+    start, end = encoded.pop("offset_mapping")[0].unbind(-1)
+    inside = (start >= where.start) & (end <= where.stop)
+
+    def protect(_: Tensor) -> Tensor:
+        return (~inside).to(ids.device).expand_as(ids) if document else torch.zeros_like(ids, dtype=torch.bool)
+
+    return ids, protect
 
 
 @contextmanager
@@ -121,6 +135,24 @@ def respond(
         temperature: of the sampling; None leaves it to the model's generation config.
         seed: for that.
     """
+    out, seconds, _ = written(
+        model, tokenizer, inputs, run, max_new_tokens=max_new_tokens, sample=sample, temperature=temperature, seed=seed
+    )
+    return tokenizer.decode(out, skip_special_tokens=True).strip(), seconds
+
+
+def written(
+    model: Any,
+    tokenizer: Any,
+    inputs: Mapping[str, Any],
+    run: Any,
+    *,
+    max_new_tokens: int,
+    sample: bool,
+    temperature: float | None = None,
+    seed: int,
+) -> tuple[Tensor, float, float]:
+    """The same: the ids ``(n,)`` of the answer, seconds to the first of them, and seconds to the last."""
     if temperature is not None:
         check_temperature("temperature", temperature)
     torch.manual_seed(seed)
@@ -134,7 +166,8 @@ def respond(
             pad_token_id=tokenizer.pad_token_id,
             stopping_criteria=[clock],
         )
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(), clock.seconds
+    seconds = time.perf_counter() - clock.began
+    return out[0, inputs["input_ids"].shape[1] :], clock.seconds, seconds
 
 
 class FirstToken:

@@ -1,0 +1,128 @@
+"""One answer by a recipe, about a document or about images, with what it cost; and one by the model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from quickmerge.bench.quality import check_fits
+from quickmerge.merge.bench.answer import question_ids, written
+from quickmerge.merge.place import Merge
+from quickmerge.merge.run import ObserveRun, observe
+from quickmerge.merge.text.modes import Prefix
+from quickmerge.models.load_vision import ask_inputs
+from quickmerge.recipe.recipe import Recipe, apply
+from quickmerge.recipe.run import RecipeRun, RecipeStats
+
+__all__ = ["RecipeAnswer", "answer", "answer_images", "compared"]
+
+
+@dataclass(frozen=True)
+class RecipeAnswer:
+    """An answer and what it took.
+
+    Attributes:
+        text: the answer.
+        ids: ``(n,)`` its tokens, the one that ends it included.
+        ttft_seconds: to the first of them; tokenizing left out.
+        seconds: to the last of them.
+        stats: what the recipe says of itself, or of the model alone what was counted of it.
+    """
+
+    text: str
+    ids: Tensor
+    ttft_seconds: float
+    seconds: float
+    stats: Any
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the answer has."""
+        return len(self.ids)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Text and numbers, for JSON."""
+        took = {"tokens": self.tokens, "ttft_seconds": self.ttft_seconds, "seconds": self.seconds}
+        return {"text": self.text, **took, **self.stats.as_dict()}
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    document: str,
+    prompt: str,
+    recipe: Recipe | None,
+    *,
+    max_new_tokens: int = 128,
+    sample: bool = False,
+    temperature: float | None = None,
+    seed: int = 0,
+) -> RecipeAnswer:
+    """Generate an answer to ``prompt`` about ``document`` by a recipe; None is the model alone, by the same code.
+
+    Where the recipe merges in prefix mode and protects nothing itself, only the document is merged: template and prompt
+    stay alone. With no document the prompt itself is.
+
+    Raises:
+        QuickmergeError: the text and the answer are too long for the model, or the recipe does not fit it.
+    """
+    ids, protect = question_ids(model, tokenizer, document, prompt, max_new_tokens)
+    if recipe is not None and isinstance(recipe.merge, Merge):
+        mode = Prefix() if recipe.merge.mode is None else recipe.merge.mode
+        if isinstance(mode, Prefix) and mode.protect is None and document:
+            recipe = replace(recipe, merge=replace(recipe.merge, mode=replace(mode, protect=protect, recent=1)))
+    inputs = {"input_ids": ids, "attention_mask": ids.new_ones(ids.shape)}
+    return _respond(
+        model,
+        tokenizer,
+        inputs,
+        recipe,
+        max_new_tokens=max_new_tokens,
+        sample=sample,
+        temperature=temperature,
+        seed=seed,
+    )
+
+
+def answer_images(
+    model: Any,
+    processor: Any,
+    images: Sequence[Image.Image],
+    prompt: str,
+    recipe: Recipe | None,
+    *,
+    max_new_tokens: int = 128,
+    sample: bool = False,
+    temperature: float | None = None,
+    seed: int = 0,
+) -> RecipeAnswer:
+    """The same about ``images``, all in one message. Seconds to the first token include the vision tower."""
+    inputs = ask_inputs(processor, list(images), prompt).to(model.device, model.dtype)
+    check_fits(model, "the images, the prompt", inputs["input_ids"], max_new_tokens)
+    return _respond(
+        model, processor.tokenizer, inputs, recipe, max_new_tokens=max_new_tokens, sample=sample,
+        temperature=temperature, seed=seed,
+    )  # fmt: skip
+
+
+def _respond(
+    model: Any, tokenizer: Any, inputs: Mapping[str, Any], recipe: Recipe | None, **settings: Any
+) -> RecipeAnswer:
+    run: RecipeRun | ObserveRun = observe(model) if recipe is None else apply(model, recipe)
+    ids, first, seconds = written(model, tokenizer, inputs, run, **settings)
+    text, stats = tokenizer.decode(ids, skip_special_tokens=True).strip(), run.summary()
+    # What a pass takes is measured once for each model, and not for this answer.
+    once = stats["decoding"].measure_seconds if isinstance(stats, RecipeStats) and "decoding" in stats else 0.0
+    return RecipeAnswer(text, ids.cpu(), first - once, seconds - once, stats)
+
+
+def compared(recipe: RecipeAnswer, plain: RecipeAnswer) -> str:
+    """A line on both answers: which was faster a token, and whether they are the same."""
+    pace = (plain.seconds / max(1, plain.tokens)) / (recipe.seconds / max(1, recipe.tokens))
+    same = recipe.ids.tolist() == plain.ids.tolist()
+    text = "the same text, token for token" if same else "another text"
+    return f"recipe against plain: {pace:.2f}x as fast a token, {text}"

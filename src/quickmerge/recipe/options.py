@@ -1,0 +1,127 @@
+"""Options of commands that make a recipe, take one, or save it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quickmerge.console.options import CHEAPER, FEWER, OUTPUT, one_sentence
+from quickmerge.errors import QuickmergeError
+from quickmerge.files import check_output
+
+if TYPE_CHECKING:
+    from quickmerge.recipe import Recipe
+
+__all__ = [
+    "ATTENTION", "BUDGET", "DRAFTER", "RECIPE", "SAVE_RECIPE", "TREE", "check_alone", "check_folder",
+    "check_helpers", "given_names",
+    "load_recipe", "make_recipe", "record", "save_recipe",
+]  # fmt: skip
+
+RECIPE = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", help="All that is done to the model: a folder of --save-recipe, or a file.", rich_help_panel=FEWER
+    ),
+]
+SAVE_RECIPE = Annotated[
+    Path | None,
+    typer.Option("--save-recipe", help="Save what was done to the model in this folder.", rich_help_panel=OUTPUT),
+]
+ATTENTION = Annotated[
+    str | None,
+    typer.Option(
+        "--attention", help="multipole: read the past by its clusters; settings follow.", rich_help_panel=CHEAPER
+    ),
+]
+BUDGET = Annotated[
+    int | None,
+    typer.Option("--budget", min=0, help="Tokens of clusters read exactly. Default: 512.", rich_help_panel=CHEAPER),
+]
+DRAFTER = Annotated[
+    str | None,
+    typer.Option(
+        "--drafter", help="lookup, smollm2-135m (its heads), or a folder of train gumiho.", rich_help_panel=CHEAPER
+    ),
+]
+TREE = Annotated[
+    str | None,
+    typer.Option("--tree", help="Drafted tokens that a pass reads: a number. Default: auto.", rich_help_panel=CHEAPER),
+]
+
+
+def given_names(options: Mapping[str, Any]) -> list[str]:
+    """The options that somebody gave, of all these by name; None is one that nobody gave."""
+    return [name for name, value in options.items() if value is not None]
+
+
+def check_alone(recipe: str | None, given: list[str]) -> None:
+    """Raise QuickmergeError where options stand beside ``--recipe`` that it says already."""
+    if recipe is not None and given:
+        raise QuickmergeError(f"{given[0]} can't be used with --recipe, which says all that is done: leave one out")
+
+
+def check_helpers(attention: str | None, budget: int | None, drafter: str | None, tree: str | None) -> None:
+    """Raise QuickmergeError for a setting of what was not asked for."""
+    if tree is not None and drafter is None:
+        raise QuickmergeError("--tree is for drafted tokens: give --drafter too")
+    if budget is not None and attention is None:
+        raise QuickmergeError("--budget is for multipole attention: give --attention multipole too")
+
+
+def load_recipe(given: str) -> Recipe:
+    """The recipe that ``--recipe`` names.
+
+    Raises:
+        QuickmergeError: there is none, or it can't be read.
+    """
+    from quickmerge.recipe import Recipe
+
+    with one_sentence():
+        return Recipe.from_pretrained(Path(given).expanduser())
+
+
+def make_recipe(
+    *, attention: str | None = None, budget: int | None = None, drafter: str | None = None, tree: str | None = None,
+    **places: Any,
+) -> Recipe:  # fmt: skip
+    """The recipe that options say.
+
+    Args:
+        attention: ``--attention``, with ``budget`` beside it.
+        budget: ``--budget``.
+        drafter: ``--drafter``, with ``tree`` beside it.
+        tree: ``--tree``.
+        **places: `Merge` by place, as those of `quickmerge.Recipe`; None is passed over.
+
+    Raises:
+        QuickmergeError: a setting is unknown or out of range.
+    """
+    from quickmerge.multipole.cli import parse_attention
+    from quickmerge.recipe import Recipe, Speculation
+    from quickmerge.speculative.cli import load_drafter, parse_tree
+
+    settings = None if attention is None else parse_attention(attention, budget)
+    with one_sentence():
+        decoding = None if drafter is None else Speculation(load_drafter(drafter), tree=parse_tree(tree))
+        return Recipe(**places, attention=settings, decoding=decoding)
+
+
+def save_recipe(folder: Path | None, recipe: Recipe) -> None:
+    """Save a recipe where ``--save-recipe`` says; None saves nothing."""
+    if folder is not None:
+        recipe.save_pretrained(folder)
+
+
+def check_folder(folder: Path | None) -> None:
+    """Before long work: make sure that a recipe can be saved there."""
+    if folder is not None:
+        check_output(folder / "recipe.json")
+
+
+def record(recipe: Recipe) -> dict[str, Any]:
+    """What a JSON of results holds of a recipe, so that whoever reads it can make them again."""
+    return {"recipe": recipe.as_dict()}
