@@ -105,6 +105,11 @@ def test_images_are_read_by_options_together_and_by_a_recipe(run: Any, photos: P
     assert found["by_recipe"]["visual"]["visual_kept"] == 5
     code, again, err = run("generate", "--image", photo, *common, "--recipe", tmp_path / "made", "--compare")
     assert code == 0 and again == out, err
+    fewer = ["--keep", 0.9, "--text-keep", 0.5, "--min-tokens", 0]
+    code, _, err = run("generate", "--image", photo, *common, *fewer)
+    assert code == 0, err
+    below, above = json.loads(data.read_text())["by_recipe"]["merge+visual"]["tokens_per_layer"]
+    assert above < below
     code, _, err = run("generate", "--image", photo, *common, "--drafter", "lookup")
     assert code == 0, err
     assert "visual" not in json.loads(data.read_text())["recipe"]
@@ -117,6 +122,7 @@ WRONG = [
         ["--recipe", "nowhere"],
         "recipe must be a folder with recipe.json, or a .json or .yaml file, got nowhere",
     ),
+    (["--image", "a.png", "--min-tokens", 4], "--min-tokens is for all tokens of the prompt: give --text-keep too"),
     (["--tree", 4], "--tree is for drafted tokens: give --drafter too"),
 ]
 

@@ -21,6 +21,7 @@ from transformers import ViTConfig, ViTModel
 
 import quickmerge as qm
 from quickmerge.errors import QuickmergeWarning
+from quickmerge.merge.attach import reduce_places
 
 TEXT = qm.Merge(qm.QuickMerge(keep=0.5), 2, qm.Prefix(min_tokens=0))
 CAUSAL = qm.Merge(qm.QuickMerge(keep=0.5, pool=1, merge=0), 1, qm.BlockCausal(chunk=8, window=4))
@@ -276,6 +277,22 @@ def test_visual_tokens_of_a_vision_language_model(family: str) -> None:
         found = vlm_zoo.write(model, inputs)
     assert torch.equal(found, wanted)
     assert run.summary()["visual"].visual_kept < run.summary()["visual"].visual_in
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_text_and_visual_tokens_of_a_vision_language_model(family: str) -> None:
+    model = vlm_zoo.model_of(family)
+    inputs = vlm_zoo.prompt(model, [[0], [1, 2]])
+    visual, text = qm.Merge(qm.ToMe(keep=0.5)), qm.Merge(qm.QuickMerge(keep=0.6), 2, qm.Prefix(min_tokens=0, recent=2))
+    with reduce_places(model, text=text, visual=visual):
+        wanted = vlm_zoo.write(model, inputs)
+    with qm.apply(model, qm.Recipe(merge=text, visual=visual, attention=ATTENTION)) as run:
+        vlm_zoo.write(model, inputs)
+    assert list(run.summary().of) == ["merge+visual", "attention"]
+    with qm.apply(model, qm.Recipe(merge=text, visual=visual)) as run:
+        assert torch.equal(vlm_zoo.write(model, inputs), wanted)
+    read = run.summary()["merge+visual"].tokens_per_layer
+    assert run.summary()["merge+visual"].tokens_in > read[0] == read[1] > read[2] == read[3]
 
 
 def test_speculation_and_multipole_of_a_vision_language_model() -> None:

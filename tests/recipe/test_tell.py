@@ -124,6 +124,19 @@ def test_visual_tokens(layer: Any, keep: Any) -> None:
     assert recipe.told(model, n).tokens_per_layer is None
 
 
+def test_text_above_visual_tokens() -> None:
+    model = vlm_zoo.model_of("llava")
+    inputs = vlm_zoo.prompt(model, [[1, 2]])
+    text = qm.Merge(qm.QuickMerge(keep=0.6), 2, qm.Prefix(min_tokens=0, recent=2))
+    recipe = qm.Recipe(merge=text, visual=qm.ToMe(keep=qm.Count(3)))
+    with qm.apply(model, recipe) as run:
+        vlm_zoo.write(model, inputs, 1)
+    stats = run.summary()["merge+visual"]
+    n, visual = inputs["input_ids"].shape[1], round(stats.visual_in)
+    one = qm.Recipe(merge=text, visual=qm.ToMe(keep=qm.Count(6)))  # of two images, each with a budget of its own
+    assert list(one.told(model, n, visual=visual).tokens_per_layer or ()) == stats.tokens_per_layer
+
+
 def vit() -> Any:
     sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
     torch.manual_seed(0)

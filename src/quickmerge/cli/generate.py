@@ -242,6 +242,13 @@ def image(
     ] = None,
     tokens: TOKENS = None,
     layer: LAYER = None,
+    text_keep: Annotated[
+        float | None,
+        typer.Option(
+            "--text-keep", help="Share of all tokens kept higher up in the language model.", rich_help_panel=FEWER
+        ),
+    ] = None,
+    min_tokens: MIN_TOKENS = None,
     attention: ATTENTION = None,
     budget: BUDGET = None,
     drafter: DRAFTER = None,
@@ -260,9 +267,14 @@ def image(
     sample, temperature = parse_sampling(sample, temperature, seed)
     check_text("--prompt", prompt)
     merging = {"--reducer": reducer, "--keep": keep, "--tokens": tokens, "--layer": layer}
-    cheaper = {"--attention": attention, "--budget": budget, "--drafter": drafter, "--tree": tree}
+    cheaper = {
+        "--text-keep": text_keep, "--min-tokens": min_tokens, "--attention": attention, "--budget": budget,
+        "--drafter": drafter, "--tree": tree,
+    }  # fmt: skip
     check_alone(recipe, given_names({**merging, **cheaper}))
     check_helpers(attention, budget, drafter, tree)
+    if min_tokens is not None and text_keep is None:
+        raise QuickmergeError("--min-tokens is for all tokens of the prompt: give --text-keep too")
     check_output(json)
     check_folder(save)
     check_vlm(model, len(image), prompt)
@@ -277,9 +289,10 @@ def image(
         if given_names(merging) or not given_names(cheaper):
             method = parse_reducer(reducer or "scope", parse_budget(keep, tokens, IMAGE_SHARE), "visual")
             depth = parse_layer(layer)
+        words = None if text_keep is None else _place(parse_reducer("quickmerge", text_keep), None, min_tokens)
         made = make_recipe(
-            visual=None if method is None else _place(method, depth, None), attention=attention, budget=budget,
-            drafter=drafter, tree=tree,
+            merge=words, visual=None if method is None else _place(method, depth, None), attention=attention,
+            budget=budget, drafter=drafter, tree=tree,
         )  # fmt: skip
     pictures = [open_image(path) for path in image]
     vlm, processor = load_vlm(model)

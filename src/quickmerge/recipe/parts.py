@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from quickmerge.errors import UnsupportedModelError
-from quickmerge.merge.attach import reduce
+from quickmerge.merge.attach import reduce_places
 from quickmerge.merge.place import Merge
 from quickmerge.models.attachment import Attachment
 from quickmerge.models.encoder import holds_encoder, holds_timm
 from quickmerge.models.vlm import check_kind, holds_vlm, unwrapped
 from quickmerge.multipole.run import multipole
-from quickmerge.recipe.ingredients import Ingredients
+from quickmerge.recipe.ingredients import PLACES, Ingredients
 from quickmerge.recipe.speculation import SpeculationRun
 
 __all__ = ["check_places", "parts"]
@@ -42,20 +42,18 @@ def parts(model: Any, recipe: Ingredients) -> dict[str, Attachment]:
 
 
 def _merging(model: Any, merges: dict[str, Merge]) -> dict[str, Attachment]:
-    """The runs in which tokens become fewer."""
+    """The run in which tokens become fewer, one for all places, by their names."""
     check_places(model, merges)
-    return {
-        name: reduce(
-            model, merge.reducer, merge.layer, mode=merge.mode, unmerge=merge.unmerge, positions=merge.positions
-        )
-        for name, merge in merges.items()
-    }
+    if not merges:
+        return {}
+    return {"+".join(merges): reduce_places(model, **{PLACES[name]: merge for name, merge in merges.items()})}
 
 
 def check_places(model: Any, merges: Mapping[str, Merge]) -> None:
-    """Raise UnsupportedModelError for a place that the model does not have."""
+    """Raise UnsupportedModelError for a place that the model does not have, by the name that a recipe gives it."""
     if holds_vlm(model):
-        kind, have = "a vision-language model, whose visual tokens alone can be reduced", ("visual",)
+        have: tuple[str, ...] = ("merge", "visual")
+        kind = "a vision-language model"
     elif holds_encoder(model) or holds_timm(model):
         kind, have = "a vision transformer", ("tower",)
     else:

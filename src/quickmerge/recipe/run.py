@@ -15,7 +15,8 @@ __all__ = ["RecipeRun", "RecipeStats"]
 class RecipeStats:
     """What each ingredient says of the last prompt and of what was generated since, by the argument that asked for it.
 
-    Prints as a few lines for each. ``["merge"]`` are `quickmerge.merge.run.RunStats`, ``["attention"]``
+    Prints as a few lines for each. Where several places of a vision-language model become fewer, one run counts them,
+    ``["merge+visual"]``. ``["merge"]`` are `quickmerge.merge.run.RunStats`, ``["attention"]``
     `quickmerge.multipole.MultipoleStats` and ``["decoding"]`` `quickmerge.speculative.Stats`, of the last ``generate``.
     """
 
