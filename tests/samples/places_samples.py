@@ -38,18 +38,36 @@ COMBINATIONS: dict[str, dict[str, Merge]] = {
 MODELS: dict[str, Any] = {}
 
 
-def double(family: str) -> Any:
+def double(family: str, **own: Any) -> Any:
     """A model in float64 that is built once."""
-    if family not in MODELS:
-        MODELS[family] = build(family).double()
-    return MODELS[family]
+    key = str((family, own))
+    if key not in MODELS:
+        MODELS[key] = build(family, **own).double()
+    return MODELS[key]
+
+
+def doubled(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A prompt whose pixels are float64."""
+    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 @torch.no_grad()
-def by_hand(model: Any, inputs: dict[str, Any], run: Any, merges: dict[str, Merge], extra: Tensor) -> Tensor:
-    """Logits of one row without padding, and of ``extra (1, t)`` tokens behind it, by a run's plans."""
+def by_hand(
+    model: Any,
+    inputs: dict[str, Any],
+    run: Any,
+    merges: dict[str, Merge],
+    extra: Tensor,
+    visual: dict[int, Tensor] | None = None,
+) -> Tensor:
+    """Logits of one row without padding, and of ``extra (1, t)`` tokens behind it, by a run's plans.
+
+    ``visual`` are features of the columns that a merged tower has changed.
+    """
     text, dense = text_of(model), entering(model, inputs)
-    x, n = dense["inputs_embeds"][0], dense["inputs_embeds"].shape[1]
+    x, n = dense["inputs_embeds"][0].clone(), dense["inputs_embeds"].shape[1]
+    for column, features in (visual or {}).items():
+        x[column] = features
     place = dense.get("position_ids")
     place = torch.arange(n)[None] if place is None else place
     place = place[1:] if place.shape[0] == 4 else place
@@ -70,7 +88,10 @@ def by_hand(model: Any, inputs: dict[str, Any], run: Any, merges: dict[str, Merg
                     into[slot, j] = plan.weight[0, j]
             mean, members = into @ votes, (into > 0).double() @ votes
             which = "visual" if "visual" in merges and index in run.visual_stages else "text"
-            votes = members if merges[which].reducer.proportional else mean
+            if index == 0 and "tower" in merges:
+                votes = plan.size[0].double()  # of methods that count a slot as its size, or merge nothing
+            else:
+                votes = members if merges[which].reducer.proportional else mean
             x = torch.cat([into @ x[:n], x[n:]])
             lows = [into @ low for low in lows] if index == 0 else lows
             columns = plan.position[0]

@@ -94,12 +94,15 @@ class VisualStats(RunStats):
 
     ``images`` is how many images and videos the prompt held (tiles, where a model cuts images up beforehand), 0
     where nobody told them apart.
-    ``tower_seconds`` is the vision tower, measuring inside; ``reducer_seconds`` counts the measuring too.
+    ``tower_tokens`` is how many tokens of an image, or of a crop of one, are left after each block of the vision tower,
+    where they are merged there. ``tower_seconds`` is the vision tower, measuring inside; ``reducer_seconds`` counts the
+    measuring too.
     """
 
     images: int = 0
     visual_in: float = 0.0
     visual_kept: float = 0.0
+    tower_tokens: list[float] = field(default_factory=list)
     tower_seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -108,7 +111,10 @@ class VisualStats(RunStats):
         first, *rest = super().__str__().split("\n")
         of = f" of {self.images} image(s)" if self.images else ""
         seen = f"  visual:  {self.visual_in:g} tokens{of}, {self.visual_kept:g} kept"
-        return "\n".join([first, seen, *rest[:1], f"  tower:   {self.tower_seconds:.3f} s", *rest[1:]])
+        tower = f"  tower:   {self.tower_seconds:.3f} s"
+        if self.tower_tokens:
+            tower += f", {left_after(self.tower_tokens)}"
+        return "\n".join([first, seen, *rest[:1], tower, *rest[1:]])
 
 
 @dataclass
@@ -137,12 +143,17 @@ class VisionStats:
     def __str__(self) -> str:
         if not self.tokens_per_block:
             return f"{self.reducer}: nothing has been read yet"
-        runs = layer_runs(self.tokens_per_block)
-        left = ", ".join(f"{n:g} after blocks {a}-{b}" if a != b else f"{n:g} after block {a}" for a, b, n in runs)
+        left = left_after(self.tokens_per_block)
         share = self.tokens_kept / self.tokens_in
         return (
             f"{self.reducer}, {self.tokens_in} tokens in\n  left: {left}\n  mean: {self.tokens_kept:.1f}, {share:.0%}"
         )
+
+
+def left_after(counts: Sequence[float]) -> str:
+    """How many tokens are left after which blocks of a vision transformer, in words."""
+    runs = layer_runs(counts)
+    return ", ".join(f"{n:g} after blocks {a}-{b}" if a != b else f"{n:g} after block {a}" for a, b, n in runs)
 
 
 def layer_runs(counts: Sequence[float]) -> list[tuple[int, int, float]]:

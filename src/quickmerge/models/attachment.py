@@ -242,6 +242,8 @@ def detach(model: nn.Module) -> int:
             if run not in _ACTIVE:  # it belonged to one that was left before it
                 continue
             held = run._of()
+            if not run.attached:
+                continue  # it was part of another one that was left
             if held is not None and (held in parts or any(module is model for module in held.modules())):
                 run.detach()
                 left += 1

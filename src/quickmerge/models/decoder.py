@@ -142,6 +142,7 @@ class Watcher(Protocol):
 
     ``computes`` says that it takes the place of the model's function, and then reads ``key_size``, which
     `proportional_attention` hands on; ``shares`` that such a run may stand behind it. Both are False by default.
+    ``beside`` is another watcher, of the same run, that may stand in front of the same modules.
     """
 
     def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -199,6 +200,8 @@ def computes(watcher: object) -> bool:
 
 def _together(one: object, other: object) -> bool:
     """Whether two watchers, or watchers of two classes, may stand in front of one module."""
+    if getattr(one, "beside", None) is other or getattr(other, "beside", None) is one:
+        return True
     if computes(one) == computes(other):
         return False
     return bool(getattr(other if computes(one) else one, "shares", False))

@@ -130,6 +130,18 @@ def find_encoder(model: PreTrainedModel) -> Encoder:
     return Encoder(model, base, blocks, pooler if isinstance(pooler, nn.Module) else None)
 
 
+def read_encoder(base: PreTrainedModel) -> Encoder:
+    """The parts of a vision transformer that is no family of `VISION_FAMILIES`, but built like them: a tower of tiles.
+
+    Raises:
+        UnsupportedModelError: if there is no list of its blocks, or a block is not built as `Block` says.
+    """
+    name, stack = type(base).__name__, _stack(base)
+    if stack is None:
+        raise UnsupportedModelError(f"{name} has no list of its blocks where one was looked for")
+    return Encoder(base, base, tuple(_block(name, module) for module in stack), None)
+
+
 def holds_encoder(model: Any) -> bool:
     """True if ``model`` holds a vision transformer of one of the proven families and is no language model."""
     if not isinstance(model, PreTrainedModel):

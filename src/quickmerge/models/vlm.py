@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.models.compat import is_timm
 from quickmerge.models.decoder import FAMILIES, Decoder, check_attention, read_decoder
-from quickmerge.models.encoder import VISION_FAMILIES, Encoder, find_encoder, holds_encoder
+from quickmerge.models.encoder import VISION_FAMILIES, Encoder, find_encoder, holds_encoder, read_encoder
 
 TOWERS = ("clip_vision_model", "dinov2", "siglip_vision_model")
 """Vision towers that the tests prove inside LLaVA and LLaVA-NeXT."""
@@ -123,6 +123,21 @@ def find_vlm(model: PreTrainedModel, shared: bool = False) -> Vlm:
     block = max(getattr(tower.config, "fullatt_block_indexes", None) or [len(blocks) - 1])
     attention = getattr(blocks[block], "attn", None) or blocks[block].self_attn
     return Vlm(model, base, decoder, tower, attention, block, int(merge), None)
+
+
+def tower_encoder(vlm: Vlm) -> Encoder:
+    """The parts of a model's vision tower, for merging inside it.
+
+    Raises:
+        UnsupportedModelError: for a packed tower.
+    """
+    if vlm.family.layout == "packed":
+        raise UnsupportedModelError(
+            f"tower must be None for {type(vlm.model).__name__}, whose vision tower reads the patches of all images in "
+            "one packed sequence and joins neighbours to squares: they can't be merged one by one; reduce its visual "
+            "tokens instead"
+        )
+    return read_encoder(vlm.tower) if vlm.encoder is None else vlm.encoder
 
 
 def find_vlm_decoder(model: PreTrainedModel) -> Decoder:

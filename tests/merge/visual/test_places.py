@@ -10,7 +10,7 @@ import torch
 from caches import held, past
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from places_samples import COMBINATIONS, SHORT, by_hand, double, merge_of
+from places_samples import COMBINATIONS, SHORT, by_hand, double, doubled, merge_of
 from torch import Tensor
 from vlm_zoo import EOS, FAMILIES, FLAT, IMAGE, ROWS, VIDEO, build, model_of, prompt, row_of, text_of, write
 
@@ -36,8 +36,7 @@ def seen(model: Any, n: int) -> dict[str, Any]:
 def test_a_prompt_and_what_follows_equal_the_layers_called_by_hand(family: str, name: str) -> None:
     model, merges = double(family), COMBINATIONS[name]
     for i in (1, 2):  # two images, and none
-        inputs = row_of(model, ROWS, i)
-        inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+        inputs = doubled(row_of(model, ROWS, i))
         n = inputs["input_ids"].shape[1]
         if family not in FLAT:
             model.model.rope_deltas = None  # of the prompt before, which words alone don't change
@@ -108,7 +107,7 @@ def test_laws_hold_for_any_two_methods_at_any_blocks(data: st.DataObject) -> Non
         merges["visual"] = Merge(
             data.draw(st.sampled_from([m for m in methods if m is not qm.Random]))(keep=keep), lower
         )
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in prompt(model, ROWS).items()}
+    inputs = doubled(prompt(model, ROWS))
     with reduce_places(model, **merges) as run, torch.no_grad():
         logits = model(**inputs).logits[:, -1]
         plan, protected, stats = run.plan, run.protected, run.summary()
@@ -117,7 +116,7 @@ def test_laws_hold_for_any_two_methods_at_any_blocks(data: st.DataObject) -> Non
         assert bool((plan.slot >= 0)[protected].all())
         assert stats.min_tokens == least
         for i in range(len(ROWS)):
-            alone = {k: v.double() if v.is_floating_point() else v for k, v in row_of(model, ROWS, i).items()}
+            alone = doubled(row_of(model, ROWS, i))
             # Padding moves positions, whose rotary tables are float32.
             torch.testing.assert_close(model(**alone).logits[0, -1], logits[i], rtol=0, atol=1e-5)
             assert run.plan.slots == int(plan.valid[i].sum())
@@ -150,7 +149,7 @@ def test_beams_and_rows_that_move_follow_their_prompt(family: str) -> None:
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
 def test_what_was_written_can_be_taken_back(family: str) -> None:
     model = double(family)
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in row_of(model, ROWS, 1).items()}
+    inputs = doubled(row_of(model, ROWS, 1))
     n = inputs["input_ids"].shape[1]
     with reduce_places(model, **COMBINATIONS["scope then tome"]), torch.no_grad():
         cache = held(model(**inputs))
@@ -198,7 +197,8 @@ def test_gradients_and_checkpointing_go_through_merged_text() -> None:
     for again in (False, True):
         model = build("llava")
         if again:
-            model.activation_checkpointing_enable()
+            switch = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+            getattr(model, f"{switch}_checkpointing_enable")()
         model.train()
         with reduce_places(model, **COMBINATIONS["tome then quickmerge"]):
             model(**row_of(model, ROWS, 0), use_cache=False).logits[:, -1].square().sum().backward()

@@ -13,9 +13,11 @@ from quickmerge.merge.place import POSITIONS, Merge
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.text.modes import BlockCausal, Prefix
 from quickmerge.merge.tokens.budget import ReadingBudget, Schedule, layers_of
+from quickmerge.merge.vision.run import schedule_for
+from quickmerge.merge.visual.merged_tower import TowerRun
 from quickmerge.merge.visual.vlm import VlmRun
 from quickmerge.models.decoder import check_free
-from quickmerge.models.vlm import Vlm, find_vlm
+from quickmerge.models.vlm import Vlm, find_vlm, tower_encoder
 
 
 def reduce_vlm(
@@ -54,6 +56,7 @@ def reduce_vlm_places(
         layers,
         positions="kept" if visual is None else visual.positions,
         text=None if text is None else _text_stages(vlm, text, layers),
+        tower=None if tower is None else _tower_run(vlm, tower),
     )
 
 
@@ -96,6 +99,18 @@ def _visual_layers(vlm: Vlm, reducer: Reducer, layer: Any, positions: str) -> tu
         )
     reducer.check(vlm.model, layers, "visual")
     return layers
+
+
+def _tower_run(vlm: Vlm, tower: Merge) -> TowerRun:
+    """The run inside the tower."""
+    encoder, given = tower_encoder(vlm), tower.layer
+    if not tower.unmerge and vlm.encoder is None:
+        raise QuickmergeError(
+            f"unmerge must be True in tower for {type(vlm.model).__name__}, whose visual tokens are squares of patches "
+            "side by side: the language model reads as many as before, got False"
+        )
+    schedule = schedule_for(encoder, tower.reducer, given)  # type: ignore[arg-type]
+    return TowerRun(vlm, encoder, tower.reducer, schedule, unmerge=tower.unmerge)
 
 
 def _text_stages(vlm: Vlm, text: Merge, visual: tuple[int, ...]) -> tuple[Reducer, Schedule, Prefix]:

@@ -162,6 +162,36 @@ def decide(
         # What stands elsewhere than at first, after an earlier merge, has places of its own in the grid.
         groups[(len(image.now), image.count, image.grid)].append(image)
     made = [(group, *_plan(reducer, whole, group, text, told)) for group in groups.values()]
+    return _carried_out(whole, made, reducer)
+
+
+def hand_on(whole: TokenView, images: list[Image]) -> Decision | None:
+    """Leave one token of every slot that patches were merged to inside the vision tower; dropped ones go.
+
+    The tokens of a slot are copies of one another, so the one that stays is what they are, to the bit.
+
+    Args:
+        whole: the sequence as it is.
+        images: what was seen of them in the tower.
+
+    Returns:
+        None if every token stays.
+    """
+    made = []
+    for image in images:
+        leader = None if image.seen is None else image.seen.leader
+        if leader is not None:
+            view = TokenView(whole.hidden.detach()[image.row : image.row + 1, image.columns])
+            leader = leader.to(view.hidden.device)[None]
+            leads = leader == torch.arange(image.count, device=leader.device)
+            made.append(([image], view, MergePlan.from_anchors(view, leads, torch.where(leads, -1, leader))))
+    return _carried_out(whole, made, None) if made else None
+
+
+def _carried_out(
+    whole: TokenView, made: list[tuple[list[Image], TokenView, MergePlan]], reducer: Reducer | None
+) -> Decision | None:
+    """What plans for images make of a sequence; without a reducer slots are what stands at their places."""
     if all(_keeps_all(plan, view) for _, view, plan in made):
         return None
     sequence, seat = _together(whole, made)
@@ -169,14 +199,16 @@ def decide(
     hidden = torch.where(sequence.valid[..., None], hidden, 0.0)
     for group, view, plan in made:
         rows, columns = _places(group)
-        merged = reducer.combine(view, plan, whole.hidden[rows, columns]).to(hidden.dtype)
         anchors = anchors_of(plan, view)
         slots = sequence.slot[rows, columns].gather(1, anchors)
         there = plan.valid
-        hidden = hidden.index_put((rows.expand_as(slots)[there], slots[there]), merged[there])
+        if reducer is not None:
+            merged = reducer.combine(view, plan, whole.hidden[rows, columns]).to(hidden.dtype)
+            hidden = hidden.index_put((rows.expand_as(slots)[there], slots[there]), merged[there])
         for i, image in enumerate(group):
             own = _row(plan, i)
-            image.view = view.row(i) if image.view is None else image.view
+            if reducer is not None:
+                image.view = view.row(i) if image.view is None else image.view
             image.plan = own if image.plan is None else image.plan.compose(own)
             image.now = slots[i][there[i]]
     return Decision(sequence, hidden, seat)

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.merge.tokens.plan import to_members
 from quickmerge.merge.tokens.saliency import AttentionTrace, bidirectional_attention, times_value_norm
+from quickmerge.merge.vision.run import Level
+from quickmerge.merge.visual.merged_tower import TowerRun
 from quickmerge.models.attachment import stand_in
 from quickmerge.models.decoder import AttentionFunction, watch_modules
 from quickmerge.models.encoder import pixels_of, prefix_of
@@ -28,7 +31,8 @@ class Seen:
     """What the tower told of one image, tile or video whose tokens it made; None where nobody asked.
 
     ``grid`` (T, H, W) of the ``count`` visual tokens, where they form one; ``features (n, D)``, ``saliency (n,)`` and
-    ``key (n, d)``.
+    ``key (n, d)``. Where patches were merged inside the tower, ``leader (n,)`` is for each token the one that stands
+    for the slot it is in, -1 if it was dropped; and what was measured of a slot is each of its patches'.
     """
 
     count: int
@@ -36,6 +40,12 @@ class Seen:
     features: Tensor | None = None
     saliency: Tensor | None = None
     key: Tensor | None = None
+    leader: Tensor | None = None
+
+    def at(self, index: Tensor) -> Seen:
+        """The same of some of its tokens, ``index (k,)``."""
+        told = [None if part is None else part[index.to(part.device)] for part in self.parts()]
+        return Seen(len(index), self.grid, *told)
 
     def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Features, saliency and keys."""
@@ -54,7 +64,8 @@ def received(trace: AttentionTrace, kind: str, *, class_token: bool, mask: Tenso
         trace: the layer.
         kind: ``"attention"`` or ``"norm"``.
         class_token: whether the first token alone votes.
-        mask: the tower's own, ``(B, 1, 1 or N, N)``, bool or added to the scores; what it hides does not vote.
+        mask: the tower's own, ``(B, 1, 1 or N, N)``, bool or added to the scores, the same for every query; what it
+            hides does not vote.
     """
     b, _, n, _ = trace.query.shape
     rows = torch.zeros(b, 1, dtype=torch.long, device=trace.query.device)
@@ -64,7 +75,9 @@ def received(trace: AttentionTrace, kind: str, *, class_token: bool, mask: Tenso
     if mask is not None:
         line = mask[:, 0, 0].expand(b, n)
         hidden = ~line if line.dtype == torch.bool else line < torch.finfo(line.dtype).min / 2
-        bias = torch.zeros(b, n, device=rows.device).masked_fill(hidden, -torch.inf)
+        # Slots that patches were merged to in the tower may count as their size.
+        bias = torch.zeros(b, n, device=rows.device) if line.dtype == torch.bool else line.float()
+        bias = bias.masked_fill(hidden, -torch.inf)
         rows = rows if class_token else torch.where(hidden, -1, rows)
     if kind == "norm":
         share = bidirectional_attention(trace, rows, bias, moment=2)
@@ -124,8 +137,30 @@ def seen_of(
 def joined(parts: Sequence[Seen], index: Tensor) -> Seen:
     """The tokens ``index`` of several crops taken one after another; they form no grid."""
     given = list(zip(*(each.parts() for each in parts), strict=True))
-    told = [None if t[0] is None else torch.cat(t)[index.to(t[0].device)] for t in given]
-    return Seen(len(index), None, *told)
+    features, saliency, key = (None if t[0] is None else torch.cat(t)[index.to(t[0].device)] for t in given)
+    leader = None
+    if any(each.leader is not None for each in parts):
+        every, start = [], 0
+        for each in parts:
+            own = torch.arange(each.count) if each.leader is None else each.leader.cpu()
+            every.append(torch.where(own >= 0, own + start, -1))
+            start += each.count
+        leader = _leaders_among(torch.cat(every), index.cpu())
+    return Seen(len(index), None, features, saliency, key, leader)
+
+
+def _leaders_among(leader: Tensor, index: Tensor) -> Tensor:
+    """Leaders ``(n,)`` of tokens of which only ``index (k,)`` are there, as numbers among these, ``(k,)``.
+
+    A slot whose leader is not there is led by the first of its tokens that is.
+    """
+    here, slot = torch.arange(len(index)), leader[index]
+    place = torch.full_like(leader, -1)
+    place[index] = here
+    first = torch.full_like(leader, len(index)).scatter_reduce(0, slot.clamp_min(0), torch.where(
+        slot >= 0, here, len(index)), "amin")  # fmt: skip
+    found = place[slot.clamp_min(0)]
+    return torch.where(slot < 0, -1, torch.where(found >= 0, found, first[slot.clamp_min(0)]))
 
 
 # Measuring the visual tokens while the vision tower makes them: attention, keys and features, as they are asked for.
@@ -145,10 +180,15 @@ class TowerWatch:
         vlm: the model that holds it.
         asks: what the reducer wants to know, of `MEASURED`; nothing else is measured.
         clock: tells seconds.
+        beside: the run that merges patches inside this tower, if one does. It must be attached after this: what is
+            measured is then what its slots really attend to. Every patch is given what was measured of its slot in the
+            layer that is looked at, and nothing where it was dropped below.
     """
 
-    def __init__(self, vlm: Vlm, asks: frozenset[str], clock: Callable[[], float]) -> None:
-        self.vlm, self.asks, self.clock = vlm, asks & MEASURED, clock
+    def __init__(
+        self, vlm: Vlm, asks: frozenset[str], clock: Callable[[], float], beside: TowerRun | None = None
+    ) -> None:
+        self.vlm, self.asks, self.clock, self.beside = vlm, asks & MEASURED, clock, beside
         self.seen: list[Seen] = []
         """What was seen in the last forward."""
         self.seconds = self.own_seconds = 0.0
@@ -204,6 +244,9 @@ class TowerWatch:
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ended = self.clock()
         with torch.no_grad():
+            if self.beside is not None:
+                level = self.beside.seen_by(self.vlm.block)
+                self._parts = [(_of_slots(votes, level), _of_slots(keys, level)) for votes, keys in self._parts]
             read = {"patches": self._patches, "tiles": self._tiles, "packed": self._packed}
             self.seen = read[self.vlm.family.layout](args, kwargs, output)
         self._parts = []
@@ -227,6 +270,8 @@ class TowerWatch:
         features = torch.cat(states, -1)[:, gone:].detach() if "tower" in self.asks else None
         saliency, key = self._parts[-1] if self._parts else (None, None)
         told = [features, *(None if x is None else x[:, gone:] for x in (saliency, key))]
+        leaders = None if self.beside is None else self.beside.leaders
+        told.append(None if leaders is None else torch.where(leaders >= 0, leaders - gone, -1)[:, gone:])
         each = [[None] * len(pixels) if x is None else list(x) for x in told]
         return [Seen(count, grid if whole else None, *parts) for parts in zip(*each, strict=True)]
 
@@ -268,6 +313,11 @@ class TowerWatch:
 
 OWN = ("vision_feature_layer", "vision_feature_select_strategy")
 """Settings of a call that must be the model's own, since the tower is watched where they say."""
+
+
+def _of_slots(x: Tensor | None, level: Level | None) -> Tensor | None:
+    """What was measured of slots ``(B, K, ...)`` as each patch's own, ``(B, N, ...)``."""
+    return x if x is None or level is None else to_members(x, level.slot)
 
 
 @dataclass(frozen=True)
@@ -361,14 +411,19 @@ class FeatureWatch:
     def pieces(self, vectors: Tensor) -> list[Piece]:
         """What a tensor of features was made from.
 
+        Args:
+            vectors: the features of some images.
+
         Raises:
             QuickmergeError: if it was made elsewhere and something must be known of it.
         """
         if vectors in self._known:
             known: list[Piece] = self._known[vectors]
             return known
-        if self.tower.asks or self.vlm.name == "llava_next":
+        hands_on = self.tower.beside is not None and not self.tower.beside.unmerge
+        if self.tower.asks or hands_on or self.vlm.name == "llava_next":
             reason = "the reducer reads what the vision tower computes" if self.tower.asks else "they hold newlines too"
+            reason = "they tell which patches were merged in the vision tower" if hands_on else reason
             raise QuickmergeError(
                 f"mm_encoder_outputs must come from the model's get_image_features inside the run, since {reason}; got "
                 "features from elsewhere"

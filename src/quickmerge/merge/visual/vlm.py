@@ -22,11 +22,13 @@ from quickmerge.merge.text.rows import check_one_text, check_padding, protection
 from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.view import Evidence, TokenView
+from quickmerge.merge.visual.merged_tower import TowerRun
 from quickmerge.merge.visual.plan import (
     KINDS,
     Decision,
     Image,
     decide,
+    hand_on,
     instruction,
     read_images,
     special_ids,
@@ -52,6 +54,17 @@ class VisualCall(PrefixCall):
     places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     ids: Tensor | None = None
 
+    def visual(self, valid: Tensor) -> Tensor:
+        """Which tokens of a sequence like ``valid (B, n)`` are visual by now."""
+        marks = torch.zeros_like(valid)
+        for image in self.images:
+            marks[image.row, image.now] = True
+        return marks
+
+    def follow_text(self, plan: MergePlan) -> None:
+        """The instruction stands elsewhere after a merge."""
+        self.text = [plan.slot[row, columns] for row, columns in enumerate(self.text)]
+
 
 class VlmRun(PrefixRun):
     """See `quickmerge.reduce` and `quickmerge.merge.attach.reduce_places`.
@@ -65,6 +78,7 @@ class VlmRun(PrefixRun):
         layers: where it acts, rising: 0 behind the projector, or blocks of the language model.
         positions: see `quickmerge.reduce`.
         text: the method for all tokens, its blocks, and what stays alone; None leaves them.
+        tower: the run that merges patches inside the vision tower; None for none.
     """
 
     stats: VisualStats
@@ -78,13 +92,15 @@ class VlmRun(PrefixRun):
         *,
         positions: str = "kept",
         text: tuple[Reducer, Schedule, Prefix] | None = None,
+        tower: TowerRun | None = None,
     ) -> None:
-        self.vlm, self.positions = vlm, positions
-        asked = {"visual": visual, Prefix.name: None if text is None else text[0]}
+        self.vlm, self.positions, self.tower_run = vlm, positions, tower
+        patches, words = None if tower is None else tower.reducer, None if text is None else text[0]
+        asked = {"tower": patches, "visual": visual, Prefix.name: words}
         self.asked = {place: reducer for place, reducer in asked.items() if reducer is not None}
         """The methods by what they act on."""
         self.mode = " + ".join(self.asked)
-        super().__init__(vlm.decoder, next(iter(self.asked.values())), None)
+        super().__init__(vlm.decoder, next(each for each in (visual, words, patches) if each is not None), None)
         if text is not None:
             self._place(text[0].on(next(vlm.decoder.base.parameters()).device), *text[1:])
         keep = 1.0 if visual is None else visual.keep
@@ -92,7 +108,9 @@ class VlmRun(PrefixRun):
         self.visual_stages = dict(zip(layers, shares, strict=True))
         self.stages = {**self.visual_stages, **self.stages}
         asks = frozenset() if visual is None or 0 not in layers else visual.needs.visual
-        self.tower = TowerWatch(vlm, asks, self.clock)
+        self.tower = TowerWatch(vlm, asks, self.clock, tower)
+        self._hands_on = tower is not None and not tower.unmerge
+        self._finds_images = self._hands_on or bool(self.visual_stages)
         self.features = FeatureWatch(vlm, self.tower)
         self.images: list[Image] = []
         """The images and videos of the last prompt, each with the plan for its tokens."""
@@ -119,8 +137,11 @@ class VlmRun(PrefixRun):
     def _attach(self) -> None:
         super()._attach()
         self._undo.extend(self.tower.attach())
-        if self.visual_stages:
+        if self._finds_images:
             self._undo.extend(self.features.attach())
+        if self.tower_run is not None:
+            self._undo.append(self.tower_run.detach)
+            self.tower_run.attach()
         self._turn = threading.RLock()
         self._note(self.vlm.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         self._note(self.vlm.base.register_forward_hook(self._after_base, always_call=True))
@@ -180,16 +201,16 @@ class VlmRun(PrefixRun):
         if self.reducers:
             check_padding(valid)
             check_one_text(inputs, valid, cache is not None)
-        images = read_images(self.vlm, self._call, self.features) if self._call and self.visual_stages else []
-        visual = torch.zeros_like(valid)
-        for image in images:
-            visual[image.row, image.columns] = True
+        images = read_images(self.vlm, self._call, self.features) if self._call and self._finds_images else []
         text = [] if ids is None or not images else instruction(ids, valid, self._special, images)
         stats, length = self.stats, valid.sum(-1)
         state = VisualPrompt(
             stats, width=shape[1], valid=valid, masked=mask is not None,
             recount=self.positions == "consecutive",
         )  # fmt: skip
+        visual = torch.zeros_like(valid)
+        for image in images:
+            visual[image.row, image.columns] = True
         call = VisualCall(
             True, state, valid, valid & ~visual, length=length, images=images, text=text,
             places=torch.arange(shape[1], device=device).expand(shape), ids=ids,
@@ -198,20 +219,35 @@ class VlmRun(PrefixRun):
         stats.rows, stats.tokens_in = shape[0], float(length.float().mean())
         stats.images = len(images)
         stats.visual_in = sum(image.count for image in images) / shape[0]
-        if not self.visual_stages and ids is not None:
+        if not self._finds_images and ids is not None:
             kinds = [self.vlm.token(kind) for kind in KINDS]
             stats.visual_in = sum(int((ids == token).sum()) for token in kinds if token is not None) / shape[0]
         stats.visual_kept = stats.visual_in
+        if self.tower_run is not None and stats.visual_in:
+            stats.tower_tokens = self.tower_run.summary().tokens_per_block
         stats.tower_seconds, stats.reducer_seconds = self.tower.account()
         changed: dict[str, Any] = {}
-        if 0 in self.visual_stages and images:
+        if (self._hands_on or 0 in self.visual_stages) and images:
             with torch.autocast(device.type, enabled=False):
                 changed = self._shorten(inputs, embeds, call, state)
         return {**changed, CALL: call}
 
     def _shorten(self, inputs: dict[str, Any], embeds: Tensor, call: VisualCall, state: VisualPrompt) -> dict[str, Any]:
-        decision = self._decide_visual(call, 0, embeds)
-        if decision is None:
+        view, segment = self._view(call, 0, embeds, None), None
+        decision = hand_on(view, call.images) if self._hands_on else None
+        plan = MergePlan.identity(view) if decision is None else decision.plan
+        if decision is not None and self.tower_run is not None:
+            call.follow_text(plan)
+            segment = Segment.of(plan, None, self.tower_run.reducer.proportional)
+            view = self._view(call, 0, decision.hidden, segment)
+        then = self._decide_visual(call, 0, view) if 0 in self.visual_stages else None
+        if then is not None:
+            segment = Segment.of(then.plan, segment, self.reducer.proportional)
+            if decision is not None:
+                then = Decision(plan.compose(then.plan), then.hidden, decision.seat.gather(1, then.seat))
+            decision, plan = then, then.plan
+        call.decide(0, plan)
+        if decision is None or segment is None:
             return {}
         plan, seat = decision.plan, decision.seat
         positions = inputs.get("position_ids")
@@ -232,7 +268,7 @@ class VlmRun(PrefixRun):
         state.masked = state.masked or not bool(plan.valid.all())
         call.valid = state.valid = plan.valid
         call.places, call.source[0] = plan.position, seat
-        call.segments[0] = state.segments[0] = Segment.of(plan, None, self.reducer.proportional)
+        call.segments[0] = state.segments[0] = segment
         return changed
 
     def _read_on(self, inputs: dict[str, Any], embeds: Tensor, mask: Tensor | None) -> dict[str, Any]:
@@ -248,31 +284,28 @@ class VlmRun(PrefixRun):
 
     # Deciding ---------------------------------------------------------------------------------------------------
 
-    def _decide_visual(self, call: VisualCall, index: int, hidden: Tensor) -> Decision | None:
-        """Reduce the visual tokens in front of block ``index``; None if all stay."""
-        began = self.clock()
-        below = call.segment(index - 1)
-        visual = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        for image in call.images:
-            visual[image.row, image.now] = True
+    def _view(self, call: VisualCall, index: int, hidden: Tensor, below: Segment | None) -> TokenView:
+        """The sequence in front of block ``index``, all but its visual tokens protected."""
         valid = call.valid if below is None else below.valid
-        view = TokenView(
+        return TokenView(
             hidden=hidden,
             valid=valid,
-            protected=valid & ~visual,
+            protected=valid & ~call.visual(valid),
             position=call.places if below is None else below.position,
             size=None if below is None else below.size,  # type: ignore[arg-type]
             length=call.length,  # type: ignore[arg-type]
             evidence=Evidence(layer=index, depth=len(self.decoder)),
         )
+
+    def _decide_visual(self, call: VisualCall, index: int, view: TokenView) -> Decision | None:
+        """Reduce the visual tokens in front of block ``index``; None if all stay."""
+        began = self.clock()
         trace, asks = call.traces.get(index - 1), self.reducer.needs.visual
-        told = told_by_tower if index == 0 else told_inside(trace, view, visual, asks)
+        told = told_by_tower if index == 0 else told_inside(trace, view, call.visual(view.valid), asks)
         reducer = replace(self.reducer, keep=self.visual_stages[index])
         decision = decide(reducer, view, call.images, call.text, told)
-        plan = MergePlan.identity(view) if decision is None else decision.plan
-        call.decide(index, plan)
         if decision is not None:
-            call.text = [plan.slot[row, columns] for row, columns in enumerate(call.text)]
+            call.follow_text(decision.plan)
         self.stats.reducer_seconds += self.clock() - began
         return decision
 
@@ -289,7 +322,11 @@ class VlmRun(PrefixRun):
                 "gradient checkpointing must be off where visual tokens are merged inside the language model, with a "
                 "transformers before 5.24: there a block is hooked again when it is computed again"
             )
-        decision = self._decide_visual(call, index, hidden) if call.images else None
+        decision = None
+        if call.images:
+            view = self._view(call, index, hidden, call.segment(index - 1))
+            decision = self._decide_visual(call, index, view)
+            call.decide(index, MergePlan.identity(view) if decision is None else decision.plan)
         call.forget_below(index)  # with images or without: a batch is read as its rows are
         if decision is None:
             return hidden
@@ -339,7 +376,7 @@ class VlmRun(PrefixRun):
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = self._now
-        if isinstance(call, VisualCall) and call.fresh and self.visual_stages:
+        if isinstance(call, VisualCall) and call.fresh and self._finds_images:
             self.stats.visual_kept = sum(image.left for image in call.images) / max(1, self.stats.rows)
         super()._after_model(module, args, kwargs, output)
 
@@ -358,5 +395,5 @@ class VlmRun(PrefixRun):
 
 
 def told_by_tower(image: Image) -> Seen | None:
-    """What the tower told of an image."""
-    return image.seen
+    """What the tower told of an image: of its tokens that are there, where some went with a merge in the tower."""
+    return image.seen if image.seen is None or image.plan is None else image.seen.at(image.plan.position[0])
