@@ -122,11 +122,13 @@ def test_another_attention_is_told() -> None:
         check_target(model)
 
 
-def test_a_model_inside_a_run_is_told() -> None:
+def test_a_run_that_reads_no_trees_is_told() -> None:
     model = tiny()
+    with qm.reduce(model, qm.QuickMerge(keep=0.5), layer=1):
+        check_target(model)
     with (
-        qm.reduce(model, qm.QuickMerge(keep=0.5), layer=1),
-        pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM is inside a quickmerge run.*leave that first"),
+        qm.reduce(model, qm.QuickMerge(keep=0.5), mode="block_causal"),
+        pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM can't read draft trees here.*use prefix mode"),
     ):
         check_target(model)
 

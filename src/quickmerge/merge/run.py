@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 from quickmerge.bench.harness import now
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.baselines import Uniform
-from quickmerge.models.attachment import Attachment, PerThread, refuse_tracing
+from quickmerge.models.attachment import Attachment, PerThread, refuse_tracing, stands_aside
 from quickmerge.models.compat import given_cache, returned_cache, without_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, find_decoder, watch
 from quickmerge.models.vlm import Vlm, find_vlm, holds_vlm
@@ -262,6 +262,8 @@ class Run(Attachment):
     # ------------------------------------------------------------------------------------------------------------
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if stands_aside():
+            return None
         inputs = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         inputs.update(inputs.pop("kwargs", {}))
         if self.watches_attention:
@@ -278,6 +280,8 @@ class Run(Attachment):
         return (), {**inputs, **changed}
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if stands_aside():
+            return
         seconds = self.clock() - self._began
         self._cache = returned_cache(output)
         if self._fresh:

@@ -16,7 +16,9 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, overload
 from weakref import WeakKeyDictionary, WeakSet, finalize, ref
@@ -40,6 +42,7 @@ HOOKS = (
 )
 """Where a module keeps its hooks, each under the number of its handle."""
 
+_ASIDE: ContextVar[bool] = ContextVar("quickmerge_aside", default=False)
 _LOCK = threading.RLock()
 _ACTIVE: WeakSet[Attachment] = WeakSet()
 """The runs that are attached to a model."""
@@ -57,6 +60,21 @@ _EAGER: list[Attachment] = []
 """The runs because of which nothing is compiled."""
 _STANCE: list[Any] = []
 """What takes torch's compiler back to where it was before them."""
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Within the block every run that is attached lets this thread's forwards pass as if it were not."""
+    token = _ASIDE.set(True)
+    try:
+        yield
+    finally:
+        _ASIDE.reset(token)
+
+
+def stands_aside() -> bool:
+    """Whether this thread is inside of `aside`."""
+    return _ASIDE.get()
 
 
 class PerThread(Generic[T]):

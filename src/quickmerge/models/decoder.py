@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quickmerge.errors import UnsupportedModelError
+from quickmerge.models.attachment import stands_aside
 from quickmerge.models.compat import attention_function, attention_implementation, make_mask, register_attention
 
 FAMILIES = ("gemma3_text", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
@@ -143,6 +144,7 @@ class Watcher(Protocol):
     ``computes`` says that it takes the place of the model's function, and then reads ``key_size``, which
     `proportional_attention` hands on; ``shares`` that such a run may stand behind it. Both are False by default.
     ``beside`` is another watcher, of the same run, that may stand in front of the same modules.
+    ``no_trees`` says why a model can't read draft trees behind a prompt while it watches; by default it can.
     """
 
     def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -186,6 +188,8 @@ class Watched:
 def _front(implementation: str) -> AttentionFunction:
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = attention_function(implementation, module)
+        if stands_aside():
+            return call(module, *args, **kwargs)
         for watcher, layer in reversed(_WATCHED.get(module, ())):
             call = Watched(watcher, layer, call)
         return call(module, *args, **kwargs)
@@ -205,6 +209,20 @@ def _together(one: object, other: object) -> bool:
     if computes(one) == computes(other):
         return False
     return bool(getattr(other if computes(one) else one, "shares", False))
+
+
+def watchers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the kinds of runs that watch the attention of a model, each once."""
+    return tuple(sorted({type(w).__name__ for module in model.modules() for w, _ in _WATCHED.get(module, ())}))
+
+
+def check_trees(model: nn.Module) -> None:
+    """Raise UnsupportedModelError if a run is attached to ``model`` in which it reads no draft trees."""
+    for module in model.modules():
+        for watcher, _ in _WATCHED.get(module, ()):
+            why = getattr(watcher, "no_trees", None)
+            if why is not None:
+                raise UnsupportedModelError(f"{type(model).__name__} can't read draft trees here: {why}")
 
 
 def check_free(model: nn.Module, attentions: Sequence[nn.Module], watcher: Watcher | type[Watcher]) -> None:

@@ -49,6 +49,7 @@ def attend(
     scaling: float | None = None,
     query_for_centroids: Tensor | None = None,
     coarse: Clusters | None = None,
+    see: Tensor | None = None,
 ) -> Tensor:
     """Attention of the q newest tokens over the whole cache, see above. Computed in float32 at least.
 
@@ -65,6 +66,8 @@ def attend(
         scaling: s. Default: ``1 / sqrt(D)``.
         query_for_centroids: ``(B, Hq, q, D)``, the query in the space of the clusters. Default: ``query``.
         coarse: the upper one of two levels, see `quickmerge.multipole.exact.coarsen`. Default: one level.
+        see: ``(B or 1, q, q)`` bool, what the new tokens see of one another, where they are a tree of drafts. Default:
+            each those before it, and itself.
 
     Returns:
         ``(B, q, Hq, Dv)`` in the dtype of ``query``; 0 for a query that sees nothing.
@@ -82,6 +85,7 @@ def attend(
         scaling=scaling,
         query_for_centroids=query_for_centroids,
         coarse=coarse,
+        see=see,
     )[0]
 
 
@@ -96,16 +100,17 @@ def attend_and_count(
     scaling: float | None = None,
     query_for_centroids: Tensor | None = None,
     coarse: Clusters | None = None,
+    see: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend`, and how many clustered columns each query read exactly: ``(B, H, q)`` long for each key-value head."""
     _check(query, keys, values, size, clusters, query_for_centroids)
-    if triton_serves(query, keys, values, clusters, coarse):
+    if see is None and triton_serves(query, keys, values, clusters, coarse):
         return attend_triton(
             query, keys, values, size, clusters, settings, scaling=scaling, query_for_centroids=query_for_centroids
         )
     bounds = row_bounds(clusters, settings.sink)
     _check_end(keys, query.shape[2], bounds)
-    return compute(query, keys, values, size, clusters, settings, bounds, scaling, query_for_centroids, coarse)
+    return compute(query, keys, values, size, clusters, settings, bounds, scaling, query_for_centroids, coarse, see)
 
 
 def row_bounds(clusters: Clusters, sink: int) -> list[tuple[int, int, int]]:
@@ -127,6 +132,7 @@ def compute(
     scaling: float | None = None,
     query_for_centroids: Tensor | None = None,
     coarse: Clusters | None = None,
+    see: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend_and_count` with the bounds of the rows as numbers, see `row_bounds`.
 
@@ -139,9 +145,9 @@ def compute(
     if everything:
         low = min(first for first, _, _ in bounds)
         first = (clusters.start - settings.sink).clamp_min(0) if any(row[0] != low for row in bounds) else None
-        pieces = [between(keys, values, size, new, near.dtype, low, n, first)]
+        pieces = [between(keys, values, size, new, near.dtype, low, n, first, see)]
     else:
-        pieces = around(keys, values, size, new, near.dtype, bounds)
+        pieces = around(keys, values, size, new, near.dtype, bounds, see)
     read_all = torch.where(clusters.count > 0, clusters.members, 0).sum(-1)
     outs, counts = [], []
     step = max(1, TILE_BYTES // _bytes_per_query(near, values, pieces, clusters, settings, coarse, everything))

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.models.columns import slide_layer, slide_table, take_tail_of_layer, take_tail_of_table
 from quickmerge.models.compat import DynamicLayer, cache_name
 from quickmerge.multipole.clustering import Columns, bounds, cluster, extend
 from quickmerge.multipole.clusters import Clusters
@@ -54,7 +55,14 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
     ``made_with``: the settings that the clusters were made with.
     ``stale``: whether a prompt was read, or clustered tokens were taken back, since the clusters were made.
     ``position (B, n)`` long: the place at which each key was rotated, if anybody noted it.
+    ``reading``: the settings of the run that reads it; None outside of any.
+    ``first``: the first column of each row that holds a token.
+
+    Draft trees can be read from it (`quickmerge.models.columns`). Tokens are clustered by their places in a row, so
+    there may be no holes between them, and no pass may go over the length at which the next ones are clustered.
     """
+
+    movable = tight = True
 
     fillable = True
     """A run that merges a prompt may write it here; see `quickmerge.merge.text.merged_cache`."""
@@ -71,6 +79,8 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
         self.made_with: Multipole | None = None
         self.stale = True
         self.position: Tensor | None = None
+        self.reading: Multipole | None = None
+        self.first: list[int] | None = None
         self._rooms: list[Tensor | None] = [None, None]
         self._facts: Facts | None = None
 
@@ -169,7 +179,7 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
         """Forget everything."""
         super().reset()
         self.forget_clusters()
-        self.position = None
+        self.position = self.first = None
         self._rooms = [None, None]
 
     def _pick(self, index: Tensor) -> None:
@@ -189,6 +199,41 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
             self.coarse = self.coarse.select_rows(index)
         if self.position is not None:
             self.position = self.position.index_select(0, index.to(self.position.device))
+        if self.first is not None:
+            self.first = [self.first[row] for row in index.tolist()]
+
+    # Draft trees -------------------------------------------------------------------------------------------------
+
+    def room(self) -> list[int] | None:
+        """For each row how many tokens behind the next one see the same clusters as that one."""
+        settings, rows = self.reading, len(self.keys)
+        if settings is None or not settings.update:
+            return None
+        first, step, past = self.first or [0] * rows, settings.interval, self.get_seq_length()
+        behind = [past - column - settings.sink for column in first]
+        # Tokens are clustered once there are two groups of them, and then with each further group.
+        return [max(2, n // step + 1) * step - 1 - n for n in behind]
+
+    def widest(self) -> int | None:
+        """How many tokens are read by clusters at once."""
+        return None if self.reading is None else self.reading.queries
+
+    def take_tail(self, tail: int, index: Tensor, there: Tensor | None) -> None:
+        """See `quickmerge.models.columns.take_tail`; the columns may not be clustered yet."""
+        take_tail_of_layer(self, tail, index, there)
+        if self.position is not None:
+            self.position = take_tail_of_table(self.position, tail, index)
+
+    def slide(self, by: Sequence[int]) -> None:
+        """See `quickmerge.models.columns.slide`; clusters move with their columns."""
+        slide_layer(self, by)
+        step = torch.tensor(list(by), device=self.keys.device)
+        if self.clusters is not None:
+            start, end = self.clusters.start + step, self.clusters.end + step
+            self.clusters = replace(self.clusters, start=start, end=end)
+        if self.position is not None:
+            self.position = slide_table(self.position, by)
+        self.first = [a + b for a, b in zip(self.first or [0] * len(by), by, strict=True)]
 
 
 class MultipoleCache(DynamicCache):  # type: ignore[misc]

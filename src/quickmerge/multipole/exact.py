@@ -121,6 +121,7 @@ def between(
     begin: int,
     end: int,
     first: Tensor | None,
+    see: Tensor | None = None,
 ) -> Piece:
     """Columns ``begin..end - 1`` of every row, without a copy.
 
@@ -131,11 +132,12 @@ def between(
         dtype: of the logits.
         begin, end: columns.
         first: ``(B,)`` columns before which there is nothing in a row. Default: 0.
+        see: ``(B or 1, new, new)`` bool, what the new columns see of one another if not only what is before them.
     """
     here = slice(begin, end)
     column = torch.arange(begin, min(end, keys.shape[2]), device=keys.device)[None]
     own = None if size is None else size[:, None, None, None, here]
-    hidden = _hidden(column, keys.shape[2], new, first)
+    hidden = _hidden(column, keys.shape[2], new, first, see)
     return piece(keys[:, :, here], values[:, :, here], own, hidden, dtype)
 
 
@@ -146,6 +148,7 @@ def around(
     new: int,
     dtype: torch.dtype,
     bounds: Sequence[tuple[int, int, int]],
+    see: Tensor | None = None,
 ) -> list[Piece]:
     """Sink and buffer: what lies before and behind the clustered columns of each row.
 
@@ -153,27 +156,36 @@ def around(
     a longer one begins.
 
     Args:
-        keys, values, size, new, dtype: see `between`.
+        keys, values, size, new, dtype, see: see `between`.
         bounds: for each row, first column of the sink, of the clusters, and of the buffer.
     """
     n = keys.shape[2]
     if all(row == bounds[0] for row in bounds):
         first, start, end = bounds[0]
         spans = [(a, b) for a, b in ((first, min(start, n)), (end, n)) if a < b]
-        return [between(keys, values, size, new, dtype, a, b, None) for a, b in spans]
+        return [between(keys, values, size, new, dtype, a, b, None, see) for a, b in spans]
     place = torch.arange(max(start - first + max(0, n - end) for first, start, end in bounds), device=keys.device)
     begin, middle, last = (torch.tensor(x, device=keys.device)[:, None] for x in zip(*bounds, strict=True))
     column = torch.where(place < middle - begin, begin + place, last + place - (middle - begin))
     at = column.clamp_max(n - 1)
     fetch = at[:, None].expand(-1, keys.shape[1], -1)
     own = None if size is None else size.gather(1, at)[:, None, None, None]
-    return [piece(rows_at(keys, fetch), rows_at(values, fetch), own, _hidden(column, n, new), dtype)]
+    return [piece(rows_at(keys, fetch), rows_at(values, fetch), own, _hidden(column, n, new, see=see), dtype)]
 
 
-def _hidden(column: Tensor, columns: int, new: int, first: Tensor | None = None) -> Tensor | None:
+def _hidden(
+    column: Tensor, columns: int, new: int, first: Tensor | None = None, see: Tensor | None = None
+) -> Tensor | None:
     """Which ``column (B or 1, w)`` each of the ``new`` last ones does not see: ``(B or 1, 1, new, 1, w)``."""
-    own = torch.arange(columns - new, columns, device=column.device)
-    hidden = column[:, None] > own[None, :, None]
+    begin = columns - new
+    if see is None:
+        own = torch.arange(begin, columns, device=column.device)
+        hidden = column[:, None] > own[None, :, None]
+    else:
+        rows = max(len(column), len(see))
+        at = (column - begin).clamp(0, new - 1)[:, None].expand(rows, new, -1)
+        hidden = (column >= begin)[:, None] & ~see.expand(rows, -1, -1).gather(2, at)
+        hidden = hidden | (column >= columns)[:, None]
     if first is not None:
         hidden = hidden | (column[:, None] < first[:, None, None])
     return hidden[:, None, :, None]

@@ -25,6 +25,22 @@ class Sizes:
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._trees: dict[int, Tensor] = {}
+        self._first: dict[int, list[int]] = {}
+
+    def behind(self, mask: Tensor, new: int) -> Tensor:
+        """What the ``new`` last tokens see of one another, ``(B or 1, new, new)`` bool, by a mask of attention.
+
+        They are no text in a row but a tree of drafts: none of them is the newest, so from now on `of` asks the first
+        one what there is in front of them all.
+        """
+        if id(mask) not in self._trees:
+            see = visible(mask[:, 0, :, -new:])
+            there = visible(mask[:, 0, 0])
+            there = torch.cat([there[:, :-new], torch.ones_like(there[:, -new:])], 1)
+            self._seen[id(mask)] = (mask, None if bool(there.all()) else there)
+            self._trees[id(mask)] = see
+        return self._trees[id(mask)]
 
     def of(self, mask: Tensor | None, key_size: Tensor | None, key: Tensor) -> Tensor | None:
         """``(B, n)`` float32: tokens that each key stands for, 0 where there is none; None if each stands for itself.
@@ -40,13 +56,26 @@ class Sizes:
         size = key_size.clamp_min(1).float()
         return size if valid is None else torch.where(valid, size, 0.0)
 
+    def first(self, mask: Tensor | None, key: Tensor) -> list[int] | None:
+        """The first column of each row that holds a token; None for 0 in all of them."""
+        valid = None if mask is None else self._valid(mask, key)
+        if valid is None:
+            return None
+        if id(mask) not in self._first:  # to ask the device means to wait for it, so that is done once
+            self._first[id(mask)] = valid.to(torch.uint8).argmax(-1).tolist()
+        return self._first[id(mask)]
+
     def _valid(self, mask: Tensor, key: Tensor) -> Tensor | None:
         # Blocks share their mask. It is kept, so that no other can take its address meanwhile.
         if id(mask) not in self._seen:
-            last = mask[:, 0, -1, : key.shape[2]]
-            there = (last if last.dtype == torch.bool else last >= 0).expand(len(key), -1)
+            there = visible(mask[:, 0, -1, : key.shape[2]]).expand(len(key), -1)
             self._seen[id(mask)] = (mask, None if bool(there.all()) else there)
         return self._seen[id(mask)][1]
+
+
+def visible(mask: Tensor) -> Tensor:
+    """Where a mask lets attention look, bool: one that is bool itself, or is added to logits."""
+    return mask if mask.dtype == torch.bool else mask >= 0
 
 
 # Taking the rotary embedding off cached keys, and standing a query at one distance from all of them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from quickmerge.bench.harness import now
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, near_match
-from quickmerge.models.attachment import Attachment, PerThread, refuse_tracing
+from quickmerge.models.attachment import Attachment, PerThread, refuse_tracing, stands_aside
 from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache, without_cache
 from quickmerge.models.decoder import (
     AttentionFunction,
@@ -88,6 +89,7 @@ class MultipoleRun(Attachment):
     eager = True
     _held: PerThread[dict[int, MultipoleLayer]] = PerThread(dict)
     _short = PerThread(bool)
+    _tree = PerThread(bool)
     _began = PerThread(float)
     _sizes = PerThread(Sizes)
     _counts: PerThread[Tally | None] = PerThread(lambda: None)
@@ -133,12 +135,12 @@ class MultipoleRun(Attachment):
     # Around the decoder ------------------------------------------------------------------------------------------
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if stands_aside():
+            return None
         inputs = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         inputs.update(inputs.pop("kwargs", {}))
         refuse_tracing(self._name)
         mask = inputs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise QuickmergeError("attention_mask must be a 2-D padding mask inside a quickmerge run, got another kind")
         base, cache, wanted = self.decoder.base, given_cache(inputs), inputs.get("use_cache")
         recomputes = base.training and any(getattr(b, "gradient_checkpointing", False) for b in self.decoder.layers)
         if cache is None and not recomputes and (self.decoder.config.use_cache if wanted is None else wanted):
@@ -148,6 +150,10 @@ class MultipoleRun(Attachment):
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         filled = any(held.get_seq_length() for held in self._held.values())
         self._short = filled and ids.shape[1] <= self.settings.queries
+        # Behind a prompt a mask of four dimensions, or one for each type of block, says that a tree of drafts is read.
+        self._tree = filled and (isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.ndim == 4))
+        if mask is not None and not self._tree and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise QuickmergeError("attention_mask must be a 2-D padding mask inside a quickmerge run, got another kind")
         if not self._short:
             for held in self._held.values():
                 held.stale = True
@@ -158,6 +164,8 @@ class MultipoleRun(Attachment):
         return (), inputs
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if stands_aside():
+            return
         self.tally.forward(self.clock() - self._began, self._short, list(self._held.values()))
 
     def _adopt(self, cache: Cache) -> dict[int, MultipoleLayer]:
@@ -182,6 +190,7 @@ class MultipoleRun(Attachment):
                     f"{cache_name()} must be a DynamicCache with plain layers for multipole attention, got one of "
                     f"type {type(layer).__name__} for block {block}"
                 )
+            layer.reading = self.settings
             held[block] = layer
         for block, layer in held.items():
             cache.layers[self.decoder.attentions[block].layer_idx] = layer
@@ -196,12 +205,16 @@ class MultipoleRun(Attachment):
         if held is not None:
             _check_extras(kwargs)
             self.spaces[layer].note(held, kwargs.get("position_ids"))
-            if self._short:
-                query, key, value, mask = args[:4]
+            query, key, value, mask = args[:4]
+            if not self._short:
+                held.first = self._sizes.first(mask, key)
+            else:
+                tree = self._tree and mask is not None
+                see = self._sizes.behind(mask, query.shape[2]) if tree else None
                 size = self._sizes.of(mask, key_size, key)
                 # As precise as without autocast, as everywhere.
                 with torch.autocast(query.device.type, enabled=False):
-                    out = self._read(layer, query, key, value, size, kwargs.get("scaling"))
+                    out = self._read(layer, query, key, value, size, kwargs.get("scaling"), see)
                 if out is not None:
                     return out, None
         if key_size is None:
@@ -216,6 +229,7 @@ class MultipoleRun(Attachment):
         value: Tensor,
         size: Tensor | None,
         scaling: float | None,
+        see: Tensor | None,
     ) -> Tensor | None:
         """Attention by clusters ``(B, q, Hq, D)``; None where there are too few tokens for any."""
         held, space = self._held[layer], self.spaces[layer]
@@ -229,7 +243,7 @@ class MultipoleRun(Attachment):
         began = time.perf_counter()
         out, kept = attend_and_count(
             query, key, value, size, held.clusters, self.settings,
-            scaling=scaling, query_for_centroids=space.query(held, query), coarse=held.coarse,
+            scaling=scaling, query_for_centroids=space.query(held, query), coarse=held.coarse, see=see,
         )  # fmt: skip
         self.tally.read(held, new, kept, time.perf_counter() - began)
         return out

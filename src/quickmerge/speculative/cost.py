@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from statistics import median
@@ -17,10 +17,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quickmerge.bench.harness import seconds_of
 from quickmerge.models.compat import cache_argument
+from quickmerge.models.decoder import watchers
 from quickmerge.speculative.target import Columns, Target
 from quickmerge.speculative.tree import Tree, pack
 
-__all__ = ["Cost", "Pace", "best_size", "measure"]
+__all__ = ["Cost", "Pace", "best_size", "measure", "measure_behind"]
 
 
 FloatArray = NDArray[np.floating[Any]]
@@ -98,13 +99,35 @@ def best_size(probs: Sequence[Sequence[float]], cost: Cost, draft_seconds: float
 def measure(model: PreTrainedModel, most: int) -> Cost:
     """Time passes of 1, 2, 3, 4, 8, ... tokens up to ``most``, or 64, behind a short text; the median of three each.
 
-    It is done once for each model, place, number of threads and ``most``.
+    It is done once for each model, place, number of threads, ``most``, and kinds of runs that it is inside of.
     """
-    key = (model.device, model.dtype, torch.get_num_threads(), most)
+    key = (model.device, model.dtype, torch.get_num_threads(), most, watchers(model))
     known = _KNOWN.setdefault(model, {})
     if key not in known:
         most = min(most, SIZES[-1])
         known[key] = _measure(model, [size for size in SIZES if size < most] + [most])
+    return known[key]
+
+
+@torch.no_grad()
+def measure_behind(target: Target, most: int) -> Cost | None:
+    """`measure` behind the text that a target holds, for models in which a pass takes longer where the past is long.
+
+    It is done once for each model and so on, number of rows, and length of text within a factor of two. The target
+    holds the same as before.
+
+    Returns:
+        None where not even two nodes may be read at once now.
+    """
+    rows, room = len(target.columns.valid), target.room()
+    if most < 2 or (room is not None and min(room) < 1):
+        return None
+    model, length = target.model, target.columns.width.bit_length()
+    key = (model.device, model.dtype, torch.get_num_threads(), most, watchers(model), rows, length)
+    known = _KNOWN.setdefault(model, {})
+    if key not in known:
+        sizes = [size for size in SIZES if size < most] + [most]
+        known[key] = _time(target, sizes, lambda: target.commit([()] * rows))
     return known[key]
 
 
@@ -119,15 +142,22 @@ def _measure(model: PreTrainedModel, sizes: list[int]) -> Cost:
     place = torch.arange(context, device=model.device)[None]
     columns = Columns(place >= 0, place, ids.new_tensor([context]), ids.new_zeros(1), False)
     target = Target(model, cache, columns)
+    return _time(target, sizes, lambda: target.commit([()]))
+
+
+def _time(target: Target, sizes: list[int], undo: Callable[[], None]) -> Cost:
+    """Passes over stars of these sizes in every row, and ``undo`` behind each."""
     times: list[list[float]] = [[] for _ in sizes]
+    model, rows = target.model, len(target.columns.valid)
+    token = 1 % model.config.get_text_config(decoder=True).vocab_size
     for turn in range(REPEATS + 1):
         for size, taken in zip(sizes, times, strict=True):
-            packed = pack([Tree.chain([1 % config.vocab_size] * size)], model.device)
-            seconds = seconds_of(partial(target.read, packed), model.device)
+            star = Tree([token] * size, [0] * size, [1.0] * size)
+            seconds = seconds_of(partial(target.read, pack([star] * rows, model.device)), model.device)
             if turn:  # the first one of each size warms up
                 taken.append(seconds)
-            cache.crop(-size)
-    return Cost(tuple(sizes), tuple(median(taken) for taken in times))
+            undo()
+    return Cost(tuple(rows * size for size in sizes), tuple(median(taken) for taken in times))
 
 
 # Whether to draft at all: a draft that costs more than it gives is left out for a while.

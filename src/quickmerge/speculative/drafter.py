@@ -147,7 +147,8 @@ class Drafter(ABC):
 
         Args:
             model: the target.
-            ids: ``(B, n)`` tokens of the prompt.
+            ids: ``(B, n)`` tokens of the prompt. For a drafter that wants features, of a prompt that was merged: those
+                at whose places the entries of the last block stand, as ``valid``, ``features`` and ``positions`` too.
             valid: ``(B, n)`` bool, False for padding, which is on the left.
             features: ``(B, n, H)`` the target's last hidden states behind the final norm; None unless
                 ``needs_features``. Those of a token predict the one after it.

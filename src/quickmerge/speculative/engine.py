@@ -35,7 +35,7 @@ from quickmerge.models.compat import (
     is_users_cache,
 )
 from quickmerge.models.generation import check_temperature
-from quickmerge.speculative.cost import Cost, Pace, best_size, measure
+from quickmerge.speculative.cost import Cost, Pace, best_size, measure, measure_behind
 from quickmerge.speculative.drafter import Drafter, Stats, serving
 from quickmerge.speculative.prompt import Room, read_prompt
 from quickmerge.speculative.target import Target, check_target
@@ -278,8 +278,8 @@ class SpeculativeDecoding:
         self.stats = run.stats
         self.stats.rows = len(rows)
         self.stats.tokens = sum((row.stop or row.length) - input_ids.shape[1] for row in rows)
-        self.stats.measure_seconds = measured - start
-        self.stats.seconds = time.perf_counter() - measured
+        self.stats.seconds = time.perf_counter() - measured - self.stats.measure_seconds
+        self.stats.measure_seconds += measured - start
         if generation_config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=sequences, **{cache_name(): run.target.cache})
         return sequences
@@ -306,6 +306,12 @@ class _Run:
         self.target: Target = prompt.target
         self.kept = kept
         self.room = Room(model.config.get_text_config(decoder=True))
+        widest = self.target.widest
+        if widest is not None and widest < min(2, self.nodes):
+            raise QuickmergeError(
+                f"queries must be at least 2 in multipole attention for drafted tokens to be read at once, got {widest}"
+            )
+        self.nodes = min(self.nodes, widest or self.nodes)
         offset = prompt.target.columns.offset
         self.offset = (offset if offset.dim() == 1 else offset.amax(0)).tolist()
         logits = prompt.logits
@@ -314,9 +320,15 @@ class _Run:
             walk(Tree.chain([row.last]), row, logits[i : i + 1], None if best is None else [best[i]])
         self.live = [i for i, row in enumerate(self.rows) if not self.batch.done(row)]
         self.stats.prompt_seconds = time.perf_counter() - start
+        if self.live and self.cost is not None and self.target.columns.shift:
+            # What a pass takes depends on how long a past is read by clusters.
+            start = time.perf_counter()
+            self.cost = measure_behind(self.target, self.nodes) or self.cost
+            self.pace = Pace(self.cost)
+            self.stats.measure_seconds = time.perf_counter() - start
         if self.live:
             start = time.perf_counter()
-            self.drafter.begin(model, ids.to(model.device), prompt.valid, prompt.features, prompt.positions)
+            self.drafter.begin(model, prompt.ids, prompt.valid, prompt.features, prompt.positions)
             self._leave(list(range(len(self.rows))))
             self.stats.draft_seconds += time.perf_counter() - start
 
@@ -359,10 +371,14 @@ class _Run:
         lengths = self.target.columns.length.tolist()
         # Rows that were done early lack their last token and the padding behind it.
         missing = [sequences[i, length:width].tolist() for i, length in enumerate(lengths)]
-        if any(missing):
-            chains = [Tree.chain(tokens) if tokens else _NOTHING for tokens in missing]
+        while any(missing):
+            room, widest = self.target.room(), self.target.widest or width
+            most = [widest if room is None else min(widest, 1 + room[i]) for i in range(len(missing))]
+            now = [tokens[:some] for tokens, some in zip(missing, most, strict=True)]
+            chains = [Tree.chain(tokens) if tokens else _NOTHING for tokens in now]
             self.target.read(pack(chains, sequences.device))
-            self.target.commit([range(len(tokens)) for tokens in missing])
+            self.target.commit([range(len(tokens)) for tokens in now])
+            missing = [tokens[some:] for tokens, some in zip(missing, most, strict=True)]
         self.target.lay_out(width)
 
     def _draft(self) -> list[Tree]:
@@ -370,6 +386,8 @@ class _Run:
         rows = [self.rows[i] for i in self.live]
         roots = [row.length - 1 + self.offset[i] for i, row in zip(self.live, rows, strict=True)]
         depths = self.room.depths(roots, [self.batch.left(row) for row in rows])
+        if (room := self.target.room()) is not None:
+            depths = [min(depth, room[i]) for i, depth in zip(self.live, depths, strict=True)]
         last = [row.last for row in rows]
         if self.nodes == 1 or not any(depths) or (self.pace is not None and not self.pace.drafts()):
             return [Tree.chain([token]) for token in last]
@@ -391,7 +409,8 @@ class _Run:
     def _pack(self, trees: list[Tree], device: torch.device) -> Packed:
         """The trees side by side, padded to a size that is faster to read if there is one."""
         wide = max(len(tree) for tree in trees)
-        return pack(trees, device, 0 if self.cost is None else int(self.cost.widths(len(trees), wide)[-1]))
+        padded = wide if self.cost is None else int(self.cost.widths(len(trees), wide)[-1])
+        return pack(trees, device, min(padded, self.target.widest or padded))
 
     def _draft_seconds(self) -> float:
         """What a draft takes, the first one left out where there are others."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.models.columns import keeps_columns, seats
 from quickmerge.models.compat import cache_argument, cache_name, given_cache, without_cache
 from quickmerge.speculative.target import Columns, Target, last_hidden, plain_cache
 
@@ -64,12 +65,14 @@ class Room:
 class Prompt:
     """A prompt that has been read.
 
-    ``logits (B, V)`` say what follows; ``valid (B, n)`` bool and ``positions (B, n)`` are of its tokens; ``features
-    (B, n, H)`` its last hidden states, None unless wanted.
+    ``logits (B, V)`` say what follows; ``ids (B, n)``, ``valid (B, n)`` bool and ``positions (B, n)`` are of its
+    tokens; ``features (B, n, H)`` its last hidden states, None unless wanted. Where these are wanted and the prompt was
+    merged, n are the entries that the last block read.
     """
 
     target: Target
     logits: Tensor
+    ids: Tensor
     valid: Tensor
     positions: Tensor
     features: Tensor | None
@@ -120,17 +123,25 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any
     with last_hidden(model, features) as found:
         out = model(**inputs, return_dict=True)
     lengths = {layer.get_seq_length() for layer in cache.layers if layer.is_initialized}
-    if lengths != {n}:
+    odd = sorted({type(layer).__name__ for layer in cache.layers if not keeps_columns(layer)})
+    merged = not odd and lengths != {n}
+    seen = seats(cache)
+    if odd or (merged and not any(getattr(layer, "prompt", None) for layer in cache.layers)):
         raise QuickmergeError(
-            f"every block must keep the {n} tokens of the prompt, got {sorted(lengths)}: "
-            "speculative decoding reads prompts in full"
+            f"every block must keep keys and values of the {n} tokens of the prompt for speculative decoding, got "
+            f"{odd[0] if odd else sorted(lengths)}"
         )
     place = torch.arange(n, device=ids.device).expand(len(ids), -1)
     length = torch.full((len(ids),), n, device=ids.device)
     # Whatever a prompt of images counts, each token of text behind it counts one in every direction.
     offset = positions[..., -1] - (n - 1)
-    columns = Columns(valid, place, length, offset, not bool(valid.all()))
+    columns = Columns(valid, place, length, offset, not bool(valid.all()), prompt=n if merged else 0)
     target = Target(model, cache, columns, features)
     # Where there are several directions the first is that of the text.
     first = positions.flatten(0, -3)[0] if positions.dim() > 2 else positions
-    return Prompt(target, out.logits[:, -1], valid, first, found[0] if features else None)
+    first = first.expand(len(ids), -1)
+    if features and seen is not None:
+        # The last block read fewer tokens, each of which is taken for the one at whose place it stands.
+        at, valid = seen
+        ids, first = ids.gather(1, at), first.gather(1, at)
+    return Prompt(target, out.logits[:, -1], ids, valid, first, found[0] if features else None)

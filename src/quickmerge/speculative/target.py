@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.models.attachment import aside
+from quickmerge.models.columns import is_tight, keeps_columns, reading, room, slide, slide_table, take_tail, widest
 from quickmerge.models.compat import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -23,7 +25,7 @@ from quickmerge.models.compat import (
     cache_name,
     takes_cache,
 )
-from quickmerge.models.decoder import IMPLEMENTATIONS, PREFIX, layer_window
+from quickmerge.models.decoder import IMPLEMENTATIONS, PREFIX, check_trees, layer_window
 from quickmerge.speculative.tree import Packed, Tree, masks_by_window, pack
 
 __all__ = ["Columns", "Target", "check_target", "commit", "compact", "lay_out", "plain_cache", "select"]
@@ -36,7 +38,7 @@ since a dynamic cache copies itself whenever something is added."""
 
 @dataclass(frozen=True)
 class Columns:
-    """What the n columns of a cache hold. All layers hold the same.
+    """What the n columns of a cache hold, as its first layer does. All layers hold the same behind the prompt.
 
     Attributes:
         valid: ``(B, n)`` bool, whether a column holds a token of its row's text.
@@ -45,6 +47,8 @@ class Columns:
         offset: ``(B,)`` long, what is added to a place to get the position that the model is told; ``(k, B)`` where
             it counts in k directions.
         holes: whether any column of any row holds none.
+        prompt: so many columns in front stay as they are, since in some layers fewer entries stand for them.
+        shift: for each row, how many columns its text was moved to the right; empty where rows aren't moved.
     """
 
     valid: Tensor
@@ -52,6 +56,8 @@ class Columns:
     length: Tensor
     offset: Tensor
     holes: bool
+    prompt: int = 0
+    shift: Sequence[int] = ()
 
     @property
     def width(self) -> int:
@@ -59,7 +65,7 @@ class Columns:
         return self.valid.shape[1]
 
 
-def commit(cache: Cache, columns: Columns, paths: Sequence[Sequence[int]]) -> Columns:
+def commit(cache: Cache, columns: Columns, paths: Sequence[Sequence[int]], read: int) -> Columns:
     """Keep the accepted nodes of the trees that were just read behind ``columns``.
 
     They move to the columns right behind the old ones; a row that accepted fewer than another leaves holes. Only
@@ -69,32 +75,27 @@ def commit(cache: Cache, columns: Columns, paths: Sequence[Sequence[int]]) -> Co
         cache: holds the columns and, behind them, those of the trees.
         columns: what it held before.
         paths: for each row the nodes on the accepted path from the root on, none for a row that takes nothing.
+        read: how many columns the trees take.
 
     Returns:
         What the cache holds now.
     """
-    device, before = columns.valid.device, columns.width
+    device = columns.valid.device
     most = max(len(path) for path in paths)
-    index = torch.tensor([[*path, *[0] * (most - len(path))] for path in paths], device=device)
+    index = torch.tensor([[*path, *[0] * (most - len(path))] for path in paths], dtype=torch.long, device=device)
     count = torch.tensor([len(path) for path in paths], device=device)
-    # Nodes in front of the first one that has to move are where they belong.
-    still = min(_in_place(path, most) for path in paths)
-    moving = index[:, still:]
-
-    def keep(x: Tensor) -> Tensor:
-        if still < most:
-            # The layer made this tensor when the trees were read, so it is nobody else's.
-            x[:, :, before + still : before + most] = _take(x[:, :, before:], moving)
-        return x[:, :, : before + most]
-
-    _each_layer(cache, keep)
     step = torch.arange(most, device=device)
-    return Columns(
-        torch.cat([columns.valid, step < count[:, None]], 1),
-        torch.cat([columns.place, columns.length[:, None] + step], 1),
-        columns.length + count,
-        columns.offset,
-        columns.holes or len({len(path) for path in paths}) > 1,
+    there = step < count[:, None]
+    even = len({len(path) for path in paths}) == 1
+    # Nodes in front of the first one that has to move, or that a row has not, are where they belong.
+    still = min(min(_in_place(path, most), len(path)) for path in paths)
+    take_tail(cache, read - still, (index[:, still:] - still).clamp_min(0), None if even else there[:, still:])
+    return replace(
+        columns,
+        valid=torch.cat([columns.valid, there], 1),
+        place=torch.cat([columns.place, columns.length[:, None] + step], 1),
+        length=columns.length + count,
+        holes=columns.holes or not even,
     )
 
 
@@ -102,55 +103,104 @@ def compact(cache: Cache, columns: Columns) -> Columns:
     """Close the holes that no row needs, if that makes the cache shorter by a quarter at least."""
     if not columns.holes:
         return columns
-    longest = int(columns.valid.sum(1).max())
-    if (columns.width - longest) * WASTE < columns.width:
+    inside = columns.valid[:, columns.prompt :]
+    longest = int(inside.sum(1).max())
+    if (inside.shape[1] - longest) * WASTE < columns.width:
         return columns
-    index = (~columns.valid).long().argsort(dim=1, stable=True)[:, :longest]
-    _each_layer(cache, lambda x: _take(x, index))
-    valid = columns.valid.gather(1, index)
-    place = columns.place.gather(1, index)
-    return Columns(valid, place, columns.length, columns.offset, not bool(valid.all()))
+    index = (~inside).long().argsort(dim=1, stable=True)[:, :longest]
+    there = inside.gather(1, index)
+    take_tail(cache, inside.shape[1], index, there)
+    front = slice(columns.prompt)
+    valid = torch.cat([columns.valid[:, front], there], 1)
+    place = torch.cat([columns.place[:, front], columns.place[:, columns.prompt :].gather(1, index)], 1)
+    return replace(columns, valid=valid, place=place, holes=not bool(valid.all()))
+
+
+def tighten(cache: Cache, columns: Columns, missing: Sequence[int]) -> Columns:
+    """Move each row to the right by as many columns as its newest ones are ``missing``: no hole is left in between.
+
+    Columns that no row needs in front are cut off once they are a quarter of all.
+    """
+    if any(missing):
+        slide(cache, missing)
+        columns = _slid(columns, missing)
+    spare = min(columns.shift)
+    if spare * WASTE < columns.width:
+        return columns
+    back = [-spare] * len(columns.shift)
+    slide(cache, back)
+    return _cut(cache, _slid(columns, back), columns.width - spare)
 
 
 def select(cache: Cache, columns: Columns, index: Tensor) -> Columns:
     """Go on with the rows ``index (R,)`` alone."""
     cache.batch_select_indices(index)
     valid = columns.valid[index]
-    holes = columns.holes and not bool(valid.all())
-    return Columns(valid, columns.place[index], columns.length[index], columns.offset[..., index], holes)
+    return replace(
+        columns,
+        valid=valid,
+        place=columns.place[index],
+        length=columns.length[index],
+        offset=columns.offset[..., index],
+        holes=columns.holes and not bool(valid.all()),
+        shift=[columns.shift[row] for row in index.tolist()] if columns.shift else [],
+    )
 
 
 def lay_out(cache: Cache, columns: Columns, width: int) -> Columns:
     """Put every token in the column of its place, as ``generate`` would have: ``width`` columns, zeros between them."""
-    source = columns.place.new_full((len(columns.valid), width + 1), -1)
+    if columns.shift:
+        back = [-step for step in columns.shift]
+        slide(cache, back)
+        return _cut(cache, _slid(columns, back), width)
+    # What was merged can't be laid out, and lies where it belongs.
+    first, inside = columns.prompt, columns.valid[:, columns.prompt :]
+    place, width = columns.place[:, first:] - first, width - first
+    source = place.new_full((len(place), width + 1), -1)
     # Whatever has no place in the new cache goes to a column more, which is cut off.
-    target = torch.where(columns.valid & (columns.place < width), columns.place, width)
-    source.scatter_(1, target, torch.arange(columns.width, device=target.device).expand_as(target))
+    target = torch.where(inside & (place < width), place, width)
+    source.scatter_(1, target, torch.arange(inside.shape[1], device=target.device).expand_as(target))
     source = source[:, :width]
     there = source >= 0
-    _each_layer(cache, lambda x: _take(x, source.clamp_min(0)) * there.to(x.device)[:, None, :, None])
-    place = torch.arange(width, device=target.device).expand(len(there), -1)
-    length = columns.length.clamp_max(width)
-    return Columns(there, place, length, columns.offset, not bool(there.all()))
+    take_tail(cache, inside.shape[1], source.clamp_min(0), there)
+    valid = torch.cat([columns.valid[:, :first], there], 1)
+    return replace(
+        columns,
+        valid=valid,
+        place=torch.arange(first + width, device=target.device).expand(len(there), -1),
+        length=columns.length.clamp_max(first + width),
+        holes=not bool(valid.all()),
+    )
+
+
+def _slid(columns: Columns, by: Sequence[int]) -> Columns:
+    valid = slide_table(columns.valid, by, False)
+    return replace(
+        columns,
+        valid=valid,
+        place=slide_table(columns.place, by),
+        holes=not bool(valid.all()),
+        shift=[old + step for old, step in zip(columns.shift, by, strict=True)],
+    )
+
+
+def _cut(cache: Cache, columns: Columns, width: int) -> Columns:
+    """Cut off all columns behind the first ``width``."""
+    none = columns.length.new_zeros(len(columns.length), 0)
+    take_tail(cache, columns.width - width, none)
+    valid = columns.valid[:, :width]
+    return replace(
+        columns,
+        valid=valid,
+        place=columns.place[:, :width],
+        length=columns.length.clamp_max(width),
+        holes=not bool(valid.all()),
+    )
 
 
 def _in_place(path: Sequence[int], most: int) -> int:
     """How many nodes of a path come before the first one that has to move, ``most`` if none has to."""
     return next((i for i, node in enumerate(path) if node != i), most)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Columns ``index (B, K)`` of keys or values ``(B, H, n, D)``, wherever their layer is."""
-    index = index.to(x.device)
-    if len(x) == 1:
-        return x.index_select(2, index[0])
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-def _each_layer(cache: Cache, change: Callable[[Tensor], Tensor]) -> None:
-    for layer in cache.layers:
-        if layer.is_initialized:
-            layer.keys, layer.values = change(layer.keys), change(layer.values)
 
 
 # The model whose text is written: one pass reads the trees of a whole batch behind a cache.
@@ -178,8 +228,13 @@ class Target:
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         self.windows = {kind: layer_window(config, i) for i, kind in enumerate(kinds)}
         self.dtype = next(layer.keys.dtype for layer in cache.layers if layer.is_initialized)
+        # Runs that stand between take the new tokens' places and what they see from here, and nowhere else.
+        self.told = any(type(layer) is not DynamicLayer for layer in cache.layers)
+        if is_tight(cache) and not columns.shift:
+            self.columns = replace(columns, shift=[0] * len(columns.valid))
         # The longest row, kept on this side so that no step waits for a device to tell.
         self._longest = int(columns.length.max())
+        self._nodes = 0
 
     def read(self, packed: Packed) -> tuple[Tensor, Tensor | None]:
         """Read the trees of the batch.
@@ -190,11 +245,12 @@ class Target:
         columns = self.columns
         nodes, longest = packed.tokens.shape[1], self._longest + packed.tokens.shape[1]
         mask: Tensor | dict[str, Tensor] | None = None
-        if nodes > 1 or columns.holes:
+        if nodes > 1 or columns.holes or self.told:
             mask = masks_by_window(
                 self.windows, columns.valid, columns.place, columns.length, packed, self.dtype, longest
             )
-        with last_hidden(self.model, self.features) as found:
+        places = columns.length[:, None] + packed.depth
+        with last_hidden(self.model, self.features) as found, reading(places):
             out = self.model(
                 input_ids=packed.tokens,
                 attention_mask=mask,
@@ -203,16 +259,31 @@ class Target:
                 use_cache=True,
                 return_dict=True,
             )
+        self._nodes = nodes
         return out.logits, found[0] if self.features else None
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep the nodes on these paths, for each row from the root on."""
-        self.columns = compact(self.cache, commit(self.cache, self.columns, paths))
-        self._longest += max(len(path) for path in paths)
+        most = max(len(path) for path in paths)
+        columns = commit(self.cache, self.columns, paths, self._nodes)
+        if columns.shift:
+            self.columns = tighten(self.cache, columns, [most - len(path) for path in paths])
+        else:
+            self.columns = compact(self.cache, columns)
+        self._longest += most
+
+    @property
+    def widest(self) -> int | None:
+        """The most nodes of a tree; None for any number."""
+        return widest(self.cache)
+
+    def room(self) -> list[int] | None:
+        """For each row how deep a tree may be for what the cache holds; None for any depth."""
+        return room(self.cache)
 
     def lay_out(self, width: int) -> None:
         """Put every token in the column that ``generate`` would have put it in."""
-        if self.columns.holes or self.columns.width != width:
+        if self.columns.holes or self.columns.width != width or any(self.columns.shift):
             self.columns = lay_out(self.cache, self.columns, width)
 
     def select(self, index: Tensor) -> None:
@@ -253,21 +324,20 @@ def plain_cache(cache: Any) -> Cache:
     """
     if cache is None:
         return DynamicCache()
-    kinds = {type(layer) for layer in getattr(cache, "layers", [])}
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or kinds - _PLAIN:
-        odd = sorted(kind.__name__ for kind in kinds - _PLAIN) or [type(cache).__name__]
+    layers = getattr(cache, "layers", [])
+    sliding = [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    odd = sorted({type(layer).__name__ for layer in layers if layer not in sliding and not keeps_columns(layer)})
+    if not isinstance(cache, DynamicCache) or cache.offloading or odd:
+        what = odd[0] if odd else type(cache).__name__
         raise QuickmergeError(
-            f"{cache_name()} must be a DynamicCache with keys and values of every token, got one with {odd[0]}: "
+            f"{cache_name()} must be a DynamicCache with keys and values of every token, got one with {what}: "
             f"leave {cache_name()} and cache_implementation out"
         )
     if cache.get_seq_length() == 0:
         cache.layers = [DynamicLayer() for _ in cache.layers]
-    elif DynamicSlidingWindowLayer in kinds:
+    elif sliding:
         raise QuickmergeError(f"{cache_name()} must hold every token, got one with sliding layers: use DynamicCache()")
     return cache
-
-
-_PLAIN = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def check_target(model: PreTrainedModel) -> None:
@@ -282,9 +352,8 @@ def check_target(model: PreTrainedModel) -> None:
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"speculative decoding needs a decoder with a language-model head, got a {name}")
     config = model.config.get_text_config(decoder=True)
-    implementation = attention_implementation(config)
-    if implementation.startswith(PREFIX):
-        raise UnsupportedModelError(f"{name} is inside a quickmerge run, which reads no trees; leave that first")
+    implementation = attention_implementation(config).removeprefix(PREFIX)
+    check_trees(model)
     if implementation not in IMPLEMENTATIONS:
         raise UnsupportedModelError(
             f"{name} runs attention as {implementation!r}, which does not take the mask of a tree: "
@@ -298,7 +367,8 @@ def check_target(model: PreTrainedModel) -> None:
     if missing:
         raise UnsupportedModelError(f"{name} takes no {missing[0]}, which reading a tree needs")
     if model not in _PROVEN:
-        _prove(model, config.vocab_size)
+        with aside():  # what a run makes of a text is for the run to prove
+            _prove(model, config.vocab_size)
         _PROVEN.add(model)
 
 

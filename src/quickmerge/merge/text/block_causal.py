@@ -197,6 +197,7 @@ class BlockCausalRun(Run):
     """See `quickmerge.reduce`. Sliding-window blocks bound their cache themselves and are left alone."""
 
     mode = "block_causal"
+    no_trees = "block_causal mode merges what it has read for good, drafted tokens too; use prefix mode"
     _layers: PerThread[dict[int, ChunkedLayer]] = PerThread(dict)
 
     def __init__(self, decoder: Decoder, reducer: Reducer, first: int, mode: BlockCausal) -> None:

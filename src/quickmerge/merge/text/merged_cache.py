@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import Cache
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.run import RunStats
 from quickmerge.merge.tokens.plan import MergePlan
+from quickmerge.models.columns import slide_layer, slide_table, take_tail_of_layer, take_tail_of_table
 from quickmerge.models.compat import DynamicLayer, DynamicSlidingWindowLayer, cache_name
 from quickmerge.models.decoder import Decoder, decoder_mask
 
@@ -78,6 +79,51 @@ class Segment:
         return replace(
             self, position=change(self.position), valid=change(self.valid), size=change(self.size), votes=votes
         )
+
+    def take_tail(self, tail: int, index: Tensor, there: Tensor | None) -> Segment:
+        """The segment of a cache in which columns were moved; see `quickmerge.models.columns.take_tail`."""
+        valid = take_tail_of_table(self.valid, tail, index)
+        if there is not None:
+            valid[:, valid.shape[1] - index.shape[1] :] &= there
+        return replace(
+            self,
+            position=take_tail_of_table(self.position, tail, index),
+            valid=valid,
+            size=take_tail_of_table(self.size, tail, index),
+            votes=None if self.votes is None else take_tail_of_table(self.votes, tail, index),
+            padded=self.padded or there is not None,
+        )
+
+    def slide(self, by: Sequence[int]) -> Segment:
+        """The segment of a cache whose rows were moved; see `quickmerge.models.columns.slide`."""
+        return replace(
+            self,
+            position=slide_table(self.position, by),
+            valid=slide_table(self.valid, by, False),
+            size=slide_table(self.size, by, 1),
+            votes=None if self.votes is None else slide_table(self.votes, by, 1),
+            padded=True,
+        )
+
+    def tree_mask(self, see: Tensor, window: int | None) -> Tensor:
+        """The attention mask of the newest tokens, where they are no text in a row but a tree.
+
+        Args:
+            see: ``(B or 1, 1, q, q)``, bool or what is added to logits: what each of them sees of the others.
+            window: of the block, in positions; None for full attention.
+
+        Returns:
+            ``(B, 1, q, n)`` of the same kind, over all entries.
+        """
+        q = see.shape[-1]
+        there = self.valid[:, None, :-q].expand(-1, q, -1)
+        if window is not None:
+            there = there & (self.position[:, -q:, None] - self.position[:, None, :-q] < window)
+        before = there[:, None]
+        if see.dtype != torch.bool:
+            zero = torch.zeros((), dtype=see.dtype, device=see.device)
+            before = zero.where(before, torch.finfo(see.dtype).min)
+        return torch.cat([before, see.expand(len(before), -1, -1, -1)], -1)
 
     def mask(self, decoder: Decoder, layer: int, hidden: Tensor, cache: Cache | None) -> Any:
         """The attention mask of a block for ``hidden (B, q, D)``, built by the model's own mask builder.
@@ -151,12 +197,13 @@ class PromptState:
 
     ``segments`` is empty where nothing was merged, for whatever reason. ``stats`` count what was read and written with
     this cache. ``tail`` tokens at the end of the prompt stand alone in every row and every block, so that they can be
-    taken back.
+    taken back. ``seats (B, K)`` are the columns of the prompt at which the entries of the last block stand.
     """
 
     stats: RunStats
     segments: dict[int, Segment] = field(default_factory=dict)
     tail: int = 0
+    seats: Tensor | None = None
 
     @property
     def merged(self) -> bool:
@@ -170,7 +217,12 @@ class PromptState:
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         """Rows of the cache were picked, moved or repeated."""
-        self.segments = {first: segment.each_row(change) for first, segment in self.segments.items()}
+        self.each_segment(lambda segment: segment.each_row(change))
+        self.seats = None if self.seats is None else change(self.seats)
+
+    def each_segment(self, change: Callable[[Segment], Segment]) -> None:
+        """The cache was changed, and its tables are to follow."""
+        self.segments = {first: change(segment) for first, segment in self.segments.items()}
 
 
 def moving_rows(kind: Any) -> Any:
@@ -210,8 +262,9 @@ def _carrying(kind: Any, name: str) -> Any:
     """A class of cache layers that are of ``kind`` and carry what is known of their prompt.
 
     ``prompt`` is shared by the layers of a cache, and moved by the lowest one, whose ``moves`` is set. ``floor`` is how
-    many entries stand for the prompt. ``expected`` is set by a run that is about to have keys and values of a forward
-    written, since outside of any run entries would be taken for tokens.
+    many entries stand for the prompt, and ``shift`` how far each row was moved to the right. ``expected`` is set by a
+    run that is about to have keys and values of a forward written, since outside of any run entries would be taken for
+    tokens.
     """
 
     class Merged(moving_rows(kind)):  # type: ignore[misc]
@@ -220,7 +273,9 @@ def _carrying(kind: Any, name: str) -> Any:
         prompt: PromptState | None = None
         moves = False
         floor = 0
+        shift: Sequence[int] = ()
         expected = False
+        movable = kind is DynamicLayer or getattr(kind, "movable", False)
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             """Append keys and values ``(B, H, q, D)``; returns all of them.
@@ -243,7 +298,7 @@ def _carrying(kind: Any, name: str) -> Any:
                 QuickmergeError: if a prompt that was merged would be cut where tokens were merged.
             """
             if self.prompt is not None and self.prompt.merged and tokens_to_remove != 0:
-                since = self.get_seq_length() - self.floor + self.prompt.tail
+                since = self.get_seq_length() - self.floor - max(self.shift, default=0) + self.prompt.tail
                 if tokens_to_remove > 0:
                     raise QuickmergeError(
                         f"crop must be told how many tokens to take back, as a negative number, where tokens were "
@@ -259,13 +314,39 @@ def _carrying(kind: Any, name: str) -> Any:
 
         def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
             """Move the prompt's tables, once for all layers of a cache."""
+            if self.shift:
+                self.shift = change(torch.tensor(self.shift)).tolist()
             if self.moves and self.prompt is not None:
                 self.prompt.each_row(change)
+
+        def take_tail(self, tail: int, index: Tensor, there: Tensor | None) -> None:
+            """See `quickmerge.models.columns.take_tail`."""
+            move = getattr(super(), "take_tail", None)
+            take_tail_of_layer(self, tail, index, there) if move is None else move(tail, index, there)
+            if self.moves and self.prompt is not None:
+                self.prompt.each_segment(lambda segment: segment.take_tail(tail, index, there))
+
+        def slide(self, by: Sequence[int]) -> None:
+            """See `quickmerge.models.columns.slide`."""
+            move = getattr(super(), "slide", None)
+            slide_layer(self, by) if move is None else move(by)
+            if self.prompt is not None:
+                self.shift = [a + b for a, b in zip(self.shift or [0] * len(by), by, strict=True)]
+                if self.moves:
+                    self.prompt.each_segment(lambda segment: segment.slide(by))
+
+        def seats(self) -> tuple[Tensor, Tensor] | None:
+            """See `quickmerge.models.columns.seats`; meant for a prompt that has just been read."""
+            prompt = self.prompt
+            if prompt is None or prompt.seats is None:
+                return None
+            segment = prompt.segments[max(prompt.segments)]
+            return prompt.seats, segment.valid[:, : prompt.seats.shape[1]]
 
         def reset(self) -> None:
             """Forget everything: a layer as it was before anything was merged."""
             super().reset()
-            for name in ("prompt", "moves", "floor", "expected"):
+            for name in ("prompt", "moves", "floor", "shift", "expected"):
                 self.__dict__.pop(name, None)
             self.__class__ = kind
 

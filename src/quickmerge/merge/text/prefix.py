@@ -9,7 +9,7 @@ cache; see `quickmerge.merge.text.merged_cache`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.tokens.view import Evidence, TokenView
-from quickmerge.models.attachment import PerThread, by_name, setting, watch_generate
+from quickmerge.models.attachment import PerThread, by_name, setting, stands_aside, watch_generate
 from quickmerge.models.compat import cache_name, given_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, proportional_attention
 
@@ -66,7 +66,8 @@ class PrefixCall:
     there are ``valid (B, N)``, ``protected``, ``exempt``, ``length (B,)`` and ``whole (B,)``, the rows that are not
     reduced; ``drafts`` tokens come behind its N. ``segments`` are those that this forward's blocks read, by first
     block, whatever becomes of the cache's. ``plans``, ``source`` and ``added`` are by the block in front of which they
-    are carried out: a block that is computed again finds them there.
+    are carried out: a block that is computed again finds them there. ``see`` gives, for a block, what tokens behind a
+    prompt see of one another, ``(B or 1, 1, q, q)``, where they are no text but a tree.
     """
 
     fresh: bool
@@ -84,6 +85,7 @@ class PrefixCall:
     added: dict[int, Tensor] = field(default_factory=dict)
     traces: dict[int, AttentionTrace] = field(default_factory=dict)
     masks: dict[tuple[int, int | None], Any] = field(default_factory=dict)
+    see: Callable[[int], Tensor] | None = None
 
     @property
     def plan(self) -> MergePlan | None:
@@ -207,6 +209,8 @@ class PrefixRun(Run):
 
     def _check_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Refuse labels, which merged tokens have no logits for, and tell the decoder of tokens behind a prompt."""
+        if stands_aside():
+            return None
         given = by_name(self._head, args, kwargs)
         if given.get("labels") is not None:
             raise QuickmergeError(
@@ -234,10 +238,15 @@ class PrefixRun(Run):
         cache, drafts = given_cache(inputs), inputs.pop(DRAFTS, 0)
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         mask = inputs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        see = None if prompt else self._seen(mask, ids.shape[1])
+        if see is None and mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise QuickmergeError("attention_mask must be a 2-D padding mask inside a quickmerge run, got another kind")
         if not prompt:
             state = self._resume(cache, len(ids))
+            if see is not None:
+                new = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
+                self._now = PrefixCall(False, state, new, segments=dict(state.segments), see=see)
+                return {CALL: self._now}
             new = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
             new = new if mask is None else mask[:, -ids.shape[1] :].bool()
             self._check_seam(mask)
@@ -252,6 +261,21 @@ class PrefixRun(Run):
         self._check_side(valid)
         self._now = self._prompt(valid, inputs.get("input_ids"), min(drafts, ids.shape[1] - 1))
         return {CALL: self._now}
+
+    def _seen(self, mask: Any, new: int) -> Callable[[int], Tensor] | None:
+        """What ``new`` tokens behind a prompt see of one another, by block, if a mask of four dimensions says it.
+
+        Such a mask is over all columns read so far, as if nothing had been merged; or there is one for each type of
+        block. What it says of columns that stand for a prompt is of account only below the first merge.
+        """
+        if isinstance(mask, Mapping):
+            types = getattr(self.decoder.config, "layer_types", None) or []
+            each = [mask[kind] for kind in types]
+            return lambda layer: each[layer][..., -new:]
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            last = mask[..., -new:]
+            return lambda layer: last
+        return None
 
     def _check_side(self, valid: Tensor) -> None:
         if self._generating and not bool(valid[:, -1].all()):
@@ -312,6 +336,8 @@ class PrefixRun(Run):
         )  # fmt: skip
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if stands_aside():
+            return
         call = self._now
         if call is not None and call.fresh:
             reading = Reading(tuple(call.plans), tuple(call.plans.values()), tuple(call.composed), call.protected)
@@ -391,7 +417,12 @@ class PrefixRun(Run):
                 )
         key = (first, self.decoder.windows[index])
         if key not in call.masks:
-            call.masks[key] = call.segments[first].mask(self.decoder, index, hidden, cache)
+            segment, window = call.segments[first], self.decoder.windows[index]
+            call.masks[key] = (
+                segment.mask(self.decoder, index, hidden, cache)
+                if call.see is None
+                else segment.tree_mask(call.see(index), window)
+            )
         kwargs["attention_mask"] = call.masks[key]
         if args:
             return (hidden, *args[1:]), kwargs
@@ -470,12 +501,17 @@ class PrefixRun(Run):
             # What was added below stays as it was, for blocks that are computed again.
             call.added = added or {b: plan.merge(x) if b >= index else x for b, x in call.added.items()}
 
+    def _seats(self, plan: MergePlan, source: Tensor) -> Tensor:
+        """The columns of the given prompt at which slots stand, ``(B, K)``; ``source`` are those of the first block."""
+        return source
+
     def _begin_segment(
         self, call: PrefixCall, index: int, plan: MergePlan, places: Tensor, prompt: int, proportional: bool
     ) -> None:
         """Note what the blocks from ``index`` on read of a prompt of ``prompt`` columns; ``places (B, N)`` of all."""
         segment = Segment.of(plan, call.segment(index - 1), proportional)
         source = columns_at(places[:, :prompt], call.valid[:, :prompt], plan.position)
+        call.state.seats = self._seats(plan, source)
         if call.drafts:
             behind = torch.arange(prompt, prompt + call.drafts, device=source.device).expand(len(source), -1)
             source = torch.cat([source, behind], 1)

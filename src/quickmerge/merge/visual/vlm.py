@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +36,8 @@ from quickmerge.merge.visual.plan import (
 )
 from quickmerge.merge.visual.prompt import VisualPrompt, deepstack, next_positions
 from quickmerge.merge.visual.tower import FeatureWatch, Seen, TowerWatch
-from quickmerge.models.attachment import PerThread, setting
+from quickmerge.models.attachment import PerThread, setting, stands_aside
+from quickmerge.models.columns import places_read
 from quickmerge.models.compat import cache_name, given_cache
 from quickmerge.models.vlm import Vlm
 
@@ -186,6 +187,9 @@ class VlmRun(PrefixRun):
         """Shorten a prompt behind the projector, or fit what is read after one to its cache."""
         mask, embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
         embeds = inputs["input_ids"] if embeds is None else embeds
+        see = None if prompt else self._seen(mask, embeds.shape[1])
+        if see is not None:
+            return self._read_tree(inputs, embeds, see)
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise QuickmergeError("attention_mask must be a 2-D padding mask inside a quickmerge run, got another kind")
         if not prompt:
@@ -269,14 +273,45 @@ class VlmRun(PrefixRun):
         call.valid = state.valid = plan.valid
         call.places, call.source[0] = plan.position, seat
         call.segments[0] = state.segments[0] = segment
+        state.seats = plan.position
         return changed
+
+    def _resume(self, cache: Cache, rows: int) -> VisualPrompt:
+        state = super()._resume(cache, rows)
+        if not isinstance(state, VisualPrompt):
+            raise QuickmergeError(f"{cache_name()} was filled by a language model alone; start it with an empty cache")
+        return state
+
+    def _read_tree(self, inputs: dict[str, Any], embeds: Tensor, see: Callable[[int], Tensor]) -> dict[str, Any]:
+        """Read tokens behind a prompt that see of one another what ``see`` says, by block."""
+        cache, (rows, new) = given_cache(inputs), embeds.shape[:2]
+        state = self._resume(cache, rows)
+        stored, places = int(cache.get_seq_length()), places_read()
+        if places is None:
+            behind = state.width + stored - state.valid.shape[1]
+            places = torch.arange(behind, behind + new, device=embeds.device).expand(rows, -1)
+        valid = torch.ones_like(places, dtype=torch.bool)
+        changed: dict[str, Any] = {}
+        if state.shortened:
+            segment = state.segments[0] = state.segments[0].extended(places, valid, stored)
+            windows = self.decoder.windows
+            types = getattr(self.decoder.config, "layer_types", None) or []
+            mask: Any = segment.tree_mask(see(0), windows[0])
+            if isinstance(inputs["attention_mask"], Mapping):
+                mask = {kind: segment.tree_mask(see(i), windows[i]) for i, kind in enumerate(types)}
+            changed["attention_mask"] = mask
+            positions = inputs.get("position_ids")
+            there, now = state.true_position, state.next_position
+            if state.recount and positions is not None and there is not None and now is not None:
+                # As if the prompt had been shorter from the first.
+                changed["position_ids"] = positions - (there - now)[..., None]
+        self._now = VisualCall(False, state, valid, segments=dict(state.segments), places=places, see=see)
+        return {**changed, CALL: self._now}
 
     def _read_on(self, inputs: dict[str, Any], embeds: Tensor, mask: Tensor | None) -> dict[str, Any]:
         cache = given_cache(inputs)
         rows, new = embeds.shape[:2]
         state = self._resume(cache, rows)
-        if not isinstance(state, VisualPrompt):
-            raise QuickmergeError(f"{cache_name()} was filled by a language model alone; start it with an empty cache")
         given = self._call.get("position_ids")
         changed, valid, places = state.follow(int(cache.get_seq_length()), new, mask, given)
         self._now = VisualCall(False, state, valid, segments=dict(state.segments), places=places)
@@ -355,6 +390,9 @@ class VlmRun(PrefixRun):
         self.stats.min_tokens, self.stats.rows_short = self.min_tokens, int(short.sum())
         self.stats.rows_protected = int((shut & ~short).sum())
 
+    def _seats(self, plan: MergePlan, source: Tensor) -> Tensor:
+        return plan.position
+
     def _probed(self, call: PrefixCall, layer: int) -> bool:
         below = layer + 1 in self.visual_stages and layer + 1 not in call.plans
         asked = below and bool(self.reducer.needs.visual & {"attention", "norm", "key"})
@@ -376,7 +414,7 @@ class VlmRun(PrefixRun):
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = self._now
-        if isinstance(call, VisualCall) and call.fresh and self._finds_images:
+        if isinstance(call, VisualCall) and call.fresh and self._finds_images and not stands_aside():
             self.stats.visual_kept = sum(image.left for image in call.images) / max(1, self.stats.rows)
         super()._after_model(module, args, kwargs, output)
 
