@@ -7,9 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import vlm_samples
+from transformers import LlamaForCausalLM
 
 import quickmerge as qm
+
+
+def teach(folder: Path) -> None:
+    """Teach the tiny model four texts that read alike for three words, so that having read one is worth something."""
+    model = LlamaForCausalLM.from_pretrained(folder).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    rows = torch.tensor([[2, 2, 3, *end] * 16 for end in ([2, 2], [2, 3], [3, 2], [3, 3])])
+    for _ in range(40):
+        model(rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
 
 
 @pytest.fixture
@@ -137,3 +151,50 @@ def test_a_recipe_that_does_not_fit_is_one_sentence(run: Any, tiny_folder: Path,
     qm.Recipe(tower=qm.ToMe()).save_pretrained(tmp_path / "tower")
     code, out, err = run("generate", "--model", tiny_folder, *FAST, "--recipe", tmp_path / "tower")
     assert code == 2 and out == "" and "tower must be left out for LlamaForCausalLM" in err
+
+
+DOCUMENT = "the the sea sea sea " * 300
+
+
+def test_bench_measures_recipes_beside_the_plain_model(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    path, data = tmp_path / "long.txt", tmp_path / "b.json"
+    path.write_text(DOCUMENT, encoding="utf-8")
+    teach(tiny_folder)
+    qm.Recipe(attention=qm.Multipole(budget=8, sink=2, interval=4)).save_pretrained(tmp_path / "clusters")
+    (tmp_path / "lookup.yaml").write_text("type: quickmerge.recipe\ndecoding: {type: PromptLookup}\n")
+    both = ["--recipe", tmp_path / "clusters", "--recipe", tmp_path / "lookup.yaml"]
+    common = ["--model", tiny_folder, "--context", 60, "--target", 20, "--json", data]
+    code, out, err = run("bench", "text", path, *both, *common, "--max-new-tokens", 4, "--out", tmp_path / "page")
+    assert code == 0, err
+    rows = json.loads(data.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["plain", "clusters", "lookup"]
+    assert rows[1]["recipe"] == qm.Recipe.from_pretrained(tmp_path / "clusters").as_dict()
+    assert "lookup" in out and (tmp_path / "page" / "report.html").exists()
+
+
+def test_rows_of_reducers_hold_recipes_too(run: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    path, data = tmp_path / "long.txt", tmp_path / "b.json"
+    path.write_text(DOCUMENT, encoding="utf-8")
+    teach(tiny_folder)
+    common = ["--model", tiny_folder, "--context", 60, "--target", 20, "--json", data, "--layer", 1]
+    code, _, err = run("bench", "text", path, "--reducer", "quickmerge:pool=3,uniform", "--keep", "0.5", *common)
+    assert code == 0, err
+    recipes = {row["reducer"]: row["recipe"] for row in json.loads(data.read_text())["rows"]}
+    assert list(recipes) == ["quickmerge:pool=3", "uniform"]
+    wanted = qm.Recipe(merge=qm.Merge(qm.QuickMerge(keep=0.5, pool=3), 1, qm.Prefix(min_tokens=0)))
+    assert recipes["quickmerge:pool=3"] == wanted.as_dict()
+
+
+BENCHES = [
+    (["--recipe", "a", "--keep", "0.4"], "--keep can't be used with --recipe"),
+    (["--recipe", "a", "--recipe", "b/a"], "--recipe must give each recipe a name of its own, got 'a' for two ways"),
+    (["--recipe", "plain"], "got 'plain' for two ways"),
+    (["--recipe", "a", "--max-new-tokens", 1], "--max-new-tokens must be at least 2 with --recipe, got 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BENCHES)
+def test_wrong_options_of_bench_are_one_sentence(run: Any, tmp_path: Path, options: list[Any], message: str) -> None:
+    (tmp_path / "long.txt").write_text("the sea " * 700, encoding="utf-8")
+    code, out, err = run("bench", "text", tmp_path / "long.txt", *options)
+    assert code == 2 and out == "" and message in err and err.strip().count("\n") == 0, err

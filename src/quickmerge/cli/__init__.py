@@ -53,6 +53,7 @@ def options(
 
 def _register() -> None:
     from quickmerge.calm import cli as calm
+    from quickmerge.cli import bench as texts
     from quickmerge.cli import generate, ls, train
     from quickmerge.merge.cli import bench, demo, plan, show
     from quickmerge.recipe import cli as recipe
@@ -69,7 +70,7 @@ def _register() -> None:
     app.add_typer(writes, help="Answer a prompt about a document or about images, which are read with fewer tokens.")
 
     measures = choice("bench", "text", image="image", drafter="decode")
-    add(measures, "text", bench.text, bench.TEXT_EXAMPLE)
+    add(measures, "text", texts.text, texts.TEXT_EXAMPLE)
     add(measures, "image", bench.image, bench.IMAGE_EXAMPLE)
     add(measures, "vlm", bench.vlm, bench.VLM_EXAMPLE)
     add(measures, "decode", speculative.decode, speculative.DECODE_EXAMPLE)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quickmerge.console.options import (
     FEWER,
     JSON,
-    LAYER,
-    PRIOR,
     REDUCERS,
     REPORT,
     Alone,
@@ -29,9 +29,10 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.merge.cli.options import add_prior, parse_reducer
 from quickmerge.merge.cli.vlm import check_needs_no_question, is_vlm, load_vlm
 
-TEXT_EXAMPLE = (
-    "Example: quickmerge bench text a.txt b.txt --reducer quickmerge,tome,random --keep 0.2,0.42 --out runs/bench"
-)
+if TYPE_CHECKING:
+    from quickmerge.datasets.text import Document
+    from quickmerge.merge.reducers import Reducer
+
 IMAGE_EXAMPLE = "Example: quickmerge bench image photos/ --reducer quickmerge,tome,tofu,random --flops 0.5,0.65"
 VLM_EXAMPLE = (
     "Example: quickmerge bench vlm images/ --model runs/vlm --reducer scope,trimtokenator,tome --keep 0.5,0.25"
@@ -42,34 +43,14 @@ IMAGES = Annotated[int, typer.Option("--limit", min=1, help="Images to read, eve
 ROUNDS = Annotated[int, typer.Option("--rounds", min=2, help="How often the methods take turns.")]
 
 
-def text(
-    text: Annotated[list[Path], typer.Argument(help="UTF-8 files of at least 1,000 tokens.", metavar="FILES")],
-    model: Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, or a Hugging Face id.")] = (
-        "smollm2-135m"
-    ),
-    context: Annotated[int, typer.Option("--context", help="Tokens of context per document.")] = 1024,
-    target: Annotated[int, typer.Option("--target", help="Tokens of continuation that are scored.")] = 192,
-    reducer: REDUCERS = "quickmerge,random",
-    keep: Annotated[
-        str, typer.Option("--keep", help="Shares of the tokens, with commas.", rich_help_panel=FEWER)
-    ] = "0.2,0.42,0.6",
-    layer: LAYER = None,
-    prior: PRIOR = None,
-    out: REPORT = None,
-    json: JSON = None,
-) -> None:
-    """Context recovery and cost of every reducer at every keep, on the same target tokens of your documents."""
-    from quickmerge.console.results import show_result
-    from quickmerge.datasets.text import LEAST, split_document
-    from quickmerge.merge.bench.text import bench as measure
-    from quickmerge.merge.bench.text import bench_report
+Record = Callable[["Reducer", Any], Mapping[str, Any]]
+"""Says what else a row of a reducer, at a layer, holds."""
 
-    check_output(json, out / "report.html" if out is not None else None)
-    keeps = parse_keeps(keep)
-    methods = [parse_reducer(name.strip(), keeps[0]) for name in reducer.split(",")]
-    if prior is not None:
-        methods.append(add_prior(parse_reducer("quickmerge", keeps[0]), prior))
-    depth = parse_layer(layer)
+
+def load_documents(text: list[Path], model: str, context: int, target: int) -> tuple[Any, Alone, list[Document]]:
+    """The model, the model alone, and what of each file is read as a context and scored behind it."""
+    from quickmerge.datasets.text import LEAST, split_document
+
     # no token that matters stands further on, see split_document
     texts = [read_text(path, first=256 * (context + target + LEAST)) for path in text]
     lm, tokenizer = load_writer(model)
@@ -85,6 +66,25 @@ def text(
             )
             for path, body, kind in zip(text, texts, kinds, strict=True)
         ]
+    return lm, alone, documents
+
+
+def measure_text(
+    text: list[Path], model: str, context: int, target: int, reducer: str, keep: str, layer: str | None,
+    prior: str | None, out: Path | None, json: Path | None, record: Record = lambda reducer, layer: {},
+) -> None:  # fmt: skip
+    """Context recovery and cost of every reducer at every keep; ``record`` says what else a row of one holds."""
+    from quickmerge.console.results import show_result
+    from quickmerge.merge.bench.text import bench as measure
+    from quickmerge.merge.bench.text import bench_report
+
+    check_output(json, out / "report.html" if out is not None else None)
+    keeps = parse_keeps(keep)
+    methods = [parse_reducer(name.strip(), keeps[0]) for name in reducer.split(",")]
+    if prior is not None:
+        methods.append(add_prior(parse_reducer("quickmerge", keeps[0]), prior))
+    depth = parse_layer(layer)
+    lm, alone, documents = load_documents(text, model, context, target)
     with progress() as bar, one_sentence(alone):
         task = bar.add_task("measuring", total=len(documents) * (1 + len(methods) * len(keeps)))
 
@@ -92,6 +92,10 @@ def text(
             bar.update(task, advance=1, description=Path(label).name)
 
         found = measure(lm, documents, methods, keeps, layer=depth, advance=advance)
+    by_label = {method.label: method for method in methods}
+    for row in found.rows:
+        if row["reducer"] in by_label:
+            row.update(record(replace(by_label[row["reducer"]], keep=row["keep"]), depth))
     found = found.about(
         model=model, context=context, target=target, layer=layer or "default",
         documents=[document.name for document in documents], reducers={m.label: repr(m) for m in methods},
