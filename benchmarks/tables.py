@@ -332,6 +332,21 @@ def vlm_places(rows: Sequence[Row]) -> Table:
     return Table([method("where"), right, CHANGE, *asked(rows)], rows)
 
 
+def vlm_places_cost(rows: Sequence[Row]) -> Table:
+    """What merging at several places of a vision-language model saves."""
+    columns = [
+        Column("merged", text("method")),
+        Column("tokens in the tower", number("tower_tokens", ".0f")),
+        Column("visual tokens", number("visual", ".0f")),
+        Column("tokens in the language model", number("text_tokens", ".0f")),
+        Column("tower", number("tower_flops", ".1f", scale=1e-9, unit=" GFLOPs")),
+        Column("language model", number("text_flops", ".1f", scale=1e-9, unit=" GFLOPs")),
+        Column("both", number("flops_ratio", ".0f", scale=100, unit=" %")),
+        Column("cache", number("cache_bytes", ".1f", scale=MIB, unit=" MiB")),
+    ]
+    return Table(columns, rows)
+
+
 def selection(rows: Sequence[Row]) -> Table:
     """What choosing visual tokens costs, beside the plain way to the same choice."""
     columns = [
@@ -495,6 +510,7 @@ OWN: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {
     "vision_speed": ("vision_speed", vision_speed, "rows"),
     "vision_video": ("vision_video", vision_video, "rows"),
     "vlm_places": ("vlm_places", vlm_places, "rows"),
+    "vlm_places_cost": ("vlm_places_cost", vlm_places_cost, "rows"),
     "selection": ("selection", selection, "rows"),
     "subsets": ("selection", subsets, "subsets"),
     "recognition_tokens": ("recognizer_tokens", recognition_tokens, "rows"),

@@ -225,14 +225,23 @@ def reduce_places(
     A language model has ``text`` alone and a vision transformer ``tower`` alone; there this is what `reduce` is. A
     vision-language model has all three, in any combination:
 
-    - ``tower``: patches are merged inside the vision tower.
-    - ``visual``: visual tokens become fewer behind the projector, or in front of blocks of the language model.
+    - ``tower``: patches are merged inside the vision tower, as in any vision transformer. The model picks the layers
+      that it reads as always: there every patch has the features of its slot. In LLaVA and LLaVA-NeXT the language
+      model then reads one visual token a slot, and none for a patch that was dropped; with ``unmerge`` it reads as many
+      as before, with the mean of the others for what was dropped. In Idefics3 and SmolVLM, whose visual tokens are
+      squares of patches, there is ``unmerge`` alone; where patches of all images lie in one packed sequence, in the
+      Qwen family and PaddleOCR-VL, the tower can't be merged. What a method for visual tokens is told of the tower is
+      of slots: each patch has what was measured of its own.
+    - ``visual``: visual tokens become fewer behind the projector, or in front of blocks of the language model. A share
+      is one of the tokens that an image has without any merging.
     - ``text``: all tokens of the prompt, visual ones among them, are merged in front of blocks of the language model,
       as `Prefix` mode does. These blocks lie above those where visual tokens become fewer, and the method sees what is
       left there: its ``keep`` is a share of that, ``sinks`` and ``recent`` count it, rows that have fewer than
       ``min_tokens`` of it are read in full, and ``protect`` is asked about its ids.
 
-    Where methods differ in whether a slot counts in attention as its size, each decides for the slots that it made.
+    Where methods differ in whether a slot counts in attention as its size, each decides for the slots that it made. In
+    a vision-language model the run is a `VlmRun`: its ``tower_run`` is the run in the tower, and its ``summary()`` tells
+    of all places.
 
     Args:
         model: see `reduce`.

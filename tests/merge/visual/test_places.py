@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places_samples import COMBINATIONS, SHORT, by_hand, double, doubled, merge_of
 from torch import Tensor
-from vlm_zoo import EOS, FAMILIES, FLAT, IMAGE, ROWS, VIDEO, build, model_of, prompt, row_of, text_of, write
+from vlm_zoo import EOS, FAMILIES, FLAT, IMAGE, ROWS, VIDEO, build, entering, model_of, prompt, row_of, text_of, write
 
 import quickmerge as qm
 from quickmerge.errors import QuickmergeError
@@ -190,6 +190,20 @@ def test_protection_counts_what_the_visual_merge_left() -> None:
         model(**inputs)
     assert run.summary().rows_short == 1
     assert "1 of 1 rows below min_tokens" in str(run.summary())
+
+
+def test_positions_counted_anew_are_those_of_a_shorter_prompt_that_is_merged() -> None:
+    model = double("llava")
+    inputs = doubled(row_of(model, ROWS, 1))
+    visual, text = Merge(qm.SCOPE(keep=0.4), positions="consecutive"), merge_of("tome", 2)
+    with reduce_places(model, visual=visual), torch.no_grad():
+        shorter = entering(model, inputs)["inputs_embeds"]
+    with reduce_places(model, text=text), torch.no_grad():
+        wanted = write(model, {"inputs_embeds": shorter}, 4)
+        logits = model(inputs_embeds=shorter).logits
+    with reduce_places(model, visual=visual, text=text), torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, logits, rtol=0, atol=1e-9)
+        assert torch.equal(write(model, inputs, 4), wanted)
 
 
 def test_gradients_and_checkpointing_go_through_merged_text() -> None:
