@@ -240,8 +240,8 @@ def reduce_places(
       ``min_tokens`` of it are read in full, and ``protect`` is asked about its ids.
 
     Where methods differ in whether a slot counts in attention as its size, each decides for the slots that it made. In
-    a vision-language model the run is a `VlmRun`: its ``tower_run`` is the run in the tower, and its ``summary()`` tells
-    of all places.
+    a vision-language model the run is a `VlmRun`: its ``tower_run`` is the run in the tower, and its ``summary()``
+    tells of all places.
 
     Args:
         model: see `reduce`.
