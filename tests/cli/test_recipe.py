@@ -105,6 +105,21 @@ def test_a_drafter_is_saved_as_a_recipe_and_read_again(run: Any, tiny_folder: Pa
     assert out.replace("== drafted ==", "== recipe ==") == again
 
 
+@pytest.mark.parametrize("fewer", [["--keep", 0.3, "--layer", 1, "--min-tokens", 0], []])
+@pytest.mark.parametrize("cheaper", [["--attention", "multipole:sink=2:interval=4"], []])
+def test_a_drafter_goes_together_with_all_the_rest(
+    run: Any, tiny_folder: Path, text: Path, tmp_path: Path, fewer: list[Any], cheaper: list[Any]
+) -> None:
+    options = [*fewer, *cheaper, "--drafter", "lookup", "--tree", 4]
+    common = ["--model", tiny_folder, "--file", text, *FAST, "--json", tmp_path / "g.json", "--compare"]
+    code, _, err = run("generate", *common, *options)
+    assert code == 0, err
+    data = json.loads((tmp_path / "g.json").read_text())
+    wanted = {*(["merge"] * bool(fewer)), *(["attention"] * bool(cheaper))}
+    assert {name for name in data["recipe"] if name not in ("type", "version", "quickmerge")} == {*wanted, "decoding"}
+    assert "lossless" in err
+
+
 def test_images_are_read_by_options_together_and_by_a_recipe(run: Any, photos: Path, tmp_path: Path) -> None:
     vlm = vlm_samples.save(tmp_path / "vlm")
     data, photo = tmp_path / "g.json", photos / "left" / "0.png"
@@ -124,6 +139,9 @@ def test_images_are_read_by_options_together_and_by_a_recipe(run: Any, photos: P
     assert code == 0, err
     below, above = json.loads(data.read_text())["by_recipe"]["merge+visual"]["tokens_per_layer"]
     assert above < below
+    code, _, err = run("generate", "--image", photo, *common, "--tower-keep", 0.7, "--drafter", "lookup")
+    assert code == 0, err
+    assert set(json.loads(data.read_text())["by_recipe"]) >= {"tower", "decoding"}
     code, _, err = run("generate", "--image", photo, *common, "--drafter", "lookup")
     assert code == 0, err
     assert "visual" not in json.loads(data.read_text())["recipe"]

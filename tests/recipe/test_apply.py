@@ -8,6 +8,7 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,6 +84,38 @@ def test_plain_generate_is_speculative_inside_and_writes_the_same_text(rows: int
     assert stats.nodes > stats.row_passes  # something was drafted
     assert run.summary().as_dict()["decoding"]["tokens"] == stats.tokens
     assert str(run.summary()).startswith(f"decoding: {stats.tokens} tokens in {stats.passes} passes")
+
+
+DRAFTS = qm.Speculation(qm.PromptLookup(ngram=2), tree=6)
+TOGETHER = {
+    "merge": qm.Recipe(merge=TEXT),
+    "attention": qm.Recipe(attention=ATTENTION),
+    "both": qm.Recipe(merge=TEXT, attention=ATTENTION),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", TOGETHER)
+def test_speculation_writes_what_the_other_ingredients_write_without_it(
+    name: str, family: str, untouched: Callable[[Any], Any]
+) -> None:
+    model, recipe = untouched(build(family, dtype=torch.float64)), TOGETHER[name]
+    ids = tokens(2, 12).repeat(1, 6)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with qm.apply(model, recipe):
+        wanted = endless(model, inputs, 20)
+    with qm.apply(model, replace(recipe, decoding=DRAFTS)) as run:
+        assert torch.equal(endless(model, inputs, 20), wanted)
+    assert run.summary()["decoding"].nodes > run.summary()["decoding"].row_passes
+    assert list(run.summary().of) == [*(["merge"] * (name != "attention")), *(["attention"] * (name != "merge")),
+                                      "decoding"]  # fmt: skip
+
+
+def test_speculation_behind_block_causal_mode_is_refused_in_the_beginning(untouched: Callable[[Any], Any]) -> None:
+    model = untouched(build("llama"))
+    with pytest.raises(qm.QuickmergeError, match="can't read draft trees here: block_causal mode"):
+        qm.Recipe(merge=CAUSAL, decoding=DRAFTS).check(model)
+    assert "generate" not in vars(model) and qm.detach(model) == 0
 
 
 def test_heads_draft_in_plain_generate(untouched: Callable[[Any], Any]) -> None:
@@ -293,6 +326,19 @@ def test_text_and_visual_tokens_of_a_vision_language_model(family: str) -> None:
         assert torch.equal(vlm_zoo.write(model, inputs), wanted)
     read = run.summary()["merge+visual"].tokens_per_layer
     assert run.summary()["merge+visual"].tokens_in > read[0] == read[1] > read[2] == read[3]
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_everything_together_in_a_vision_language_model(family: str) -> None:
+    model = vlm_zoo.model_of(family)
+    inputs = vlm_zoo.prompt(model, [[0], [1, 2]])
+    text = qm.Merge(qm.QuickMerge(keep=0.6), 2, qm.Prefix(min_tokens=0, recent=2))
+    recipe = qm.Recipe(merge=text, visual=qm.ToMe(keep=0.5), tower=qm.ToMe(keep=0.6), attention=ATTENTION)
+    with qm.apply(model, recipe):
+        wanted = vlm_zoo.write(model, inputs)
+    with qm.apply(model, replace(recipe, decoding=DRAFTS)) as run:
+        assert torch.equal(vlm_zoo.write(model, inputs), wanted)
+    assert list(run.summary().of) == ["merge+visual+tower", "attention", "decoding"]
 
 
 def test_speculation_and_multipole_of_a_vision_language_model() -> None:

@@ -249,6 +249,10 @@ def image(
         ),
     ] = None,
     min_tokens: MIN_TOKENS = None,
+    tower_keep: Annotated[
+        float | None,
+        typer.Option("--tower-keep", help="Share of patches kept inside the vision tower.", rich_help_panel=FEWER),
+    ] = None,
     attention: ATTENTION = None,
     budget: BUDGET = None,
     drafter: DRAFTER = None,
@@ -268,8 +272,8 @@ def image(
     check_text("--prompt", prompt)
     merging = {"--reducer": reducer, "--keep": keep, "--tokens": tokens, "--layer": layer}
     cheaper = {
-        "--text-keep": text_keep, "--min-tokens": min_tokens, "--attention": attention, "--budget": budget,
-        "--drafter": drafter, "--tree": tree,
+        "--text-keep": text_keep, "--min-tokens": min_tokens, "--tower-keep": tower_keep, "--attention": attention,
+        "--budget": budget, "--drafter": drafter, "--tree": tree,
     }  # fmt: skip
     check_alone(recipe, given_names({**merging, **cheaper}))
     check_helpers(attention, budget, drafter, tree)
@@ -290,9 +294,10 @@ def image(
             method = parse_reducer(reducer or "scope", parse_budget(keep, tokens, IMAGE_SHARE), "visual")
             depth = parse_layer(layer)
         words = None if text_keep is None else _place(parse_reducer("quickmerge", text_keep), None, min_tokens)
+        patches = None if tower_keep is None else _place(parse_reducer("tome", tower_keep, "vision"), None, None)
         made = make_recipe(
-            merge=words, visual=None if method is None else _place(method, depth, None), attention=attention,
-            budget=budget, drafter=drafter, tree=tree,
+            tower=patches, merge=words, visual=None if method is None else _place(method, depth, None),
+            attention=attention, budget=budget, drafter=drafter, tree=tree,
         )  # fmt: skip
     pictures = [open_image(path) for path in image]
     vlm, processor = load_vlm(model)

@@ -52,7 +52,7 @@ def _merging(model: Any, merges: dict[str, Merge]) -> dict[str, Attachment]:
 def check_places(model: Any, merges: Mapping[str, Merge]) -> None:
     """Raise UnsupportedModelError for a place that the model does not have, by the name that a recipe gives it."""
     if holds_vlm(model):
-        have: tuple[str, ...] = ("merge", "visual")
+        have: tuple[str, ...] = ("merge", "visual", "tower")
         kind = "a vision-language model"
     elif holds_encoder(model) or holds_timm(model):
         kind, have = "a vision transformer", ("tower",)

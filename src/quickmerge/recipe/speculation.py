@@ -81,6 +81,7 @@ class SpeculationRun(Attachment):
             self._drafter.check(self.model)
 
     def _attach(self) -> None:
+        check_target(self.model)  # among the other ingredients, which are there by now
         self._undo.append(watch_generate(self.model, self._around_generate))
 
     def _around_generate(self, given: dict[str, Any], call: Callable[..., Any]) -> Any:

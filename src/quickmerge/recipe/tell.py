@@ -141,7 +141,7 @@ class _Prompt:
         merges, shape = self.recipe.merges, self.shape
         full = [float(self.tokens)] * len(shape.weights)
         if "tower" in merges:
-            effects.append(Effect("tower", merges["tower"].label, False, None, ("patches are merged in the tower",)))
+            effects.append(self._tower(merges["tower"]))
         if "visual" in merges:
             effects.append(self._visual(merges["visual"]))
         if "merge" in merges:
@@ -156,6 +156,13 @@ class _Prompt:
             None if self.layers is None else self.shape.prefill_flops(self.layers) + self.own,
             shape.prefill_flops(full), None if held is None else shape.cache_bytes(held), shape.cache_bytes(full),
         )  # fmt: skip
+
+    def _tower(self, merge: Merge) -> Effect:
+        lines = ["patches are merged inside the vision tower"]
+        if not merge.unmerge:
+            self.layers = None
+            lines.append("how many slots the language model reads of them depends on the images and the tower")
+        return Effect("tower", merge.label, _keeps_all(as_budget(merge.reducer.keep)), None, tuple(lines))
 
     def _visual(self, merge: Merge) -> Effect:
         kept = as_budget(merge.reducer.keep)
