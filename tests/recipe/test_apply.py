@@ -333,7 +333,8 @@ def test_everything_together_in_a_vision_language_model(family: str) -> None:
     model = vlm_zoo.model_of(family)
     inputs = vlm_zoo.prompt(model, [[0], [1, 2]])
     text = qm.Merge(qm.QuickMerge(keep=0.6), 2, qm.Prefix(min_tokens=0, recent=2))
-    recipe = qm.Recipe(merge=text, visual=qm.ToMe(keep=0.5), tower=qm.ToMe(keep=0.6), attention=ATTENTION)
+    tower = qm.Merge(qm.ToMe(keep=0.6), unmerge=family == "idefics3")
+    recipe = qm.Recipe(merge=text, visual=qm.ToMe(keep=0.5), tower=tower, attention=ATTENTION)
     with qm.apply(model, recipe):
         wanted = vlm_zoo.write(model, inputs)
     with qm.apply(model, replace(recipe, decoding=DRAFTS)) as run:

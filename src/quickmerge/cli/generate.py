@@ -180,6 +180,17 @@ def _place(method: Any, depth: Any, min_tokens: int | None) -> Any:
         return Merge(method, depth, None if min_tokens is None else Prefix(min_tokens=min_tokens))
 
 
+def _squares(recipe: Recipe, vlm: Any) -> Recipe:
+    """The recipe for a model whose visual tokens are squares of patches: all patches leave its tower, merged or not."""
+    from dataclasses import replace
+
+    from quickmerge.merge.place import Merge
+    from quickmerge.models.vlm import find_vlm
+
+    assert isinstance(recipe.tower, Merge)
+    return recipe if find_vlm(vlm).encoder is not None else replace(recipe, tower=replace(recipe.tower, unmerge=True))
+
+
 def _answer(
     recipe: Recipe, compare: bool, ask: Callable[[Any], RecipeAnswer], *, raw: bool, alone: Alone
 ) -> dict[str, Any]:
@@ -301,6 +312,7 @@ def image(
         )  # fmt: skip
     pictures = [open_image(path) for path in image]
     vlm, processor = load_vlm(model)
+    made = made if tower_keep is None else _squares(made, vlm)
     alone = Alone.asked(vlm, processor, pictures[0])
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "sample": sample, "temperature": temperature, "seed": seed
