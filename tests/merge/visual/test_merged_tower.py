@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -206,6 +207,31 @@ def test_what_is_measured_in_a_merged_tower_is_of_its_slots(method: str) -> None
         assert torch.equal(view.hidden[0], seen.features[places])
 
 
+@dataclass(frozen=True)
+class Early(qm.TopNorm):
+    """Drops tokens in front of a block."""
+
+    before = True
+
+
+@pytest.mark.parametrize("layers", [-2, [-3, -2], [0, -1]], ids=str)
+@pytest.mark.parametrize("kind", ["tokens drop in front of blocks", "images differ in how many stay"])
+def test_every_way_of_taking_tokens_out_reads_a_batch_as_its_rows(layers: Any, kind: str) -> None:
+    model = build("llava", layer=layers)
+    reducer = Early(keep=0.6) if kind.startswith("tokens") else qm.Attention(keep=qm.Mass(0.6))
+    for unmerge in (False, True):
+        for more in ({}, {"visual": Merge(qm.SCOPE(keep=0.3), [0, 2])}):
+            merge = Merge(reducer, (0, 1), unmerge=unmerge)
+            with reduce_places(model, tower=merge, **more) as run, torch.no_grad():
+                logits, left = model(**prompt(model, ROWS)).logits[:, -1], [image.left for image in run.images]
+                alone = []
+                for i in range(len(ROWS)):
+                    row = model(**row_of(model, ROWS, i)).logits[0, -1]
+                    torch.testing.assert_close(row, logits[i], rtol=0, atol=1e-4)
+                    alone += [image.left for image in run.images]
+            assert alone == left and all(count < 16 for count in left)
+
+
 SUBSETS = [s for n in (1, 2, 3) for s in combinations(("text", "visual", "tower"), n)]
 
 
@@ -269,6 +295,17 @@ def test_keep_one_is_the_model_bit_for_bit_and_errors_leave_it(family: str) -> N
         assert torch.equal(model(**inputs).logits, logits)
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     assert {config._attn_implementation for config in configs if hasattr(config, "_attn_implementation")} == {"sdpa"}
+
+
+def test_an_image_that_keeps_all_its_patches_keeps_no_others_from_losing_theirs() -> None:
+    model = model_of("llava", tower="siglip")
+    merge = Merge(qm.QuickMergeVision(keep=qm.Entropy()), (0, 1))
+    with reduce_places(model, tower=merge) as run, torch.no_grad():
+        logits, left = model(**prompt(model, ROWS)).logits[:, -1], [image.left for image in run.images]
+        assert len(set(left)) > 1 and max(run.tower_run.call.widths[:1]) == 16
+        for i in range(len(ROWS)):
+            row = model(**row_of(model, ROWS, i)).logits[0, -1]
+            torch.testing.assert_close(row, logits[i], rtol=0, atol=1e-4)
 
 
 def test_gradients_flow_through_a_merged_tower() -> None:

@@ -319,7 +319,8 @@ class VisionRun(Attachment):
             **known,
         )
         plan = reducer.plan(view)
-        if plan.slots == hidden.shape[1]:
+        # Where there are as many slots as tokens, one image may keep all of them while others have fewer.
+        if plan.slots == hidden.shape[1] and (plan.seat is not None or _keeps_all(plan, view)):
             return None, hidden
         call.plans[index] = plan
         return plan, reducer.combine(view, plan, hidden)
@@ -335,6 +336,11 @@ class VisionRun(Attachment):
         if call is None:
             return VisionStats(repr(self.reducer))
         return VisionStats(repr(self.reducer), call.grid, call.tokens, call.prefix, [float(n) for n in call.widths])
+
+
+def _keeps_all(plan: MergePlan, view: TokenView) -> bool:
+    """True if no image of the batch loses a token."""
+    return bool((plan.valid.sum(-1) == view.valid.sum(-1)).all())
 
 
 def _plain(residual: Tensor) -> bool:

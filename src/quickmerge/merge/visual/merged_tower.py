@@ -72,10 +72,13 @@ class TowerRun(TransformersRun):
         """The tokens that the attention of a block read in the last forward; None for all of them, each alone."""
         return self._current().levels[block]
 
-    def _level(self, call: Call, index: int) -> Level | None:
+    def _level(self, call: Call, index: int, state: Tensor | None) -> Level | None:
         """The tokens of the ``index``-th state that the tower can hand out, the first of which enters block 0."""
-        # Where a method takes tokens out in front of a block, the state is what arrives there.
-        return call.arriving.get(index, call.levels[index])
+        # Where a method takes tokens out in front of a block, a state is what arrives there; but the first one is
+        # noted with what the block was given, after that.
+        level = call.arriving.get(index, call.levels[index])
+        width = call.tokens if level is None else level.size.shape[1]
+        return level if state is None or state.shape[1] == width else call.levels[index]
 
     def _hand_out(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Make what the tower gives as long as it would have been."""
@@ -88,11 +91,11 @@ class TowerRun(TransformersRun):
             layers = self.vlm.config.vision_feature_layer
             chosen = [layers] if isinstance(layers, int) else layers
             top = max(layer % len(states) for layer in chosen)
-        level = self._level(call, top)
+        level = self._level(call, top, None)
         if states is not None:
             whole: list[Tensor | None] = []
             for index, state in enumerate(states):
-                own = self._level(call, index)
+                own = self._level(call, index, state)
                 if state is not None and own is not None:
                     state = _filled(state, own, call.prefix)
                 if state is not None and level is not None and index < top and not self.unmerge:
