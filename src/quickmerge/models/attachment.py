@@ -74,7 +74,8 @@ def aside() -> Iterator[None]:
 
 def stands_aside() -> bool:
     """Whether this thread is inside of `aside`."""
-    return _ASIDE.get()
+    # A compiler of graphs can't look; what it makes is of the model inside the run.
+    return not torch.compiler.is_compiling() and _ASIDE.get()
 
 
 class PerThread(Generic[T]):
