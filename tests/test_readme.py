@@ -18,7 +18,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def python_of_readme() -> list[str]:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     return blocks
 
 
@@ -32,13 +32,16 @@ def test_the_readme_s_vision_runs() -> None:
 
 
 def test_the_readme_s_python_runs(smollm2: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = [python_of_readme()[i] for i in (0, 1, 5, 6)]
+    blocks = [python_of_readme()[i] for i in (0, 1, 5, 6, 7)]
     # The others go on from the first, and a fifth of the document must be more than its protected tokens.
     names = {"document": "The tide tables of the bay are printed every year in March. " * 12}
+    labels = []
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
+        labels.append(getattr(getattr(names.get("run"), "reducer", None), "label", None))
     assert "tokens in" in capsys.readouterr().out
-    assert "quickmerge+prior" in names["run"].reducer.label  # type: ignore[attr-defined]
+    assert labels[1] == "quickmerge+prior"
+    assert list(names["run"].summary().of) == ["merge", "attention", "decoding"]  # type: ignore[attr-defined]
 
 
 def test_the_readme_s_visual_tokens_and_recognition_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

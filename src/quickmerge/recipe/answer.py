@@ -121,8 +121,15 @@ def _respond(
 
 
 def compared(recipe: RecipeAnswer, plain: RecipeAnswer) -> str:
-    """A line on both answers: which was faster a token, and whether they are the same."""
-    pace = (plain.seconds / max(1, plain.tokens)) / (recipe.seconds / max(1, recipe.tokens))
+    """A line on both answers: how much faster the first token came, and each one behind it; and whether they agree."""
     same = recipe.ids.tolist() == plain.ids.tolist()
     text = "the same text, token for token" if same else "another text"
-    return f"recipe against plain: {pace:.2f}x as fast a token, {text}"
+    told = [f"first token {plain.ttft_seconds / recipe.ttft_seconds:.2f}x as fast"]
+    if min(recipe.tokens, plain.tokens) > 1:
+        told.append(f"each next one {_pace(plain) / _pace(recipe):.2f}x as fast")
+    return f"recipe against plain: {', '.join([*told, text])}"
+
+
+def _pace(answer: RecipeAnswer) -> float:
+    """Seconds for each token behind the first."""
+    return (answer.seconds - answer.ttft_seconds) / (answer.tokens - 1)
