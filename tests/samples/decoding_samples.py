@@ -117,6 +117,27 @@ class Scripted(Drafter):
         self.going = [self.going[i] for i in index.tolist()]
 
 
+class Features(Drafter):
+    """Drafts nothing, and keeps what it is told."""
+
+    needs_features = True
+
+    def begin(self, model: Any, ids: Tensor, valid: Tensor, features: Tensor | None, positions: Tensor) -> None:
+        assert features is not None
+        self.prompt: Any = ids, valid, features, positions
+        self.seen: list[Tensor] = []
+
+    def draft(self, last: Tensor, nodes: int) -> list[Tree]:
+        return [Tree.chain([token]) for token in last.tolist()]
+
+    def accept(self, tokens: list[Tensor], features: list[Tensor] | None) -> None:
+        assert features is not None
+        self.seen.append(features[0])
+
+    def rows(self, index: Tensor) -> None:
+        raise AssertionError("one row")
+
+
 class Oracle(Drafter):
     """Asks the target itself: a chain of what it would write, ``depth`` tokens, from its features where they are known.
 

@@ -15,6 +15,7 @@ from decoding_samples import (
     FAMILIES,
     VOCABULARY,
     Adversary,
+    Features,
     Oracle,
     Scripted,
     endless,
@@ -280,10 +281,14 @@ def test_generation_goes_on_from_a_cache() -> None:
         model.generate(first, **past_cache(cache), do_sample=False, max_length=40, custom_generate=both[0])
     past = DynamicCache()
     model(input_ids=first[:, :-1], **past_cache(past))
-    with pytest.raises(QuickmergeError, match="the drafter wants the target's features of every token, but"):
-        model.generate(
-            first, **past_cache(past), max_new_tokens=3, custom_generate=SpeculativeDecoding(Oracle(2), tree=3)
-        )
+    # Of the text in the cache a drafter that reads features is told nothing but its last token.
+    drafter = Features()
+    found = model.generate(
+        first, **past_cache(past), max_new_tokens=13, do_sample=False,
+        custom_generate=SpeculativeDecoding(drafter, tree=3),
+    )  # fmt: skip
+    assert torch.equal(found, wanted) and torch.equal(drafter.prompt[0], first[:, -1:])
+    assert drafter.prompt[2].shape[1] == 1 and int(drafter.prompt[3]) == first.shape[1] - 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from caches import held
 from caches import past as past_cache
-from decoding_samples import VOCABULARY, Scripted, endless, greedy, prompts, tiny
+from decoding_samples import VOCABULARY, Features, Scripted, endless, greedy, prompts, tiny
 from gumiho_samples import heads
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +27,7 @@ from vlm_zoo import prompt as vlm_prompt
 import quickmerge as qm
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.models import columns
-from quickmerge.speculative import Drafter, PromptLookup, SpeculativeDecoding, Tree
+from quickmerge.speculative import PromptLookup, SpeculativeDecoding
 
 RUNS = ("merge", "multipole", "both")
 """What is attached."""
@@ -190,27 +190,6 @@ def test_a_streamer_gets_every_token(kind: str) -> None:
         wanted = endless(model, inputs, 20)
         endless(model, inputs, 20, custom_generate=trees(wanted, 0, 8), streamer=stream)
     assert stream.ids == wanted[0].tolist() and stream.ended
-
-
-class Features(Drafter):
-    """Drafts nothing, and keeps what it is told."""
-
-    needs_features = True
-
-    def begin(self, model: Any, ids: Tensor, valid: Tensor, features: Tensor | None, positions: Tensor) -> None:
-        assert features is not None
-        self.prompt = ids, valid, features, positions
-        self.seen: list[Tensor] = []
-
-    def draft(self, last: Tensor, nodes: int) -> list[Tree]:
-        return [Tree.chain([token]) for token in last.tolist()]
-
-    def accept(self, tokens: list[Tensor], features: list[Tensor] | None) -> None:
-        assert features is not None
-        self.seen.append(features[0])
-
-    def rows(self, index: Tensor) -> None:
-        raise AssertionError("one row")
 
 
 def test_heads_read_the_hidden_states_of_the_merged_model() -> None:

@@ -12,6 +12,7 @@ import torch
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.place import Merge, Place, as_merge, shown
 from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.text.modes import BlockCausal
 from quickmerge.multipole.settings import Multipole
 from quickmerge.recipe.plain import TRAINED, TYPES, Held, encode, settings_of, state_of
 from quickmerge.recipe.speculation import Speculation
@@ -63,6 +64,23 @@ class Ingredients:
             raise QuickmergeError(
                 f"decoding must be a Drafter such as PromptLookup(), or Speculation(drafter, ...), or None, got "
                 f"{self.decoding!r:.200}"
+            )
+
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise for ingredients that exclude one another on any model."""
+        if not isinstance(self.merge, Merge) or not isinstance(self.merge.mode, BlockCausal):
+            return
+        if self.attention is not None:
+            raise QuickmergeError(
+                "attention must be left out beside merge in block_causal mode, whose cache holds slots of chunks where "
+                "clusters would stand: use Prefix mode, or give one of the two"
+            )
+        if self.decoding is not None:
+            raise QuickmergeError(
+                "decoding must be left out beside merge in block_causal mode, which merges drafted tokens for good: "
+                "use Prefix mode, or give one of the two"
             )
 
     @property

@@ -147,8 +147,9 @@ class Drafter(ABC):
 
         Args:
             model: the target.
-            ids: ``(B, n)`` tokens of the prompt. For a drafter that wants features, of a prompt that was merged: those
-                at whose places the entries of the last block stand, as ``valid``, ``features`` and ``positions`` too.
+            ids: ``(B, n)`` tokens of the prompt. For a drafter that wants features, and so ``valid``, ``features`` and
+                ``positions`` too: those at whose places the entries of the last block stand, where the prompt was
+                merged; and those that are new, where it goes on from a filled cache.
             valid: ``(B, n)`` bool, False for padding, which is on the left.
             features: ``(B, n, H)`` the target's last hidden states behind the final norm; None unless
                 ``needs_features``. Those of a token predict the one after it.

@@ -66,8 +66,8 @@ class Prompt:
     """A prompt that has been read.
 
     ``logits (B, V)`` say what follows; ``ids (B, n)``, ``valid (B, n)`` bool and ``positions (B, n)`` are of its
-    tokens; ``features (B, n, H)`` its last hidden states, None unless wanted. Where these are wanted and the prompt was
-    merged, n are the entries that the last block read.
+    tokens; ``features (B, n, H)`` its last hidden states, None unless wanted. Where these are wanted n are the entries
+    that the last block read: fewer of a prompt that was merged, and of a further turn its own tokens alone.
     """
 
     target: Target
@@ -88,8 +88,7 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any
         features: whether its last hidden states are wanted.
 
     Raises:
-        QuickmergeError: if the cache is not one whose columns can be moved, does not go with ``ids``, or has been
-            filled where features are wanted.
+        QuickmergeError: if the cache is not one whose columns can be moved, or does not go with ``ids``.
     """
     n = ids.shape[1]
     cache = plain_cache(given_cache(model_kwargs))
@@ -104,11 +103,6 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any
     if past >= n or valid.shape != ids.shape or positions.shape[-2:] != ids.shape:
         raise QuickmergeError(
             f"input_ids must hold the whole text, the {past} tokens in {cache_name()} and at least one more, got {n}"
-        )
-    if past and features:
-        raise QuickmergeError(
-            f"the drafter wants the target's features of every token, but {cache_name()} holds {past} tokens read "
-            "before: leave it out"
         )
     if not bool(valid[:, -1].all()):
         raise QuickmergeError("attention_mask must end with 1 in every row: pad on the left")
@@ -140,7 +134,10 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any
     # Where there are several directions the first is that of the text.
     first = positions.flatten(0, -3)[0] if positions.dim() > 2 else positions
     first = first.expand(len(ids), -1)
-    if features and seen is not None:
+    if features and past:
+        # Of what was read before there are none any more.
+        ids, valid, first = (x[:, past:] for x in (ids, valid, first))
+    elif features and seen is not None:
         # The last block read fewer tokens, each of which is taken for the one at whose place it stands.
         at, valid = seen
         ids, first = ids.gather(1, at), first.gather(1, at)

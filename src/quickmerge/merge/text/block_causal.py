@@ -24,7 +24,7 @@ from quickmerge.merge.text.rows import check_one_text
 from quickmerge.merge.tokens.budget import ReadingBudget
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.tokens.view import Evidence, TokenView
-from quickmerge.models.attachment import PerThread
+from quickmerge.models.attachment import PerThread, setting, watch_generate
 from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, decoder_mask, proportional_attention
 
@@ -213,6 +213,20 @@ class BlockCausalRun(Run):
                 f"layer must be {self.reading.layer} for a budget that reads in front of that block, got {first} "
                 f"(the first block with full attention from there is {self.merged[0]})"
             )
+
+    def _attach(self) -> None:
+        super()._attach()
+        self._undo.append(watch_generate(self.decoder.model, self._around_generate))
+
+    def _around_generate(self, given: dict[str, Any], call: Callable[..., Any]) -> Any:
+        """Refuse decoding that takes guesses back, by the name of the argument."""
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if setting(self.decoder.model, given, name) is not None:
+                raise QuickmergeError(
+                    f"{name} must be left out in block_causal mode, which merges guessed tokens for good: use prefix "
+                    "mode"
+                )
+        return call()
 
     def begin(self, prompt: bool, inputs: dict[str, Any]) -> dict[str, Any]:
         """Give a fresh cache our layers, and check that there is no padding."""
