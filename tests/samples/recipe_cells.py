@@ -132,7 +132,7 @@ def recipe_of(cell: Cell, family: str, *, neutral: bool = False) -> qm.Recipe:
         "text (prefix)": {"merge": Merge(qm.QuickMerge(keep=keep), text, Prefix(min_tokens=0, recent=2, sinks=1))},
         "text (block causal)": {"merge": Merge(qm.QuickMerge(keep=keep), 0, BlockCausal(chunk=8, window=4, sinks=1))},
         "visual": {"visual": qm.QuickMergeVision(keep=keep)},
-        "tower": {"tower": qm.ToMe(keep=keep)},
+        "tower": {"tower": Merge(qm.ToMe(keep=keep), unmerge=family == "idefics3")},
         "Multipole": {"attention": Multipole(budget=budget, interval=5, sink=2, ratio=0.5, block=16)},
         **{name: {"decoding": qm.Speculation(one, tree=5)} for name, one in drafts.items()},
     }

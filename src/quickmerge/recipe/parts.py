@@ -36,7 +36,7 @@ def parts(model: Any, recipe: Ingredients) -> dict[str, Attachment]:
         # Whether a model reads trees is tried on the plain model, so this one is made first, and entered last.
         found["decoding"] = SpeculationRun(model, recipe.speculation)
     if recipe.attention is not None:
-        found["attention"] = multipole(model, recipe.attention)
+        found["attention"] = multipole(model, recipe.attention).owned()
     found |= _merging(model, recipe.merges)
     return {name: found[name].owned() for name in reversed(found)}
 
