@@ -294,11 +294,25 @@ def test_a_model_is_proven_outside_of_its_runs() -> None:
         assert run.summary().tokens_in == 20
 
 
-def test_the_cost_of_a_pass_is_measured_inside_of_what_it_is_spent_in() -> None:
-    model, inputs = copy.deepcopy(tiny()), prompts([30])
-    drafting = SpeculativeDecoding(PromptLookup())
+def test_what_is_timed_is_no_prompt_of_the_run() -> None:
+    """Nothing that a user said of his own prompt, such as what to protect, is asked about the text that is timed."""
+    model, inputs, drafting = copy.deepcopy(tiny()), prompts([30]), SpeculativeDecoding(PromptLookup())
+    asked = []
+
+    def protect(ids: Tensor) -> Tensor:
+        asked.append(ids)
+        return torch.zeros(1, 30, dtype=torch.bool)
+
+    with qm.reduce(model, qm.QuickMerge(keep=0.4), [1], mode=qm.Prefix(min_tokens=0, protect=protect)):
+        endless(model, inputs, 8, custom_generate=drafting)
+    assert len(asked) == 1 and drafting.stats.measure_seconds > 0
+
+
+def test_passes_that_read_clusters_are_timed_behind_their_own_text() -> None:
+    model, inputs, drafting = copy.deepcopy(tiny()), prompts([30]), SpeculativeDecoding(PromptLookup())
     plain = endless(model, inputs, 8)
     assert torch.equal(endless(model, inputs, 8, custom_generate=drafting), plain)
+    assert drafting.stats.measure_seconds > 0
     with inside(model, "both", 3):
         wanted = endless(model, inputs, 8)
         assert torch.equal(endless(model, inputs, 8, custom_generate=drafting), wanted)

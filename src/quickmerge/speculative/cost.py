@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
 from quickmerge.bench.harness import seconds_of
+from quickmerge.models.attachment import aside
 from quickmerge.models.compat import cache_argument
 from quickmerge.models.decoder import watchers
 from quickmerge.speculative.target import Columns, Target
@@ -99,13 +100,15 @@ def best_size(probs: Sequence[Sequence[float]], cost: Cost, draft_seconds: float
 def measure(model: PreTrainedModel, most: int) -> Cost:
     """Time passes of 1, 2, 3, 4, 8, ... tokens up to ``most``, or 64, behind a short text; the median of three each.
 
-    It is done once for each model, place, number of threads, ``most``, and kinds of runs that it is inside of.
+    It is done once for each model, place, number of threads and ``most``. Runs that the model is inside of stand aside:
+    what they do to a prompt is none of its business, and `measure_behind` is for those that change what a pass takes.
     """
-    key = (model.device, model.dtype, torch.get_num_threads(), most, watchers(model))
+    key = (model.device, model.dtype, torch.get_num_threads(), most)
     known = _KNOWN.setdefault(model, {})
     if key not in known:
         most = min(most, SIZES[-1])
-        known[key] = _measure(model, [size for size in SIZES if size < most] + [most])
+        with aside():
+            known[key] = _measure(model, [size for size in SIZES if size < most] + [most])
     return known[key]
 
 
