@@ -20,6 +20,7 @@ import numpy as np
 from calm_tables import CALM
 from gumiho_tables import GUMIHO
 from multipole_tables import MULTIPOLE
+from recipe_tables import RECIPES
 from transplant_tables import TRANSPLANT
 from trust_tables import TRUST
 
@@ -524,7 +525,8 @@ TABLES: dict[str, Callable[[], Table | None]] = {
     )
 }  # fmt: skip
 TABLES["prior_kinds"] = partial(kinds, "prior_recovery", 1)
-TABLES |= {name: partial(made_of, *of) for name, of in (OWN | MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST).items()}
+MADE = OWN | MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST | RECIPES
+TABLES |= {name: partial(made_of, *of) for name, of in MADE.items()}
 
 
 def written(name: str) -> str:

@@ -102,7 +102,10 @@ def test_bench_has_prompts_of_its_own(run, tiny_folder, tmp_path) -> None:
     common = ["--drafter", "lookup", "--model", tiny_folder, "--max-new-tokens", 3, "--limit", 2, "--json", data]
     code, _, err = run("bench", *common)
     assert code == 0, err
-    assert [r["kind"] for r in json.loads(data.read_text())["prompts"]] == ["question"] * 2 + ["summary"] * 2
+    found = json.loads(data.read_text())
+    assert [r["kind"] for r in found["prompts"]] == ["question"] * 2 + ["summary"] * 2
+    plain, drafted = found["rows"]
+    assert "recipe" not in plain and drafted["recipe"]["decoding"]["type"] == "PromptLookup"
 
 
 def test_what_train_gumiho_writes_is_a_drafter(run, tiny_folder, tmp_path) -> None:

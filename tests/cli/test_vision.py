@@ -97,6 +97,9 @@ def test_bench_measures_features_and_labels(run, tiny: Path, classifier: Path, p
     rows = json.loads(data.read_text())["rows"]
     assert [row["method"] for row in rows] == ["full", "tome", "random", "smaller images"]
     assert all("accuracy" not in row and row["images"] == 6 and row["speedup"] > 0 for row in rows)
+    made = {row["method"]: row.get("recipe", {}).get("tower") for row in rows}
+    assert made["full"] is made["smaller images"] is None
+    assert made["tome"]["reducer"]["type"] == "ToMe" and made["tome"]["layer"]["type"] == "Removal"
     assert "FLOPs" in (report / "report.html").read_text()
     code, out, err = run("bench", "--image", photos, "--model", classifier, *common)
     assert code == 0, err

@@ -133,6 +133,9 @@ def test_bench_measures_right_answers_by_kind(run, vlm: Path, tmp_path: Path) ->
         for keep in (0.5, 0.25)
         if (method, keep) != ("smaller images", 0.5)
     } | {("smaller images", 0.5): 9}
+    made = {row["method"]: row.get("recipe", {}).get("visual") for row in rows if row["keep"] in (1.0, 0.25)}
+    assert made["full"] is made["smaller images"] is None
+    assert made["scope"]["type"] == "SCOPE" and made["scope"]["keep"] == 0.25
     for row in rows:
         assert {kind: told["questions"] for kind, told in row["kinds"].items()} == {"colour": 2, "where": 2}
         right = sum(told["questions"] * told["exact"] for told in row["kinds"].values())

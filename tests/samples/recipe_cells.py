@@ -35,6 +35,8 @@ MODELS = {
     "language": ("gemma3_text", "gpt_neox", "llama", "qwen3"),
     "vision-language": ("idefics3", "llava", "qwen2_5_vl", "qwen3_vl"),
 }
+TOWERS = ("idefics3", "llava")
+"""Of the latter those in whose tower patches can be merged, as greedy decoding of all four shows."""
 WAYS = (
     "greedy", "batch", "sampling", "num_return_sequences", "beams", "streamer", "second turn",
     "prompt_lookup_num_tokens", "assistant_model",
@@ -82,8 +84,11 @@ class Cell:
     def families(self) -> tuple[str, ...]:
         """All four where it is greedy decoding; else one, not always the same."""
         every = MODELS[self.kind]
-        turn = sum(map(ord, str(self)))
-        return every if self.way == "greedy" else (every[turn % len(every)],)
+        if self.way == "greedy":
+            return every
+        if "tower" in self.combination and self.kind == "vision-language":
+            every = TOWERS
+        return (every[sum(map(ord, str(self))) % len(every)],)
 
 
 def cells() -> Iterator[Cell]:

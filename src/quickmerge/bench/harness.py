@@ -55,11 +55,14 @@ class Arm:
         attach: makes what is entered while the arm has its turn, such as a run of `quickmerge.reduce`; None for the
             model as it is.
         settings: whatever else the arm differs in. ``keep`` is the share that was asked for, in a benchmark's own unit.
+        ingredients: what would do the same to a model as a recipe, by the arguments of `quickmerge.Recipe`; a reducer
+            that is told where to act as a pair of it and ``layer``. None for an arm that is no recipe.
     """
 
     name: str
     attach: Callable[..., AbstractContextManager[Any]] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    ingredients: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def keep(self) -> float | None:

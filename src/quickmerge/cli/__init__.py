@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from quickmerge.console.commands import add, choice
 from quickmerge.console.ending import Ending, end
+from quickmerge.console.recording import record_by
 
 
 class _Commands(TyperGroup):
@@ -57,9 +58,12 @@ def _register() -> None:
     from quickmerge.cli import generate, ls, train
     from quickmerge.merge.cli import bench, demo, plan, show
     from quickmerge.recipe import cli as recipe
+    from quickmerge.recipe.options import record_ingredients
     from quickmerge.recognition import cli as recognition
     from quickmerge.speculative import cli as speculative
     from quickmerge.transplant import cli as transplant
+
+    record_by(record_ingredients)
 
     add(app, "demo", demo.demo, demo.EXAMPLE)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ATTENTION", "BUDGET", "DRAFTER", "RECIPE", "SAVE_RECIPE", "TREE", "check_alone", "check_folder",
     "check_helpers", "given_names",
-    "load_recipe", "make_recipe", "record", "save_recipe",
+    "load_recipe", "make_recipe", "record", "record_ingredients", "save_recipe",
 ]  # fmt: skip
 
 RECIPE = Annotated[
@@ -125,3 +125,18 @@ def check_folder(folder: Path | None) -> None:
 def record(recipe: Recipe) -> dict[str, Any]:
     """What a JSON of results holds of a recipe, so that whoever reads it can make them again."""
     return {"recipe": recipe.as_dict()}
+
+
+def record_ingredients(ingredients: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of what an arm of a benchmark says that it does; see `quickmerge.bench.harness.Arm`."""
+    from quickmerge.merge.place import Merge
+    from quickmerge.recipe import Recipe, Speculation
+
+    given = dict(ingredients)
+    for name in ("merge", "visual", "tower"):
+        if isinstance(given.get(name), tuple):
+            given[name] = Merge(*given[name])
+    if "decoding" in given:
+        drafter, tree = given["decoding"]
+        given["decoding"] = Speculation(drafter, tree=tree)
+    return record(Recipe(**given))

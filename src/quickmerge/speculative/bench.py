@@ -50,7 +50,8 @@ def draft_arm(name: str, drafter: Drafter, tree: int | str = "auto") -> Arm:
     Raises:
         ValueError: ``tree`` is not what `quickmerge.SpeculativeDecoding` takes.
     """
-    return Arm(name, settings={"custom_generate": SpeculativeDecoding(drafter, tree=tree)})
+    engine = SpeculativeDecoding(drafter, tree=tree)
+    return Arm(name, settings={"custom_generate": engine}, ingredients={"decoding": (drafter, tree)})
 
 
 PLAIN = Arm("plain")

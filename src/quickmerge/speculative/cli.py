@@ -192,7 +192,7 @@ def decode(
     json: JSON = None,
 ) -> None:
     """Tokens for each pass of the model, and speed, of drafters beside plain decoding of the same prompts."""
-    from quickmerge.console.results import show_result
+    from quickmerge.console.results import recorded, show_result
     from quickmerge.speculative.bench import PLAIN, bench_drafters, draft_arm
     from quickmerge.speculative.report import drafters_report
 
@@ -216,7 +216,7 @@ def decode(
         found = bench_drafters(
             lm, tokenizer, asked, arms, temperatures=temperatures, max_new_tokens=max_new_tokens, advance=advance
         )
-    found = found.about(
+    found = recorded(found, arms).about(
         model=model, prompts=len(asked), max_new_tokens=max_new_tokens,
         prompts_file=prompts.name if prompts is not None else "about the shipped document",
     )  # fmt: skip

@@ -191,7 +191,7 @@ def answer_arms(
         for reducer in reducers:
             method = replace(reducer, keep=keep)
             settings = {"keep": keep, "shared": "text" not in method.needs.visual}
-            found.append(Arm(method.label, _attach(model, method), settings))
+            found.append(Arm(method.label, _attach(model, method), settings, {"visual": method}))
         small = _smaller(model, processor, keep) if smaller else None
         if small is not None:
             found.append(Arm(RESIZE, settings={"keep": keep, "processor": small}))

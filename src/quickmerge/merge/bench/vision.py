@@ -105,15 +105,16 @@ def arms(
         for reducer in reducers:
             if reducer.once:
                 block, kept = once_at(shape, ratio, tokens)
-                attach = _attach(model, replace(reducer, keep=Count(kept)), block)
+                method, layer = replace(reducer, keep=Count(kept)), block
             else:
-                attach = _attach(model, reducer, removal_at(shape, ratio, tokens, prefix))
-            found.append(Arm(reducer.label, attach, {"keep": ratio}))
+                method, layer = reducer, removal_at(shape, ratio, tokens, prefix)
+            attach, made = _attach(model, method, layer), {"tower": (method, layer)}
+            found.append(Arm(reducer.label, attach, {"keep": ratio}, made))
         if smaller and pixels.ndim == 4:
             side = _smaller(shape, encoder, ratio, pixels, prefix)
             found.append(Arm("smaller images", settings={"keep": ratio, "resize": side}))
     for reducer, own in trained:
-        found.append(Arm(reducer.label, _attach(own or model, reducer, None), {"model": own}))
+        found.append(Arm(reducer.label, _attach(own or model, reducer, None), {"model": own}, {"tower": reducer}))
     return found
 
 

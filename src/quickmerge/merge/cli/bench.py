@@ -133,7 +133,7 @@ def image(
 
     Labels count where the folder has one for each class and the model a head for them.
     """
-    from quickmerge.console.results import show_result
+    from quickmerge.console.results import recorded, show_result
     from quickmerge.datasets.images import open_image
     from quickmerge.datasets.labelled import load_batch
     from quickmerge.merge.bench.vision import arms, bench_images, vision_report
@@ -168,7 +168,7 @@ def image(
         found = bench_images(
             network, batches, everything, labels=labels, classes=classes, rounds=rounds, advance=advance
         )
-    found = found.about(model=model, images=len(paths), folder=image.name)
+    found = recorded(found, everything, "asked").about(model=model, images=len(paths), folder=image.name)
     show_result(found, vision_report(found.rows, found.meta), out=out, json=json, records="images")
 
 
@@ -228,7 +228,7 @@ def vlm(
     json: JSON = None,
 ) -> None:
     """Right answers by kind of question, and time, of every method at every share of the visual tokens."""
-    from quickmerge.console.results import show_result
+    from quickmerge.console.results import recorded, show_result
     from quickmerge.datasets.annotated import read_annotated
     from quickmerge.datasets.images import open_image
     from quickmerge.merge.bench.answers import answer_arms
@@ -254,5 +254,5 @@ def vlm(
             bar.update(task, advance=1, description=label)
 
         found = bench_answers(seeing, processor, pictures, arms, rounds=rounds, advance=advance)
-    found = found.about(model=model, images=len(pictures), folder=image.name)
+    found = recorded(found, arms, "keep").about(model=model, images=len(pictures), folder=image.name)
     show_result(found, answers_report(found.rows, found.meta), out=out, json=json, records="images")
