@@ -105,8 +105,7 @@ def taken(rows: Sequence[Row], dtype: str, threads: int) -> Table:
         Column("speedup in all", _range("speedup")), Column("decoding", _range("decode_speedup")),
         Column("tokens per forward pass", number("tokens_per_pass", ".2f")),
         Column("cache", number("cache_ratio", ".2f")),
-        Column("quoted in a row", number("quoted", ".2f")),
-        Column("exact match", lambda r: f"{r['exact']} of {r['documents']}"),
+        Column("right", lambda r: f"{r['exact']} of {r['documents']}"),
         Column("same as plain", lambda r: f"{r['same_as_plain']} of {r['documents']}"),
     ]  # fmt: skip
     return Table(columns, [row for row in rows if row["dtype"] == dtype and row["threads"] == threads])
