@@ -31,6 +31,7 @@ __all__ = [
     "slide",
     "slide_layer",
     "slide_table",
+    "stored",
     "take",
     "take_tail",
     "take_tail_of_layer",
@@ -80,6 +81,16 @@ def reading(places: Tensor) -> Iterator[None]:
 def places_read() -> Tensor | None:
     """``(B, q)``, see `reading`; None outside of it, where tokens stand one behind the other."""
     return _PLACES.get()
+
+
+def stored(layer: Any) -> int:
+    """The length of a layer without what is gone of its prompt, which a layer may count as if it were there.
+
+    A prompt that was shortened in front of the first block is told as long as it was, since that is how much of a text
+    has been read.
+    """
+    length = int(layer.get_seq_length())
+    return length - getattr(layer, "gone", 0) if length else 0
 
 
 def keeps_columns(layer: Any) -> bool:

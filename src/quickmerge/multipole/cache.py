@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.models.columns import slide_layer, slide_table, take_tail_of_layer, take_tail_of_table
+from quickmerge.models.columns import slide_layer, slide_table, stored, take_tail_of_layer, take_tail_of_table
 from quickmerge.models.compat import DynamicLayer, cache_name
 from quickmerge.multipole.clustering import Columns, bounds, cluster, extend
 from quickmerge.multipole.clusters import Clusters
@@ -99,7 +99,7 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
             QuickmergeError: if keys before them came without their places.
         """
         new = position.expand(len(self.keys), -1)
-        past = self.get_seq_length() - new.shape[1]
+        past = stored(self) - new.shape[1]
         held = new[:, :0] if self.position is None else self.position
         if held.shape[1] < past:
             raise QuickmergeError(
@@ -152,7 +152,7 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, ``-tokens_to_remove`` of them, with whatever was clustered of them."""
         super().crop(tokens_to_remove)
-        length = self.get_seq_length()
+        length = stored(self)
         left = None if self.clusters is None else self.clusters.crop(length)
         if left is not self.clusters:
             self.clusters, self.coarse, self.stale = left, None, True
@@ -165,13 +165,13 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        if self.get_seq_length() > 0:
+        if stored(self) > 0:
             rows = torch.arange(len(self.keys), device=self.keys.device)
             self._pick(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows: their numbers, or a mask of all rows."""
-        if self.get_seq_length() > 0:
+        if stored(self) > 0:
             rows = torch.arange(len(self.keys), device=self.keys.device)
             self._pick(rows[indices.to(rows.device)])
 
@@ -183,7 +183,7 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
         self._rooms = [None, None]
 
     def _pick(self, index: Tensor) -> None:
-        length = self.get_seq_length()
+        length = stored(self)
         if not length:
             return
         for place, name in enumerate(("keys", "values")):
@@ -209,7 +209,7 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
         settings, rows = self.reading, len(self.keys)
         if settings is None or not settings.update:
             return None
-        first, step, past = self.first or [0] * rows, settings.interval, self.get_seq_length()
+        first, step, past = self.first or [0] * rows, settings.interval, stored(self)
         behind = [past - column - settings.sink for column in first]
         # Tokens are clustered once there are two groups of them, and then with each further group.
         return [max(2, n // step + 1) * step - 1 - n for n in behind]
@@ -317,7 +317,7 @@ class Tally:
         self._stats.attention_seconds += seconds
         facts, repl = held.facts, 1 + self.settings.replacement
         # Of the new tokens the i-th sees i - 1 of the others.
-        seen = held.get_seq_length() - (new - 1) / 2
+        seen = stored(held) - (new - 1) / 2
         self._queries += new
         if facts is None or kept is None:
             self._dense += new * 2 * seen
@@ -341,7 +341,7 @@ class Tally:
             stats.decode_seconds += seconds
         else:
             stats.prefill_seconds += seconds
-        filled = [held for held in layers if held.get_seq_length()]
+        filled = [held for held in layers if stored(held)]
         if not filled:
             return
         stats.rows = len(filled[0].keys)
@@ -349,7 +349,7 @@ class Tally:
         stats.cache_bytes = sum(held.bytes for held in filled)
         stats.cluster_bytes = 0
         for held in filled:
-            facts, n = held.facts, held.get_seq_length()
+            facts, n = held.facts, stored(held)
             if facts is None:
                 stats.tokens += n / len(filled)
                 continue
@@ -395,7 +395,7 @@ def refresh(held: MultipoleLayer, new: int, size: Tensor | None, settings: Multi
     old, coarse = held.clusters, held.coarse
     with torch.no_grad():
         if held.stale or settings.update:
-            held.clusters = _grown(held, held.get_seq_length() - new, size, settings, keys)
+            held.clusters = _grown(held, stored(held) - new, size, settings, keys)
         held.stale, held.made_with = False, settings
         if held.clusters is None or settings.coarse is None:
             held.coarse = None

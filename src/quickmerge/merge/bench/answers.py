@@ -25,6 +25,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.merge.attach import reduce
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.models.chat import answer_ids
+from quickmerge.models.columns import stored
 from quickmerge.models.compat import cache_argument, returned_cache
 from quickmerge.models.load_vision import ask_inputs
 from quickmerge.models.vlm import find_vlm
@@ -112,7 +113,7 @@ def exact_answers(
             count = first.ids.shape[1] if common is None else common
             out = model(**{**first.head(count), **seen}, use_cache=True, logits_to_keep=1)
             cache = returned_cache(out)
-            kept.append(visual - (count - int(cache.get_seq_length())))
+            kept.append(visual - (count - stored(cache.layers[0])))
             for one in group:
                 right.append(_is_right(model, one, count, out.logits[:, -1:], cache))
     return Answered(tuple(right), visual, sum(kept) / len(kept))

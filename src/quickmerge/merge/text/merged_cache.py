@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -262,9 +263,10 @@ def _carrying(kind: Any, name: str) -> Any:
     """A class of cache layers that are of ``kind`` and carry what is known of their prompt.
 
     ``prompt`` is shared by the layers of a cache, and moved by the lowest one, whose ``moves`` is set. ``floor`` is how
-    many entries stand for the prompt, and ``shift`` how far each row was moved to the right. ``expected`` is set by a
-    run that is about to have keys and values of a forward written, since outside of any run entries would be taken for
-    tokens.
+    many entries stand for the prompt, ``gone`` how many more tokens there were, where a prompt was shortened in front
+    of the first block, and ``shift`` how far each row was moved to the right. A layer tells its length with what is
+    gone, so that a further turn is read behind a prompt as long as it was given. ``expected`` is set by a run that is
+    about to have keys and values of a forward written, since outside of any run entries would be taken for tokens.
     """
 
     class Merged(moving_rows(kind)):  # type: ignore[misc]
@@ -272,7 +274,7 @@ def _carrying(kind: Any, name: str) -> Any:
 
         prompt: PromptState | None = None
         moves = False
-        floor = 0
+        floor = gone = 0
         shift: Sequence[int] = ()
         expected = False
         movable = kind is DynamicLayer or getattr(kind, "movable", False)
@@ -291,6 +293,26 @@ def _carrying(kind: Any, name: str) -> Any:
                 )
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
 
+        def get_seq_length(self) -> int:
+            """Tokens seen; those that were gone in front of the first block count too."""
+            held = int(super().get_seq_length())
+            return held + self.gone if held else 0
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            """Entries and the new ones; and where the first of them stands, by which length and entries agree."""
+            with self._as_held():
+                length, offset = super().get_mask_sizes(query_length)
+            return int(length), int(offset) + (self.gone if self.is_initialized else 0)
+
+        @contextmanager
+        def _as_held(self) -> Iterator[None]:
+            """Within the block the layer counts what it holds, as its own code does."""
+            gone, self.gone = self.gone, 0
+            try:
+                yield
+            finally:
+                self.gone = gone
+
         def crop(self, tokens_to_remove: int) -> None:
             """Take back the last tokens, ``-tokens_to_remove`` of them.
 
@@ -298,7 +320,7 @@ def _carrying(kind: Any, name: str) -> Any:
                 QuickmergeError: if a prompt that was merged would be cut where tokens were merged.
             """
             if self.prompt is not None and self.prompt.merged and tokens_to_remove != 0:
-                since = self.get_seq_length() - self.floor - max(self.shift, default=0) + self.prompt.tail
+                since = self.get_seq_length() - self.gone - self.floor - max(self.shift, default=0) + self.prompt.tail
                 if tokens_to_remove > 0:
                     raise QuickmergeError(
                         f"crop must be told how many tokens to take back, as a negative number, where tokens were "
@@ -310,7 +332,8 @@ def _carrying(kind: Any, name: str) -> Any:
                         f"its end that stayed alone, got {tokens_to_remove}: what was merged can't be cut; read the "
                         "shorter prompt into an empty cache"
                     )
-            super().crop(tokens_to_remove)
+            with self._as_held():
+                super().crop(tokens_to_remove)
 
         def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
             """Move the prompt's tables, once for all layers of a cache."""
@@ -346,7 +369,7 @@ def _carrying(kind: Any, name: str) -> Any:
         def reset(self) -> None:
             """Forget everything: a layer as it was before anything was merged."""
             super().reset()
-            for name in ("prompt", "moves", "floor", "shift", "expected"):
+            for name in ("prompt", "moves", "floor", "gone", "shift", "expected"):
                 self.__dict__.pop(name, None)
             self.__class__ = kind
 
@@ -393,8 +416,10 @@ def check_fillable(cache: Any) -> None:
             )
 
 
-def fill(cache: Cache, index: int, state: PromptState, floor: int) -> None:
+def fill(cache: Cache, index: int, state: PromptState, floor: int, gone: int = 0) -> None:
     """Say that a layer is about to be given the first ``floor`` entries of a prompt, which ``state`` is of.
+
+    ``gone`` tokens of the prompt have left in front of the first block, and this one is still of those that read it so.
 
     The layer stays the object that it is, since others may hold it too.
     """
@@ -403,7 +428,7 @@ def fill(cache: Cache, index: int, state: PromptState, floor: int) -> None:
     layer = cache.layers[index]
     if not _carries(layer):
         layer.__class__ = _ours(type(layer))
-    layer.prompt, layer.floor, layer.moves, layer.expected = state, floor, index == 0, True
+    layer.prompt, layer.floor, layer.gone, layer.moves, layer.expected = state, floor, gone, index == 0, True
 
 
 def expect(cache: Cache, index: int) -> None:

@@ -395,7 +395,7 @@ class PrefixRun(Run):
             n = hidden.shape[1] - call.drafts
             hidden = torch.cat([hidden[:, :n] + call.added[index].to(hidden.dtype), hidden[:, n:]], 1)
         if call.fresh and cache is not None:
-            fill(cache, index, call.state, hidden.shape[1] - call.drafts)
+            fill(cache, index, call.state, hidden.shape[1] - call.drafts, self._gone(call, index))
         elif not call.fresh:
             if cache is None:
                 raise QuickmergeError(
@@ -500,6 +500,10 @@ class PrefixRun(Run):
         if index in call.segments:
             # What was added below stays as it was, for blocks that are computed again.
             call.added = added or {b: plan.merge(x) if b >= index else x for b, x in call.added.items()}
+
+    def _gone(self, call: PrefixCall, index: int) -> int:
+        """How many tokens a prompt lost in front of the first block, for a block that reads what that one does."""
+        return 0
 
     def _seats(self, plan: MergePlan, source: Tensor) -> Tensor:
         """The columns of the given prompt at which slots stand, ``(B, K)``; ``source`` are those of the first block."""

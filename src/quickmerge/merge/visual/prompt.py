@@ -69,8 +69,7 @@ class VisualPrompt(PromptState):
         if mask is not None and mask.shape[1] != read:
             raise QuickmergeError(
                 f"attention_mask must have a column for each of the {read} tokens read so far, visual ones that are "
-                f"gone included, got {mask.shape[1]}; a further turn by generate with all ids is not possible with a "
-                "shortened cache"
+                f"gone included, got {mask.shape[1]}"
             )
         behind = torch.ones(rows, since + new, device=device) if mask is None else mask[:, self.width :]
         valid = behind[:, -new:].bool()
@@ -81,7 +80,9 @@ class VisualPrompt(PromptState):
             return changed, valid, places
         self.segments[0] = self.segments[0].extended(places, valid, stored)
         if self.masked or mask is not None:
-            changed["attention_mask"] = torch.cat([self.valid.long(), behind.long()], 1)
+            # The layers tell their length with what is gone, which stands in front.
+            gone = behind.new_zeros(rows, self.width - self.valid.shape[1]).long()
+            changed["attention_mask"] = torch.cat([gone, self.valid.long(), behind.long()], 1)
         if new > 1 and given is not None and self.true_position is not None:
             self._check(given, self.true_position[..., None] + steps)
         if self.next_position is not None and (self.recount or given is None):
@@ -91,8 +92,11 @@ class VisualPrompt(PromptState):
     def _check(self, given: Tensor, wanted: Tensor) -> None:
         """Refuse other positions than ``wanted``.
 
-        One token at a time is how text is written; more may be what was read before, cut off at another place.
+        One token at a time is how text is written; more may be what was read before, cut off at another place. Models
+        whose positions count in a grid may be given these alone, once for all of its directions.
         """
+        if wanted.ndim == 3 and (given.ndim == 2 or len(given) != len(wanted)):
+            wanted = wanted[-1:] if given.ndim == 3 else wanted[-1]
         if given.shape[-1] != wanted.shape[-1] or not bool((given == wanted).all()):
             raise QuickmergeError(
                 "position_ids must go on behind the prompt as it was before it was shortened, from "

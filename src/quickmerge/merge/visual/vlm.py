@@ -37,7 +37,7 @@ from quickmerge.merge.visual.plan import (
 from quickmerge.merge.visual.prompt import VisualPrompt, deepstack, next_positions
 from quickmerge.merge.visual.tower import FeatureWatch, Seen, TowerWatch
 from quickmerge.models.attachment import PerThread, setting, stands_aside
-from quickmerge.models.columns import places_read
+from quickmerge.models.columns import places_read, stored
 from quickmerge.models.compat import cache_name, given_cache
 from quickmerge.models.vlm import Vlm
 
@@ -286,14 +286,14 @@ class VlmRun(PrefixRun):
         """Read tokens behind a prompt that see of one another what ``see`` says, by block."""
         cache, (rows, new) = given_cache(inputs), embeds.shape[:2]
         state = self._resume(cache, rows)
-        stored, places = int(cache.get_seq_length()), places_read()
+        held, places = stored(cache.layers[0]), places_read()
         if places is None:
-            behind = state.width + stored - state.valid.shape[1]
+            behind = state.width + held - state.valid.shape[1]
             places = torch.arange(behind, behind + new, device=embeds.device).expand(rows, -1)
         valid = torch.ones_like(places, dtype=torch.bool)
         changed: dict[str, Any] = {}
         if state.shortened:
-            segment = state.segments[0] = state.segments[0].extended(places, valid, stored)
+            segment = state.segments[0] = state.segments[0].extended(places, valid, held)
             windows = self.decoder.windows
             types = getattr(self.decoder.config, "layer_types", None) or []
             mask: Any = segment.tree_mask(see(0), windows[0])
@@ -313,7 +313,7 @@ class VlmRun(PrefixRun):
         rows, new = embeds.shape[:2]
         state = self._resume(cache, rows)
         given = self._call.get("position_ids")
-        changed, valid, places = state.follow(int(cache.get_seq_length()), new, mask, given)
+        changed, valid, places = state.follow(stored(cache.layers[0]), new, mask, given)
         self._now = VisualCall(False, state, valid, segments=dict(state.segments), places=places)
         return {**changed, CALL: self._now}
 
@@ -390,6 +390,10 @@ class VlmRun(PrefixRun):
         self.stats.min_tokens, self.stats.rows_short = self.min_tokens, int(short.sum())
         self.stats.rows_protected = int((shut & ~short).sum())
 
+    def _gone(self, call: PrefixCall, index: int) -> int:
+        assert isinstance(call.state, VisualPrompt)
+        return call.state.width - call.state.valid.shape[1] if call.first(index) == 0 else 0
+
     def _seats(self, plan: MergePlan, source: Tensor) -> Tensor:
         return plan.position
 
@@ -417,12 +421,6 @@ class VlmRun(PrefixRun):
         if isinstance(call, VisualCall) and call.fresh and self._finds_images and not stands_aside():
             self.stats.visual_kept = sum(image.left for image in call.images) / max(1, self.stats.rows)
         super()._after_model(module, args, kwargs, output)
-
-    def tokens_read(self, cache: Cache) -> int:
-        """How many tokens the cache would hold in every layer if none had been merged."""
-        state = None if self._now is None else self._now.state
-        gone = state.width - state.valid.shape[1] if isinstance(state, VisualPrompt) else 0
-        return super().tokens_read(cache) + gone
 
     def forget(self) -> None:
         """Drop prompts and what was measured; the images' plans and statistics stay for the summary."""
