@@ -56,7 +56,7 @@ def test_generate_goes_on_as_from_the_new_ids_alone(
         wanted = by_hand(model, ids, mask, copy.deepcopy(cache), read)
         found = model.generate(input_ids=ids, attention_mask=mask, **past(copy.deepcopy(cache)), **SETTINGS)
         assert torch.equal(found[:, ids.shape[1] :], wanted)
-        with pytest.raises(qm.QuickmergeError, match="rows|attention_mask must have a column for each"):
+        with pytest.raises(qm.QuickmergeError, match=r"rows|attention_mask must have a column for each"):
             model(input_ids=ids[:, read:], attention_mask=mask[:, 1:], **past(cache), use_cache=True)
 
 
