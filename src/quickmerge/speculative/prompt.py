@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.models.columns import keeps_columns, seats
+from quickmerge.models.columns import keeps_columns, seats, stored
 from quickmerge.models.compat import cache_argument, cache_name, given_cache, without_cache
 from quickmerge.speculative.target import Columns, Target, last_hidden, plain_cache
 
@@ -116,7 +116,7 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any
     )
     with last_hidden(model, features) as found:
         out = model(**inputs, return_dict=True)
-    lengths = {layer.get_seq_length() for layer in cache.layers if layer.is_initialized}
+    lengths = {stored(layer) for layer in cache.layers if layer.is_initialized}
     odd = sorted({type(layer).__name__ for layer in cache.layers if not keeps_columns(layer)})
     merged = not odd and lengths != {n}
     seen = seats(cache)
