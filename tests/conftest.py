@@ -18,7 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tiny models gain nothing from threads, and threads that wait for one another on a busy machine take all its time.
     import torch
 
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "2"))
+    workers = max(2, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "2")))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
