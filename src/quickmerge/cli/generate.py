@@ -70,9 +70,7 @@ TEXT_EXAMPLE = (
     'Example: quickmerge generate text report.txt --prompt "Summarise." --keep 0.4 --compare; '
     'quickmerge generate text report.txt --prompt "Summarise." --drafter lookup'
 )
-IMAGE_EXAMPLE = (
-    'Example: quickmerge generate image photo.jpg --model runs/vlm --reducer scope --tokens 64 --prompt "What is this?"'
-)
+IMAGE_EXAMPLE = 'Example: quickmerge generate image a.jpg --model runs/vlm --tokens 64 --prompt "What is it?"'
 SHARE = 0.4
 """Of the tokens of a text that is kept where nobody says."""
 IMAGE_SHARE = 0.25
@@ -278,7 +276,7 @@ def image(
     json: JSON = None,
     save: SAVE_RECIPE = None,
 ) -> None:
-    """Answer a prompt about images, of which a vision-language model reads fewer tokens, or tokens that cost less."""
+    """Answer a prompt about images, which are read with fewer tokens, or tokens that cost less."""
     sample, temperature = parse_sampling(sample, temperature, seed)
     check_text("--prompt", prompt)
     merging = {"--reducer": reducer, "--keep": keep, "--tokens": tokens, "--layer": layer}

@@ -23,9 +23,7 @@ __all__ = [
 
 RECIPE = Annotated[
     str | None,
-    typer.Option(
-        "--recipe", help="All that is done to the model: a folder of --save-recipe, or a file.", rich_help_panel=FEWER
-    ),
+    typer.Option("--recipe", help="All that is done, in a folder of --save-recipe or a file.", rich_help_panel=FEWER),
 ]
 SAVE_RECIPE = Annotated[
     Path | None,
@@ -39,7 +37,9 @@ ATTENTION = Annotated[
 ]
 BUDGET = Annotated[
     int | None,
-    typer.Option("--budget", min=0, help="Tokens of clusters read exactly. Default: 512.", rich_help_panel=CHEAPER),
+    typer.Option(
+        "--budget", min=0, help="Tokens of clusters read exactly. Default: 512.", rich_help_panel=CHEAPER, hidden=True
+    ),
 ]
 DRAFTER = Annotated[
     str | None,
@@ -49,7 +49,12 @@ DRAFTER = Annotated[
 ]
 TREE = Annotated[
     str | None,
-    typer.Option("--tree", help="Drafted tokens that a pass reads: a number. Default: auto.", rich_help_panel=CHEAPER),
+    typer.Option(
+        "--tree",
+        help="Drafted tokens that a pass reads: a number. Default: auto.",
+        rich_help_panel=CHEAPER,
+        hidden=True,
+    ),
 ]
 
 
