@@ -95,13 +95,11 @@ def question_ids(
     ids: Tensor = encoded["input_ids"].to(model.device)
     check_fits(model, "the text", ids, max_new_tokens)
     start, end = encoded.pop("offset_mapping")[0].unbind(-1)
-    inside = (start >= where.start) & (end <= where.stop)
+    inside: Tensor = (start >= where.start) & (end <= where.stop)
 
-    def protect(asked: Tensor) -> Tensor:
-        # Whoever times the model lets it read other texts.
-        if not document or asked.shape != ids.shape:
-            return torch.zeros_like(asked, dtype=torch.bool)
-        return (~inside).to(ids.device).expand_as(ids)
+    def protect(_: Tensor) -> Tensor:
+        outside = torch.zeros_like(inside) if not document else ~inside
+        return outside.to(ids.device).expand_as(ids)
 
     return ids, protect
 

@@ -24,6 +24,7 @@ from quickmerge.merge.attach import reduce
 from quickmerge.merge.bench.vision_cost import LinearProbe, once_at, removal_at, vision_shape
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.tokens.budget import Count
+from quickmerge.merge.tokens.removal import Removal
 from quickmerge.merge.vision.run import Level, full_length
 from quickmerge.merge.vision.vit import VisionRun
 from quickmerge.models.encoder import Encoder, find_encoder
@@ -103,6 +104,7 @@ def arms(
     found: list[Arm] = []
     for ratio in ratios:
         for reducer in reducers:
+            layer: int | Removal
             if reducer.once:
                 block, kept = once_at(shape, ratio, tokens)
                 method, layer = replace(reducer, keep=Count(kept)), block
