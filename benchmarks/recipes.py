@@ -128,10 +128,12 @@ def answer(model: Any, tokenizer: Any, arm: Arm, quote: Quote) -> Taken:
     told = inside.summary() if inside is not None else {}
     drafted = told["decoding"] if arm.recipe is not None and arm.recipe.speculation is not None else None
     measuring = 0.0 if drafted is None else drafted.measure_seconds
+    behind = 0.0 if drafted is None else drafted.measure_behind_seconds
+    first = clock.seconds - (measuring - behind)
     ids = out[0, quote.prompt.shape[1] :]
     right = tokenizer.decode(ids[:16]).strip().startswith(quote.code)
     return Taken(
-        ids, clock.seconds, whole - clock.seconds - measuring, measuring,
+        ids, first, whole - clock.seconds - behind, measuring,
         sum(_bytes(layer) for layer in held[-1].layers), 1.0 if drafted is None else drafted.tokens_per_pass,
         right,
     )  # fmt: skip

@@ -111,11 +111,11 @@ def test_speculation_writes_what_the_other_ingredients_write_without_it(
                                       "decoding"]  # fmt: skip
 
 
-def test_speculation_behind_block_causal_mode_is_refused_in_the_beginning(untouched: Callable[[Any], Any]) -> None:
-    model = untouched(build("llama"))
-    with pytest.raises(qm.QuickmergeError, match="can't read draft trees here: block_causal mode"):
-        qm.Recipe(merge=CAUSAL, decoding=DRAFTS).check(model)
-    assert "generate" not in vars(model) and qm.detach(model) == 0
+@pytest.mark.parametrize("other", [{"decoding": DRAFTS}, {"attention": ATTENTION}], ids=["decoding", "attention"])
+def test_what_does_not_go_with_block_causal_mode_is_refused_when_the_recipe_is_made(other: dict[str, Any]) -> None:
+    (name,) = other
+    with pytest.raises(qm.QuickmergeError, match=f"{name} must be left out beside merge in block_causal mode"):
+        qm.Recipe(merge=CAUSAL, **other)
 
 
 def test_heads_draft_in_plain_generate(untouched: Callable[[Any], Any]) -> None:
@@ -238,8 +238,11 @@ def test_detach_leaves_a_recipe_as_one_run(untouched: Callable[[Any], Any]) -> N
 
 def test_where_one_ingredient_refuses_none_is_begun(untouched: Callable[[Any], Any]) -> None:
     model = untouched(build("llama"))
-    run = qm.apply(model, qm.Recipe(merge=CAUSAL, attention=ATTENTION))
-    with pytest.raises(qm.QuickmergeError, match="only merging in prefix mode shares the attention with multipole"):
+    run = qm.apply(model, EVERY)
+    with (
+        qm.reduce(model, qm.Uniform(keep=0.5), mode="block_causal"),
+        pytest.raises(qm.QuickmergeError, match="is already inside a quickmerge run"),
+    ):
         run.attach()
     assert not run.attached and not any(part.attached for part in run.parts.values())
     assert qm.detach(model) == 0

@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 from quickmerge.bench.harness import now
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.baselines import Uniform
-from quickmerge.models.attachment import Attachment, PerThread, refuse_tracing, stands_aside
+from quickmerge.models.attachment import Attachment, PerThread, counts, refuse_tracing, stands_aside
 from quickmerge.models.compat import given_cache, returned_cache, without_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, find_decoder, watch
 from quickmerge.models.vlm import Vlm, find_vlm, holds_vlm
@@ -287,7 +287,7 @@ class Run(Attachment):
         if self._fresh:
             self.stats.prefill_seconds = seconds
             self.stats.tokens_per_layer = self.tokens_per_layer()
-        else:
+        elif counts():
             self.stats.decode_steps += 1
             self.stats.decode_seconds += seconds
         if self._cache is not None:

@@ -43,6 +43,7 @@ HOOKS = (
 """Where a module keeps its hooks, each under the number of its handle."""
 
 _ASIDE: ContextVar[bool] = ContextVar("quickmerge_aside", default=False)
+_UNCOUNTED: ContextVar[bool] = ContextVar("quickmerge_uncounted", default=False)
 _LOCK = threading.RLock()
 _ACTIVE: WeakSet[Attachment] = WeakSet()
 """The runs that are attached to a model."""
@@ -76,6 +77,21 @@ def stands_aside() -> bool:
     """Whether this thread is inside of `aside`."""
     # A compiler of graphs can't look; what it makes is of the model inside the run.
     return not torch.compiler.is_compiling() and _ASIDE.get()
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Within the block runs do what they do, and count nothing of this thread's forwards: nobody's text is read."""
+    token = _UNCOUNTED.set(True)
+    try:
+        yield
+    finally:
+        _UNCOUNTED.reset(token)
+
+
+def counts() -> bool:
+    """Whether this thread is outside of `uncounted`."""
+    return not _UNCOUNTED.get()
 
 
 class PerThread(Generic[T]):

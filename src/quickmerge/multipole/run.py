@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from quickmerge.bench.harness import now
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, near_match
-from quickmerge.models.attachment import Attachment, PerThread, refuse_tracing, stands_aside
+from quickmerge.models.attachment import Attachment, PerThread, counts, refuse_tracing, stands_aside
 from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache, without_cache
 from quickmerge.models.decoder import (
     AttentionFunction,
@@ -164,7 +164,7 @@ class MultipoleRun(Attachment):
         return (), inputs
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if stands_aside():
+        if stands_aside() or not counts():
             return
         self.tally.forward(self.clock() - self._began, self._short, list(self._held.values()))
 
@@ -238,14 +238,16 @@ class MultipoleRun(Attachment):
         if held.clusters is not before:
             self.tally.clustered(before is None, self.clock() - began)
         if held.clusters is None:
-            self.tally.read(held, new, None, 0.0)
+            if counts():
+                self.tally.read(held, new, None, 0.0)
             return None
         began = time.perf_counter()
         out, kept = attend_and_count(
             query, key, value, size, held.clusters, self.settings,
             scaling=scaling, query_for_centroids=space.query(held, query), coarse=held.coarse, see=see,
         )  # fmt: skip
-        self.tally.read(held, new, kept, time.perf_counter() - began)
+        if counts():
+            self.tally.read(held, new, kept, time.perf_counter() - began)
         return out
 
     # ------------------------------------------------------------------------------------------------------------

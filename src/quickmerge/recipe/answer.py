@@ -116,8 +116,10 @@ def _respond(
     ids, first, seconds = written(model, tokenizer, inputs, run, **settings)
     text, stats = tokenizer.decode(ids, skip_special_tokens=True).strip(), run.summary()
     # What a pass takes is measured once for each model, and not for this answer.
-    once = stats["decoding"].measure_seconds if isinstance(stats, RecipeStats) and "decoding" in stats else 0.0
-    return RecipeAnswer(text, ids.cpu(), first - once, seconds - once, stats)
+    once = behind = 0.0
+    if isinstance(stats, RecipeStats) and "decoding" in stats:
+        once, behind = stats["decoding"].measure_seconds, stats["decoding"].measure_behind_seconds
+    return RecipeAnswer(text, ids.cpu(), first - (once - behind), seconds - once, stats)
 
 
 def compared(recipe: RecipeAnswer, plain: RecipeAnswer) -> str:

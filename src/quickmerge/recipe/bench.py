@@ -132,13 +132,15 @@ def _write(model: Any, run: AbstractContextManager[Any], context: Tensor, tokens
             seconds = now(model.device) - began
     finally:
         hook.remove()
-    once = 0.0
+    once = behind = 0.0
     if inside is not None and "decoding" in inside.summary():
-        once = inside.summary()["decoding"].measure_seconds
+        drafted = inside.summary()["decoding"]
+        once, behind = drafted.measure_seconds, drafted.measure_behind_seconds
+        passes = 1 + drafted.passes  # those that were timed, and one that fits the cache for a further turn, are not
     new = out.sequences[0, ids.shape[1] :].tolist()
     return {
-        "ids": new, "tokens": len(new), "passes": passes, "ttft_seconds": first - once, "seconds": seconds - once,
-        "cache_bytes": cache_bytes(out.past_key_values),
+        "ids": new, "tokens": len(new), "passes": passes, "ttft_seconds": first - (once - behind),
+        "seconds": seconds - once, "cache_bytes": cache_bytes(out.past_key_values),
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
 from quickmerge.bench.harness import seconds_of
-from quickmerge.models.attachment import aside
+from quickmerge.models.attachment import aside, uncounted
 from quickmerge.models.compat import cache_argument
 from quickmerge.models.decoder import watchers
 from quickmerge.speculative.target import Columns, Target
@@ -130,7 +130,8 @@ def measure_behind(target: Target, most: int) -> Cost | None:
     known = _KNOWN.setdefault(model, {})
     if key not in known:
         sizes = [size for size in SIZES if size < most] + [most]
-        known[key] = _time(target, sizes, lambda: target.commit([()] * rows))
+        with uncounted():
+            known[key] = _time(target, sizes, lambda: target.commit([()] * rows))
     return known[key]
 
 

@@ -38,6 +38,8 @@ class Stats:
         prompt_seconds: in reading the prompt.
         seconds: all of these and everything in between.
         measure_seconds: in timing the target, once for each model, and not in ``seconds``.
+        measure_behind_seconds: of these those behind the prompt, once for each length of text, where what a pass takes
+            depends on that.
         lossless: False if a tree let a node see what is no part of its text, see `Tree.extra`.
     """
 
@@ -53,6 +55,7 @@ class Stats:
     prompt_seconds: float = 0.0
     seconds: float = 0.0
     measure_seconds: float = 0.0
+    measure_behind_seconds: float = 0.0
     lossless: bool = True
 
     @property
@@ -79,7 +82,9 @@ class Stats:
 
     def __add__(self, other: Stats) -> Stats:
         counts = ("passes", "row_passes", "tokens", "rows", "nodes")
-        times = ("draft_seconds", "target_seconds", "prompt_seconds", "seconds", "measure_seconds")
+        times = (
+            "draft_seconds", "target_seconds", "prompt_seconds", "seconds", "measure_seconds", "measure_behind_seconds",
+        )  # fmt: skip
         total = {name: getattr(self, name) + getattr(other, name) for name in counts + times}
         total |= {name: _sum(getattr(self, name), getattr(other, name)) for name in ("offered", "accepted")}
         return Stats(**total, lossless=self.lossless and other.lossless)
@@ -103,7 +108,7 @@ class Stats:
                 f"walks that reached depth 1, 2, ...: {going}",
                 f"seconds: prompt {self.prompt_seconds:.2f}, target {self.target_seconds:.2f}, "
                 f"drafter {self.draft_seconds:.2f}, between them {rest:.2f}",
-                "lossless: the text is what the target writes alone"
+                "lossless: the text is what the target writes without drafts"
                 if self.lossless
                 else "LOSSY: nodes saw what was no part of their text, so the target alone may write another one",
             ]

@@ -278,8 +278,8 @@ class SpeculativeDecoding:
         self.stats = run.stats
         self.stats.rows = len(rows)
         self.stats.tokens = sum((row.stop or row.length) - input_ids.shape[1] for row in rows)
-        self.stats.seconds = time.perf_counter() - measured - self.stats.measure_seconds
-        self.stats.measure_seconds += measured - start
+        self.stats.seconds = time.perf_counter() - measured - self.stats.measure_behind_seconds
+        self.stats.measure_seconds = measured - start + self.stats.measure_behind_seconds
         if generation_config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=sequences, **{cache_name(): run.target.cache})
         return sequences
@@ -325,7 +325,7 @@ class _Run:
             start = time.perf_counter()
             self.cost = measure_behind(self.target, self.nodes) or self.cost
             self.pace = Pace(self.cost)
-            self.stats.measure_seconds = time.perf_counter() - start
+            self.stats.measure_behind_seconds = time.perf_counter() - start
         if self.live:
             start = time.perf_counter()
             self.drafter.begin(model, prompt.ids, prompt.valid, prompt.features, prompt.positions)
