@@ -179,9 +179,9 @@ WRONG: list[tuple[Callable[[], Any], Callable[[], qm.Recipe], str]] = [
     (lambda: build("qwen2"), lambda: qm.Recipe(decoding=heads(tiny())), "the draft heads"),
     (vit, lambda: qm.Recipe(visual=qm.SCOPE()), "visual must be left out for ViTModel"),
     (
-        lambda: build("llama"),
-        lambda: qm.Recipe(merge=qm.Merge(qm.QuickMerge(), 1, qm.BlockCausal()), attention=qm.Multipole()),
-        "only merging in prefix mode shares the attention",
+        lambda: build("mistral"),
+        lambda: qm.Recipe(attention=qm.Multipole()),
+        "has sliding-window attention in every block",
     ),
 ]
 

@@ -20,7 +20,7 @@ from quickmerge.bench.table import Column, Table, interval, number, text
 from quickmerge.datasets.text import Document
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.run import cache_bytes, observe
-from quickmerge.models.compat import cache_argument
+from quickmerge.models.compat import cache_argument, returned_cache
 from quickmerge.recipe.recipe import Recipe, apply
 
 __all__ = ["PLAIN", "bench_recipes", "recipes_report"]
@@ -140,7 +140,7 @@ def _write(model: Any, run: AbstractContextManager[Any], context: Tensor, tokens
     new = out.sequences[0, ids.shape[1] :].tolist()
     return {
         "ids": new, "tokens": len(new), "passes": passes, "ttft_seconds": first - (once - behind),
-        "seconds": seconds - once, "cache_bytes": cache_bytes(out.past_key_values),
+        "seconds": seconds - once, "cache_bytes": cache_bytes(returned_cache(out)),
     }  # fmt: skip
 
 

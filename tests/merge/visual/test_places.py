@@ -19,6 +19,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.merge.attach import reduce_places
 from quickmerge.merge.place import Merge
 from quickmerge.merge.text.modes import BlockCausal, Prefix
+from quickmerge.models.columns import stored
 
 CASES = [
     (f, name) for f in FAMILIES for name in COMBINATIONS if f in ("llava", "qwen3_vl") or name == "inside, then tome"
@@ -53,7 +54,7 @@ def test_a_prompt_and_what_follows_equal_the_layers_called_by_hand(family: str, 
         assert out.logits.shape[1] < n
         counts = run.summary().tokens_per_layer
         assert counts[-1] == out.logits.shape[1] < n
-        assert [layer.get_seq_length() - 4 for layer in cache.layers] == counts
+        assert [stored(layer) - 4 for layer in cache.layers] == counts
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)

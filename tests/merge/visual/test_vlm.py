@@ -32,6 +32,7 @@ from vlm_zoo import (
 )
 
 import quickmerge as qm
+from quickmerge.models.columns import stored
 
 VIDEO_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -118,7 +119,7 @@ def test_counts_are_what_was_asked_for_everywhere(family: str) -> None:
     left = [n - v + 3 * len(pictures) for n, v, pictures in zip(length, visual, ROWS, strict=True)]
     assert [image.left for image in run.images] == [3, 3, 3]
     assert widths == [max(left)]
-    assert [layer.get_seq_length() for layer in cache.layers] == [max(left)] * DEPTH
+    assert [stored(layer) for layer in cache.layers] == [max(left)] * DEPTH
     stats = run.summary()
     assert stats.images == 3
     assert stats.visual_in == pytest.approx(sum(visual) / 3)

@@ -11,6 +11,7 @@ from torch import Tensor
 from vlm_zoo import EXACT, IMAGE, METHODS, ROWS, VIDEO, build, entering, model_of, prompt, row_of, text_of, write
 
 import quickmerge as qm
+from quickmerge.models.columns import stored
 
 FAMILIES = ("idefics3", "llava", "llava_next", "paddleocr_vl", "qwen2_5_vl", "qwen3_vl")
 LAYER = 2
@@ -59,7 +60,7 @@ def test_a_merge_inside_equals_the_layers_called_by_hand(family: str, name: str)
         assert out.logits.shape == hand.shape
         assert hand.shape[1] < n
         assert torch.allclose(out.logits, hand, atol=EXACT, rtol=EXACT)
-        held = [layer.get_seq_length() for layer in held_cache(out).layers]
+        held = [stored(layer) for layer in held_cache(out).layers]
         assert held == [n] * LAYER + [hand.shape[1]] * (len(held) - LAYER)
 
 
@@ -124,7 +125,7 @@ def test_both_places_leave_the_share_and_its_square() -> None:
     with qm.reduce(model, qm.ToMe(keep=0.5), layer=[0, 1, 3]) as run, torch.no_grad():
         cache = held_cache(model(**inputs))
     rest = inputs["input_ids"].shape[1] - 16
-    assert [layer.get_seq_length() for layer in cache.layers] == [rest + 8, rest + 4, rest + 4, rest + 2]
+    assert [stored(layer) for layer in cache.layers] == [rest + 8, rest + 4, rest + 4, rest + 2]
     assert run.summary().tokens_per_layer == [rest + 8, rest + 4, rest + 4, rest + 2]
     assert int(run.images[0].plan.size.sum()) == 16
     assert run.plan is not None
