@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from quickmerge.merge.text.merged_cache import (
     state_of,
 )
 from quickmerge.merge.text.modes import Prefix
+from quickmerge.merge.text.prefix_call import CALL, DRAFTS, PrefixCall, Reading
 from quickmerge.merge.text.rows import check_one_text, check_padding, plan_rows, protection, special_tokens
 from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.plan import MergePlan
@@ -40,77 +41,6 @@ from quickmerge.merge.tokens.view import Evidence, TokenView
 from quickmerge.models.attachment import PerThread, by_name, setting, stands_aside, watch_generate
 from quickmerge.models.compat import cache_name, given_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, proportional_attention
-
-CALL = "quickmerge_prefix"
-"""Keyword by which a forward hands its state to its blocks, and a block to its attention."""
-
-DRAFTS = "quickmerge_drafts"
-"""Keyword by which a model tells its decoder how many tokens at the end of a prompt are not of it."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What was decided of a prompt: a plan for each merge from the lowest block up, where, and what stayed alone."""
-
-    layers: tuple[int, ...] = ()
-    plans: tuple[MergePlan, ...] = ()
-    composed: tuple[MergePlan, ...] = ()
-    protected: Tensor | None = None
-
-
-@dataclass
-class PrefixCall:
-    """The state of one forward.
-
-    ``fresh``: whether it reads a prompt; else ``valid (B, q)`` are the tokens that it reads behind one. Of a prompt
-    there are ``valid (B, N)``, ``protected``, ``exempt``, ``length (B,)`` and ``whole (B,)``, the rows that are not
-    reduced; ``drafts`` tokens come behind its N. ``segments`` are those that this forward's blocks read, by first
-    block, whatever becomes of the cache's. ``plans``, ``source`` and ``added`` are by the block in front of which they
-    are carried out: a block that is computed again finds them there. ``see`` gives, for a block, what tokens behind a
-    prompt see of one another, ``(B or 1, 1, q, q)``, where they are no text but a tree.
-    """
-
-    fresh: bool
-    state: PromptState
-    valid: Tensor
-    protected: Tensor | None = None
-    exempt: Tensor | None = None
-    length: Tensor | None = None
-    whole: Tensor | None = None
-    drafts: int = 0
-    segments: dict[int, Segment] = field(default_factory=dict)
-    plans: dict[int, MergePlan] = field(default_factory=dict)
-    composed: list[MergePlan] = field(default_factory=list)
-    source: dict[int, Tensor] = field(default_factory=dict)
-    added: dict[int, Tensor] = field(default_factory=dict)
-    traces: dict[int, AttentionTrace] = field(default_factory=dict)
-    masks: dict[tuple[int, int | None], Any] = field(default_factory=dict)
-    see: Callable[[int], Tensor] | None = None
-
-    @property
-    def plan(self) -> MergePlan | None:
-        """All merges so far composed."""
-        return self.composed[-1] if self.composed else None
-
-    def first(self, layer: int) -> int | None:
-        """The block that the segment of a block begins with; None below the first merge."""
-        below = [first for first in self.segments if first <= layer]
-        return max(below) if below else None
-
-    def segment(self, layer: int) -> Segment | None:
-        """The segment a block belongs to; None below the first merge and where merging changed nothing."""
-        first = self.first(layer)
-        return None if first is None else self.segments[first]
-
-    def decide(self, index: int, plan: MergePlan) -> None:
-        """Note the plan of the merge in front of a block."""
-        self.composed.append(plan if self.plan is None else self.plan.compose(plan))
-        self.plans[index] = plan
-        self.forget_below(index)
-
-    def forget_below(self, index: int) -> None:
-        """Drop what was measured below a merge: nobody above asks for it."""
-        self.traces = {layer: trace for layer, trace in self.traces.items() if layer >= index}
 
 
 class PrefixRun(Run):

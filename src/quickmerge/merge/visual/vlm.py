@@ -17,7 +17,8 @@ from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.run import VisualStats
 from quickmerge.merge.text.merged_cache import Segment, check_fillable, pick_columns
 from quickmerge.merge.text.modes import Prefix
-from quickmerge.merge.text.prefix import CALL, PrefixCall, PrefixRun
+from quickmerge.merge.text.prefix import PrefixRun
+from quickmerge.merge.text.prefix_call import CALL, PrefixCall
 from quickmerge.merge.text.rows import check_one_text, check_padding, protection, special_tokens
 from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.plan import MergePlan
