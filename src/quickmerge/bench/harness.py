@@ -56,7 +56,7 @@ class Arm:
             model as it is.
         settings: whatever else the arm differs in. ``keep`` is the share that was asked for, in a benchmark's own unit.
         ingredients: what would do the same to a model as a recipe, by the arguments of `quickmerge.Recipe`; a reducer
-            that is told where to act as a pair of it and ``layer``. None for an arm that is no recipe.
+            that is told where to act as a tuple, the arguments of `quickmerge.Merge`. Empty for what is no recipe.
     """
 
     name: str

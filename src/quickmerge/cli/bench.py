@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,7 +20,7 @@ from quickmerge.console.options import (
 )
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.cli.bench import load_documents, measure_text
-from quickmerge.recipe.options import check_alone, given_names, load_recipe, record
+from quickmerge.recipe.options import check_alone, given_names, load_recipe
 
 TEXT_EXAMPLE = (
     "Example: quickmerge bench text a.txt b.txt --reducer quickmerge,tome,random --keep 0.2,0.42 --out runs/bench; "
@@ -64,9 +64,7 @@ def text(
     """
     check_output(json, out / "report.html" if out is not None else None)
     if not recipe:
-        measure_text(
-            text, model, context, target, reducer or METHODS, keep or KEEPS, layer, prior, out, json, record=_record
-        )
+        measure_text(text, model, context, target, reducer or METHODS, keep or KEEPS, layer, prior, out, json)
         return
     given = given_names({"--reducer": reducer, "--keep": keep, "--layer": layer, "--prior": prior})
     check_alone(recipe[0], given)
@@ -92,12 +90,3 @@ def text(
         documents=[document.name for document in documents],
     )  # fmt: skip
     show_result(found, recipes_report(found.rows, found.meta), out=out, json=json, records="documents")
-
-
-def _record(reducer: Any, layer: Any) -> dict[str, Any]:
-    """The recipe of a row, which merges a context as long as it is."""
-    from quickmerge.merge.place import Merge
-    from quickmerge.merge.text.modes import Prefix
-    from quickmerge.recipe import Recipe
-
-    return record(Recipe(merge=Merge(reducer, layer, Prefix(min_tokens=0))))

@@ -411,3 +411,14 @@ def setting(model: Any, given: dict[str, Any], name: str) -> Any:
         return given[name]
     told = getattr(given.get("generation_config"), name, None)
     return getattr(getattr(model, "generation_config", None), name, None) if told is None else told
+
+
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
+"""Arguments by which ``generate`` of transformers guesses tokens and takes wrong ones back."""
+
+
+def refuse_assisted(model: Any, given: dict[str, Any], why: str) -> None:
+    """Raise QuickmergeError if a call of ``generate`` asks for guesses; ``why`` says where they can't be made."""
+    for name in ASSISTED:
+        if setting(model, given, name) is not None:
+            raise QuickmergeError(f"{name} must be left out {why}")

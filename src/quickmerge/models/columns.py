@@ -21,7 +21,6 @@ from quickmerge.models.compat import DynamicLayer
 
 __all__ = [
     "Moves",
-    "Watched",
     "is_tight",
     "keeps_columns",
     "places_read",
@@ -50,18 +49,6 @@ class Moves(Protocol):
 
     def slide(self, by: Sequence[int]) -> None:
         """See `slide`."""
-        ...
-
-
-class Watched(Protocol):
-    """A cache layer that tells what may be read into it at once; see `room` and `widest`."""
-
-    def room(self) -> list[int] | None:
-        """Of each row how many tokens may follow the next one."""
-        ...
-
-    def widest(self) -> int | None:
-        """The most tokens of one pass."""
         ...
 
 

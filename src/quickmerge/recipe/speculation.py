@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, near_match, whole_number
-from quickmerge.models.attachment import Attachment, PerThread, setting, watch_generate
+from quickmerge.models.attachment import ASSISTED, Attachment, PerThread, setting, watch_generate
 from quickmerge.speculative.drafter import Drafter, Stats
 from quickmerge.speculative.engine import SpeculativeDecoding
 from quickmerge.speculative.target import check_target
@@ -49,7 +49,7 @@ class Speculation:
             object.__setattr__(self, "tree", whole_number("tree", self.tree))
 
 
-REPLACED = ("custom_generate", "assistant_model", "prompt_lookup_num_tokens")
+REPLACED = ("custom_generate", *ASSISTED)
 """Arguments of ``generate`` that would decode in another way."""
 
 

@@ -217,6 +217,9 @@ class Target:
         cache: of plain layers, filled.
         columns: what it holds.
         features: whether passes also give the last hidden states.
+
+    Attributes:
+        widest: the most nodes of a tree; None for any number.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, columns: Columns, features: bool = False) -> None:
@@ -230,6 +233,7 @@ class Target:
         self.dtype = next(layer.keys.dtype for layer in cache.layers if layer.is_initialized)
         # Runs that stand between take the new tokens' places and what they see from here, and nowhere else.
         self.told = any(type(layer) is not DynamicLayer for layer in cache.layers)
+        self.widest = widest(cache)
         if is_tight(cache) and not columns.shift:
             self.columns = replace(columns, shift=[0] * len(columns.valid))
         # The longest row, kept on this side so that no step waits for a device to tell.
@@ -271,11 +275,6 @@ class Target:
         else:
             self.columns = compact(self.cache, columns)
         self._longest += most
-
-    @property
-    def widest(self) -> int | None:
-        """The most nodes of a tree; None for any number."""
-        return widest(self.cache)
 
     def room(self) -> list[int] | None:
         """For each row how deep a tree may be for what the cache holds; None for any depth."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,13 +24,13 @@ from quickmerge.console.options import (
     quiet,
     read_text,
 )
+from quickmerge.console.recording import record_of
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.cli.options import add_prior, parse_reducer
 from quickmerge.merge.cli.vlm import check_needs_no_question, is_vlm, load_vlm
 
 if TYPE_CHECKING:
     from quickmerge.datasets.text import Document
-    from quickmerge.merge.reducers import Reducer
 
 IMAGE_EXAMPLE = "Example: quickmerge bench image photos/ --reducer quickmerge,tome,tofu,random --flops 0.5,0.65"
 VLM_EXAMPLE = (
@@ -41,10 +40,6 @@ BATCH = 8
 
 IMAGES = Annotated[int, typer.Option("--limit", min=1, help="Images to read, evenly taken from the folder.")]
 ROUNDS = Annotated[int, typer.Option("--rounds", min=2, help="How often the methods take turns.")]
-
-
-Record = Callable[["Reducer", Any], Mapping[str, Any]]
-"""Says what else a row of a reducer, at a layer, holds."""
 
 
 def load_documents(text: list[Path], model: str, context: int, target: int) -> tuple[Any, Alone, list[Document]]:
@@ -71,12 +66,13 @@ def load_documents(text: list[Path], model: str, context: int, target: int) -> t
 
 def measure_text(
     text: list[Path], model: str, context: int, target: int, reducer: str, keep: str, layer: str | None,
-    prior: str | None, out: Path | None, json: Path | None, record: Record = lambda reducer, layer: {},
+    prior: str | None, out: Path | None, json: Path | None,
 ) -> None:  # fmt: skip
-    """Context recovery and cost of every reducer at every keep; ``record`` says what else a row of one holds."""
+    """Context recovery and cost of every reducer at every keep."""
     from quickmerge.console.results import show_result
     from quickmerge.merge.bench.text import bench as measure
     from quickmerge.merge.bench.text import bench_report
+    from quickmerge.merge.text.modes import Prefix
 
     check_output(json, out / "report.html" if out is not None else None)
     keeps = parse_keeps(keep)
@@ -95,7 +91,9 @@ def measure_text(
     by_label = {method.label: method for method in methods}
     for row in found.rows:
         if row["reducer"] in by_label:
-            row.update(record(replace(by_label[row["reducer"]], keep=row["keep"]), depth))
+            # A context is merged however short it is.
+            method = replace(by_label[row["reducer"]], keep=row["keep"])
+            row.update(record_of({"merge": (method, depth, Prefix(min_tokens=0))}))
     found = found.about(
         model=model, context=context, target=target, layer=layer or "default",
         documents=[document.name for document in documents], reducers={m.label: repr(m) for m in methods},

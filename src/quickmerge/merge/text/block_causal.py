@@ -24,7 +24,7 @@ from quickmerge.merge.text.rows import check_one_text
 from quickmerge.merge.tokens.budget import ReadingBudget
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.tokens.view import Evidence, TokenView
-from quickmerge.models.attachment import PerThread, setting, watch_generate
+from quickmerge.models.attachment import PerThread, refuse_assisted, watch_generate
 from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, decoder_mask, proportional_attention
 
@@ -220,12 +220,9 @@ class BlockCausalRun(Run):
 
     def _around_generate(self, given: dict[str, Any], call: Callable[..., Any]) -> Any:
         """Refuse decoding that takes guesses back, by the name of the argument."""
-        for name in ("assistant_model", "prompt_lookup_num_tokens"):
-            if setting(self.decoder.model, given, name) is not None:
-                raise QuickmergeError(
-                    f"{name} must be left out in block_causal mode, which merges guessed tokens for good: use prefix "
-                    "mode"
-                )
+        refuse_assisted(
+            self.decoder.model, given, "in block_causal mode, which merges guessed tokens for good: use prefix mode"
+        )
         return call()
 
     def begin(self, prompt: bool, inputs: dict[str, Any]) -> dict[str, Any]:

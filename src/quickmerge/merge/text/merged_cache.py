@@ -22,6 +22,10 @@ FAR = 2**62
 """A position before and behind all others."""
 
 
+_NOTHING = {"position": 0, "valid": False, "size": 1, "votes": 1}
+"""The tables of a segment, and what stands in each where there is no token."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """What the blocks above one merge read: slots first, then whatever came after the prompt.
@@ -63,48 +67,35 @@ class Segment:
 
         They are fewer than there were if a cache was cropped.
         """
-        kept = slice(None, stored)
-        votes = self.votes
-        return replace(
-            self,
-            votes=None if votes is None else torch.cat([votes[:, kept], votes.new_ones(position.shape)], 1),
-            position=torch.cat([self.position[:, kept], position], 1),
-            valid=torch.cat([self.valid[:, kept], valid], 1),
-            size=torch.cat([self.size[:, kept], torch.ones_like(position)], 1),
-            padded=self.padded or not bool(valid.all()),
-        )
+        new = {"position": position, "valid": valid}
+
+        def longer(name: str, table: Tensor) -> Tensor:
+            behind = new[name] if name in new else table.new_ones(position.shape)
+            return torch.cat([table[:, :stored], behind], 1)
+
+        return replace(self._each_table(longer), padded=self.padded or not bool(valid.all()))
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Segment:
         """The segment of a cache whose rows were picked, moved or repeated by ``change``."""
-        votes = None if self.votes is None else change(self.votes)
-        return replace(
-            self, position=change(self.position), valid=change(self.valid), size=change(self.size), votes=votes
-        )
+        return self._each_table(lambda name, table: change(table))
 
     def take_tail(self, tail: int, index: Tensor, there: Tensor | None) -> Segment:
         """The segment of a cache in which columns were moved; see `quickmerge.models.columns.take_tail`."""
-        valid = take_tail_of_table(self.valid, tail, index)
-        if there is not None:
-            valid[:, valid.shape[1] - index.shape[1] :] &= there
-        return replace(
-            self,
-            position=take_tail_of_table(self.position, tail, index),
-            valid=valid,
-            size=take_tail_of_table(self.size, tail, index),
-            votes=None if self.votes is None else take_tail_of_table(self.votes, tail, index),
-            padded=self.padded or there is not None,
-        )
+        moved = self._each_table(lambda name, table: take_tail_of_table(table, tail, index))
+        if there is None:
+            return moved
+        moved.valid[:, moved.valid.shape[1] - index.shape[1] :] &= there
+        return replace(moved, padded=True)
 
     def slide(self, by: Sequence[int]) -> Segment:
         """The segment of a cache whose rows were moved; see `quickmerge.models.columns.slide`."""
-        return replace(
-            self,
-            position=slide_table(self.position, by),
-            valid=slide_table(self.valid, by, False),
-            size=slide_table(self.size, by, 1),
-            votes=None if self.votes is None else slide_table(self.votes, by, 1),
-            padded=True,
-        )
+        return replace(self._each_table(lambda name, table: slide_table(table, by, _NOTHING[name])), padded=True)
+
+    def _each_table(self, change: Callable[[str, Tensor], Tensor]) -> Segment:
+        """The segment with every table changed, which is told by its name."""
+        tables = {name: table for name in _NOTHING if (table := getattr(self, name)) is not None}
+        changed: dict[str, Any] = {name: change(name, table) for name, table in tables.items()}
+        return replace(self, **changed)
 
     def tree_mask(self, see: Tensor, window: int | None) -> Tensor:
         """The attention mask of the newest tokens, where they are no text in a row but a tree.

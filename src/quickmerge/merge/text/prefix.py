@@ -253,17 +253,21 @@ class PrefixRun(Run):
             protect=self.protect,
         )  # fmt: skip
         length = told.sum(-1)
-        short, shut = length < self.min_tokens, kept.protected.sum(-1) >= length
         stats = self.stats
         stats.rows, stats.tokens_in = len(told), float(length.float().mean())
-        stats.min_tokens, stats.rows_short = self.min_tokens, int(short.sum())
-        stats.rows_protected = int((shut & ~short).sum())
         # Behind padding the recent tokens are not the last entries.
         tail = min(self.recent, int(length.min()) - 1) if bool(told[:, -1].all()) else 0
         return PrefixCall(
             True, PromptState(stats, tail=tail), valid, kept.protected, kept.exempt, length,
-            whole=short | shut, drafts=drafts,
+            whole=self._whole(length, kept.protected), drafts=drafts,
         )  # fmt: skip
+
+    def _whole(self, length: Tensor, protected: Tensor) -> Tensor:
+        """``(B,)`` bool, the rows that are not reduced, and count why: of ``length (B,)`` tokens some are protected."""
+        short, shut = length < self.min_tokens, protected.sum(-1) >= length
+        self.stats.min_tokens, self.stats.rows_short = self.min_tokens, int(short.sum())
+        self.stats.rows_protected = int((shut & ~short).sum())
+        return short | shut
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if stands_aside():

@@ -37,7 +37,7 @@ from quickmerge.merge.visual.plan import (
 )
 from quickmerge.merge.visual.prompt import VisualPrompt, deepstack, next_positions
 from quickmerge.merge.visual.tower import FeatureWatch, Seen, TowerWatch
-from quickmerge.models.attachment import PerThread, setting, stands_aside
+from quickmerge.models.attachment import PerThread, refuse_assisted, stands_aside
 from quickmerge.models.columns import places_read, stored
 from quickmerge.models.compat import cache_name, given_cache
 from quickmerge.models.vlm import Vlm
@@ -149,12 +149,10 @@ class VlmRun(PrefixRun):
         self._note(self.vlm.base.register_forward_hook(self._after_base, always_call=True))
 
     def _around_generate(self, given: dict[str, Any], call: Callable[[], Any]) -> Any:
-        for name in ("assistant_model", "prompt_lookup_num_tokens"):
-            if setting(self.decoder.model, given, name) is not None:
-                raise QuickmergeError(
-                    f"{name} must be left out inside a quickmerge run of a vision-language model: drafted tokens "
-                    "don't fit a shortened prompt"
-                )
+        refuse_assisted(
+            self.decoder.model, given,
+            "inside a quickmerge run of a vision-language model: drafted tokens don't fit a shortened prompt",
+        )  # fmt: skip
         # It asks the tower for features in front of any forward, in some releases.
         with self._turn:
             return super()._around_generate(given, call)
@@ -386,10 +384,7 @@ class VlmRun(PrefixRun):
 
         call.protected, call.exempt = given(kept.protected), given(kept.exempt)
         call.length = valid.sum(-1)
-        short, shut = call.length < self.min_tokens, kept.protected.sum(-1) >= call.length
-        call.whole = short | shut
-        self.stats.min_tokens, self.stats.rows_short = self.min_tokens, int(short.sum())
-        self.stats.rows_protected = int((shut & ~short).sum())
+        call.whole = self._whole(call.length, kept.protected)
 
     def _gone(self, call: PrefixCall, index: int) -> int:
         assert isinstance(call.state, VisualPrompt)
