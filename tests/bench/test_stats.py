@@ -94,3 +94,14 @@ def test_quartiles_are_in_order_and_those_of_the_values(values: list[float]) -> 
 def test_what_can_t_be_drawn_from_is_told(call) -> None:
     with pytest.raises(ValueError, match="must be"):
         call()
+
+
+def test_wilson_is_the_interval_that_solves_its_equation() -> None:
+    """Its ends are the shares p with (h/n - p)^2 = z^2 p (1 - p) / n."""
+    from quickmerge.bench.stats import wilson
+
+    for hits, tries in ((0, 5), (3, 7), (12, 12), (1, 100)):
+        for end in wilson(hits, tries):
+            assert (hits / tries - end) ** 2 == pytest.approx(1.959963984540054**2 * end * (1 - end) / tries, abs=1e-9)
+    with pytest.raises(ValueError, match="hits must be from 0 to tries, and tries at least 1, got 0 of 0"):
+        wilson(0, 0)

@@ -13,7 +13,7 @@ from scipy import stats
 
 from quickmerge.errors import whole_number
 
-__all__ = ["bootstrap", "mean_interval", "quartiles", "ratio_interval", "spread"]
+__all__ = ["bootstrap", "mean_interval", "quartiles", "ratio_interval", "spread", "wilson"]
 
 AT_ONCE = 2**22
 """Numbers of a resampled sample that are held at a time."""
@@ -82,3 +82,15 @@ def spread(name: str, values: Sequence[float]) -> dict[str, float]:
     """The median under ``name`` and the quartiles under ``name_low`` and ``name_high``, as rows have them."""
     low, middle, high = quartiles(values)
     return {name: middle, f"{name}_low": low, f"{name}_high": high}
+
+
+def wilson(hits: int, tries: int) -> tuple[float, float]:
+    """95 % interval of a share, ``hits`` of ``tries`` independent ones (Wilson, 1927): sound for few and for all.
+
+    Raises:
+        ValueError: there is no try, or more hits than tries.
+    """
+    if not 0 <= hits <= tries or not tries:
+        raise ValueError(f"hits must be from 0 to tries, and tries at least 1, got {hits} of {tries}")
+    found = stats.binomtest(hits, tries).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)

@@ -55,7 +55,7 @@ def options(
 def _register() -> None:
     from quickmerge.calm import cli as calm
     from quickmerge.cli import bench as texts
-    from quickmerge.cli import generate, ls, train
+    from quickmerge.cli import generate, ls, tasks, train
     from quickmerge.merge.cli import bench, demo, plan, show
     from quickmerge.recipe import cli as recipe
     from quickmerge.recipe.options import record_ingredients
@@ -75,6 +75,7 @@ def _register() -> None:
 
     measures = choice("bench", "text", image="image", drafter="decode")
     add(measures, "text", texts.text, texts.TEXT_EXAMPLE)
+    add(measures, "tasks", tasks.tasks, tasks.EXAMPLE)
     add(measures, "image", bench.image, bench.IMAGE_EXAMPLE)
     add(measures, "vlm", bench.vlm, bench.VLM_EXAMPLE)
     add(measures, "decode", speculative.decode, speculative.DECODE_EXAMPLE)

@@ -36,6 +36,7 @@ __all__ = [
     "Templates",
     "answer_ids",
     "apply_chat_template",
+    "around_document",
     "as_templates",
     "document_chat",
     "end_of_turn",
@@ -350,6 +351,31 @@ def document_chat(tokenizer: Any, document: str, prompt: str) -> tuple[str, slic
     if start < 0:
         raise QuickmergeError("the chat template changes the document's text, so its tokens can't be told apart")
     return text, slice(start, start + len(body))
+
+
+def around_document(tokenizer: Any, prompt: str, *, first: bool = False) -> tuple[str, str]:
+    """The texts before and behind a document in a conversation that asks ``prompt`` about it.
+
+    They are those of `document_chat`, whatever the document is, so that it can be read before anybody asks: what stands
+    before it is the same for all prompts.
+
+    Args:
+        tokenizer: with a chat template or without.
+        prompt: what is asked.
+        first: the prompt stands before the document.
+
+    Raises:
+        QuickmergeError: the chat template changes what it is given, or writes it twice.
+    """
+    check_string("prompt", prompt)
+    message = question(prompt, MARK) if first else question(MARK, prompt)
+    text = message[0]["content"]
+    if getattr(tokenizer, "chat_template", None):
+        text = apply_chat_template(tokenizer, message, tokenize=False, add_generation_prompt=True)
+    if text.count(MARK) != 1:
+        raise QuickmergeError("the chat template changes the document's text, so its tokens can't be told apart")
+    before, _, behind = text.partition(MARK)
+    return before, behind
 
 
 # Where templates are kept. transformers has one in ``chat_template.jinja`` and further ones in
