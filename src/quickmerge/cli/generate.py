@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quickmerge.calm.cli import is_calm
+from quickmerge.cli.ask import ask_each, check_asked
 from quickmerge.console.answers import print_answers
 from quickmerge.console.options import (
     COMPARE,
@@ -78,8 +79,11 @@ IMAGE_SHARE = 0.25
 
 
 def text(
-    prompt: Annotated[str, typer.Option("--prompt", help="What to ask; never reduced.")],
     file: Annotated[Path | None, typer.Argument(help="UTF-8 text that the prompt is about.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What to ask; never reduced.")] = None,
+    ask: Annotated[
+        list[str] | None, typer.Option("--ask", help="In its place, once for each question: the file is read once.")
+    ] = None,
     model: MODEL = "smollm2-135m",
     reducer: Annotated[
         str | None,
@@ -108,7 +112,7 @@ def text(
     json: JSON = None,
     save: SAVE_RECIPE = None,
 ) -> None:
-    """Answer a prompt about a document: with fewer tokens, or tokens that cost less, or all of it together."""
+    """Answer prompts about a document by fewer tokens, or tokens that cost less, or all of it together."""
     from quickmerge.models.chat import question
 
     if is_calm(model):
@@ -123,6 +127,18 @@ def text(
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "sample": sample, "temperature": temperature, "seed": seed
     }  # fmt: skip
+    if ask:
+        if prompt is not None:
+            raise QuickmergeError("--prompt must be left out beside --ask, which asks one question after another")
+        document = check_asked(file, ask)
+        check_output(json)
+        check_model(model, question(document, ask[0]))
+        made = _recipe(recipe, reducer, keep, layer, prior, min_tokens, attention, budget, drafter, tree, merged)
+        ask_each(model, document, ask, made, settings, compare=compare, raw=raw, json=json)
+        save_recipe(save, made)
+        return
+    if prompt is None:
+        raise QuickmergeError("--prompt must say what to ask, or --ask each of several questions, got neither")
 
     if drafter is not None and attention is None and not merged:
 
@@ -142,31 +158,40 @@ def text(
     document, prompt = parse_question(prompt, file)
     check_model(model, question(document, prompt))
     # what takes seconds to import comes after what can be told at once
-    made = load_recipe(recipe) if recipe is not None else None
-    if made is None:
-        method = None
-        if attention is None or merged:
-            method = parse_reducer(reducer or "quickmerge", SHARE if keep is None else keep)
-            method = method if prior is None else add_prior(method, prior)
-        made = make_recipe(
-            merge=None if method is None else _place(method, depth, min_tokens), attention=attention, budget=budget,
-            drafter=drafter, tree=tree,
-        )  # fmt: skip
+    made = _recipe(recipe, reducer, keep, layer, prior, min_tokens, attention, budget, drafter, tree, merged)
     lm, tokenizer = load_writer(model)
     alone = Alone.writing(lm, tokenizer)
     if recipe is not None or drafter is not None:
         from quickmerge.recipe.answer import answer
 
-        def ask(way: Recipe | None) -> RecipeAnswer:
+        def by(way: Recipe | None) -> RecipeAnswer:
             return answer(lm, tokenizer, document, prompt, way, **settings)
 
-        told = _answer(made, compare, ask, raw=raw, alone=alone)
+        told = _answer(made, compare, by, raw=raw, alone=alone)
         extra: dict[str, Any] = {"prompt": prompt, "sample": sample, "temperature": temperature}
     else:
         told, extra = _merged(made, lm, tokenizer, document, prompt, depth, compare, raw, min_tokens, settings, alone)
     save_recipe(save, made)
     if json is not None:
         write_json(json, {"model": model, **record(made), **extra, **told})
+
+
+def _recipe(
+    recipe: str | None, reducer: str | None, keep: float | None, layer: str | None, prior: str | None,
+    min_tokens: int | None, attention: str | None, budget: int | None, drafter: str | None, tree: str | None,
+    merged: list[str],
+) -> Recipe:  # fmt: skip
+    """The recipe that was named, or that options say; ``merged`` are those of merging that were given."""
+    if recipe is not None:
+        return load_recipe(recipe)
+    method = None
+    if merged or (attention is None and drafter is None):
+        method = parse_reducer(reducer or "quickmerge", SHARE if keep is None else keep)
+        method = method if prior is None else add_prior(method, prior)
+    return make_recipe(
+        merge=None if method is None else _place(method, parse_layer(layer), min_tokens), attention=attention,
+        budget=budget, drafter=drafter, tree=tree,
+    )  # fmt: skip
 
 
 def _place(method: Any, depth: Any, min_tokens: int | None) -> Any:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from quickmerge._lazy import lazy
 
 if TYPE_CHECKING:
+    from quickmerge.recipe.reading import Reading as Reading
+    from quickmerge.recipe.reading import read as read
     from quickmerge.recipe.recipe import Recipe as Recipe
     from quickmerge.recipe.recipe import apply as apply
     from quickmerge.recipe.run import RecipeRun as RecipeRun
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "reading": ("Reading", "read"),
         "recipe": ("Recipe", "apply"),
         "run": ("RecipeRun", "RecipeStats"),
         "speculation": ("Speculation",),
