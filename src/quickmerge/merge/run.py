@@ -30,6 +30,8 @@ class RunStats:
     ``prompt_cache_bytes`` as it was after the prompt; ``..._full`` is what it would hold unreduced. ``reducer_bytes``
     is the memory of what a trained method has learned. ``rows_short`` rows had fewer than ``min_tokens`` tokens and
     ``rows_protected`` others none that was not protected, so that they were not reduced.
+    ``spans`` is what was kept or merged as a whole, ``"line"`` or ``"word"``, or why nothing was; empty where no method
+    asked.
     """
 
     mode: str = "prefix"
@@ -49,6 +51,7 @@ class RunStats:
     min_tokens: int = 0
     rows_short: int = 0
     rows_protected: int = 0
+    spans: str = ""
 
     @property
     def tokens_kept(self) -> float:
@@ -77,6 +80,7 @@ class RunStats:
         held, full = self.cache_bytes / 2**20, self.cache_bytes_full / 2**20
         own = f", and {self.reducer_bytes / 2**20:.2f} MiB of the reducer's weights" if self.reducer_bytes else ""
         whole = [f"{self.rows_short} of {self.rows} rows below min_tokens={self.min_tokens}"] * bool(self.rows_short)
+        asked = f"\n  spans:   {self.spans}" if self.spans.startswith("none") else ""
         whole += [f"{self.rows_protected} of {self.rows} rows of protected tokens alone"] * bool(self.rows_protected)
         return (
             f"{self.reducer} ({self.mode}), {self.rows} row(s), {self.tokens_in:g} tokens in\n"
@@ -84,7 +88,7 @@ class RunStats:
             + f"  read:    {layers}\n"
             f"  prefill: {self.prefill_seconds:.3f} s, of which the reducer {self.reducer_seconds:.3f} s\n"
             f"  decode:  {self.decode_steps} steps, {1e3 * self.decode_seconds_per_token:.1f} ms each\n"
-            f"  cache:   {held:.2f} MiB, {100 * ratio:.0f} % of {full:.2f} MiB{own}"
+            f"  cache:   {held:.2f} MiB, {100 * ratio:.0f} % of {full:.2f} MiB{own}{asked}"
         )
 
 

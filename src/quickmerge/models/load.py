@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from quickmerge.data import shipped_shape
 from quickmerge.errors import (
@@ -41,6 +42,7 @@ __all__ = [
     "load",
     "load_from",
     "load_shape_only",
+    "noted_tokenizer",
     "verify",
 ]
 
@@ -221,7 +223,19 @@ def load_from(
             if name in embedded:  # we know what every file should be, so say which one is not
                 EMBEDDED[name].check(Path(source))
             raise
-        return model.to(placement).eval(), companion
+        model = model.to(placement).eval()
+        _NOTED[model] = getattr(companion, "tokenizer", companion)
+        return model, companion
+
+
+_NOTED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""What each model was loaded with."""
+
+
+def noted_tokenizer(model: Any) -> Any:
+    """The tokenizer that a model was loaded with by `load` or the like; None for any other model."""
+    found = _NOTED.get(model)
+    return found if callable(getattr(found, "convert_ids_to_tokens", None)) else None
 
 
 def _fetched(name: str, progress: bool) -> str:

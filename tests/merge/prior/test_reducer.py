@@ -43,7 +43,7 @@ def ids() -> Tensor:
 
 
 def test_an_untrained_prior_changes_not_one_bit(tiny_llama, ids) -> None:
-    plain = qm.QuickMerge(keep=0.5, **SETTINGS)
+    plain = qm.QuickMerge(keep=0.5, recency=0.85, spans="none", **SETTINGS)
     with_prior = QuickMergePrior.from_prior(prior_for(tiny_llama, trained=False), keep=0.5)
     assert torch.equal(logits(tiny_llama, plain, ids), logits(tiny_llama, with_prior, ids))
 
@@ -118,6 +118,8 @@ def test_settings_labels_and_budgets(tiny_llama) -> None:
     prior = prior_for(tiny_llama)
     reducer = QuickMergePrior.from_prior(prior, keep=0.3)
     assert (reducer.window, reducer.pool, reducer.label) == (8, 1, "quickmerge+prior")
+    # Where it says nothing of them, what priors are trained with, whatever the defaults of the plain method are.
+    assert (reducer.recency, reducer.spans) == (0.85, "none")
     assert QuickMergePrior.from_prior(prior, recency=0.5).label == "quickmerge+prior:recency=0.5"
     assert replace(reducer, keep=0.7).prior is prior
     with pytest.raises(ValueError, match="prior must be a quickmerge Prior, got None"):

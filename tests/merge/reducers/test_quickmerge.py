@@ -12,14 +12,17 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import assert_same_plan, plain_budgets, prop, saliency_budgets, views
+from strategies import assert_same_plan, generator, plain_budgets, prop, saliency_budgets, views
 
 from quickmerge.merge.reducers import QuickMerge
 from quickmerge.merge.tokens import AttentionTrace, Count, Entropy, Evidence, MergePlan, TokenView
 
 
 def slow_saliency(view: TokenView, row: int, window: int, nearest: int, pool: int) -> dict[int, float]:
-    """``mean over the pool of mean over layers and heads of sqrt(mean over voters far enough of ||p_ij v_j||^2)``."""
+    """``mean over the pool of mean over layers and heads of sqrt(mean over voters far enough of ||p_ij v_j||^2)``.
+
+    And then the largest of these in a token's span, where spans are known.
+    """
     tokens = view.valid[row].nonzero().flatten().tolist()
     nearest = min(nearest, int(view.length[row]) // 8)
     voters = tokens[-window:]
@@ -45,7 +48,10 @@ def slow_saliency(view: TokenView, row: int, window: int, nearest: int, pool: in
             for j in tokens:
                 score[j] += math.sqrt(squares[j] / len(voters)) / heads / len(view.evidence.attention)
     near = {j: [score[i] for i in tokens if abs(i - j) <= pool // 2] for j in tokens}
-    return {j: math.fsum(near[j]) / len(near[j]) for j in tokens}
+    pooled = {j: math.fsum(near[j]) / len(near[j]) for j in tokens}
+    if view.group is None:
+        return pooled
+    return {j: max(pooled[i] for i in tokens if view.group[row, i] == view.group[row, j]) for j in tokens}
 
 
 small = views(attention=2, dtypes=(torch.float64,), kinds=("normal",), max_tokens=12, protect=("none", "ends", "some"))
@@ -61,10 +67,22 @@ small = views(attention=2, dtypes=(torch.float64,), kinds=("normal",), max_token
     st.integers(1, 6),
     st.sampled_from((0, 0.25, 0.5, 0.75, 1)),
     st.sampled_from((0.1, 0.3, 1.0, 0.0)),
+    st.none() | st.integers(0, 10**6),
 )
 def test_the_formula(
-    view: TokenView, window: int, nearest: int, spread: int, pool: int, tokens: int, recency: float, merge: float
+    view: TokenView,
+    window: int,
+    nearest: int,
+    spread: int,
+    pool: int,
+    tokens: int,
+    recency: float,
+    merge: float,
+    cuts: int | None,
 ) -> None:
+    if cuts is not None:
+        begins = torch.rand(view.valid.shape, generator=generator(cuts)) < 0.4
+        view = replace(view, group=begins.long().cumsum(-1))
     # Original positions further apart than the tokens are, as after an earlier merge.
     position = view.position * spread
     view = replace(view, position=position, length=position.amax(-1) + spread)
@@ -130,8 +148,10 @@ def test_of_tokens_kept_for_being_recent_the_newest_win(view: TokenView, keep: A
 @given(views(attention=1, exempt=True), plain_budgets)
 def test_nothing_is_kept_for_being_recent_where_text_follows(view: TokenView, keep: Any) -> None:
     inside = replace(view, latest=False)
-    want = QuickMerge(keep=keep, layers=1, recency=0.0).plan(view)
-    assert_same_plan(QuickMerge(keep=keep, layers=1, recency=0.9).plan(inside), want)
+    want = QuickMerge(keep=keep, layers=1, window=64, recency=0.0).plan(view)
+    assert_same_plan(QuickMerge(keep=keep, layers=1, window=64, recency=0.9).plan(inside), want)
+    # Nobody knows a question there, so that as many vote as ever may.
+    assert_same_plan(QuickMerge(keep=keep, layers=1).plan(inside), want)
 
 
 @prop(40)
@@ -178,10 +198,11 @@ def test_an_entropy_budget_reads_the_saliency() -> None:
         ("recency", 1.1, r"must be a number in \[0, 1\]"),
         ("window", 0.5, "must be a whole number of at least 1"),
         ("nearest", -1, "must be a whole number of at least 0"),
+        ("spans", "lines", "must be one of auto, line, word, none"),
     ],
 )
 def test_bad_settings_are_named(setting: str, value: Any, allowed: str) -> None:
-    with pytest.raises(ValueError, match=f"^{setting} {allowed}, got {value!r}$"):
+    with pytest.raises(ValueError, match=f"^{setting} {allowed}, got {value!r}( .did you mean 'line'..)?$"):
         QuickMerge(**{setting: value})
 
 
@@ -192,6 +213,27 @@ def test_probes_as_many_layers_as_it_is_told() -> None:
 @pytest.mark.parametrize(("tokens", "rows"), [(30, 30), (64, 64), (5000, 64)])
 def test_voters_are_the_window_or_the_whole_prompt(tokens: int, rows: int) -> None:
     assert min(QuickMerge(window=64).needs.rows, tokens) == rows
+    assert QuickMerge().needs.rows == 16
+
+
+@prop(40)
+@given(views(attention=1), st.integers(0, 10**6), st.integers(1, 40))
+def test_spans_are_kept_or_merged_as_a_whole_but_for_one_at_the_border(view: TokenView, cuts: int, tokens: int) -> None:
+    """Of the free tokens that are not kept for being recent, at most one span of each row is kept in part."""
+    begins = torch.rand(view.valid.shape, generator=generator(cuts)) < 0.3
+    begins[:, 1:] |= view.protected[:, 1:] != view.protected[:, :-1]
+    view = replace(view, group=begins.long().cumsum(-1))
+    reducer = QuickMerge(keep=Count(tokens), layers=1, recency=0.0)
+    saliency, plan = reducer.saliency(view), reducer.plan(view)
+    for row in range(len(view.valid)):
+        free = view.free[row].nonzero().flatten().tolist()
+        stay, spans = kept(plan, view, row), {int(view.group[row, j]) for j in free}
+        members = {g: [j for j in free if view.group[row, j] == g] for g in spans}
+        assert all(len({float(saliency[row, j]) for j in each}) == 1 for each in members.values())
+        torn = {g for g, each in members.items() if 0 < len(stay & set(each)) < len(each)}
+        assert len({float(saliency[row, members[g][0]]) for g in torn}) <= 1
+    again = QuickMerge(keep=Count(tokens), layers=1, recency=0.0, spans="none").plan(view)
+    assert_same_plan(QuickMerge(keep=Count(tokens), layers=1, recency=0.0).plan(replace(view, group=None)), again)
 
 
 def test_recency_1_keeps_the_most_recent_tokens() -> None:

@@ -22,12 +22,16 @@ from quickmerge.models.identity import check_model
 class QuickMergePrior(QuickMerge):
     """QuickMerge++ with a trained prior; see `Prior` and `quickmerge.QuickMerge`.
 
-    Use `from_prior`, which takes over the settings that the prior was trained with.
+    Use `from_prior`, which takes over the settings that the prior was trained with. Where these say nothing, they are
+    those that priors are trained with: many voters, a large share for recent tokens, and no spans.
 
     Args:
         prior: the trained prior.
     """
 
+    window: int | None = 64
+    recency: float = 0.85
+    spans: str = "none"
     prior: Prior = field(default=None, repr=False)  # type: ignore[assignment]
     name: ClassVar[str] = "quickmerge+prior"
     source: ClassVar[str] = "arXiv 2508.13204"

@@ -310,7 +310,7 @@ def train_prior_text(
         context: tokens of a window that are merged; the others are predicted.
         layer: where to merge, as in `quickmerge.reduce`.
         depths: blocks in front of which slots are corrected; default `default_depths`, an empty list for none.
-        reducer: settings of `QuickMerge` that are not its defaults.
+        reducer: settings of `QuickMergePrior` that are not its defaults.
         weights: of the losses.
         temperature: of the Gumbel noise, at the start and at the end.
         resume: go on from the newest checkpoint.

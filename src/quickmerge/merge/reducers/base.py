@@ -31,11 +31,14 @@ class Needs:
             ``"tower"``: ``view.hidden`` is what the vision tower made of them, not what the language model gets.
             ``"attention"`` or ``"norm"``: the saliency is the attention that they receive, or that times the length of
             their values. ``"key"``: their keys. ``"text"``: the embeddings of the text.
+        spans: which spans of the text `TokenView.group` tells: ``"line"`` (a line or a sentence) or ``"word"``, which
+            a host that can't tell them refuses; ``"auto"``: lines, where the host knows the tokens' text. None: none.
     """
 
     layers: int = 0
     rows: int = 0
     visual: frozenset[str] = frozenset()
+    spans: str | None = None
 
 
 @dataclass(frozen=True)

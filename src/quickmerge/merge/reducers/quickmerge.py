@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quickmerge.errors import number_at_least, whole_number
+from quickmerge.errors import near_match, number_at_least, whole_number
 from quickmerge.merge.reducers.base import Needs, Reducer, key_bias, mean_attention, voters
 from quickmerge.merge.reducers.tofu import OPERATORS, mlerp
 from quickmerge.merge.reducers.tome import match_down, mean_key
 from quickmerge.merge.tokens.budget import fixed_count, how_many, select
 from quickmerge.merge.tokens.plan import MergePlan, next_anchor
-from quickmerge.merge.tokens.saliency import attention_norm, bidirectional_attention, pool, times_value_norm
+from quickmerge.merge.tokens.saliency import attention_norm, bidirectional_attention, lift, pool, times_value_norm
 from quickmerge.merge.tokens.view import TokenView
 
 NEAREST_SHARE = 1 / 8
 """``nearest`` is at most this share of a row, so that in a short prompt too most tokens can get votes."""
+
+VOTERS = 16
+"""The last tokens of a prompt, where a question stands. With fewer, behind a chat template, its marks alone vote."""
+
+VOTERS_BEHIND = 64
+"""Voters of a chunk in ``block_causal`` mode, where no question is known and all of the window behind it may ask."""
+
+SPANS = ("auto", "line", "word", "none")
 
 
 @dataclass(frozen=True)
@@ -27,8 +35,10 @@ class QuickMerge(Reducer):
     """QuickMerge++ (arXiv 2508.13204), training-free.
 
     Saliency is the attention norm, the root mean square length of what each token adds to the outputs of the last
-    ``window`` tokens, averaged over probed layers and heads and over a neighbourhood of ``pool`` tokens:
-    ``s_j = mean_{|j'-j| <= pool/2} mean_{l,h} sqrt(mean_i [i - j' >= nearest] ||p_lhij' v_lhj'||^2)``. Of the tokens
+    ``window`` tokens, averaged over probed layers and heads and over a neighbourhood of ``pool`` tokens, and then the
+    largest in each span of the text:
+    ``s_j = max_{j'' in span(j)} mean_{|j'-j''| <= pool/2} mean_{l,h} sqrt(mean_i [i - j' >= nearest] ||p_lhij'
+    v_lhj'||^2)``. A merged token can't be recalled, so that a line is kept or merged as a whole. Of the tokens
     that the budget allows, the share ``recency`` goes to the most recent ones (where protected tokens leave fewer
     places, to the newest of these) and the rest to the most salient. These stay as anchors; each other token merges
     into the next anchor on its right with share ``merge`` against the anchor's 1.
@@ -36,27 +46,31 @@ class QuickMerge(Reducer):
     Args:
         keep: share of the tokens kept, or a budget such as `Entropy`.
         layers: how many blocks below the merge are probed.
-        window: the last tokens, whose attention votes.
+        window: how many of the last tokens vote by their attention. None: 16 of a prompt, and in ``block_causal`` mode
+            the 64 behind a chunk.
         nearest: votes count only for tokens at least this far before the voter (but at most an eighth of the row).
             Attention is mostly to close tokens, which are kept for being recent anyway; without the limit it would
             spend the rest of the budget on them too.
         pool: neighbourhood, in tokens, that a salient token lifts with it; odd.
         recency: share of the kept tokens that are kept for being the most recent, in [0, 1].
         merge: share of a merged token against its anchor's 1; 0 drops instead of merging.
+        spans: ``"line"`` (a line or sentence, of about 32 tokens at most), ``"word"`` or ``"none"``; ``"auto"``: lines,
+            where a tokenizer tells the text of the tokens, in prefix mode.
     """
 
     layers: int = 2
-    window: int = 64
+    window: int | None = None
     nearest: int = 64
     pool: int = 15
-    recency: float = 0.85
+    recency: float = 0.7
     merge: float = 0.1
+    spans: str = "auto"
     name: ClassVar[str] = "quickmerge"
     source: ClassVar[str] = "arXiv 2508.13204"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("layers", "window", "pool"):
+        for name in ("layers", "pool", *(["window"] if self.window is not None else [])):
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         object.__setattr__(self, "nearest", whole_number("nearest", self.nearest, 0))
         if self.pool % 2 == 0:
@@ -65,16 +79,27 @@ class QuickMerge(Reducer):
             value = getattr(self, name)
             if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 <= value <= 1):
                 raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+        if self.spans not in SPANS:
+            hint = near_match(str(self.spans), SPANS)
+            raise ValueError(f"spans must be one of {', '.join(SPANS)}, got {self.spans!r}{hint}")
 
     @property
     def needs(self) -> Needs:  # noqa: D102
-        return Needs(self.layers, self.window)
+        rows = VOTERS if self.window is None else self.window
+        return Needs(self.layers, rows, spans=None if self.spans == "none" else self.spans)
+
+    def check(self, model: Any, layers: tuple[int, ...], mode: str) -> None:
+        """Refuse to tell lines or words of a chunk, which no mode but prefix knows the text of."""
+        if mode != "prefix" and self.spans not in ("auto", "none"):
+            raise ValueError(f"spans must be auto or none in {mode} mode, got {self.spans!r}")
 
     def saliency(self, view: TokenView) -> Tensor:
-        """``(B, N)`` pooled attention norm."""
+        """``(B, N)`` pooled attention norm, and where spans are known the largest in each."""
         nearest = (view.length * NEAREST_SHARE).long().clamp_max(self.nearest)
-        measure = partial(attention_norm, window=self.window, nearest=nearest)
-        return pool(mean_attention(view, measure), view.valid, self.pool)
+        window = self.window or (VOTERS if view.latest else VOTERS_BEHIND)
+        measure = partial(attention_norm, window=window, nearest=nearest)
+        pooled = pool(mean_attention(view, measure), view.valid, self.pool)
+        return pooled if self.spans == "none" or view.group is None else lift(pooled, view.group, view.valid)
 
     def recent(self, view: TokenView, count: Tensor) -> Tensor:
         """``(B, N)`` bool: the most recent tokens, the share ``recency`` of the ``count (B,)`` kept ones.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypedDict
 
 from torch import Tensor
 
 from quickmerge.errors import QuickmergeError, near_match, whole_number
+from quickmerge.models.spans import check_tokenizer
 
 __all__ = ["MIN_TOKENS", "BlockCausal", "Mode", "ModeSettings", "Prefix", "as_mode"]
 
@@ -30,6 +31,8 @@ class Prefix:
             nothing from the rest.
         min_tokens: rows of a prompt that have fewer tokens are read in full, as are rows all of whose tokens stay
             alone; the summary says how many. 0 reduces every row that it can.
+        tokenizer: that of the prompts, for methods that go by words or lines. None: the one that `quickmerge.load` gave
+            with the model, or that lies in the model's own folder.
 
     Raises:
         ValueError: naming the setting that is out of range.
@@ -40,6 +43,7 @@ class Prefix:
     recent: int = 16
     protect: Callable[[Tensor], Tensor] | None = None
     min_tokens: int = MIN_TOKENS
+    tokenizer: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sinks", whole_number("sinks", self.sinks, 0))
@@ -47,6 +51,7 @@ class Prefix:
         object.__setattr__(self, "min_tokens", whole_number("min_tokens", self.min_tokens, 0))
         if self.protect is not None and not callable(self.protect):
             raise ValueError(f"protect must be a function of input_ids, or None, got {self.protect!r}")
+        object.__setattr__(self, "tokenizer", check_tokenizer(self.tokenizer))
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class ModeSettings(TypedDict, total=False):
     recent: int
     protect: Callable[[Tensor], Tensor] | None
     min_tokens: int
+    tokenizer: Any
     chunk: int
     window: int
 

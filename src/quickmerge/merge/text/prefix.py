@@ -35,12 +35,13 @@ from quickmerge.merge.text.modes import Prefix
 from quickmerge.merge.text.prefix_call import CALL, DRAFTS, PrefixCall, Reading
 from quickmerge.merge.text.rows import check_one_text, check_padding, plan_rows, protection, special_tokens
 from quickmerge.merge.tokens.budget import Schedule
-from quickmerge.merge.tokens.plan import MergePlan
+from quickmerge.merge.tokens.plan import MergePlan, anchors_of
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.tokens.view import Evidence, TokenView
 from quickmerge.models.attachment import PerThread, by_name, setting, stands_aside, watch_generate
 from quickmerge.models.compat import cache_name, given_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, proportional_attention
+from quickmerge.models.spans import spans, tokenizer_of, within
 
 
 class PrefixRun(Run):
@@ -71,6 +72,17 @@ class PrefixRun(Run):
         self.sinks, self.recent, self.protect, self.min_tokens = (
             (0, 0, None, 0) if mode is None else (mode.sinks, mode.recent, mode.protect, mode.min_tokens)
         )
+        self.tokenizer = None if mode is None else mode.tokenizer
+        unit = reducer.needs.spans if stages else None
+        if unit not in (None, "auto") and self._tokenizer() is None:
+            raise QuickmergeError(
+                f"tokenizer must be given for spans={unit!r}, since none is known of "
+                f"{type(self.decoder.model).__name__}: quickmerge.reduce(..., tokenizer=...)"
+            )
+
+    def _tokenizer(self) -> Any:
+        """What tells the text of the model's tokens: what the mode was given, or what is known of the model."""
+        return tokenizer_of(self.decoder.model) if self.tokenizer is None else self.tokenizer
 
     # What was decided -------------------------------------------------------------------------------------------
 
@@ -120,6 +132,8 @@ class PrefixRun(Run):
     def _attach(self) -> None:
         super()._attach()
         model = self.decoder.model
+        if any(reducer.needs.spans for reducer in self.reducers.values()):
+            self._tokenizer()  # read now, where nobody looks at the clock
         self._note(model.register_forward_pre_hook(self._check_head, with_kwargs=True))
         self._undo.append(watch_generate(model, self._around_generate))
 
@@ -259,7 +273,7 @@ class PrefixRun(Run):
         tail = min(self.recent, int(length.min()) - 1) if bool(told[:, -1].all()) else 0
         return PrefixCall(
             True, PromptState(stats, tail=tail), valid, kept.protected, kept.exempt, length,
-            whole=self._whole(length, kept.protected), drafts=drafts,
+            whole=self._whole(length, kept.protected), ids=None if ids is None else ids[:, :n], drafts=drafts,
         )  # fmt: skip
 
     def _whole(self, length: Tensor, protected: Tensor) -> Tensor:
@@ -422,6 +436,7 @@ class PrefixRun(Run):
         shut = call.whole | ~view.free.any(-1)
         plan, added = MergePlan.identity(view), {}
         if not bool(shut.all()):
+            view = replace(view, group=self._group(call, index, view))
             rows = (~shut).nonzero().flatten() if bool(shut.any()) else None
             align = reducer.align if index == min(self.reducers) else lambda view, plan: {}
             planned = plan_rows(view, rows, reducer.plan, align)
@@ -431,9 +446,32 @@ class PrefixRun(Run):
                 plan, added = planned.plan, planned.added
                 self._begin_segment(call, index, plan, places, prompt, reducer.proportional)
         call.decide(index, plan)
+        if call.group is not None:
+            call.group = call.group.gather(1, anchors_of(plan, view))
         if index in call.segments:
             # What was added below stays as it was, for blocks that are computed again.
             call.added = added or {b: plan.merge(x) if b >= index else x for b, x in call.added.items()}
+
+    def _group(self, call: PrefixCall, index: int, view: TokenView) -> Tensor | None:
+        """The span of each token in front of block ``index``, where its method asks; that of a slot's anchor."""
+        unit = self.reducers[index].needs.spans
+        if unit is None or call.group is not None:
+            return call.group
+        ids, tokenizer, stats = self._ids(call, index), self._tokenizer(), self.stats
+        if ids is None and unit != "auto":
+            raise QuickmergeError(f"spans={unit!r} needs input_ids, and the model was called with inputs_embeds")
+        if ids is None or tokenizer is None:
+            why = "no tokenizer is known; pass tokenizer=..." if ids is not None else "there were inputs_embeds alone"
+            stats.spans = f"none, {why}"
+            return None
+        unit = "line" if unit == "auto" else unit
+        stats.spans = unit
+        call.group = within(spans(ids, view.valid, tokenizer, unit), view.valid, view.protected)
+        return call.group
+
+    def _ids(self, call: PrefixCall, index: int) -> Tensor | None:
+        """``(B, n)``, the ids of the tokens in front of the first merge of all tokens; None where there were none."""
+        return call.ids
 
     def _gone(self, call: PrefixCall, index: int) -> int:
         """How many tokens a prompt lost in front of the first block, for a block that reads what that one does."""

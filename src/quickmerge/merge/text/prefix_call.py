@@ -41,8 +41,9 @@ class PrefixCall:
     there are ``valid (B, N)``, ``protected``, ``exempt``, ``length (B,)`` and ``whole (B,)``, the rows that are not
     reduced; ``drafts`` tokens come behind its N. ``segments`` are those that this forward's blocks read, by first
     block, whatever becomes of the cache's. ``plans``, ``source`` and ``added`` are by the block in front of which they
-    are carried out: a block that is computed again finds them there. ``see`` gives, for a block, what tokens behind a
-    prompt see of one another, ``(B or 1, 1, q, q)``, where they are no text but a tree.
+    are carried out: a block that is computed again finds them there. ``ids (B, N)`` are those of the prompt, where it
+    has any, and ``group`` tells the span of each token in front of the next merge. ``see`` gives, for a block, what
+    tokens behind a prompt see of one another, ``(B or 1, 1, q, q)``, where they are no text but a tree.
     """
 
     fresh: bool
@@ -52,6 +53,8 @@ class PrefixCall:
     exempt: Tensor | None = None
     length: Tensor | None = None
     whole: Tensor | None = None
+    ids: Tensor | None = None
+    group: Tensor | None = None
     drafts: int = 0
     segments: dict[int, Segment] = field(default_factory=dict)
     plans: dict[int, MergePlan] = field(default_factory=dict)

@@ -241,3 +241,25 @@ def pool(score: Tensor, valid: Tensor, width: int, kind: str = "mean") -> Tensor
         share = torch.nn.functional.avg_pool1d(there, width, stride=1, padding=width // 2)
         pooled = total / share.clamp_min(1 / (2 * width))
     return torch.where(valid, pooled[:, 0], 0.0)
+
+
+def lift(score: Tensor, group: Tensor, valid: Tensor) -> Tensor:
+    """Give every token the largest score in its span, so that a span is kept or merged as a whole.
+
+    ``s_j = max of s_i over the tokens i of j's span``.
+
+    Args:
+        score: ``(B, N)`` non-negative.
+        group: ``(B, N)`` long; neighbours with the same number are of one span, see `TokenView.group`.
+        valid: ``(B, N)``; padding neither gives nor gets.
+
+    Returns:
+        ``(B, N)``, zero for padding.
+    """
+    begins = torch.ones_like(valid)
+    begins[:, 1:] = group[:, 1:] != group[:, :-1]
+    # Counted anew, so that no number has to be looked up to know how many spans there are.
+    span = begins.long().cumsum(-1) - 1
+    masked = torch.where(valid, score, 0.0)
+    largest = torch.zeros_like(masked).scatter_reduce(1, span, masked, "amax")
+    return torch.where(valid, largest.gather(1, span), 0.0)

@@ -115,6 +115,8 @@ class TokenView:
         length: ``(B,)`` int, how many original tokens the row had; what a ratio budget is a ratio of.
             Default: the sum of ``size`` over the valid tokens.
         grid: ``(T, H, W)`` for images and video, else None.
+        group: ``(B, N)`` long, which span of the text (a line or sentence, or a word) each token belongs to: neighbours
+            with the same number are of one span. Padding may hold anything. None where nobody asked, or knows.
         prefix: says, without anything having to be looked at, that every token is valid and that exactly the first
             ``prefix`` of each row are protected (class token, registers). Shapes are then known beforehand, so that a
             plan with a `Count` budget can be compiled, and nothing waits for a device. None: the masks decide.
@@ -133,6 +135,7 @@ class TokenView:
     length: Tensor = field(default=None)  # type: ignore[assignment]
     grid: tuple[int, int, int] | None = None
     prefix: int | None = None
+    group: Tensor | None = None
     exempt: Tensor | None = None
     latest: bool = True
     evidence: Evidence = field(default=None)  # type: ignore[assignment]
@@ -157,8 +160,10 @@ class TokenView:
         for name in ("valid", "protected", "position", "size"):
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(getattr(self, name).shape)}")
-        if self.exempt is not None and self.exempt.shape != shape:
-            raise ValueError(f"exempt must have shape {tuple(shape)}, got {tuple(self.exempt.shape)}")
+        for name in ("exempt", "group"):
+            given = getattr(self, name)
+            if given is not None and given.shape != shape:
+                raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(given.shape)}")
         if self.exempt is not None and self.prefix is not None:
             raise ValueError("exempt must be left out where there is a prefix, got both")
         default("length", (self.size * self.valid).sum(-1))

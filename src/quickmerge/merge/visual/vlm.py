@@ -48,13 +48,12 @@ class VisualCall(PrefixCall):
     """The state of one forward. All that is of ``valid``'s width is as the first block reads it.
 
     ``images``; ``text``: columns of each row's instruction; ``places (B, K)``: the column of the given text at which
-    each token stands; ``ids (B, N)`` of the given text, None where there are none.
+    each token stands; ``ids (B, N)`` are those of the given text.
     """
 
     images: list[Image] = field(default_factory=list)
     text: list[Tensor] = field(default_factory=list)
     places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    ids: Tensor | None = None
 
     def visual(self, valid: Tensor) -> Tensor:
         """Which tokens of a sequence like ``valid (B, n)`` are visual by now."""
@@ -372,7 +371,7 @@ class VlmRun(PrefixRun):
         below = call.segment(index - 1)
         valid, places = (call.valid, call.places) if below is None else (below.valid, below.position)
         kept = protection(
-            valid, None if call.ids is None else call.ids.gather(1, places), special_tokens(self.decoder.config),
+            valid, self._ids(call, index), special_tokens(self.decoder.config),
             sinks=self.sinks, recent=self.recent, protect=self.protect,
         )  # fmt: skip
         width = call.valid.shape[1] if call.plan is None else call.plan.slot.shape[1]
@@ -385,6 +384,11 @@ class VlmRun(PrefixRun):
         call.protected, call.exempt = given(kept.protected), given(kept.exempt)
         call.length = valid.sum(-1)
         call.whole = self._whole(call.length, kept.protected)
+
+    def _ids(self, call: PrefixCall, index: int) -> Tensor | None:
+        assert isinstance(call, VisualCall)
+        below = call.segment(index - 1)
+        return None if call.ids is None else call.ids.gather(1, call.places if below is None else below.position)
 
     def _gone(self, call: PrefixCall, index: int) -> int:
         assert isinstance(call.state, VisualPrompt)
