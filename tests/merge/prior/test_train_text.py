@@ -79,7 +79,8 @@ def test_an_untrained_prior_scores_as_the_training_free_method(tiny_llama) -> No
     with torch.no_grad():
         full = tiny_llama(batch).logits[:, CONTEXT:-1].log_softmax(-1)
         cache = DynamicCache(config=tiny_llama.config)
-        with reduce(tiny_llama, qm.QuickMerge(keep=0.4, **SETTINGS), 1, min_tokens=0):
+        plain = qm.QuickMerge(keep=0.4, recency=0.85, spans="none", **SETTINGS)
+        with reduce(tiny_llama, plain, 1, min_tokens=0):
             tiny_llama(batch[:, :CONTEXT], **past(cache), logits_to_keep=1)
             merged = tiny_llama(batch[:, CONTEXT:-1], **past(cache)).logits.log_softmax(-1)
     torch.testing.assert_close(told["kl"], (full.exp() * (full - merged)).sum(-1).mean())
