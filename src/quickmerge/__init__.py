@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from quickmerge.data import shipped_prior as shipped_prior
     from quickmerge.errors import QuickmergeError as QuickmergeError
     from quickmerge.merge.attach import reduce as reduce
+    from quickmerge.merge.cache import AttentionNorm as AttentionNorm
+    from quickmerge.merge.cache import Evictor as Evictor
+    from quickmerge.merge.cache import ExpectedAttention as ExpectedAttention
+    from quickmerge.merge.cache import KeyDiff as KeyDiff
+    from quickmerge.merge.cache import KVzip as KVzip
+    from quickmerge.merge.cache import LagKV as LagKV
+    from quickmerge.merge.cache import ObservedAttention as ObservedAttention
+    from quickmerge.merge.cache import SnapKV as SnapKV
+    from quickmerge.merge.cache import StreamingLLM as StreamingLLM
     from quickmerge.merge.place import Merge as Merge
     from quickmerge.merge.prior import Prior as Prior
     from quickmerge.merge.prior import QuickMergePrior as QuickMergePrior
@@ -74,6 +83,17 @@ __getattr__, __dir__, __all__ = lazy(
         "data": ("shipped_gumiho", "shipped_prior"),
         "errors": ("QuickmergeError",),
         "merge.attach": ("reduce",),
+        "merge.cache": (
+            "AttentionNorm",
+            "Evictor",
+            "ExpectedAttention",
+            "KVzip",
+            "KeyDiff",
+            "LagKV",
+            "ObservedAttention",
+            "SnapKV",
+            "StreamingLLM",
+        ),
         "merge.place": ("Merge",),
         "merge.prior": ("Prior", "QuickMergePrior", "Surprise"),
         "merge.reducers": (

@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.models.rotary import Rotary
 from quickmerge.multipole import MultipoleLayer
-from quickmerge.multipole.positions import Rotary, Space
+from quickmerge.multipole.positions import Space
 
 
 def case() -> tuple[MultipoleLayer, Space, Tensor, Tensor]:
@@ -20,7 +21,7 @@ def case() -> tuple[MultipoleLayer, Space, Tensor, Tensor]:
     place = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 5, 40], [0, 1, 2, 5, 6, 7, 8, 30, 31]])
     turned, keys = apply_rotary_pos_emb(query, bare, *base.rotary_emb(bare, place))
     layer = MultipoleLayer()
-    space = Space(Rotary.of(base, base.layers[0].self_attn, 0), 20)
+    space = Space(Rotary.of(base, base.layers[0].self_attn, 0, wanted=""), 20)
     for part in (slice(0, 6), slice(6, 9)):
         layer.update(keys[:, :, part], keys[:, :, part])
         space.note(layer, place[:, part])

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, as_index
+from quickmerge.merge.cache import Evictor, as_evictor
 from quickmerge.merge.place import PLACES, Merge, Place
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.run import Run
@@ -28,11 +29,22 @@ from quickmerge.models.vlm import check_kind, holds_vlm, unwrapped
 
 
 def reduce_lm(
-    model: PreTrainedModel, reducer: Reducer, layer: int | Sequence[int] | Schedule | None, mode: Mode
+    model: PreTrainedModel,
+    reducer: Reducer | None,
+    layer: int | Sequence[int] | Schedule | None,
+    mode: Mode,
+    cache: Evictor | None = None,
 ) -> Run:
     """Attach to a causal language model; see `quickmerge.merge.attach.reduce` for the arguments."""
+    if reducer is None and cache is not None:
+        decoder = find_decoder(model, shared=True)
+        check_free(model, decoder.attentions, PrefixRun)
+        _check_cache(mode, cache)
+        assert isinstance(mode, Prefix)
+        return PrefixRun(decoder, None, None, mode, cache)
     if not isinstance(reducer, Reducer):
         raise ValueError(f"reducer must be a quickmerge reducer such as QuickMerge(keep=0.4), got {reducer!r}")
+    _check_cache(mode, cache)
     decoder = find_decoder(model, shared=isinstance(mode, Prefix))
     if "text" not in reducer.places:
         kind = "vision transformers" if "vision" in reducer.places else "the visual tokens of a vision-language model"
@@ -43,7 +55,7 @@ def reduce_lm(
         if isinstance(reducer.budget, ReadingBudget):
             raise ValueError(f"keep must be a budget for whole prompts in prefix mode, got {reducer.budget!r}")
         reducer.check(model, schedule.layers, mode.name)
-        return PrefixRun(decoder, reducer, schedule, mode)
+        return PrefixRun(decoder, reducer, schedule, mode, cache)
     reads = reducer.budget.layer if isinstance(reducer.budget, ReadingBudget) else 0
     first = reads if layer is None else as_index(layer)
     if first is None or not 0 <= first < len(decoder):
@@ -52,16 +64,24 @@ def reduce_lm(
     return BlockCausalRun(decoder, reducer, first, mode)
 
 
+def _check_cache(mode: Mode, cache: Evictor | None) -> None:
+    if cache is not None and not isinstance(mode, Prefix):
+        raise QuickmergeError(
+            f"cache must be None in {mode.name} mode, whose cache holds slots of chunks already, got {cache.label}"
+        )
+
+
 # ``reduce``: run a model with fewer tokens inside a ``with`` block, and leave it as it was.
 
 
 @overload
 def reduce(
     model: PreTrainedModel | nn.Module,
-    reducer: Reducer,
+    reducer: Reducer | Evictor | None,
     layer: int | Sequence[int] | Schedule | None = None,
     *,
     mode: Prefix,
+    cache: Evictor | float | str | None = None,
 ) -> PrefixRun: ...
 
 
@@ -88,24 +108,26 @@ def reduce(
 @overload
 def reduce(
     model: PreTrainedModel | nn.Module,
-    reducer: Reducer,
+    reducer: Reducer | Evictor | None,
     layer: int | Sequence[int] | Schedule | Removal | None = None,
     *,
     mode: Mode | str | None = None,
     unmerge: bool = False,
     positions: str = "kept",
+    cache: Evictor | float | str | None = None,
     **settings: Unpack[ModeSettings],
 ) -> Run | VisionRun | VlmRun: ...
 
 
 def reduce(
     model: PreTrainedModel | nn.Module,
-    reducer: Reducer,
+    reducer: Reducer | Evictor | None,
     layer: int | Sequence[int] | Schedule | Removal | None = None,
     *,
     mode: Mode | str | None = None,
     unmerge: bool = False,
     positions: str = "kept",
+    cache: Evictor | float | str | None = None,
     **settings: Unpack[ModeSettings],
 ) -> Any:
     """Make ``model`` read with fewer tokens while the returned run is entered as a context manager.
@@ -138,7 +160,8 @@ def reduce(
             one, or a vision-language model of one of `quickmerge.models.vlm.VLM_FAMILIES`. It may be wrapped by PEFT,
             `torch.compile` (a language model then runs as it was written while it is inside), or
             `DistributedDataParallel`.
-        reducer: the method, with its ``keep``.
+        reducer: the method, with its ``keep``; or one of `quickmerge.merge.cache`, which is then the ``cache``; or None
+            where there is a ``cache``.
         layer: in ``prefix`` mode the first block that reads the reduced sequence, 1..L-1; a list of such blocks
             or a `Schedule` merges at several depths. Default: blocks 4/15 and 5/6 of the way up (8 and 25 of
             30), see `Schedule.of`. In ``block_causal`` mode the first block whose cache is merged, 0..L-1; default 0,
@@ -157,6 +180,9 @@ def reduce(
         positions: vision-language models only, and of no account inside: ``"kept"``, every token keeps the position
             that it had, and the next one gets the one that it would have had; or ``"consecutive"``, as if the prompt
             had been shorter from the first (LLaVA, LLaVA-NeXT, Idefics3 and SmolVLM only).
+        cache: language and vision-language models only: what leaves the cache when a prompt has been read, from every
+            layer and key head other entries; a share is that of `ObservedAttention`. The memory is free afterwards;
+            the prompt itself was read with all of them. Default: ``cache`` of the reducer where it has one.
         **settings: those of the mode, where it was not given as an object.
 
     Returns:
@@ -170,13 +196,26 @@ def reduce(
     """
     model = unwrapped(model)
     check_kind(model)
-    run = _run(model, reducer, layer, mode, settings, unmerge=unmerge, positions=positions)
+    if isinstance(reducer, Evictor):
+        if cache is not None:
+            raise QuickmergeError(f"cache must be left out beside {reducer.label}, which is one, got {cache!r:.200}")
+        reducer, cache = None, reducer
+    run = _run(model, reducer, layer, mode, settings, unmerge=unmerge, positions=positions, cache=as_evictor(cache))
     return run.warn_if_unused("quickmerge.reduce")
 
 
 def _run(
-    model: Any, reducer: Reducer, layer: Any, mode: Any, settings: Mapping[str, Any], *, unmerge: bool, positions: str
-) -> Attachment:
+    model: Any, reducer: Reducer | None, layer: Any, mode: Any, settings: Mapping[str, Any], *, unmerge: bool,
+    positions: str, cache: Evictor | None = None,
+) -> Attachment:  # fmt: skip
+    cache = _own_cache(reducer, cache)
+    if reducer is None and cache is not None:
+        if layer is not None:
+            raise QuickmergeError(f"layer must be None where nothing is merged, got {layer!r}")
+    elif not isinstance(reducer, Reducer):
+        raise QuickmergeError(
+            f"reducer must be a quickmerge reducer such as QuickMerge(keep=0.4), got {reducer!r:.200}"
+        )
     given = [*(["mode"] if mode is not None else []), *settings]
     if holds_vlm(model):
         for name in [*given, *(["unmerge"] if unmerge else [])]:
@@ -187,7 +226,9 @@ def _run(
             raise QuickmergeError(
                 f"layer must be a block or a list of blocks for visual tokens, got a {type(layer).__name__}"
             )
-        return reduce_vlm(model, reducer, layer, positions=positions)
+        if reducer is None:
+            return reduce_vlm_places(model, cache=cache)
+        return reduce_vlm(model, reducer, layer, positions=positions, cache=cache)
     if positions != "kept":
         raise QuickmergeError(
             f"positions is for vision-language models and must be left out for {type(model).__name__}"
@@ -200,6 +241,9 @@ def _run(
             raise QuickmergeError(
                 "layer must be a block, a list of blocks or a Removal in a vision transformer, got a Schedule"
             )
+        if cache is not None or reducer is None:
+            told = "nothing" if cache is None else cache.label
+            raise QuickmergeError(f"cache must be None for {type(model).__name__}, which has none, got {told}")
         return (reduce_timm if timm else reduce_vit)(model, reducer, layer, unmerge=unmerge)
     if unmerge:
         raise QuickmergeError(f"unmerge is for vision transformers and must be False for {type(model).__name__}")
@@ -207,7 +251,17 @@ def _run(
         raise QuickmergeError(
             "layer must be a block, a list of blocks or a Schedule in a language model, got a Removal"
         )
-    return reduce_lm(model, reducer, layer, as_mode(mode, settings))
+    return reduce_lm(model, reducer, layer, as_mode(mode, settings), cache)
+
+
+def _own_cache(reducer: Reducer | None, cache: Evictor | None) -> Evictor | None:
+    """What a reducer says of the cache itself, or what was said beside it."""
+    own = as_evictor(getattr(reducer, "cache", None))
+    if own is not None and cache is not None:
+        raise QuickmergeError(
+            f"cache must be said once, of the reducer or beside it, got {own.label} and {cache.label}"
+        )
+    return cache if own is None else own
 
 
 # ``reduce_places``: the same at several places of a model at once.
@@ -219,6 +273,7 @@ def reduce_places(
     text: Merge | None = None,
     visual: Merge | None = None,
     tower: Merge | None = None,
+    cache: Evictor | None = None,
 ) -> Run | VisionRun | VlmRun:
     """Make ``model`` read with fewer tokens at one place or at several, while the returned run is entered.
 
@@ -239,6 +294,9 @@ def reduce_places(
       left there: its ``keep`` is a share of that, ``sinks`` and ``recent`` count it, rows that have fewer than
       ``min_tokens`` of it are read in full, and ``protect`` is asked about its ids.
 
+    - ``cache``: when the prompt has been read, entries leave the cache of every layer, whatever was merged in it, see
+      `quickmerge.merge.cache`.
+
     Where methods differ in whether a slot counts in attention as its size, each decides for the slots that it made. In
     a vision-language model the run is a `VlmRun`: its ``tower_run`` is the run in the tower, and its ``summary()``
     tells of all places.
@@ -248,6 +306,7 @@ def reduce_places(
         text: what is done to all tokens of a prompt, in a language model.
         visual: what is done to the visual tokens.
         tower: what is done in a vision transformer.
+        cache: what is done to the cache of a prompt.
 
     Returns:
         One run for all places.
@@ -261,14 +320,17 @@ def reduce_places(
     check_kind(model)
     given: dict[Place, Merge | None] = {"text": text, "visual": visual, "tower": tower}
     merges = {place: merge for place, merge in given.items() if merge is not None}
-    if not merges:
-        raise QuickmergeError("text, visual or tower must say what is to be merged, got None for each")
+    if cache is not None and not isinstance(cache, Evictor):
+        raise QuickmergeError(f"cache must be a method such as ObservedAttention(keep=0.3), got {cache!r:.200}")
+    if not merges and cache is None:
+        raise QuickmergeError("text, visual, tower or cache must say what is to be done, got None for each")
     for place, merge in merges.items():
         if not isinstance(merge, Merge):
             raise QuickmergeError(f"{place} must be a Merge(reducer, ...) or None, got {type(merge).__name__}")
         merge.check(place)
     if holds_vlm(model):
-        run: Attachment = reduce_vlm_places(model, **merges)
+        own = None if text is None else text.reducer
+        run: Attachment = reduce_vlm_places(model, **merges, cache=_own_cache(own, cache))
     else:
         only: Place = "tower" if holds_timm(model) or holds_encoder(model) else "text"
         for place in merges:
@@ -277,6 +339,12 @@ def reduce_places(
                     f"{place} must be None for {type(model).__name__}, which has no {place} to merge in, only {only}: "
                     f"{PLACES[only]}"
                 )
-        merge = merges[only]
-        run = _run(model, merge.reducer, merge.layer, merge.mode, {}, unmerge=merge.unmerge, positions="kept")
+        given_here = merges.get(only)
+        if given_here is None:
+            run = _run(model, None, None, None, {}, unmerge=False, positions="kept", cache=cache)
+        else:
+            run = _run(
+                model, given_here.reducer, given_here.layer, given_here.mode, {}, unmerge=given_here.unmerge,
+                positions="kept", cache=cache,
+            )  # fmt: skip
     return run.warn_if_unused("quickmerge.merge.attach.reduce_places")  # type: ignore[return-value]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from quickmerge.bench.harness import now
+from quickmerge.merge.cache.packed import packed_bytes
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.baselines import Uniform
 from quickmerge.models.attachment import Attachment, PerThread, counts, refuse_tracing, stands_aside
@@ -28,7 +29,8 @@ class RunStats:
     ``prefill_seconds`` is the decoder's forward over the prompt with the reducer inside, ``reducer_seconds`` the
     reducer alone (saliency, plan and merge). ``cache_bytes`` are measured on the cache as it is now and
     ``prompt_cache_bytes`` as it was after the prompt; ``..._full`` is what it would hold unreduced. ``reducer_bytes``
-    is the memory of what a trained method has learned. ``rows_short`` rows had fewer than ``min_tokens`` tokens and
+    is the memory of what a trained method has learned. ``evictor`` is what made the cache smaller when the prompt was
+    read, if anything did. ``rows_short`` rows had fewer than ``min_tokens`` tokens and
     ``rows_protected`` others none that was not protected, so that they were not reduced.
     ``spans`` is what was kept or merged as a whole, ``"line"`` or ``"word"``, or why nothing was; empty where no method
     asked.
@@ -52,6 +54,7 @@ class RunStats:
     rows_short: int = 0
     rows_protected: int = 0
     spans: str = ""
+    evictor: str = ""
 
     @property
     def tokens_kept(self) -> float:
@@ -88,7 +91,9 @@ class RunStats:
             + f"  read:    {layers}\n"
             f"  prefill: {self.prefill_seconds:.3f} s, of which the reducer {self.reducer_seconds:.3f} s\n"
             f"  decode:  {self.decode_steps} steps, {1e3 * self.decode_seconds_per_token:.1f} ms each\n"
-            f"  cache:   {held:.2f} MiB, {100 * ratio:.0f} % of {full:.2f} MiB{own}{asked}"
+            f"  cache:   {held:.2f} MiB, {100 * ratio:.0f} % of {full:.2f} MiB{own}"
+            + (f"\n  evicted: {self.evictor}" if self.evictor else "")
+            + asked
         )
 
 
@@ -169,9 +174,13 @@ def layer_runs(counts: Sequence[float]) -> list[tuple[int, int, float]]:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all keys and values that a cache holds."""
+    """Bytes of all keys and values that a cache holds, and of what it has to know of each entry of a head."""
     total = 0
     for layer in cache.layers:
+        total += getattr(getattr(layer, "heads", None), "bytes", 0)
+        if packed_bytes(layer):
+            total += packed_bytes(layer)
+            continue
         for tensor in (layer.keys, layer.values):
             if tensor is not None:
                 total += tensor.numel() * tensor.element_size()

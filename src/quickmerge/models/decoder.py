@@ -43,6 +43,16 @@ class Decoder:
         """The decoder's own configuration."""
         return self.base.config
 
+    @property
+    def alone(self) -> bool:
+        """Whether the model is a language model, and not one of several parts."""
+        return self.model.config is self.base.config
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation that the model runs, one of `IMPLEMENTATIONS`, whoever watches it."""
+        return attention_implementation(self.config).removeprefix(PREFIX)
+
 
 def find_decoder(model: PreTrainedModel, shared: bool = False) -> Decoder:
     """Find the decoder blocks of ``model`` by structure.
@@ -241,7 +251,7 @@ def watch(decoder: Decoder, watcher: Watcher) -> Callable[[], None]:
         UnsupportedModelError: if another run is attached already that doesn't share the attention with this one.
     """
     # Inside a model of several parts the decoder alone is told.
-    holder: Any = decoder.model if decoder.model.config is decoder.config else decoder.base
+    holder: Any = decoder.model if decoder.alone else decoder.base
     return watch_modules(holder, decoder.attentions, watcher, decoder.config)
 
 
@@ -288,8 +298,9 @@ def proportional_attention(
     """Attention with log(size) added to the score of every key (ToMe, arXiv 2210.09461, eq. 1).
 
     One more channel holds ``1`` in the query and ``log(size) / scaling`` in the key, so any fused kernel does it
-    without a bias matrix. ``args`` start with query, key and value; ``size (B, keys)`` counts original tokens. A run
-    that computes the attention itself gets the sizes as ``key_size`` in their place.
+    without a bias matrix. ``args`` start with query, key and value; ``size (B, keys)``, or ``(B, G, keys)`` where key
+    heads hold entries of their own, counts original tokens. A run that computes the attention itself gets the sizes as
+    ``key_size`` in their place.
     """
     if isinstance(call, Watched) and computes(call.watcher):
         return call(module, *args, **kwargs, key_size=size)
@@ -298,9 +309,10 @@ def proportional_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     precise = torch.promote_types(key.dtype, torch.float32)
     bias = (size.clamp_min(1).to(precise).log() / scaling).to(key.dtype)
+    bias = bias[:, None] if bias.ndim == 2 else bias
     wide = (
         torch.cat([query, torch.ones_like(query[..., :1])], -1),
-        torch.cat([key, bias[:, None, :, None].expand(*key.shape[:3], 1)], -1),
+        torch.cat([key, bias[..., None].expand(*key.shape[:3], 1)], -1),
         torch.cat([value, torch.zeros_like(value[..., :1])], -1),
     )
     out, weights = call(module, *wide, *args[3:], **{**kwargs, "scaling": scaling})
@@ -309,5 +321,4 @@ def proportional_attention(
 
 def decoder_mask(decoder: Decoder, **settings: Any) -> Any:
     """An attention mask as the decoder wants it; for ``settings`` see `quickmerge.models.compat.make_mask`."""
-    name = attention_implementation(decoder.config).removeprefix(PREFIX)
-    return make_mask(name, config=decoder.config, **settings)
+    return make_mask(decoder.attention, config=decoder.config, **settings)

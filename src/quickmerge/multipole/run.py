@@ -24,10 +24,11 @@ from quickmerge.models.decoder import (
     proportional_attention,
     watch,
 )
+from quickmerge.models.rotary import Rotary
 from quickmerge.models.vlm import VLM_FAMILIES, check_kind, find_vlm_decoder, holds_vlm, unwrapped
 from quickmerge.multipole.attend import attend_and_count
 from quickmerge.multipole.cache import MultipoleCache, MultipoleLayer, Tally, refresh
-from quickmerge.multipole.positions import Rotary, Sizes, Space
+from quickmerge.multipole.positions import Sizes, Space
 from quickmerge.multipole.settings import Multipole, MultipoleStats
 
 __all__ = ["MultipoleRun", "multipole"]
@@ -112,8 +113,7 @@ class MultipoleRun(Attachment):
         """The blocks that read clusters."""
         turned = settings.space == "windowed"
         self.spaces = {
-            i: Space(Rotary.of(decoder.base, decoder.attentions[i], i) if turned else None, settings.query_position)
-            for i in self.blocks
+            i: Space(_rotary_of(decoder, i) if turned else None, settings.query_position) for i in self.blocks
         }
         self._last = self._new_tally()
         self._signature = inspect.signature(decoder.base.forward)
@@ -260,6 +260,10 @@ class MultipoleRun(Attachment):
     def summary(self) -> MultipoleStats:
         """Clusters, rows read, seconds and bytes of the last prompt and what came after; prints as a few lines."""
         return self._last.stats()
+
+
+def _rotary_of(decoder: Decoder, layer: int) -> Rotary:
+    return Rotary.of(decoder.base, decoder.attentions[layer], layer, wanted="space must be 'rotated'")
 
 
 def _check_extras(kwargs: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.merge.cache import Evictor, as_evictor
 from quickmerge.merge.place import Merge, Place, as_merge, shown
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.text.modes import BlockCausal
@@ -24,7 +25,7 @@ __all__ = ["NAMES", "PLACES", "Ingredients"]
 PLACES: dict[str, Place] = {"merge": "text", "visual": "visual", "tower": "tower"}
 """The arguments that name a place where tokens become fewer, and that place."""
 
-NAMES = (*PLACES, "attention", "decoding")
+NAMES = (*PLACES, "cache", "attention", "decoding")
 """Every ingredient, in the order in which a model meets them."""
 
 
@@ -39,6 +40,7 @@ class Ingredients:
     merge: Reducer | Merge | None = None
     visual: Reducer | Merge | None = None
     tower: Reducer | Merge | None = None
+    cache: Evictor | float | None = None
     attention: Multipole | None = None
     decoding: Drafter | Speculation | None = None
 
@@ -49,6 +51,7 @@ class Ingredients:
                 merge = as_merge(given, name)
                 merge.check(place, name)
                 object.__setattr__(self, name, merge)
+        object.__setattr__(self, "cache", as_evictor(self.cache))
         if self.attention is not None and not isinstance(self.attention, Multipole):
             raise QuickmergeError(
                 f"attention must be a Multipole such as Multipole(budget=512), or None, got {self.attention!r:.200}"
@@ -70,8 +73,18 @@ class Ingredients:
 
     def _check_together(self) -> None:
         """Raise for ingredients that exclude one another on any model."""
+        if self.evictor is not None and self.attention is not None:
+            raise QuickmergeError(
+                "attention must be left out beside cache, of which every head holds entries of its own, while clusters "
+                "are of all entries: give one of the two"
+            )
         if not isinstance(self.merge, Merge) or not isinstance(self.merge.mode, BlockCausal):
             return
+        if self.evictor is not None:
+            raise QuickmergeError(
+                "cache must be left out beside merge in block_causal mode, whose cache holds slots of chunks already: "
+                "use Prefix mode, or give one of the two"
+            )
         if self.attention is not None:
             raise QuickmergeError(
                 "attention must be left out beside merge in block_causal mode, whose cache holds slots of chunks where "
@@ -89,6 +102,12 @@ class Ingredients:
         return {name: each for name in PLACES if isinstance(each := getattr(self, name), Merge)}
 
     @property
+    def evictor(self) -> Evictor | None:
+        """What the cache of a prompt loses, said by ``cache`` or by the reducer of the text; None for nothing."""
+        own = getattr(self.merge.reducer, "cache", None) if isinstance(self.merge, Merge) else None
+        return self.cache if isinstance(self.cache, Evictor) else as_evictor(own)
+
+    @property
     def speculation(self) -> Speculation | None:
         """How text is decoded; None for the model's own way."""
         return self.decoding if isinstance(self.decoding, Speculation) else None
@@ -104,6 +123,8 @@ class Ingredients:
     def label(self) -> str:
         """One line for tables: the ingredients, each with what is not its default; ``"nothing"`` for none."""
         told = [each.label if name == "merge" else f"{name} {each.label}" for name, each in self.merges.items()]
+        if isinstance(self.cache, Evictor):
+            told.append(f"cache {self.cache.label} keep {self.cache.keep:g}")
         if self.attention is not None:
             told.append(self.attention.label)
         if self.speculation is not None:

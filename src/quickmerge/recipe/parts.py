@@ -7,7 +7,7 @@ from typing import Any
 
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.merge.attach import reduce_places
-from quickmerge.merge.place import Merge
+from quickmerge.merge.place import Merge, Place
 from quickmerge.models.attachment import Attachment
 from quickmerge.models.encoder import holds_encoder, holds_timm
 from quickmerge.models.vlm import check_kind, holds_vlm, unwrapped
@@ -37,16 +37,25 @@ def parts(model: Any, recipe: Ingredients) -> dict[str, Attachment]:
         found["decoding"] = SpeculationRun(model, recipe.speculation)
     if recipe.attention is not None:
         found["attention"] = multipole(model, recipe.attention).owned()
-    found |= _merging(model, recipe.merges)
+    found |= _merging(model, recipe)
     return {name: found[name].owned() for name in reversed(found)}
 
 
-def _merging(model: Any, merges: dict[str, Merge]) -> dict[str, Attachment]:
-    """The run in which tokens become fewer, one for all places, by their names."""
+def _merging(model: Any, recipe: Ingredients) -> dict[str, Attachment]:
+    """The run in which tokens become fewer, and entries of the cache: one for all places, by their names."""
+    merges, cache = recipe.merges, recipe.evictor
     check_places(model, merges)
-    if not merges:
+    if not merges and cache is None:
         return {}
-    return {"+".join(merges): reduce_places(model, **{PLACES[name]: merge for name, merge in merges.items()})}
+    if cache is not None and not holds_vlm(model) and (holds_encoder(model) or holds_timm(model)):
+        raise UnsupportedModelError(f"cache must be left out for {type(model).__name__}, which has none")
+    places: dict[Place, Merge] = {PLACES[name]: merge for name, merge in merges.items()}
+    names = [*merges, *(["cache"] if cache is not None else [])]
+    return {
+        "+".join(names): reduce_places(
+            model, text=places.get("text"), visual=places.get("visual"), tower=places.get("tower"), cache=cache
+        )
+    }
 
 
 def check_places(model: Any, merges: Mapping[str, Merge]) -> None:

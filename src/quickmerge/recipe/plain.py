@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from quickmerge.errors import QuickmergeError, first_sentence, near_match
+from quickmerge.merge.cache import EVICTORS
 from quickmerge.merge.place import Merge
 from quickmerge.merge.prior import Prior, QuickMergePrior, Surprise
 from quickmerge.merge.reducers import REDUCERS, VISUAL_TOKEN_REDUCERS, DynamicViT
@@ -27,7 +28,7 @@ __all__ = ["TRAINED", "TYPES", "Held", "UnknownEntryError", "decode", "encode", 
 
 _KINDS: tuple[type, ...] = (
     *REDUCERS.values(), *VISUAL_TOKEN_REDUCERS.values(), QuickMergePrior, DynamicViT,
-    Ratio, Count, Mass, Entropy, Surprise, Schedule, Removal, Prefix, BlockCausal, Merge,
+    Ratio, Count, Mass, Entropy, Surprise, Schedule, Removal, Prefix, BlockCausal, Merge, *EVICTORS.values(),
     Multipole, PromptLookup, Gumiho, Speculation,
 )  # fmt: skip
 TYPES: dict[str, type] = {kind.__name__: kind for kind in _KINDS}

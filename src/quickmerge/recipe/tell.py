@@ -12,6 +12,7 @@ import torch
 from quickmerge.errors import QuickmergeError, whole_number
 from quickmerge.merge.bench.cost import Shape, break_even, model_shape, plan_cost
 from quickmerge.merge.bench.vision_cost import vision_shape
+from quickmerge.merge.cache.evictor import Evictor, layer_counts
 from quickmerge.merge.place import Merge
 from quickmerge.merge.run import layer_runs
 from quickmerge.merge.text.modes import BlockCausal, Prefix
@@ -146,6 +147,8 @@ class _Prompt:
             effects.append(self._visual(merges["visual"]))
         if "merge" in merges:
             effects.append(self._text(merges["merge"]))
+        if self.recipe.evictor is not None:
+            effects.append(self._cache(self.recipe.evictor))
         if isinstance(self.recipe.attention, Multipole):
             effects.append(self._attention(self.recipe.attention))
         if self.recipe.speculation is not None:
@@ -228,6 +231,28 @@ class _Prompt:
         lines.append("every token of the prompt is read; what pays is the cache, and each new token's attention")
         return Effect("merge", merge.label, _keeps_all(kept), least, tuple(lines))
 
+    def _cache(self, evictor: Evictor) -> Effect:
+        """Entries leave when the prompt has been read; blocks read what they would read anyway."""
+        shape = self.shape
+        lines = ["the prompt is read with all entries; they leave when it has been, and their memory with them"]
+        if evictor.min_tokens:
+            lines.append(f"caches of prompts of fewer than {evictor.min_tokens} tokens are left alone")
+        least = max(1, evictor.min_tokens)
+        if self.layers is None or self.tokens < least:
+            return Effect("cache", evictor.label, evictor.keep == 1, least, tuple(lines))
+
+        def there(tokens: float, window: int | None) -> int:
+            return round(tokens if window is None else min(tokens, window - 1))
+
+        held = [there(n, window) for n, window in zip(self.layers, shape.windows, strict=True)]
+        full = [there(self.tokens, window) for window in shape.windows]
+        counts = layer_counts(evictor.keep, held, full)
+        self.held = [float(n) for n in counts]
+        self.own += evictor.flops(shape, self.layers)
+        share = 100 * sum(counts) / sum(full)
+        lines.append(f"{sum(counts)} of {sum(full)} entries of each key head are left ({share:.0f} %)")
+        return Effect("cache", evictor.label, evictor.keep == 1, least, tuple(lines))
+
     def _attention(self, settings: Multipole) -> Effect:
         shape = self.shape
         full = [i for i, window in enumerate(shape.windows) if window is None and i >= settings.first]
@@ -271,7 +296,7 @@ def _drafts(settings: Speculation) -> Effect:
 
 def _tell_vision(recipe: Ingredients, model: Any) -> Told:
     name = type(model).__name__
-    for other in ("attention", "decoding"):
+    for other in ("cache", "attention", "decoding"):
         if getattr(recipe, other) is not None:
             raise QuickmergeError(f"{other} must be left out for {name}, a vision transformer, which writes no text")
     merge = recipe.merges.get("tower")

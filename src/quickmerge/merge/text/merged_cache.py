@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import Cache
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.merge.cache.heads import HeadTables
+from quickmerge.merge.cache.packed import Held, Packed, pack, shape_of, unpack
 from quickmerge.merge.run import RunStats
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.models.columns import slide_layer, slide_table, take_tail_of_layer, take_tail_of_table
@@ -187,7 +189,8 @@ def pick_columns(x: Tensor, source: Tensor, axis: int = -1) -> Tensor:
 class PromptState:
     """Of a prompt that was read: its segments by first block.
 
-    ``segments`` is empty where nothing was merged, for whatever reason. ``stats`` count what was read and written with
+    ``segments`` is empty where nothing was merged, for whatever reason; ``evicted`` says whether entries left its cache
+    afterwards. ``stats`` count what was read and written with
     this cache. ``tail`` tokens at the end of the prompt stand alone in every row and every block, so that they can be
     taken back. ``seats (B, K)`` are the columns of the prompt at which the entries of the last block stand.
     """
@@ -196,11 +199,12 @@ class PromptState:
     segments: dict[int, Segment] = field(default_factory=dict)
     tail: int = 0
     seats: Tensor | None = None
+    evicted: bool = False
 
     @property
     def merged(self) -> bool:
         """Whether some block reads fewer entries than there were tokens."""
-        return bool(self.segments)
+        return bool(self.segments) or self.evicted
 
     def first(self, layer: int) -> int | None:
         """The block that the segment of a block begins with; None below the first merge."""
@@ -258,6 +262,8 @@ def _carrying(kind: Any, name: str) -> Any:
     of the first block, and ``shift`` how far each row was moved to the right. A layer tells its length with what is
     gone, so that a further turn is read behind a prompt as long as it was given. ``expected`` is set by a run that is
     about to have keys and values of a forward written, since outside of any run entries would be taken for tokens.
+    ``heads`` are the layer's own tables where entries have ``left`` it, of every key head others. It tells its length
+    with these, too, and the tables of a prompt know nothing of it.
     """
 
     class Merged(moving_rows(kind)):  # type: ignore[misc]
@@ -265,9 +271,12 @@ def _carrying(kind: Any, name: str) -> Any:
 
         prompt: PromptState | None = None
         moves = False
-        floor = gone = 0
+        floor = gone = left = 0
         shift: Sequence[int] = ()
         expected = False
+        heads: HeadTables | None = None
+        packed: dict[str, Packed] = {}  # noqa: RUF012  (never changed: a layer that packs gets one of its own)
+        keys, values = Held(), Held()
         movable = kind is DynamicLayer or getattr(kind, "movable", False)
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -282,27 +291,31 @@ def _carrying(kind: Any, name: str) -> Any:
                     f"{cache_name()} holds a prompt that was merged inside quickmerge.reduce(...): go on with it in "
                     "such a block, of any reducer, or start with an empty cache"
                 )
-            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+            if not self.packed:
+                return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+            new = {"keys": key_states, "values": value_states}
+            self.packed = {name: held.grown(new[name]) for name, held in self.packed.items()}
+            return self.keys, self.values
 
         def get_seq_length(self) -> int:
-            """Tokens seen; those that were gone in front of the first block count too."""
-            held = int(super().get_seq_length())
-            return held + self.gone if held else 0
+            """Tokens seen; those that were gone in front of the first block count too, and entries that have left."""
+            held = shape_of(self)[2] if self.packed else int(super().get_seq_length())
+            return held + self.gone + self.left if held else 0
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
             """Entries and the new ones; and where the first of them stands, by which length and entries agree."""
             with self._as_held():
                 length, offset = super().get_mask_sizes(query_length)
-            return int(length), int(offset) + (self.gone if self.is_initialized else 0)
+            return int(length), int(offset) + (self.gone + self.left if self.is_initialized else 0)
 
         @contextmanager
         def _as_held(self) -> Iterator[None]:
             """Within the block the layer counts what it holds, as its own code does."""
-            gone, self.gone = self.gone, 0
+            (gone, self.gone), (left, self.left) = (self.gone, 0), (self.left, 0)
             try:
                 yield
             finally:
-                self.gone = gone
+                self.gone, self.left = gone, left
 
         def crop(self, tokens_to_remove: int) -> None:
             """Take back the last tokens, ``-tokens_to_remove`` of them.
@@ -311,7 +324,8 @@ def _carrying(kind: Any, name: str) -> Any:
                 QuickmergeError: if a prompt that was merged would be cut where tokens were merged.
             """
             if self.prompt is not None and self.prompt.merged and tokens_to_remove != 0:
-                since = self.get_seq_length() - self.gone - self.floor - max(self.shift, default=0) + self.prompt.tail
+                held = self.get_seq_length() - self.gone - self.left
+                since = held - self.floor - max(self.shift, default=0) + self.prompt.tail
                 if tokens_to_remove > 0:
                     raise QuickmergeError(
                         f"crop must be told how many tokens to take back, as a negative number, where tokens were "
@@ -325,25 +339,39 @@ def _carrying(kind: Any, name: str) -> Any:
                     )
             with self._as_held():
                 super().crop(tokens_to_remove)
+            if self.heads is not None:
+                self.heads = self.heads.first(self.heads.count + tokens_to_remove).last(self.keys.shape[2])
+                pack(self)
 
         def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
             """Move the prompt's tables, once for all layers of a cache."""
             if self.shift:
                 self.shift = change(torch.tensor(self.shift)).tolist()
+            if self.heads is not None:
+                self.heads = self.heads.each_row(change)
+                pack(self)
             if self.moves and self.prompt is not None:
                 self.prompt.each_row(change)
 
         def take_tail(self, tail: int, index: Tensor, there: Tensor | None) -> None:
             """See `quickmerge.models.columns.take_tail`."""
+            unpack(self)
             move = getattr(super(), "take_tail", None)
             take_tail_of_layer(self, tail, index, there) if move is None else move(tail, index, there)
+            if self.heads is not None:
+                self.heads = self.heads.take_tail(tail, index, there)
+                pack(self)
             if self.moves and self.prompt is not None:
                 self.prompt.each_segment(lambda segment: segment.take_tail(tail, index, there))
 
         def slide(self, by: Sequence[int]) -> None:
             """See `quickmerge.models.columns.slide`."""
+            unpack(self)
             move = getattr(super(), "slide", None)
             slide_layer(self, by) if move is None else move(by)
+            if self.heads is not None:
+                self.heads = self.heads.slide(by)
+                pack(self)
             if self.prompt is not None:
                 self.shift = [a + b for a, b in zip(self.shift or [0] * len(by), by, strict=True)]
                 if self.moves:
@@ -360,7 +388,7 @@ def _carrying(kind: Any, name: str) -> Any:
         def reset(self) -> None:
             """Forget everything: a layer as it was before anything was merged."""
             super().reset()
-            for name in ("prompt", "moves", "floor", "gone", "shift", "expected"):
+            for name in ("prompt", "moves", "floor", "gone", "left", "shift", "expected", "heads", "packed"):
                 self.__dict__.pop(name, None)
             self.__class__ = kind
 
@@ -427,6 +455,19 @@ def expect(cache: Cache, index: int) -> None:
     cache.layers[index].expected = True
 
 
+def tables_of(cache: Cache, index: int) -> HeadTables | None:
+    """The tables that a layer has of its own, where entries left it; else None."""
+    return getattr(cache.layers[index], "heads", None)
+
+
+def extend_heads(cache: Cache, index: int, position: Tensor, valid: Tensor) -> HeadTables:
+    """Let the tables of a layer go on with tokens ``(B, t)`` that are about to be read, and return them."""
+    layer = cache.layers[index]
+    # A sliding window has lost the first entries meanwhile.
+    layer.heads = layer.heads.last(shape_of(layer)[2]).extended(position, valid)
+    return layer.heads  # type: ignore[no-any-return]
+
+
 def state_of(cache: Cache) -> PromptState | None:
     """What a filled cache knows of its prompt; None if it was filled outside of any run in prefix mode."""
     layers = getattr(cache, "layers", None) or [None]
@@ -438,4 +479,4 @@ def state_of(cache: Cache) -> PromptState | None:
 
 def rows_in(cache: Cache) -> int:
     """How many rows a filled cache holds."""
-    return len(cache.layers[0].keys)
+    return shape_of(cache.layers[0])[0]

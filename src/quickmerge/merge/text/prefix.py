@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,18 +19,23 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.merge.cache.evictor import Evictor
 from quickmerge.merge.reducers.base import Reducer
-from quickmerge.merge.run import Run
+from quickmerge.merge.reducers.baselines import Uniform
+from quickmerge.merge.run import Run, RunStats
+from quickmerge.merge.text.eviction import Again, Eviction
 from quickmerge.merge.text.merged_cache import (
     PromptState,
     Segment,
     check_fillable,
     columns_at,
     expect,
+    extend_heads,
     fill,
     pick_columns,
     rows_in,
     state_of,
+    tables_of,
 )
 from quickmerge.merge.text.modes import Prefix
 from quickmerge.merge.text.prefix_call import CALL, DRAFTS, PrefixCall, Reading
@@ -38,8 +44,8 @@ from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.plan import MergePlan, anchors_of
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.tokens.view import Evidence, TokenView
-from quickmerge.models.attachment import PerThread, by_name, setting, stands_aside, watch_generate
-from quickmerge.models.compat import cache_name, given_cache
+from quickmerge.models.attachment import PerThread, by_name, setting, stands_aside, uncounted, watch_generate
+from quickmerge.models.compat import cache_argument, cache_name, given_cache, returned_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, proportional_attention
 from quickmerge.models.spans import spans, tokenizer_of, within
 
@@ -52,11 +58,20 @@ class PrefixRun(Run):
     _now: PerThread[PrefixCall | None] = PerThread(lambda: None)
     _own: PerThread[Reading | None] = PerThread(lambda: None)
     _generating = PerThread(bool)
+    _again: PerThread[Again | None] = PerThread(lambda: None)
 
     def __init__(
-        self, decoder: Decoder, reducer: Reducer, schedule: Schedule | None, mode: Prefix | None = None
+        self,
+        decoder: Decoder,
+        reducer: Reducer | None,
+        schedule: Schedule | None,
+        mode: Prefix | None = None,
+        cache: Evictor | None = None,
     ) -> None:
-        super().__init__(decoder, reducer)
+        self.eviction = None if cache is None else Eviction(decoder, cache)
+        """What makes the cache smaller when a prompt has been read."""
+        self._merges = reducer is not None
+        super().__init__(decoder, Uniform(keep=1.0) if reducer is None else reducer)
         self._place(self.reducer, schedule, mode)
         self._latest = Reading()
         self._head = inspect.signature(decoder.model.forward)
@@ -83,6 +98,13 @@ class PrefixRun(Run):
     def _tokenizer(self) -> Any:
         """What tells the text of the model's tokens: what the mode was given, or what is known of the model."""
         return tokenizer_of(self.decoder.model) if self.tokenizer is None else self.tokenizer
+
+    def _stats(self) -> RunStats:
+        stats = super()._stats()
+        if not self._merges:
+            stats.reducer = "nothing merged"
+        stats.evictor = "" if self.eviction is None else repr(self.eviction.evictor)
+        return stats
 
     # What was decided -------------------------------------------------------------------------------------------
 
@@ -250,7 +272,10 @@ class PrefixRun(Run):
         held = rows_in(cache)
         if held != rows:
             raise QuickmergeError(f"{cache_name()} holds {held} rows that were merged here, got {rows} rows")
-        if any(len(segment.valid) != rows for segment in state.segments.values()):
+        tables = [t for i in range(len(cache.layers)) if (t := tables_of(cache, i)) is not None]
+        if any(len(segment.valid) != rows for segment in state.segments.values()) or any(
+            each.rows not in (None, rows) for each in tables
+        ):
             raise QuickmergeError(
                 f"{cache_name()} has layers whose rows were changed apart: pick, move or repeat rows of the whole cache"
             )
@@ -274,6 +299,7 @@ class PrefixRun(Run):
         return PrefixCall(
             True, PromptState(stats, tail=tail), valid, kept.protected, kept.exempt, length,
             whole=self._whole(length, kept.protected), ids=None if ids is None else ids[:, :n], drafts=drafts,
+            given=length,
         )  # fmt: skip
 
     def _whole(self, length: Tensor, protected: Tensor) -> Tensor:
@@ -290,8 +316,35 @@ class PrefixRun(Run):
         if call is not None and call.fresh:
             reading = Reading(tuple(call.plans), tuple(call.plans.values()), tuple(call.composed), call.protected)
             self._own = self._latest = reading
+            cache = returned_cache(output)
+            if self.eviction is not None and cache is not None:
+                began = self.clock()
+                self._evict(call, cache, kwargs.get("input_ids"))
+                self.stats.reducer_seconds += self.clock() - began
         super()._after_model(module, args, kwargs, output)
         self._now = None
+
+    def _evict(self, call: PrefixCall, cache: Cache, ids: Tensor | None) -> None:
+        """Make the cache of a prompt smaller, now that it has been read."""
+        assert self.eviction is not None
+        scores = call.scores
+        if self.eviction.evictor.replays:
+            held = self._fresh, self._began, self._now
+            try:
+                with uncounted(), torch.no_grad():
+                    scores = self.eviction.again(call, ids, partial(self._read_again, cache), cache)
+            finally:
+                self._again = None
+                self._fresh, self._began, self._now = held
+        self.eviction.finish(call, cache, scores)
+
+    def _read_again(self, cache: Cache, again: Again, ids: Tensor, mask: Tensor, position: Tensor) -> None:
+        """Read tokens behind a prompt for what its entries are scored by."""
+        self._again = again
+        self.decoder.base(
+            input_ids=ids, attention_mask=mask.long(), position_ids=position, use_cache=True,
+            **cache_argument(self.decoder.base, cache),
+        )  # fmt: skip
 
     # In the blocks ----------------------------------------------------------------------------------------------
 
@@ -305,10 +358,14 @@ class PrefixRun(Run):
             scaling = kwargs.get("scaling")
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             now.traces[layer] = AttentionTrace(query, key, value, scaling, self.decoder.windows[layer])
-        segment = now.segment(layer)
-        if segment is None or segment.votes is None:
+        segment, tables = now.segment(layer), now.heads.get(layer)
+        votes: Tensor | None = getattr(segment if tables is None else tables, "votes", None)
+        votes = None if votes is None else votes[..., -key.shape[2] :]
+        if self.eviction is not None:
+            self.eviction.score(now, self._again, layer, (query, key, value), kwargs.get("scaling"), votes)
+        if votes is None:
             return call(module, *args, **kwargs)
-        return proportional_attention(call, module, args, kwargs, segment.votes[:, -key.shape[2] :])
+        return proportional_attention(call, module, args, kwargs, votes)
 
     def _probed(self, call: PrefixCall, layer: int) -> bool:
         """Whether a merge that is to come asks what the attention of this layer computed."""
@@ -342,6 +399,8 @@ class PrefixRun(Run):
         if call.fresh and index in call.added:
             n = hidden.shape[1] - call.drafts
             hidden = torch.cat([hidden[:, :n] + call.added[index].to(hidden.dtype), hidden[:, n:]], 1)
+        if index == 0 and call.fresh and self.eviction is not None:
+            self.eviction.begin(call, self._places(call, hidden, kwargs), cache)
         if call.fresh and cache is not None:
             fill(cache, index, call.state, hidden.shape[1] - call.drafts, self._gone(call, index))
         elif not call.fresh:
@@ -351,6 +410,10 @@ class PrefixRun(Run):
                 )
             self._extend(call, index, hidden, cache, kwargs)
             expect(cache, index)
+            if tables_of(cache, index) is not None:
+                call.heads[index] = extend_heads(cache, index, self._places(call, hidden, kwargs), call.valid)
+                kwargs = {**kwargs, "attention_mask": self._mask_of_heads(call, index, hidden)}
+                return args, kwargs
         first = self._reads(call, index)
         if first is None:
             return None
@@ -376,6 +439,13 @@ class PrefixRun(Run):
             return (hidden, *args[1:]), kwargs
         kwargs["hidden_states"] = hidden
         return args, kwargs
+
+    def _mask_of_heads(self, call: PrefixCall, index: int, hidden: Tensor) -> Tensor | None:
+        """The mask of a block whose key heads hold entries of their own."""
+        return call.heads[index].mask(
+            hidden.shape[1], self.decoder.config.num_attention_heads, additive=self.decoder.attention == "eager",
+            dtype=hidden.dtype, device=hidden.device, see=None if call.see is None else call.see(index),
+        )  # fmt: skip
 
     def _extend(self, call: PrefixCall, index: int, hidden: Tensor, cache: Cache, kwargs: dict[str, Any]) -> None:
         """Let the tables of the segment that begins at a block, if one does, go on with the tokens that are read."""

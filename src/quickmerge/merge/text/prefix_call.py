@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from quickmerge.merge.cache.heads import HeadTables
 from quickmerge.merge.text.merged_cache import PromptState, Segment
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.saliency import AttentionTrace
@@ -44,6 +45,10 @@ class PrefixCall:
     are carried out: a block that is computed again finds them there. ``ids (B, N)`` are those of the prompt, where it
     has any, and ``group`` tells the span of each token in front of the next merge. ``see`` gives, for a block, what
     tokens behind a prompt see of one another, ``(B or 1, 1, q, q)``, where they are no text but a tree.
+
+    ``given (B,)`` is how many tokens a prompt had, and ``stands (B, N)`` where those that are read stand in it. Where
+    its cache is to be made smaller, ``scores`` are of the entries ``(B, G, n)`` of each block; behind a prompt where
+    that was done ``heads`` are the tables of each block, this forward's tokens among them.
     """
 
     fresh: bool
@@ -64,6 +69,10 @@ class PrefixCall:
     traces: dict[int, AttentionTrace] = field(default_factory=dict)
     masks: dict[tuple[int, int | None], Any] = field(default_factory=dict)
     see: Callable[[int], Tensor] | None = None
+    given: Tensor | None = None
+    stands: Tensor | None = None
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    heads: dict[int, HeadTables] = field(default_factory=dict)
 
     @property
     def plan(self) -> MergePlan | None:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.merge.cache.evictor import Evictor
 from quickmerge.merge.place import POSITIONS, Merge
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.text.modes import BlockCausal, Prefix
@@ -21,18 +22,28 @@ from quickmerge.models.vlm import Vlm, find_vlm, tower_encoder
 
 
 def reduce_vlm(
-    model: PreTrainedModel, reducer: Reducer, layer: int | Sequence[int] | None = None, *, positions: str = "kept"
+    model: PreTrainedModel,
+    reducer: Reducer,
+    layer: int | Sequence[int] | None = None,
+    *,
+    positions: str = "kept",
+    cache: Evictor | None = None,
 ) -> VlmRun:
     """Make a vision-language model read fewer visual tokens; see `quickmerge.merge.attach.reduce` for the arguments."""
     if not isinstance(reducer, Reducer):
         raise ValueError(f"reducer must be a quickmerge reducer such as SCOPE(keep=0.25), got {reducer!r}")
     _check_visual(reducer)
     vlm = _found(model)
-    return VlmRun(vlm, reducer, _visual_layers(vlm, reducer, layer, positions), positions=positions)
+    return VlmRun(vlm, reducer, _visual_layers(vlm, reducer, layer, positions), positions=positions, cache=cache)
 
 
 def reduce_vlm_places(
-    model: PreTrainedModel, *, text: Merge | None = None, visual: Merge | None = None, tower: Merge | None = None
+    model: PreTrainedModel,
+    *,
+    text: Merge | None = None,
+    visual: Merge | None = None,
+    tower: Merge | None = None,
+    cache: Evictor | None = None,
 ) -> VlmRun:
     """Merge at several places of a vision-language model; see `quickmerge.merge.attach.reduce_places`.
 
@@ -41,6 +52,7 @@ def reduce_vlm_places(
         text: for all tokens of a prompt, in its language model.
         visual: for its visual tokens.
         tower: for the patches in its vision tower.
+        cache: for the cache of a prompt.
 
     Raises:
         UnsupportedModelError: for a model that can't be served, or one that is inside another run.
@@ -57,6 +69,7 @@ def reduce_vlm_places(
         positions="kept" if visual is None else visual.positions,
         text=None if text is None else _text_stages(vlm, text, layers),
         tower=None if tower is None else _tower_run(vlm, tower),
+        cache=cache,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.merge.cache.evictor import Evictor
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.run import VisualStats
 from quickmerge.merge.text.merged_cache import Segment, check_fillable, pick_columns
@@ -80,6 +81,7 @@ class VlmRun(PrefixRun):
         positions: see `quickmerge.reduce`.
         text: the method for all tokens, its blocks, and what stays alone; None leaves them.
         tower: the run that merges patches inside the vision tower; None for none.
+        cache: what makes the cache smaller when a prompt has been read; None for nothing.
     """
 
     stats: VisualStats
@@ -94,14 +96,16 @@ class VlmRun(PrefixRun):
         positions: str = "kept",
         text: tuple[Reducer, Schedule, Prefix] | None = None,
         tower: TowerRun | None = None,
+        cache: Evictor | None = None,
     ) -> None:
         self.vlm, self.positions, self.tower_run = vlm, positions, tower
         patches, words = None if tower is None else tower.reducer, None if text is None else text[0]
         asked = {"tower": patches, "visual": visual, Prefix.name: words}
         self.asked = {place: reducer for place, reducer in asked.items() if reducer is not None}
         """The methods by what they act on."""
-        self.mode = " + ".join(self.asked)
-        super().__init__(vlm.decoder, next(each for each in (visual, words, patches) if each is not None), None)
+        self.mode = " + ".join(self.asked) or "cache"
+        first = next((each for each in (visual, words, patches) if each is not None), None)
+        super().__init__(vlm.decoder, first, None, cache=cache)
         if text is not None:
             self._place(text[0].on(next(vlm.decoder.base.parameters()).device), *text[1:])
         keep = 1.0 if visual is None else visual.keep
@@ -124,7 +128,8 @@ class VlmRun(PrefixRun):
         methods = self.asked.values()
         return VisualStats(
             mode=self.mode,
-            reducer=" + ".join(map(repr, methods)),
+            reducer=" + ".join(map(repr, methods)) or "nothing merged",
+            evictor="" if self.eviction is None else repr(self.eviction.evictor),
             reducer_bytes=sum(method.weights_bytes for method in methods),
         )
 
@@ -215,7 +220,7 @@ class VlmRun(PrefixRun):
             visual[image.row, image.columns] = True
         call = VisualCall(
             True, state, valid, valid & ~visual, length=length, images=images, text=text,
-            places=torch.arange(shape[1], device=device).expand(shape), ids=ids,
+            places=torch.arange(shape[1], device=device).expand(shape), ids=ids, given=length,
         )  # fmt: skip
         self._now, self.images = call, images
         stats.rows, stats.tokens_in = shape[0], float(length.float().mean())

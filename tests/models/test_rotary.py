@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.models.decoder import find_decoder
-from quickmerge.multipole.positions import Rotary
+from quickmerge.models.rotary import Rotary
 
 THETA = {"rope_theta": 10000.0}
 YARN = {**THETA, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
@@ -34,13 +34,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox, all": ("gpt_neox", {"rope_parameters": {**THETA, "partial_rotary_factor": 1.0}}),
     "phi3, half": ("phi3", {"rope_parameters": {**THETA, "partial_rotary_factor": 0.5}}),
 }
+WANTED = "space must be 'rotated'"
 LAYER = 3  # of full attention in every family that has others
 
 
 def rotary_of(name: str, dtype: torch.dtype = torch.float32, layer: int = LAYER) -> tuple[Rotary, Any, nn.Module]:
     family, settings = MODELS[name]
     decoder = find_decoder(build(family, dtype=dtype, **settings))
-    return Rotary.of(decoder.base, decoder.attentions[layer], layer), decoder.base, decoder.attentions[layer]
+    return (
+        Rotary.of(decoder.base, decoder.attentions[layer], layer, wanted=WANTED),
+        decoder.base,
+        decoder.attentions[layer],
+    )
 
 
 def rotated(base: Any, attention: nn.Module, x: Tensor, position: Tensor, layer: int = LAYER) -> Tensor:
@@ -160,7 +165,7 @@ def test_angles_that_change_with_the_length_are_refused(family: str, rope: dict[
     model = build(family, rope_parameters=rope)
     kind = rope["rope_type"]
     with pytest.raises(UnsupportedModelError, match=f"space must be 'rotated' .* of type '{kind}' changes"):
-        Rotary.of(model.model, model.model.layers[0].self_attn, 0)
+        Rotary.of(model.model, model.model.layers[0].self_attn, 0, wanted=WANTED)
 
 
 def test_another_order_of_channels_is_refused() -> None:
@@ -170,10 +175,10 @@ def test_another_order_of_channels_is_refused() -> None:
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
     for model in (CohereForCausalLM(CohereConfig(**sizes)), GlmForCausalLM(GlmConfig(head_dim=8, **sizes))):
         with pytest.raises(UnsupportedModelError, match="an order of its own"):
-            Rotary.of(model.model, model.model.layers[0].self_attn, 0)
+            Rotary.of(model.model, model.model.layers[0].self_attn, 0, wanted=WANTED)
 
 
 def test_no_rotary_embedding_is_refused() -> None:
     model = build("llama")
     with pytest.raises(UnsupportedModelError, match="has no rotary embedding"):
-        Rotary.of(nn.Module(), model.model.layers[0].self_attn, 0)
+        Rotary.of(nn.Module(), model.model.layers[0].self_attn, 0, wanted=WANTED)

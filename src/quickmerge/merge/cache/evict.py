@@ -1,0 +1,163 @@
+"""Taking entries out of the layers of a cache, so that their memory is free again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from quickmerge.errors import QuickmergeError
+from quickmerge.merge.cache.evictor import Evictor, choose, layer_counts
+from quickmerge.merge.cache.heads import HeadTables
+from quickmerge.merge.cache.packed import pack
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What the entries of a layer stand for, ``(B, n)`` each: see `HeadTables`, and ``valid`` is given."""
+
+    valid: Tensor
+    position: Tensor
+    votes: Tensor | None = None
+
+    def last(self, n: int) -> Entries:
+        """Those of the last n entries."""
+        votes = None if self.votes is None else self.votes[:, self.votes.shape[1] - n :]
+        return Entries(self.valid[:, self.valid.shape[1] - n :], self.position[:, self.position.shape[1] - n :], votes)
+
+
+def evict(
+    cache: Cache,
+    evictor: Evictor,
+    scores: Mapping[int, Tensor],
+    entries: Sequence[Entries],
+    *,
+    length: Tensor,
+    windows: Sequence[int | None],
+    recent: int = 0,
+    behind: int = 0,
+) -> list[float]:
+    """Let every layer of a cache that holds a prompt keep what its scores say.
+
+    Args:
+        cache: of layers of full or sliding attention, that carry the tables of their heads.
+        evictor: the method, with its ``keep``.
+        scores: by layer ``(B, G, n)``, of all entries or of the last ones, which a sliding window has left.
+        entries: of each layer.
+        length: ``(B,)``, tokens of the prompt.
+        windows: of each layer.
+        recent: last entries of a row that stay in every head.
+        behind: entries at the end that are not of the prompt, and stay.
+
+    Returns:
+        How many entries of the prompt a row has in each layer now, mean over rows and heads.
+    """
+    held = [each.last(scores[i].shape[2]) for i, each in enumerate(entries)]
+    counts = _counts(evictor, held, length, windows)
+    left: list[float] = []
+    for index, layer in enumerate(cache.layers):
+        each, score = held[index], scores[index]
+        kept = choose(evictor, score, each.valid, counts[:, index], recent)
+        left.append(float(kept.sum(-1).float().mean()))
+        shrink(layer, kept, each, windows[index], behind)
+    return left
+
+
+def _counts(evictor: Evictor, held: Sequence[Entries], length: Tensor, windows: Sequence[int | None]) -> Tensor:
+    """``(B, L)`` long: how many entries of each row stay in each layer."""
+    there = torch.stack([each.valid.sum(-1) for each in held], 1).tolist()
+    out = []
+    for row, tokens in enumerate(length.tolist()):
+        full = [tokens if window is None else min(tokens, window - 1) for window in windows]
+        whole = tokens < evictor.min_tokens
+        out.append(there[row] if whole else layer_counts(evictor.keep, there[row], full))
+    return torch.tensor(out, device=length.device)
+
+
+def shrink(layer: Any, kept: Tensor, entries: Entries, window: int | None, behind: int = 0) -> None:
+    """Let one layer keep some of its entries, and note which of them every head holds.
+
+    Args:
+        layer: of a cache, with ``keys`` and ``values (B, G, n + behind, d)``.
+        kept: ``(B, G, n)`` bool.
+        entries: of the n.
+        window: the layer's sliding window, or None.
+        behind: see `evict`.
+    """
+    b, g, n = kept.shape
+    if bool(kept.sum(-1).eq(entries.valid.sum(-1)[:, None]).all()) and layer.heads is None:
+        return  # nothing leaves, so the layer stays as the model knows it
+    most = int(kept.sum(-1).max())
+    place = torch.arange(n, device=kept.device)
+    # What leaves sorts to the front, what stays to the end, each in its order.
+    order = torch.where(kept, place + n, place).argsort(-1)[..., n - most :]
+    there = kept.gather(2, order)
+    tables = HeadTables.picked(order, there, entries.position, entries.votes, window)
+    if behind:
+        new = torch.arange(n, n + behind, device=kept.device).expand(b, g, -1)
+        order = torch.cat([order, new], -1)
+        last = entries.position.amax(-1, keepdim=True) + torch.arange(1, behind + 1, device=kept.device)
+        tables = tables.extended(last, torch.ones_like(last, dtype=torch.bool))
+    before = layer.keys.shape[2]
+    for name in ("keys", "values"):
+        held = getattr(layer, name)
+        index = order.to(held.device)[..., None].expand(-1, -1, -1, held.shape[-1])
+        setattr(layer, name, held.gather(2, index))
+    layer.heads = tables
+    if not layer.is_sliding:  # a sliding layer tells its length by a count of its own
+        layer.left += before - layer.keys.shape[2]
+        layer.floor = layer.keys.shape[2] - behind
+    pack(layer)
+
+
+# Reading a prompt a second time behind itself, for methods that score entries by that.
+
+
+@contextmanager
+def as_before(cache: Cache) -> Any:
+    """Whatever is read into a cache within the block is forgotten at its end."""
+    names = ("keys", "values", "packed", "cumulative_length", "heads", "expected")
+    before = [{name: getattr(layer, name) for name in names if hasattr(layer, name)} for layer in cache.layers]
+    try:
+        yield
+    finally:
+        for layer, state in zip(cache.layers, before, strict=True):
+            for name, value in state.items():
+                setattr(layer, name, value)
+
+
+def read_again(
+    evictor: Evictor,
+    ids: Tensor,
+    valid: Tensor,
+    chunk: int,
+    room: int | None,
+    read: Callable[[Tensor, Tensor], dict[int, Tensor]],
+) -> dict[int, Tensor]:
+    """Scores of a prompt that is read again behind itself, some tokens at a time: by layer ``(B, G, n)``.
+
+    Args:
+        evictor: the method.
+        ids: ``(B, N)`` tokens of the prompt.
+        valid: ``(B, N)`` bool.
+        chunk: tokens at a time; 0 for all.
+        room: positions that the model has; None for any number.
+        read: reads ids ``(B, c)`` of which some are valid ``(B, c)`` behind the prompt; gives the scores by layer.
+    """
+    tokens = ids.shape[1]
+    evictor.check(int(valid.sum(-1).max()), room)
+    found: dict[int, Tensor] = {}
+    for start in range(0, tokens, chunk or tokens):
+        part = slice(start, start + (chunk or tokens))
+        if not bool(valid[:, part].any()):
+            continue
+        for layer, scores in read(ids[:, part], valid[:, part]).items():
+            found[layer] = torch.maximum(found[layer], scores) if layer in found else scores
+    if not found:
+        raise QuickmergeError("input_ids must hold a token to be read again, got padding alone")
+    return found

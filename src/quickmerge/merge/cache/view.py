@@ -1,0 +1,91 @@
+"""What a chooser of cache entries sees of one layer: its queries, keys and values, exactly as the model used them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quickmerge.models.rotary import Rotary
+
+ROWS = 128
+"""Query rows scored at once: their scores of all heads stay in cache."""
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """One layer of a prompt that has just been read.
+
+    Args:
+        query: ``(B, H, q, d)`` after rotary embedding, of the last q entries: all of them, when a prompt was read.
+        key: ``(B, G, n, d)`` after rotary embedding; ``H / G`` query heads share a key head.
+        value: ``(B, G, n, e)``.
+        valid: ``(B, n)`` bool, False for padding; the valid entries of a row are contiguous.
+        position: ``(B, n)``, the place of each entry in the given text, rising over the valid ones.
+        scaling: the factor on the scores.
+        window: the layer's sliding window in positions, or None.
+        bias: ``(B, n)``, what the model adds to the scores of each key, such as log(size) of slots; None for nothing.
+        rotary: the layer's rotation, made when it is asked for.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    valid: Tensor
+    position: Tensor
+    scaling: float
+    window: int | None = None
+    bias: Tensor | None = None
+    rotary: Callable[[], Rotary] | None = None
+
+    @property
+    def groups(self) -> int:
+        """G, heads that have keys of their own."""
+        return self.key.shape[1]
+
+    @property
+    def rank(self) -> Tensor:
+        """``(B, n)`` long: how many valid entries a row has up to each, 1 for the first."""
+        return self.valid.long().cumsum(-1)
+
+    def probabilities(self, rows: range) -> tuple[Tensor, Tensor]:
+        """Attention of some entries to all up to the last of them, exact.
+
+        Args:
+            rows: entries that have a query.
+
+        Returns:
+            ``(B, G, H/G, q, m)`` in float32, or float64 if the queries are, with ``m = rows[-1] + 1``; zero in rows of
+            padding. And ``(B, q, m)`` bool, which entries each row sees.
+        """
+        b, h, _, d = self.query.shape
+        g, q, m = self.groups, len(rows), rows[-1] + 1
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        first = self.key.shape[2] - self.query.shape[2]
+        query = self.query[:, :, rows.start - first : rows.stop - first : rows.step].to(dtype) * self.scaling
+        scores = query.reshape(b, g, (h // g) * q, d) @ self.key[:, :, :m].to(dtype).transpose(-1, -2)
+        scores = scores.view(b, g, h // g, q, m)
+        if self.bias is not None:
+            scores = scores + self.bias[:, None, None, None, :m].to(dtype)
+        sees = self._sees(rows)
+        scores = scores.masked_fill_(~sees[:, None, None], -torch.inf)
+        # A row of padding sees nothing, so its log-sum-exp is -inf and its probabilities are zero and not NaN.
+        return (scores - scores.logsumexp(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)).exp_(), sees
+
+    def _sees(self, rows: range) -> Tensor:
+        here = slice(rows.start, rows.stop, rows.step)
+        place = torch.arange(rows[-1] + 1, device=self.valid.device)
+        sees = (place <= place[here, None]) & self.valid[:, None, : len(place)] & self.valid[:, here, None]
+        if self.window is not None:
+            distance = self.position[:, here, None] - self.position[:, None, : len(place)]
+            sees = sees & (distance < self.window)
+        return sees
+
+    def blocks(self, start: int = 0, every: int = 1) -> list[range]:
+        """The query rows from ``start`` on, or every so-manieth of them up to the last one, a few at a time."""
+        n = self.key.shape[2]
+        start = max(start, n - self.query.shape[2])
+        rows = range(start + (n - 1 - start) % every, n, every)
+        return [rows[a : a + ROWS] for a in range(0, len(rows), ROWS)]

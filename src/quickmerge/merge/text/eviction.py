@@ -1,0 +1,189 @@
+"""The cache as a place of prefix mode: scores are taken while a prompt is read, and entries leave when it has been.
+
+Every layer's scores are made as soon as its attention has run, from the queries, keys and values that it used. How many
+entries stay is known only when all merges are decided, so they leave behind the last block; from then on the layer
+carries tables of its own, and its mask is made of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.merge.cache.evict import Entries, as_before, evict, read_again
+from quickmerge.merge.cache.evictor import Evictor
+from quickmerge.merge.cache.kvzip import KVzip
+from quickmerge.merge.cache.view import CacheView
+from quickmerge.merge.text.prefix_call import PrefixCall
+from quickmerge.models.compat import DynamicLayer, DynamicSlidingWindowLayer
+from quickmerge.models.decoder import Decoder
+from quickmerge.models.rotary import Rotary
+
+
+@dataclass
+class Again:
+    """A second reading of a prompt: the ``call`` that read it first, and the scores that it makes, by layer."""
+
+    call: PrefixCall
+    scores: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Eviction:
+    """What a run does to the cache of its prompts.
+
+    Args:
+        decoder: the language model.
+        evictor: the method.
+
+    Raises:
+        UnsupportedModelError: the method has to take off a rotary embedding that can't be taken off.
+    """
+
+    def __init__(self, decoder: Decoder, evictor: Evictor) -> None:
+        self.decoder, self.evictor = decoder, evictor
+        self._rotary: list[Rotary] = []
+        if evictor.unrotates:
+            wanted = f"cache must be another method than {evictor.name}"
+            if not decoder.alone:
+                raise UnsupportedModelError(
+                    f"{wanted} for {type(decoder.model).__name__}, whose visual tokens have places of their own"
+                )
+            for i, attention in enumerate(decoder.attentions):
+                self._rotary.append(Rotary.of(decoder.base, attention, i, wanted=wanted))
+        elif evictor.replays and not decoder.alone:
+            raise UnsupportedModelError(
+                f"cache must be another method than {evictor.name} for {type(decoder.model).__name__}: images can't be "
+                "read a second time behind the prompt"
+            )
+
+    def begin(self, call: PrefixCall, places: Tensor, cache: Cache | None) -> None:
+        """A prompt is about to be read into ``cache``; its tokens stand at ``places (B, N)``."""
+        if cache is None:
+            return
+        for layer in cache.layers:
+            if not isinstance(layer, (DynamicLayer, DynamicSlidingWindowLayer)) or getattr(layer, "tight", False):
+                raise QuickmergeError(
+                    f"cache must hold layers of full or sliding attention where entries are evicted, got "
+                    f"{type(layer).__name__}"
+                )
+        call.stands = places
+
+    # Scores -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(
+        self, call: PrefixCall, again: Again | None, layer: int, tensors: tuple[Tensor, ...], scaling: float | None,
+        votes: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Score a layer's entries by what its attention is given, where a prompt is read or read again.
+
+        Args:
+            call: of this forward.
+            again: the second reading, if it is one.
+            layer: its index.
+            tensors: query, key and value.
+            scaling: the factor on the scores; None for the usual one.
+            votes: ``(B, n)``, as how many tokens the keys count; None for one each.
+        """
+        first = call if again is None else again.call
+        if first.stands is None or (again is None and (not call.fresh or self.evictor.replays)):
+            return
+        query, key, value = tensors
+        drafts = call.drafts
+        if drafts:
+            query, key, value = (x[:, :, : x.shape[2] - drafts] for x in tensors)
+            votes = None if votes is None else votes[:, : votes.shape[1] - drafts]
+        entries = self._entries(first, layer)
+        if again is not None:
+            new = call.valid
+            place = first.stands.amax(-1, keepdim=True) + new.long().cumsum(-1)
+            valid, position = torch.cat([entries.valid, new], 1), torch.cat([entries.position, place], 1)
+            entries = Entries(valid, position)
+        entries = entries.last(key.shape[2])
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        bias = None if votes is None else votes.clamp_min(1).to(torch.float32).log()
+        rotary = partial(self._rotary.__getitem__, layer) if self._rotary else None
+        window = self.decoder.windows[layer]
+        view = CacheView(query, key, value, entries.valid, entries.position, scaling, window, bias, rotary)
+        with torch.autocast(query.device.type, enabled=False):
+            scores = self.evictor.scores(view)
+        (call.scores if again is None else again.scores)[layer] = scores
+
+    def _entries(self, call: PrefixCall, layer: int) -> Entries:
+        """What the entries of a layer stand for when a prompt has been read; drafts behind it left out."""
+        segment = call.segment(layer)
+        if segment is not None:
+            k = segment.slots
+            votes = None if segment.votes is None else segment.votes[:, :k]
+            return Entries(segment.valid[:, :k], segment.position[:, :k], votes)
+        assert call.stands is not None
+        n = call.valid.shape[1] - call.drafts
+        return Entries(call.valid[:, :n], call.stands[:, :n])
+
+    def again(
+        self, call: PrefixCall, ids: Tensor | None, read: Callable[[Again, Tensor, Tensor, Tensor], None], cache: Cache
+    ) -> dict[int, Tensor]:
+        """Scores by reading a prompt again behind itself.
+
+        Args:
+            call: that read it.
+            ids: ``(B, N)``, its tokens; None where embeddings were given.
+            read: reads tokens ``(B, c)``, behind everything that the mask ``(B, N + c)`` tells, at positions ``(B,
+                c)``.
+            cache: which holds the prompt and will hold no more than it afterwards.
+
+        Raises:
+            QuickmergeError: there are no ids, or no room for them.
+        """
+        evictor = self.evictor
+        assert isinstance(evictor, KVzip) and call.stands is not None
+        if ids is None:
+            raise QuickmergeError(
+                f"cache must be another method than {evictor.name} for inputs_embeds: without input_ids they can't be "
+                "read again"
+            )
+        n = call.valid.shape[1] - call.drafts
+        valid, stands = call.valid[:, :n], call.stands[:, :n]
+        if not bool(valid.all()) and any(self.decoder.windows):
+            raise QuickmergeError(
+                f"cache must be another method than {evictor.name} for padded rows in a model with sliding windows, "
+                "where no text can be read behind padding"
+            )
+        ends = torch.where(valid, stands, -1).amax(-1, keepdim=True)
+
+        def part(new: Tensor, there: Tensor) -> dict[int, Tensor]:
+            reading = Again(call)
+            position = (ends + there.long().cumsum(-1)).clamp_min(0)
+            segments = dict(call.state.segments)
+            with as_before(cache):
+                read(reading, new, torch.cat([call.valid, there], 1), position)
+            call.state.segments = segments
+            return reading.scores
+
+        room = getattr(self.decoder.config, "max_position_embeddings", None)
+        return read_again(evictor, ids[:, :n], valid, evictor.chunk, room, part)
+
+    # Afterwards -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def finish(self, call: PrefixCall, cache: Cache, scores: dict[int, Tensor]) -> list[float]:
+        """Let entries leave the cache of a prompt; see `quickmerge.merge.cache.evict.evict`."""
+        entries = [self._entries(call, layer) for layer in range(len(self.decoder))]
+        length = call.given
+        assert length is not None
+        held = {}
+        for index, layer in enumerate(cache.layers):
+            kept = layer.keys.shape[2] - call.drafts
+            held[index] = scores[index][..., scores[index].shape[2] - kept :]
+        left = evict(
+            cache, self.evictor, held, entries, length=length, windows=self.decoder.windows,
+            recent=max(1, call.state.tail), behind=call.drafts,
+        )  # fmt: skip
+        call.state.evicted = any(layer.heads is not None for layer in cache.layers)
+        return left
