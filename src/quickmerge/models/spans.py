@@ -102,20 +102,20 @@ def _special(tokenizer: Any) -> set[int]:
     return {*tokenizer.all_special_ids, *(each for each, token in added.items() if getattr(token, "special", False))}
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
+def _written(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _anchor(tokenizer: Any) -> tuple[list[int], str]:
     """Tokens that others are decoded behind, and their text."""
     found = list(tokenizer.encode("a", add_special_tokens=False))[-1:]
-    return found, _decode(tokenizer, found)
+    return found, _written(tokenizer, found)
 
 
 def _piece(tokenizer: Any, token: int, anchor: list[int], lead: str) -> Piece:
     try:
-        both = _decode(tokenizer, [*anchor, token])
-        text = both[len(lead) :] if both.startswith(lead) else _decode(tokenizer, [token])
+        both = _written(tokenizer, [*anchor, token])
+        text = both[len(lead) :] if both.startswith(lead) else _written(tokenizer, [token])
         name = tokenizer.convert_ids_to_tokens(token)
     except (IndexError, OverflowError, TypeError, ValueError, KeyError):
         name = None
