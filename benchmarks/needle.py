@@ -93,7 +93,8 @@ def main() -> None:
                 name = reducer.label
                 run = reduce(model, reducer, args.layer, min_tokens=0)
                 nll, right = score(model, prompt, answer, run)
-                ratio = shape.flops_ratio(reducer, run.summary().tokens_per_layer)
+                stats = run.summary()
+                ratio = shape.flops_ratio(reducer, stats.tokens_per_layer, stats.tokens_in)
                 found.setdefault((name, keep), []).append((nll, right, ratio))
     rows = []
     for (name, keep), values in found.items():

@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from quickmerge.merge.reducers import SCOPE as SCOPE
     from quickmerge.merge.reducers import Attention as Attention
     from quickmerge.merge.reducers import DynamicViT as DynamicViT
+    from quickmerge.merge.reducers import GemFilter as GemFilter
     from quickmerge.merge.reducers import Pool as Pool
     from quickmerge.merge.reducers import QuickMerge as QuickMerge
     from quickmerge.merge.reducers import QuickMergeVision as QuickMergeVision
     from quickmerge.merge.reducers import Random as Random
     from quickmerge.merge.reducers import Reducer as Reducer
+    from quickmerge.merge.reducers import SpecPrefill as SpecPrefill
     from quickmerge.merge.reducers import ToFu as ToFu
     from quickmerge.merge.reducers import ToMe as ToMe
     from quickmerge.merge.reducers import TopNorm as TopNorm
@@ -100,11 +102,13 @@ __getattr__, __dir__, __all__ = lazy(
             "SCOPE",
             "Attention",
             "DynamicViT",
+            "GemFilter",
             "Pool",
             "QuickMerge",
             "QuickMergeVision",
             "Random",
             "Reducer",
+            "SpecPrefill",
             "ToFu",
             "ToMe",
             "TopNorm",

@@ -15,7 +15,7 @@ from quickmerge.cli import app
 
 COMMANDS = ["demo", "recognize", "transplant", "plan", "ls"]
 CHOICES = {
-    "generate": ["text", "image", "calm"], "bench": ["text", "image", "vlm", "decode", "calm"],
+    "generate": ["text", "image", "calm"], "bench": ["text", "tasks", "image", "vlm", "decode", "calm"],
     "show": ["text", "image", "video"], "recipe": ["show", "check"],
     "train": ["prior", "classifier", "dynamicvit", "gumiho", "recognizer", "vlm", "calm"],
 }  # fmt: skip

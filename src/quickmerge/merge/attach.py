@@ -12,10 +12,12 @@ from quickmerge.errors import QuickmergeError, as_index
 from quickmerge.merge.cache import Evictor, as_evictor
 from quickmerge.merge.place import PLACES, Merge, Place
 from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.reducers.reread import Reread
 from quickmerge.merge.run import Run
 from quickmerge.merge.text.block_causal import BlockCausalRun
 from quickmerge.merge.text.modes import BlockCausal, Mode, ModeSettings, Prefix, as_mode
 from quickmerge.merge.text.prefix import PrefixRun
+from quickmerge.merge.text.reread import RereadRun
 from quickmerge.merge.tokens.budget import ReadingBudget, Schedule
 from quickmerge.merge.tokens.removal import Removal
 from quickmerge.merge.vision.timm import reduce_timm
@@ -51,11 +53,26 @@ def reduce_lm(
         raise ValueError(f"reducer {reducer.name} is for {kind}, and {type(model).__name__} is a language model alone")
     if isinstance(mode, Prefix):
         check_free(model, decoder.attentions, PrefixRun)
+        if isinstance(reducer, Reread):
+            if layer is not None:
+                raise ValueError(
+                    f"layer must be left out for {reducer.name}, which reads a prompt again from the first block: say "
+                    f"{type(reducer).__name__}(block=...) where it looks, got {layer!r}"
+                )
+            if cache is not None and (cache.replays or cache.unrotates):
+                raise ValueError(
+                    f"cache must be another method than {cache.name} beside {reducer.name}, which changes where tokens "
+                    "stand: one that neither reads a prompt again nor turns keys back"
+                )
+            reducer.check(model, (), mode.name)
+            return RereadRun(decoder, reducer, mode, cache)
         schedule = layer if isinstance(layer, Schedule) else Schedule.of(layer, len(decoder))
         if isinstance(reducer.budget, ReadingBudget):
             raise ValueError(f"keep must be a budget for whole prompts in prefix mode, got {reducer.budget!r}")
         reducer.check(model, schedule.layers, mode.name)
         return PrefixRun(decoder, reducer, schedule, mode, cache)
+    if isinstance(reducer, Reread):
+        raise ValueError(f"reducer {reducer.name} reads a prompt twice, which block_causal mode can't: use prefix mode")
     reads = reducer.budget.layer if isinstance(reducer.budget, ReadingBudget) else 0
     first = reads if layer is None else as_index(layer)
     if first is None or not 0 <= first < len(decoder):

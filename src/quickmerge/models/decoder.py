@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quickmerge.errors import UnsupportedModelError
-from quickmerge.models.attachment import stands_aside
+from quickmerge.models.attachment import aside, stands_aside
 from quickmerge.models.compat import attention_function, attention_implementation, make_mask, register_attention
 
 FAMILIES = ("gemma3_text", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
@@ -195,9 +197,29 @@ class Watched:
         return self.watcher.attend(self.layer, self.call, module, args, kwargs)
 
 
+_ALONE: ContextVar[Watcher | None] = ContextVar("quickmerge_alone", default=None)
+"""The one watcher that is asked while all runs stand aside."""
+
+
+@contextmanager
+def only_asked(watcher: Watcher) -> Iterator[None]:
+    """Within the block this thread's forwards are those of the plain model, but for ``watcher``, which is asked."""
+    token = _ALONE.set(watcher)
+    try:
+        with aside():
+            yield
+    finally:
+        _ALONE.reset(token)
+
+
 def _front(implementation: str) -> AttentionFunction:
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = attention_function(implementation, module)
+        alone = _ALONE.get()
+        if alone is not None:
+            for watcher, layer in _WATCHED.get(module, ()):
+                if watcher is alone:
+                    return watcher.attend(layer, call, module, args, kwargs)
         if stands_aside():
             return call(module, *args, **kwargs)
         for watcher, layer in reversed(_WATCHED.get(module, ())):

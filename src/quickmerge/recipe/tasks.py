@@ -251,7 +251,7 @@ class _Asking:
         if recipe is None or not isinstance(recipe.merge, Merge):
             return 1.0
         stats = run.summary()["merge"]
-        return float(self.shape.flops_ratio(recipe.merge.reducer, stats.tokens_per_layer))
+        return float(self.shape.flops_ratio(recipe.merge.reducer, stats.tokens_per_layer, stats.tokens_in))
 
 
 # Rows, and what readers see of them.

@@ -206,7 +206,7 @@ class _Prompt:
                 lines.append(f"{entering} tokens are read in full")
             else:
                 cost = plan_cost(shape, reducer, schedule, entering, protected)
-                self.own += shape.reducer_flops(reducer, cost.tokens_per_layer)
+                self.own += shape.reducer_flops(reducer, cost.tokens_per_layer, entering)
                 self.layers = [min(*pair) for pair in zip(self.layers, cost.tokens_per_layer, strict=True)]
         lines.append("never pays" if pays is None else f"pays from prompts of {pays} tokens on")
         return Effect("merge", merge.label, lossless, pays, tuple(lines))

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from quickmerge.merge.reducers.base import Reducer
-from quickmerge.merge.tokens.budget import Count, Ratio, Remaining, Schedule, as_budget, round_half_up
+from quickmerge.merge.reducers.reread import Reread
+from quickmerge.merge.tokens.budget import Count, Ratio, Remaining, Schedule, Stage, as_budget, round_half_up
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,12 @@ class Shape:
         Per block ``2 n P`` for the matrices and ``2 n^2 H d`` for causal attention (half of ``4 n^2 H d``), less
         where a sliding window cuts it.
         """
-        total = 0.0
-        for n, p, window in zip(tokens, self.weights, self.windows, strict=True):
-            pairs = n * n / 2 if window is None or n <= window else window * window / 2 + (n - window) * window
-            total += 2 * n * p + 4 * pairs * self.heads * self.head_dim
-        return total
+        return sum(map(self._block_flops, range(len(self.weights)), tokens))
+
+    def _block_flops(self, block: int, n: float) -> float:
+        window = self.windows[block]
+        pairs = n * n / 2 if window is None or n <= window else window * window / 2 + (n - window) * window
+        return 2 * n * self.weights[block] + 4 * pairs * self.heads * self.head_dim
 
     def cache_bytes(self, tokens: Sequence[float]) -> float:
         """Bytes of keys and values when block i holds ``tokens[i]`` tokens."""
@@ -44,28 +46,42 @@ class Shape:
         held = (n if w is None else min(n, w - 1) for n, w in zip(tokens, self.windows, strict=True))
         return sum(held) * each
 
-    def reducer_flops(self, reducer: Reducer, tokens: Sequence[float]) -> float:
+    def reducer_flops(self, reducer: Reducer, tokens: Sequence[float], prompt: float | None = None) -> float:
         """FLOPs of the reducer itself in a prefill in which block i reads ``tokens[i]`` tokens.
 
         For every merge, ``2 w n H d`` for the scores of its w voters in each probed block, and ``2 n D`` to merge;
-        for the first one also what a trained method adds.
+        for the first one also what a trained method adds. Of a method that reads a prompt twice, the blocks that its
+        scout passes with all ``prompt`` tokens (None: as many as the first block reads), the projections of the block
+        where it ends, and the votes.
         """
+        if isinstance(reducer, Reread):
+            return self._scout_flops(reducer, tokens[0], tokens[0] if prompt is None else prompt)
         total, first = 0.0, True
         for before, after in itertools.pairwise(tokens):
             if after < before:
-                votes = reducer.needs.layers * 2 * min(reducer.needs.rows, before) * before * self.heads * self.head_dim
-                total += votes + 2 * before * self.width
+                total += self._votes(reducer, before) + 2 * before * self.width
                 total += reducer.align_flops(before, after) if first else 0.0
                 first = False
         return total
 
-    def flops_ratio(self, reducer: Reducer, tokens: Sequence[float]) -> float:
+    def _votes(self, reducer: Reducer, tokens: float) -> float:
+        return reducer.needs.layers * 2 * min(reducer.needs.rows, tokens) * tokens * self.heads * self.head_dim
+
+    def _scout_flops(self, reducer: Reread, read: float, prompt: float) -> float:
+        if read >= prompt:  # nobody had to look
+            return 0.0
+        passed = sum(self._block_flops(block, prompt) for block in range(reducer.scout(len(self.weights))))
+        projected = 2 * prompt * self.width * self.head_dim * (self.heads + 2 * self.key_heads)
+        return passed + projected + self._votes(reducer, prompt)
+
+    def flops_ratio(self, reducer: Reducer, tokens: Sequence[float], prompt: float | None = None) -> float:
         """FLOPs of a reduced prefill, the reducer's own inside, over those of a full one.
 
-        ``tokens[i]`` is what block i reads; the first block reads the whole prompt.
+        ``tokens[i]`` is what block i reads of ``prompt`` tokens; None says that the first block reads them all.
         """
-        spent = self.prefill_flops(tokens) + self.reducer_flops(reducer, tokens)
-        return spent / self.prefill_flops([tokens[0]] * len(tokens))
+        whole = tokens[0] if prompt is None else prompt
+        spent = self.prefill_flops(tokens) + self.reducer_flops(reducer, tokens, whole)
+        return spent / self.prefill_flops([whole] * len(tokens))
 
 
 def model_shape(model: nn.Module | Any) -> Shape:
@@ -127,7 +143,9 @@ def plan_cost(shape: Shape, reducer: Reducer, schedule: Schedule, tokens: int, p
         ValueError: if the reducer's budget depends on the text (entropy, mass), so that nothing can be said before.
     """
     depth = len(shape.weights)
-    stages = schedule.stages(reducer.keep, depth)
+    # What is read twice is read by all blocks, the second time.
+    twice = isinstance(reducer, Reread)
+    stages = [Stage(0, reducer.keep)] if twice else schedule.stages(reducer.keep, depth)
     per_layer = [float(tokens)] * depth
     for stage in stages:
         budget, before = as_budget(stage.keep), per_layer[stage.layer]
@@ -142,7 +160,7 @@ def plan_cost(shape: Shape, reducer: Reducer, schedule: Schedule, tokens: int, p
         kept = min(max(kept, float(min(protected, tokens))), before)
         per_layer[stage.layer :] = [kept] * (depth - stage.layer)
     full = [float(tokens)] * depth
-    own = shape.reducer_flops(reducer, per_layer)
+    own = shape.reducer_flops(reducer, per_layer, float(tokens))
     return Cost(
         tokens_per_layer=tuple(per_layer),
         flops=shape.prefill_flops(per_layer) + own,

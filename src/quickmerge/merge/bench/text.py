@@ -76,7 +76,7 @@ def bench(
             "tokens_in": stats.tokens_in, "tokens_kept": stats.tokens_kept,
             "nll": float(nll.mean()), "nll_full": full, "nll_none": none,
             "prefill_seconds": stats.prefill_seconds, "reducer_seconds": stats.reducer_seconds,
-            "flops_ratio": shape.flops_ratio(arm.settings["reducer"], stats.tokens_per_layer),
+            "flops_ratio": shape.flops_ratio(arm.settings["reducer"], stats.tokens_per_layer, stats.tokens_in),
             "cache_bytes": stats.prompt_cache_bytes,
             "cache_ratio": stats.prompt_cache_bytes / stats.prompt_cache_bytes_full,
             "reducer_bytes": stats.reducer_bytes,

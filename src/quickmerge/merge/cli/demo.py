@@ -126,7 +126,7 @@ def _gather(
         **sides,
         "nll_none": quality["none"],
         "recovery": quality["recovery"],
-        "flops_ratio": shape.flops_ratio(method, stats.tokens_per_layer),
+        "flops_ratio": shape.flops_ratio(method, stats.tokens_per_layer, stats.tokens_in),
         "tokens_in": stats.tokens_in,
         "tokens_kept": round(stats.tokens_kept),
         "cells": plan_cells(tokenizer, last.ids[0].cpu(), last.plan) if last.plan is not None else [],

@@ -9,15 +9,17 @@ from quickmerge.merge.reducers.attention import Attention
 from quickmerge.merge.reducers.base import Reducer, ScoreReducer, select_visual_tokens
 from quickmerge.merge.reducers.baselines import Random, TopNorm, Truncate, Uniform
 from quickmerge.merge.reducers.dynamicvit import DynamicViT
+from quickmerge.merge.reducers.gemfilter import GemFilter
 from quickmerge.merge.reducers.pooling import Pool
 from quickmerge.merge.reducers.quickmerge import QuickMerge, QuickMergeVision
 from quickmerge.merge.reducers.scope import SCOPE
+from quickmerge.merge.reducers.specprefill import SpecPrefill
 from quickmerge.merge.reducers.tofu import ToFu
 from quickmerge.merge.reducers.tome import ToMe
 from quickmerge.merge.reducers.trimtokenator import TrimTokenator
 
 REDUCERS: dict[str, type[Reducer]] = {
-    cls.name: cls for cls in (QuickMerge, Attention, ToMe, TopNorm, Uniform, Truncate, Random)
+    cls.name: cls for cls in (QuickMerge, Attention, ToMe, TopNorm, Uniform, Truncate, Random, GemFilter, SpecPrefill)
 }
 """Every reducer for language models by the name the command line knows it by."""
 
@@ -80,12 +82,14 @@ __all__ = [
     "VISUAL_TOKEN_REDUCERS",
     "Attention",
     "DynamicViT",
+    "GemFilter",
     "Pool",
     "QuickMerge",
     "QuickMergeVision",
     "Random",
     "Reducer",
     "ScoreReducer",
+    "SpecPrefill",
     "ToFu",
     "ToMe",
     "TopNorm",

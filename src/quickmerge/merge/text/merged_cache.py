@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -192,9 +192,11 @@ class PromptState:
     ``segments`` is empty where nothing was merged, for whatever reason; ``evicted`` says whether entries left its cache
     afterwards. ``stats`` count what was read and written with
     this cache. ``tail`` tokens at the end of the prompt stand alone in every row and every block, so that they can be
-    taken back. ``seats (B, K)`` are the columns of the prompt at which the entries of the last block stand.
+    taken back. ``seats (B, K)`` are the columns of the prompt at which the entries of the last block stand. ``short``
+    says that it was shortened in front of the first block.
     """
 
+    short: ClassVar[bool] = False
     stats: RunStats
     segments: dict[int, Segment] = field(default_factory=dict)
     tail: int = 0

@@ -55,6 +55,8 @@ class PrefixRun(Run):
 
     mode = "prefix"
     shares = True
+    shortens = False
+    """Whether it reads on behind prompts that became shorter in front of the first block."""
     _now: PerThread[PrefixCall | None] = PerThread(lambda: None)
     _own: PerThread[Reading | None] = PerThread(lambda: None)
     _generating = PerThread(bool)
@@ -268,6 +270,11 @@ class PrefixRun(Run):
             raise QuickmergeError(
                 f"{cache_name()} was filled outside this run, and not in another one of prefix mode either; start it "
                 "with an empty cache"
+            )
+        if state.short and not self.shortens:
+            raise QuickmergeError(
+                f"{cache_name()} holds a prompt that became shorter in front of the first block; go on with it in a "
+                "run of such a reducer, or start with an empty cache"
             )
         held = rows_in(cache)
         if held != rows:

@@ -12,6 +12,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.merge.cache.evictor import Evictor
 from quickmerge.merge.place import POSITIONS, Merge
 from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.reducers.reread import Reread
 from quickmerge.merge.text.modes import BlockCausal, Prefix
 from quickmerge.merge.tokens.budget import ReadingBudget, Schedule, layers_of
 from quickmerge.merge.vision.run import schedule_for
@@ -136,6 +137,11 @@ def _text_stages(vlm: Vlm, text: Merge, visual: tuple[int, ...]) -> tuple[Reduce
         )
     if "text" not in reducer.places:
         raise QuickmergeError(f"text must be a reducer for the prompt of a language model, got {reducer.name}")
+    if isinstance(reducer, Reread):
+        raise QuickmergeError(
+            f"text must be a reducer that acts inside a language model in {vlm.name}, got {reducer.name}, which reads "
+            "a prompt twice"
+        )
     if isinstance(reducer.budget, ReadingBudget):
         raise QuickmergeError(f"keep must be a budget for whole prompts in prefix mode, got {reducer.budget!r}")
     layer: Any = text.layer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +18,9 @@ from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.run import VisualStats
 from quickmerge.merge.text.merged_cache import Segment, check_fillable, pick_columns
 from quickmerge.merge.text.modes import Prefix
-from quickmerge.merge.text.prefix import PrefixRun
 from quickmerge.merge.text.prefix_call import CALL, PrefixCall
 from quickmerge.merge.text.rows import check_one_text, check_padding, protection, special_tokens
+from quickmerge.merge.text.shortened import ShortCall, ShortenedRun, next_positions
 from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.view import Evidence, TokenView
@@ -36,25 +36,19 @@ from quickmerge.merge.visual.plan import (
     special_ids,
     told_inside,
 )
-from quickmerge.merge.visual.prompt import VisualPrompt, deepstack, next_positions
+from quickmerge.merge.visual.prompt import VisualPrompt, deepstack
 from quickmerge.merge.visual.tower import FeatureWatch, Seen, TowerWatch
-from quickmerge.models.attachment import PerThread, refuse_assisted, stands_aside
-from quickmerge.models.columns import places_read, stored
+from quickmerge.models.attachment import PerThread, stands_aside
 from quickmerge.models.compat import cache_name, given_cache
 from quickmerge.models.vlm import Vlm
 
 
 @dataclass
-class VisualCall(PrefixCall):
-    """The state of one forward. All that is of ``valid``'s width is as the first block reads it.
-
-    ``images``; ``text``: columns of each row's instruction; ``places (B, K)``: the column of the given text at which
-    each token stands; ``ids (B, N)`` are those of the given text.
-    """
+class VisualCall(ShortCall):
+    """The state of one forward that reads images; ``text``: columns of each row's instruction."""
 
     images: list[Image] = field(default_factory=list)
     text: list[Tensor] = field(default_factory=list)
-    places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
     def visual(self, valid: Tensor) -> Tensor:
         """Which tokens of a sequence like ``valid (B, n)`` are visual by now."""
@@ -68,7 +62,7 @@ class VisualCall(PrefixCall):
         self.text = [plan.slot[row, columns] for row, columns in enumerate(self.text)]
 
 
-class VlmRun(PrefixRun):
+class VlmRun(ShortenedRun):
     """See `quickmerge.reduce` and `quickmerge.merge.attach.reduce_places`.
 
     In the forward that fills an empty cache visual tokens are merged or dropped, and above that all tokens of the
@@ -85,6 +79,8 @@ class VlmRun(PrefixRun):
     """
 
     stats: VisualStats
+    _whose = "of a vision-language model"
+    _read_as = "a prompt with images is read"
     _turns = PerThread(int)
 
     def __init__(
@@ -153,19 +149,9 @@ class VlmRun(PrefixRun):
         self._note(self.vlm.base.register_forward_hook(self._after_base, always_call=True))
 
     def _around_generate(self, given: dict[str, Any], call: Callable[[], Any]) -> Any:
-        refuse_assisted(
-            self.decoder.model, given,
-            "inside a quickmerge run of a vision-language model: drafted tokens don't fit a shortened prompt",
-        )  # fmt: skip
         # It asks the tower for features in front of any forward, in some releases.
         with self._turn:
             return super()._around_generate(given, call)
-
-    def _tell_drafts(self, args: tuple[Any, ...], kwargs: dict[str, Any], drafts: int) -> Any:
-        raise QuickmergeError(
-            f"logits_to_keep must be 0 or 1 while a prompt with images is read, got {drafts + 1}: there are logits "
-            "for fewer tokens than there were"
-        )
 
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = dict(self._outer.bind_partial(*args, **kwargs).arguments)
@@ -196,7 +182,7 @@ class VlmRun(PrefixRun):
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise QuickmergeError("attention_mask must be a 2-D padding mask inside a quickmerge run, got another kind")
         if not prompt:
-            return self._read_on(inputs, embeds, mask)
+            return self._read_on(inputs, embeds, mask, self._call.get("position_ids"))
         cache = given_cache(inputs)
         check_fillable(cache)
         shape, device = embeds.shape[:2], embeds.device
@@ -285,41 +271,6 @@ class VlmRun(PrefixRun):
             raise QuickmergeError(f"{cache_name()} was filled by a language model alone; start it with an empty cache")
         return state
 
-    def _read_tree(self, inputs: dict[str, Any], embeds: Tensor, see: Callable[[int], Tensor]) -> dict[str, Any]:
-        """Read tokens behind a prompt that see of one another what ``see`` says, by block."""
-        cache, (rows, new) = given_cache(inputs), embeds.shape[:2]
-        state = self._resume(cache, rows)
-        held, places = stored(cache.layers[0]), places_read()
-        if places is None:
-            behind = state.width + held - state.valid.shape[1]
-            places = torch.arange(behind, behind + new, device=embeds.device).expand(rows, -1)
-        valid = torch.ones_like(places, dtype=torch.bool)
-        changed: dict[str, Any] = {}
-        if state.shortened:
-            segment = state.segments[0] = state.segments[0].extended(places, valid, held)
-            windows = self.decoder.windows
-            types = getattr(self.decoder.config, "layer_types", None) or []
-            mask: Any = segment.tree_mask(see(0), windows[0])
-            if isinstance(inputs["attention_mask"], Mapping):
-                mask = {kind: segment.tree_mask(see(i), windows[i]) for i, kind in enumerate(types)}
-            changed["attention_mask"] = mask
-            positions = inputs.get("position_ids")
-            there, now = state.true_position, state.next_position
-            if state.recount and positions is not None and there is not None and now is not None:
-                # As if the prompt had been shorter from the first.
-                changed["position_ids"] = positions - (there - now)[..., None]
-        self._now = VisualCall(False, state, valid, segments=dict(state.segments), places=places, see=see)
-        return {**changed, CALL: self._now}
-
-    def _read_on(self, inputs: dict[str, Any], embeds: Tensor, mask: Tensor | None) -> dict[str, Any]:
-        cache = given_cache(inputs)
-        rows, new = embeds.shape[:2]
-        state = self._resume(cache, rows)
-        given = self._call.get("position_ids")
-        changed, valid, places = state.follow(stored(cache.layers[0]), new, mask, given)
-        self._now = VisualCall(False, state, valid, segments=dict(state.segments), places=places)
-        return {**changed, CALL: self._now}
-
     # Deciding ---------------------------------------------------------------------------------------------------
 
     def _view(self, call: VisualCall, index: int, hidden: Tensor, below: Segment | None) -> TokenView:
@@ -395,29 +346,10 @@ class VlmRun(PrefixRun):
         below = call.segment(index - 1)
         return None if call.ids is None else call.ids.gather(1, call.places if below is None else below.position)
 
-    def _gone(self, call: PrefixCall, index: int) -> int:
-        assert isinstance(call.state, VisualPrompt)
-        return call.state.width - call.state.valid.shape[1] if call.first(index) == 0 else 0
-
-    def _seats(self, plan: MergePlan, source: Tensor) -> Tensor:
-        return plan.position
-
     def _probed(self, call: PrefixCall, layer: int) -> bool:
         below = layer + 1 in self.visual_stages and layer + 1 not in call.plans
         asked = below and bool(self.reducer.needs.visual & {"attention", "norm", "key"})
         return asked or super()._probed(call, layer)
-
-    def _reads(self, call: PrefixCall, layer: int) -> int | None:
-        # Behind the projector the model itself makes masks and rotary tables for what it is given.
-        return call.first(layer) or None
-
-    def _places(self, call: PrefixCall, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        assert isinstance(call, VisualCall)
-        return call.places
-
-    def _extend(self, call: PrefixCall, index: int, hidden: Tensor, cache: Cache, kwargs: dict[str, Any]) -> None:
-        if index:  # behind the projector that is done in front of the decoder
-            super()._extend(call, index, hidden, cache, kwargs)
 
     # Afterwards -------------------------------------------------------------------------------------------------
 
