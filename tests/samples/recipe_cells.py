@@ -23,6 +23,7 @@ from vlm_zoo import prompt as vlm_prompt
 
 import quickmerge as qm
 from quickmerge.errors import QuickmergeError
+from quickmerge.merge.cache import Evictor
 from quickmerge.merge.place import Merge
 from quickmerge.merge.text.modes import BlockCausal, Mode, Prefix
 from quickmerge.multipole.settings import Multipole
@@ -45,7 +46,7 @@ NEW = 12
 
 NAMES: dict[type, str] = {
     Prefix: "text (prefix)", BlockCausal: "text (block causal)", Multipole: "Multipole", PromptLookup: "lookup",
-    Gumiho: "heads",
+    Gumiho: "heads", Evictor: "cache",
 }  # fmt: skip
 
 
@@ -53,6 +54,8 @@ def options(name: str) -> list[str]:
     """What may stand at one place of a recipe."""
     if name in PLACES:
         return [NAMES[mode] for mode in get_args(Mode)] if PLACES[name] == "text" else [name]
+    if name == "cache":
+        return [NAMES[Evictor]]
     if name == "decoding":
         return [NAMES[kind] for kind in TYPES.values() if issubclass(kind, Drafter)]
     kinds = [kind for kind in TYPES.values() if re.search(rf"\b{kind.__name__}\b", Ingredients.__annotations__[name])]
@@ -138,6 +141,8 @@ def recipe_of(cell: Cell, family: str, *, neutral: bool = False) -> qm.Recipe:
         "text (block causal)": {"merge": Merge(qm.QuickMerge(keep=keep), 0, BlockCausal(chunk=8, window=4, sinks=1))},
         "visual": {"visual": qm.QuickMergeVision(keep=keep)},
         "tower": {"tower": Merge(qm.ToMe(keep=keep), unmerge=family == "idefics3")},
+        # Heads that keep different numbers of entries, so that a batch and drafts meet all there is.
+        "cache": {"cache": qm.KeyDiff(keep=keep, heads="adaptive", sinks=1, min_tokens=0)},
         "Multipole": {"attention": Multipole(budget=budget, interval=5, sink=2, ratio=0.5, block=16)},
         **{name: {"decoding": qm.Speculation(one, tree=5)} for name, one in drafts.items()},
     }

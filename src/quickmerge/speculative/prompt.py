@@ -118,7 +118,7 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any
         out = model(**inputs, return_dict=True)
     lengths = {stored(layer) for layer in cache.layers if layer.is_initialized}
     odd = sorted({type(layer).__name__ for layer in cache.layers if not keeps_columns(layer)})
-    merged = not odd and lengths != {n}
+    merged = not odd and (lengths != {n} or any(getattr(layer, "left", 0) for layer in cache.layers))
     seen = seats(cache)
     if odd or (merged and not any(getattr(layer, "prompt", None) for layer in cache.layers)):
         raise QuickmergeError(

@@ -39,7 +39,7 @@ def evict(
     *,
     length: Tensor,
     windows: Sequence[int | None],
-    recent: int = 0,
+    recent: int | Tensor = 0,
     behind: int = 0,
 ) -> list[float]:
     """Let every layer of a cache that holds a prompt keep what its scores say.
@@ -51,7 +51,7 @@ def evict(
         entries: of each layer.
         length: ``(B,)``, tokens of the prompt.
         windows: of each layer.
-        recent: last entries of a row that stay in every head.
+        recent: last entries of a row that stay in every head; ``(B,)`` for a number of its own for each.
         behind: entries at the end that are not of the prompt, and stay.
 
     Returns:
@@ -83,14 +83,15 @@ def shrink(layer: Any, kept: Tensor, entries: Entries, window: int | None, behin
     """Let one layer keep some of its entries, and note which of them every head holds.
 
     Args:
-        layer: of a cache, with ``keys`` and ``values (B, G, n + behind, d)``.
+        layer: of a cache, with ``keys`` and ``values (B, G, m + n + behind, d)``, of which the first m leave.
         kept: ``(B, G, n)`` bool.
         entries: of the n.
         window: the layer's sliding window, or None.
         behind: see `evict`.
     """
     b, g, n = kept.shape
-    if bool(kept.sum(-1).eq(entries.valid.sum(-1)[:, None]).all()) and layer.heads is None:
+    front = layer.keys.shape[2] - behind - n
+    if not front and bool(kept.sum(-1).eq(entries.valid.sum(-1)[:, None]).all()):
         return  # nothing leaves, so the layer stays as the model knows it
     most = int(kept.sum(-1).max())
     place = torch.arange(n, device=kept.device)
@@ -106,7 +107,7 @@ def shrink(layer: Any, kept: Tensor, entries: Entries, window: int | None, behin
     before = layer.keys.shape[2]
     for name in ("keys", "values"):
         held = getattr(layer, name)
-        index = order.to(held.device)[..., None].expand(-1, -1, -1, held.shape[-1])
+        index = (front + order).to(held.device)[..., None].expand(-1, -1, -1, held.shape[-1])
         setattr(layer, name, held.gather(2, index))
     layer.heads = tables
     if not layer.is_sliding:  # a sliding layer tells its length by a count of its own

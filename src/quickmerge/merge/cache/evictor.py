@@ -179,7 +179,7 @@ def head_counts(scores: Tensor, open_: Tensor, count: Tensor, floor: float) -> T
     return torch.minimum((counts + (order < rest[:, None])).long(), open_.sum(-1))
 
 
-def choose(evictor: Evictor, scores: Tensor, valid: Tensor, count: Tensor, recent: int = 0) -> Tensor:
+def choose(evictor: Evictor, scores: Tensor, valid: Tensor, count: Tensor, recent: int | Tensor = 0) -> Tensor:
     """Which entries of a layer stay: ``(B, G, n)`` bool.
 
     First the ``sinks`` and the last ``recent`` entries of each row, then as many of the most recent as the method's
@@ -191,8 +191,9 @@ def choose(evictor: Evictor, scores: Tensor, valid: Tensor, count: Tensor, recen
         scores: what it says of the layer.
         valid: ``(B, n)`` bool, False for padding.
         count: ``(B,)``, entries that stay; rows that have no more keep all.
-        recent: see above.
+        recent: see above; ``(B,)`` for a number of its own for each row.
     """
+    recent = torch.as_tensor(recent, device=valid.device).view(-1, 1)
     rank, total = valid.long().cumsum(-1), valid.sum(-1, keepdim=True)
     last = total - rank  # 0 for the last one
     share = (count.double() * evictor.recency + 1e-9).floor().long()

@@ -40,13 +40,14 @@ class Eviction:
     Args:
         decoder: the language model.
         evictor: the method.
+        recent: the last tokens of a row that stay in every head, one at least.
 
     Raises:
         UnsupportedModelError: the method has to take off a rotary embedding that can't be taken off.
     """
 
-    def __init__(self, decoder: Decoder, evictor: Evictor) -> None:
-        self.decoder, self.evictor = decoder, evictor
+    def __init__(self, decoder: Decoder, evictor: Evictor, recent: int) -> None:
+        self.decoder, self.evictor, self.recent = decoder, evictor, recent
         self._rotary: list[Rotary] = []
         if evictor.unrotates:
             wanted = f"cache must be another method than {evictor.name}"
@@ -179,11 +180,14 @@ class Eviction:
         assert length is not None
         held = {}
         for index, layer in enumerate(cache.layers):
+            # A layer that could hold more than its window, as that of speculation does, is no better for it.
+            window = self.decoder.windows[index]
             kept = layer.keys.shape[2] - call.drafts
+            kept = kept if window is None else min(kept, window - 1)
             held[index] = scores[index][..., scores[index].shape[2] - kept :]
         left = evict(
             cache, self.evictor, held, entries, length=length, windows=self.decoder.windows,
-            recent=max(1, call.state.tail), behind=call.drafts,
+            recent=(length - 1).clamp(1, max(1, self.recent)), behind=call.drafts,
         )  # fmt: skip
         call.state.evicted = any(layer.heads is not None for layer in cache.layers)
         return left

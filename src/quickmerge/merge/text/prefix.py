@@ -70,7 +70,8 @@ class PrefixRun(Run):
         mode: Prefix | None = None,
         cache: Evictor | None = None,
     ) -> None:
-        self.eviction = None if cache is None else Eviction(decoder, cache)
+        recent = 1 if mode is None else mode.recent
+        self.eviction = None if cache is None else Eviction(decoder, cache, recent)
         """What makes the cache smaller when a prompt has been read."""
         self._merges = reducer is not None
         super().__init__(decoder, Uniform(keep=1.0) if reducer is None else reducer)

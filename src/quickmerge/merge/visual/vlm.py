@@ -104,6 +104,8 @@ class VlmRun(ShortenedRun):
         super().__init__(vlm.decoder, first, None, cache=cache)
         if text is not None:
             self._place(text[0].on(next(vlm.decoder.base.parameters()).device), *text[1:])
+            if self.eviction is not None:
+                self.eviction.recent = self.recent
         keep = 1.0 if visual is None else visual.keep
         shares = [keep ** (i + 1) if isinstance(keep, (int, float)) else keep for i in range(len(layers))]
         self.visual_stages = dict(zip(layers, shares, strict=True))
