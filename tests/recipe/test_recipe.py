@@ -24,7 +24,7 @@ def test_recipes_are_equal_where_all_their_settings_are(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_repr_makes_it_again(name: str) -> None:
     made = RECIPES[name]()
-    names = "Merge Recipe QuickMerge BlockCausal SCOPE Count ToMe Removal Multipole PromptLookup Speculation"
+    names = "Merge Recipe QuickMerge BlockCausal SCOPE Count ToMe Removal Multipole PromptLookup Speculation SnapKV"
     assert eval(repr(made), {each: getattr(qm, each) for each in names.split()}) == made
 
 

@@ -20,6 +20,7 @@ RECIPES: dict[str, Callable[[], qm.Recipe]] = {
     "visual": lambda: qm.Recipe(visual=qm.Merge(qm.SCOPE(keep=qm.Count(16)), positions="consecutive")),
     "tower": lambda: qm.Recipe(tower=qm.Merge(qm.ToMe(keep=0.5), qm.Removal(4), unmerge=True)),
     "all": lambda: qm.Recipe(qm.QuickMerge(), qm.SCOPE(), qm.ToMe(), qm.Multipole(budget=64), qm.PromptLookup()),
+    "cache": lambda: qm.Recipe(qm.QuickMerge(keep=0.4), cache=qm.SnapKV(keep=0.3, heads="adaptive")),
     "speculation": lambda: qm.Recipe(decoding=qm.Speculation(qm.PromptLookup(ngram=2), nodes=8, tree=4)),
 }
 

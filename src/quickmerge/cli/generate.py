@@ -45,7 +45,9 @@ from quickmerge.multipole.cli import NAME as MULTIPOLE
 from quickmerge.recipe.options import (
     ATTENTION,
     BUDGET,
+    CACHE,
     DRAFTER,
+    IMAGE_CACHE,
     RECIPE,
     SAVE_RECIPE,
     TREE,
@@ -67,10 +69,7 @@ if TYPE_CHECKING:
     from quickmerge.recipe import Recipe
     from quickmerge.recipe.answer import RecipeAnswer
 
-TEXT_EXAMPLE = (
-    'Example: quickmerge generate text report.txt --prompt "Summarise." --keep 0.4 --compare; '
-    'quickmerge generate text report.txt --prompt "Summarise." --drafter lookup'
-)
+TEXT_EXAMPLE = 'Example: quickmerge generate text report.txt --prompt "Summarise." --keep 0.4 --compare'
 IMAGE_EXAMPLE = 'Example: quickmerge generate image a.jpg --model runs/vlm --tokens 64 --prompt "What is it?"'
 SHARE = 0.4
 """Of the tokens of a text that is kept where nobody says."""
@@ -98,6 +97,7 @@ def text(
     layer: LAYER = None,
     prior: PRIOR = None,
     min_tokens: MIN_TOKENS = None,
+    cache: CACHE = None,
     attention: ATTENTION = None,
     budget: BUDGET = None,
     drafter: DRAFTER = None,
@@ -119,7 +119,7 @@ def text(
         raise QuickmergeError(f"{model} is a CALM: let it write with quickmerge generate calm")
     sample, temperature = parse_sampling(sample, temperature, seed)
     merging = {"--reducer": reducer, "--keep": keep, "--layer": layer, "--prior": prior, "--min-tokens": min_tokens}
-    cheaper = {"--attention": attention, "--budget": budget, "--drafter": drafter, "--tree": tree}
+    cheaper = {"--cache": cache, "--attention": attention, "--budget": budget, "--drafter": drafter, "--tree": tree}
     merged = given_names(merging)
     check_alone(recipe, given_names({**merging, **cheaper}))
     check_helpers(attention, budget, drafter, tree)
@@ -133,14 +133,14 @@ def text(
         document = check_asked(file, ask)
         check_output(json)
         check_model(model, question(document, ask[0]))
-        made = _recipe(recipe, reducer, keep, layer, prior, min_tokens, attention, budget, drafter, tree, merged)
+        made = _recipe(recipe, reducer, keep, layer, prior, min_tokens, cache, attention, budget, drafter, tree, merged)
         ask_each(model, document, ask, made, settings, compare=compare, raw=raw, json=json)
         save_recipe(save, made)
         return
     if prompt is None:
         raise QuickmergeError("--prompt must say what to ask, or --ask each of several questions, got neither")
 
-    if drafter is not None and attention is None and not merged:
+    if drafter is not None and attention is None and cache is None and not merged:
 
         def drafted(drafts: Any, nodes: int | str) -> dict[str, Any]:
             from quickmerge.recipe import Recipe, Speculation
@@ -158,10 +158,10 @@ def text(
     document, prompt = parse_question(prompt, file)
     check_model(model, question(document, prompt))
     # what takes seconds to import comes after what can be told at once
-    made = _recipe(recipe, reducer, keep, layer, prior, min_tokens, attention, budget, drafter, tree, merged)
+    made = _recipe(recipe, reducer, keep, layer, prior, min_tokens, cache, attention, budget, drafter, tree, merged)
     lm, tokenizer = load_writer(model)
     alone = Alone.writing(lm, tokenizer)
-    if recipe is not None or drafter is not None:
+    if recipe is not None or drafter is not None or cache is not None:
         from quickmerge.recipe.answer import answer
 
         def by(way: Recipe | None) -> RecipeAnswer:
@@ -178,19 +178,19 @@ def text(
 
 def _recipe(
     recipe: str | None, reducer: str | None, keep: float | None, layer: str | None, prior: str | None,
-    min_tokens: int | None, attention: str | None, budget: int | None, drafter: str | None, tree: str | None,
-    merged: list[str],
+    min_tokens: int | None, cache: str | None, attention: str | None, budget: int | None, drafter: str | None,
+    tree: str | None, merged: list[str],
 ) -> Recipe:  # fmt: skip
     """The recipe that was named, or that options say; ``merged`` are those of merging that were given."""
     if recipe is not None:
         return load_recipe(recipe)
     method = None
-    if merged or (attention is None and drafter is None):
+    if merged or (cache is None and attention is None and drafter is None):
         method = parse_reducer(reducer or "quickmerge", SHARE if keep is None else keep)
         method = method if prior is None else add_prior(method, prior)
     return make_recipe(
-        merge=None if method is None else _place(method, parse_layer(layer), min_tokens), attention=attention,
-        budget=budget, drafter=drafter, tree=tree,
+        merge=None if method is None else _place(method, parse_layer(layer), min_tokens), cache=cache,
+        attention=attention, budget=budget, drafter=drafter, tree=tree,
     )  # fmt: skip
 
 
@@ -287,6 +287,7 @@ def image(
         float | None,
         typer.Option("--tower-keep", help="Share of patches kept inside the vision tower.", rich_help_panel=FEWER),
     ] = None,
+    cache: IMAGE_CACHE = None,
     attention: ATTENTION = None,
     budget: BUDGET = None,
     drafter: DRAFTER = None,
@@ -306,8 +307,8 @@ def image(
     check_text("--prompt", prompt)
     merging = {"--reducer": reducer, "--keep": keep, "--tokens": tokens, "--layer": layer}
     cheaper = {
-        "--text-keep": text_keep, "--min-tokens": min_tokens, "--tower-keep": tower_keep, "--attention": attention,
-        "--budget": budget, "--drafter": drafter, "--tree": tree,
+        "--text-keep": text_keep, "--min-tokens": min_tokens, "--tower-keep": tower_keep, "--cache": cache,
+        "--attention": attention, "--budget": budget, "--drafter": drafter, "--tree": tree,
     }  # fmt: skip
     check_alone(recipe, given_names({**merging, **cheaper}))
     check_helpers(attention, budget, drafter, tree)
@@ -331,7 +332,7 @@ def image(
         patches = None if tower_keep is None else _place(parse_reducer("tome", tower_keep, "vision"), None, None)
         made = make_recipe(
             tower=patches, merge=words, visual=None if method is None else _place(method, depth, None),
-            attention=attention, budget=budget, drafter=drafter, tree=tree,
+            cache=cache, attention=attention, budget=budget, drafter=drafter, tree=tree,
         )  # fmt: skip
     pictures = [open_image(path) for path in image]
     vlm, processor = load_vlm(model)

@@ -40,9 +40,9 @@ class Ingredients:
     merge: Reducer | Merge | None = None
     visual: Reducer | Merge | None = None
     tower: Reducer | Merge | None = None
-    cache: Evictor | float | None = None
     attention: Multipole | None = None
     decoding: Drafter | Speculation | None = None
+    cache: Evictor | float | None = None
 
     def __post_init__(self) -> None:
         for name, place in PLACES.items():

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from quickmerge.recipe import Recipe
 
 __all__ = [
-    "ATTENTION", "BUDGET", "DRAFTER", "RECIPE", "SAVE_RECIPE", "TREE", "check_alone", "check_folder",
-    "check_helpers", "given_names",
-    "load_recipe", "make_recipe", "record", "record_ingredients", "save_recipe",
+    "ATTENTION", "BUDGET", "CACHE", "DRAFTER", "IMAGE_CACHE", "RECIPE", "SAVE_RECIPE", "TREE", "check_alone",
+    "check_folder", "check_helpers", "given_names", "load_recipe", "make_recipe", "record", "record_ingredients",
+    "save_recipe",
 ]  # fmt: skip
 
 RECIPE = Annotated[
@@ -41,6 +41,9 @@ BUDGET = Annotated[
         "--budget", min=0, help="Tokens of clusters read exactly. Default: 512.", rich_help_panel=CHEAPER, hidden=True
     ),
 ]
+_CACHE_HELP = "Share of the cache that stays, or a method: snapkv:keep=0.3."
+CACHE = Annotated[str | None, typer.Option("--cache", help=_CACHE_HELP, rich_help_panel=FEWER)]
+IMAGE_CACHE = Annotated[str | None, typer.Option("--cache", help=_CACHE_HELP, rich_help_panel=FEWER, hidden=True)]
 DRAFTER = Annotated[
     str | None,
     typer.Option(
@@ -91,7 +94,7 @@ def load_recipe(given: str) -> Recipe:
 
 def make_recipe(
     *, attention: str | None = None, budget: int | None = None, drafter: str | None = None, tree: str | None = None,
-    **places: Any,
+    cache: str | None = None, **places: Any,
 ) -> Recipe:  # fmt: skip
     """The recipe that options say.
 
@@ -100,11 +103,13 @@ def make_recipe(
         budget: ``--budget``.
         drafter: ``--drafter``, with ``tree`` beside it.
         tree: ``--tree``.
+        cache: ``--cache``.
         **places: `Merge` by place, as those of `quickmerge.Recipe`; None is passed over.
 
     Raises:
         QuickmergeError: a setting is unknown or out of range.
     """
+    from quickmerge.merge.cli.options import parse_cache
     from quickmerge.multipole.cli import parse_attention
     from quickmerge.recipe import Recipe, Speculation
     from quickmerge.speculative.cli import load_drafter, parse_tree
@@ -112,7 +117,7 @@ def make_recipe(
     settings = None if attention is None else parse_attention(attention, budget)
     with one_sentence():
         decoding = None if drafter is None else Speculation(load_drafter(drafter), tree=parse_tree(tree))
-        return Recipe(**places, attention=settings, decoding=decoding)
+        return Recipe(**places, cache=parse_cache(cache), attention=settings, decoding=decoding)
 
 
 def save_recipe(folder: Path | None, recipe: Recipe) -> None:

@@ -30,10 +30,10 @@ class Recipe(Ingredients):
         merge: for the text: the prompt's tokens in a language model.
         visual: for the visual tokens behind the projector of a vision-language model.
         tower: for a vision transformer.
-        cache: what leaves the cache of a prompt when it has been read, such as ``SnapKV(keep=0.3)``; a share is that of
-            `ObservedAttention`.
         attention: settings of multipole attention, by which new tokens read the past.
         decoding: what drafts, such as ``PromptLookup()``; or `Speculation`, with the size of its trees.
+        cache: what leaves the cache of a prompt when it has been read, such as ``SnapKV(keep=0.3)``; a share is that of
+            `ObservedAttention`.
 
     Raises:
         QuickmergeError: naming the argument, what was given and what is allowed.

@@ -17,7 +17,8 @@ from quickmerge.bench.rows import COLUMNS, bench_verdict, by_kind, grouped, has_
 from quickmerge.datasets.text import Document
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.attach import reduce
-from quickmerge.merge.bench.cost import model_shape
+from quickmerge.merge.bench.cost import Shape, model_shape
+from quickmerge.merge.cache import Evictor, as_evictor
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.run import observe
 from quickmerge.viz.format import clean, number
@@ -28,7 +29,7 @@ Row = dict[str, Any]
 def bench(
     model: Any,
     documents: Sequence[Document],
-    reducers: Sequence[Reducer],
+    reducers: Sequence[Reducer | Evictor],
     keeps: Sequence[float],
     *,
     layer: Any = None,
@@ -44,7 +45,7 @@ def bench(
     Args:
         model: a supported causal LM in eval mode.
         documents: what to measure on, see `split_document`.
-        reducers: one of each method; ``keep`` is replaced.
+        reducers: one of each method; ``keep`` is replaced. Of a method for the cache it is the share of the cache.
         keeps: shares to keep.
         layer: where to merge, as in `quickmerge.reduce`.
         advance: called with a label before each measurement, for progress.
@@ -59,7 +60,10 @@ def bench(
     whatever = settings if settings.get("mode") == "block_causal" else {"min_tokens": 0, **settings}
     arms = [
         Arm(
-            reducer.label, partial(reduce, model, replace(reducer, keep=keep), layer, **whatever),
+            reducer.label,
+            partial(
+                reduce, model, replace(reducer, keep=keep), None if isinstance(reducer, Evictor) else layer, **whatever
+            ),
             {"keep": keep, "reducer": reducer},
         )
         for keep in keeps
@@ -76,7 +80,7 @@ def bench(
             "tokens_in": stats.tokens_in, "tokens_kept": stats.tokens_kept,
             "nll": float(nll.mean()), "nll_full": full, "nll_none": none,
             "prefill_seconds": stats.prefill_seconds, "reducer_seconds": stats.reducer_seconds,
-            "flops_ratio": shape.flops_ratio(arm.settings["reducer"], stats.tokens_per_layer, stats.tokens_in),
+            "flops_ratio": _flops_ratio(shape, arm.settings["reducer"], stats.tokens_per_layer, stats.tokens_in),
             "cache_bytes": stats.prompt_cache_bytes,
             "cache_ratio": stats.prompt_cache_bytes / stats.prompt_cache_bytes_full,
             "reducer_bytes": stats.reducer_bytes,
@@ -103,6 +107,15 @@ def bench(
         for kind in kinds:
             rows += _rows([r for r in records if r["kind"] == kind], kind)
     return Result(rows, records)
+
+
+def _flops_ratio(shape: Shape, method: Reducer | Evictor, tokens: Sequence[float], given: float) -> float:
+    """FLOPs of a prefill by a method, its own inside, over those of a full one."""
+    evictor = method if isinstance(method, Evictor) else as_evictor(getattr(method, "cache", None))
+    merged = 1.0 if isinstance(method, Evictor) else shape.flops_ratio(method, tokens, given)
+    if evictor is None:
+        return merged
+    return merged + evictor.flops(shape, tokens) / shape.prefill_flops([given] * len(tokens))
 
 
 def _rows(records: Sequence[Row], kind: str | None) -> list[Row]:

@@ -26,7 +26,7 @@ from quickmerge.console.options import (
 )
 from quickmerge.console.recording import record_of
 from quickmerge.errors import QuickmergeError
-from quickmerge.merge.cli.options import add_prior, parse_reducer
+from quickmerge.merge.cli.options import add_prior, parse_method, parse_reducer
 from quickmerge.merge.cli.vlm import check_needs_no_question, is_vlm, load_vlm
 
 if TYPE_CHECKING:
@@ -72,11 +72,12 @@ def measure_text(
     from quickmerge.console.results import show_result
     from quickmerge.merge.bench.text import bench as measure
     from quickmerge.merge.bench.text import bench_report
+    from quickmerge.merge.cache import Evictor
     from quickmerge.merge.text.modes import Prefix
 
     check_output(json, out / "report.html" if out is not None else None)
     keeps = parse_keeps(keep)
-    methods = [parse_reducer(name.strip(), keeps[0]) for name in reducer.split(",")]
+    methods = [parse_method(name.strip(), keeps[0]) for name in reducer.split(",")]
     if prior is not None:
         methods.append(add_prior(parse_reducer("quickmerge", keeps[0]), prior))
     depth = parse_layer(layer)
@@ -88,12 +89,13 @@ def measure_text(
             bar.update(task, advance=1, description=Path(label).name)
 
         found = measure(lm, documents, methods, keeps, layer=depth, advance=advance)
-    by_label = {method.label: method for method in methods}
+    by_label, whole = {method.label: method for method in methods}, Prefix(min_tokens=0)
     for row in found.rows:
         if row["reducer"] in by_label:
             # A context is merged however short it is.
             method = replace(by_label[row["reducer"]], keep=row["keep"])
-            row.update(record_of({"merge": (method, depth, Prefix(min_tokens=0))}))
+            at: Any = {"cache": method} if isinstance(method, Evictor) else {"merge": (method, depth, whole)}
+            row.update(record_of(at))
     found = found.about(
         model=model, context=context, target=target, layer=layer or "default",
         documents=[document.name for document in documents], reducers={m.label: repr(m) for m in methods},

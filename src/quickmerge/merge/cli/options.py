@@ -9,6 +9,7 @@ from quickmerge.console.options import check_keep, one_sentence
 from quickmerge.errors import QuickmergeError
 
 if TYPE_CHECKING:
+    from quickmerge.merge.cache import Evictor
     from quickmerge.merge.reducers import Reducer
     from quickmerge.merge.tokens.budget import Budget
 
@@ -32,6 +33,37 @@ def parse_reducer(name: str, keep: float | Budget, place: str = "text") -> Reduc
         check_keep(keep)
     with one_sentence():
         return make_reducer(name, place=place, keep=keep)
+
+
+def parse_method(name: str, keep: float) -> Reducer | Evictor:
+    """A reducer for language models, or a method for their cache, by its name."""
+    from quickmerge.errors import near_match
+    from quickmerge.merge.cache import EVICTORS, make_evictor
+    from quickmerge.merge.reducers import REDUCERS
+
+    first = name.partition(":")[0]
+    if first in EVICTORS:
+        with one_sentence():
+            check_keep(keep)
+            return make_evictor(name, keep=keep, min_tokens=0)
+    if first not in REDUCERS:
+        known = [*REDUCERS, *EVICTORS]
+        raise QuickmergeError(f"--reducer must be one of {', '.join(known)}, got {first!r}{near_match(first, known)}")
+    return parse_reducer(name, keep)
+
+
+def parse_cache(given: str | None) -> Evictor | None:
+    """``--cache``: a share, or a method with settings."""
+    from quickmerge.merge.cache import as_evictor
+
+    if given is None:
+        return None
+    try:
+        share: float | str = float(given)
+    except ValueError:
+        share = given
+    with one_sentence():
+        return as_evictor(share)
 
 
 def add_prior(method: Reducer, prior: str) -> Reducer:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quickmerge.errors import near_match, number_at_least, whole_number
+from quickmerge.merge.cache.evictor import as_share
 from quickmerge.merge.reducers.base import Needs, Reducer, key_bias, mean_attention, voters
 from quickmerge.merge.reducers.tofu import OPERATORS, mlerp
 from quickmerge.merge.reducers.tome import match_down, mean_key
@@ -56,6 +57,8 @@ class QuickMerge(Reducer):
         merge: share of a merged token against its anchor's 1; 0 drops instead of merging.
         spans: ``"line"`` (a line or sentence, of about 32 tokens at most), ``"word"`` or ``"none"``; ``"auto"``: lines,
             where a tokenizer tells the text of the tokens, in prefix mode.
+        cache: share of the entries that the cache holds when the prompt has been read, in (0, 1]; entries of every
+            layer and key head leave it until then, by `quickmerge.ObservedAttention`. None: what the merge leaves.
     """
 
     layers: int = 2
@@ -65,6 +68,7 @@ class QuickMerge(Reducer):
     recency: float = 0.7
     merge: float = 0.1
     spans: str = "auto"
+    cache: float | None = None
     name: ClassVar[str] = "quickmerge"
     source: ClassVar[str] = "arXiv 2508.13204"
 
@@ -79,6 +83,8 @@ class QuickMerge(Reducer):
             value = getattr(self, name)
             if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 <= value <= 1):
                 raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+        if self.cache is not None:
+            object.__setattr__(self, "cache", as_share("cache", self.cache, low=False))
         if self.spans not in SPANS:
             hint = near_match(str(self.spans), SPANS)
             raise ValueError(f"spans must be one of {', '.join(SPANS)}, got {self.spans!r}{hint}")
