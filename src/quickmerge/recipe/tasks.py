@@ -248,10 +248,19 @@ class _Asking:
 
     def _flops(self, recipe: Recipe | None, run: Any) -> float:
         """FLOPs of what was just read, over those of the plain model."""
-        if recipe is None or not isinstance(recipe.merge, Merge):
+        if recipe is None:
             return 1.0
-        stats = run.summary()["merge"]
-        return float(self.shape.flops_ratio(recipe.merge.reducer, stats.tokens_per_layer, stats.tokens_in))
+        told = [stats for name, stats in run.summary().of.items() if {"merge", "cache"} & set(name.split("+"))]
+        if not told:
+            return 1.0
+        (stats,) = told
+        spent = 1.0
+        if isinstance(recipe.merge, Merge):
+            spent = float(self.shape.flops_ratio(recipe.merge.reducer, stats.tokens_per_layer, stats.tokens_in))
+        if recipe.evictor is not None and stats.tokens_in >= recipe.evictor.min_tokens:
+            full = self.shape.prefill_flops([stats.tokens_in] * len(stats.tokens_per_layer))
+            spent += recipe.evictor.flops(self.shape, stats.tokens_per_layer) / full
+        return spent
 
 
 # Rows, and what readers see of them.
