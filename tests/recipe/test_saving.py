@@ -235,7 +235,7 @@ FILES: list[tuple[Any, str]] = [
     ({**GOOD, "merge": {**MERGE, "keep": {"type": "Count", "tokens": 0}}}, "merge.keep: tokens must be a whole number"),
     ({**GOOD, "merge": {**MERGE, "keep": {"type": "Count"}}}, "merge.keep.tokens is missing, and Count can't"),
     ({**GOOD, "merge": {**MERGE, "keep": float("nan")}}, "merge.keep must be a finite number, got nan"),
-    ({**GOOD, "merge": {**MERGE, "window": "all"}}, "merge: window must be a whole number"),
+    ({**GOOD, "merge": {**MERGE, "window": "some"}}, "merge: window must be a whole number"),
     ({**GOOD, "merge": {"type": "SCOPE"}}, "merge must be a reducer for the prompt of a language model"),
     ({**GOOD, "merge": {"type": "Multipole"}}, "merge must be a reducer such as"),
     ({**GOOD, "merge": {"type": "Merge"}}, "merge.reducer is missing"),

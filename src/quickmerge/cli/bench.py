@@ -48,6 +48,14 @@ def text(
         str | None,
         typer.Option("--keep", help=f"Shares of the tokens, with commas. Default: {KEEPS}.", rich_help_panel=FEWER),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            help="share, or entropy: shares are means over texts; or entropy:0.42.",
+            hidden=True,
+        ),
+    ] = None,
     layer: LAYER = None,
     prior: PRIOR = None,
     recipe: Annotated[
@@ -64,9 +72,14 @@ def text(
     """
     check_output(json, out / "report.html" if out is not None else None)
     if not recipe:
-        measure_text(text, model, context, target, reducer or METHODS, keep or KEEPS, layer, prior, out, json)
+        kind, colon, shares = (budget or "share").partition(":")
+        if colon and keep is not None:
+            raise QuickmergeError(f"--keep must be left out where --budget names a share, got {keep} and {budget}")
+        kept = (shares if colon else keep) or KEEPS
+        measure_text(text, model, context, target, reducer or METHODS, kept, layer, prior, out, json, kind)
         return
-    given = given_names({"--reducer": reducer, "--keep": keep, "--layer": layer, "--prior": prior})
+    options = {"--reducer": reducer, "--keep": keep, "--budget": budget, "--layer": layer, "--prior": prior}
+    given = given_names(options)
     check_alone(recipe[0], given)
     if max_new_tokens < 2:
         raise QuickmergeError(f"--max-new-tokens must be at least 2 with --recipe, got {max_new_tokens}")

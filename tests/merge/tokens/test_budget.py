@@ -25,7 +25,7 @@ from strategies import (
 from torch import Tensor
 
 from quickmerge.merge.tokens import Budget, Count, Entropy, Mass, Ratio, Remaining, TokenView, as_budget
-from quickmerge.merge.tokens.budget import fixed_count, lowest, round_half_up, select
+from quickmerge.merge.tokens.budget import effective_tokens, fixed_count, lowest, round_half_up, select
 
 
 def scores(view: TokenView, kind: str, seed: int) -> Tensor:
@@ -365,3 +365,41 @@ def test_no_saliency_is_too_large_or_too_small_to_share(large: float) -> None:
         saliency = torch.tensor([[1.0, 1.0, 1.0, 1.0]], dtype=torch.float64) * scale
         assert Entropy().count(view, saliency).tolist() == [4]
         assert Mass(0.5).count(view, saliency).tolist() == [2]
+
+
+@prop(60)
+@given(
+    st.lists(st.floats(0.01, 1.0), min_size=1, max_size=8), st.floats(0.05, 1.0), st.sampled_from((0.05, 0.02)),
+)  # fmt: skip
+def test_a_calibrated_entropy_budget_keeps_its_share_on_average(spread: list[float], share: float, low: float) -> None:
+    budget = Entropy.calibrated(share, spread, low)
+    kept = [min(1.0, max(low, budget.scale * each)) for each in spread]
+    assert math.fsum(kept) / len(kept) == pytest.approx(share, rel=1e-9)
+    assert budget == Entropy(budget.scale, low)
+
+
+@prop(40)
+@given(views(), seeds)
+def test_effective_tokens_are_the_exponential_of_the_entropy(view: TokenView, seed: int) -> None:
+    saliency = torch.rand(view.valid.shape, generator=generator(seed), dtype=torch.float64)
+    found = effective_tokens(view, saliency)
+    for row in range(len(view.valid)):
+        mass = saliency[row, view.valid[row]].tolist()
+        total = math.fsum(mass)
+        want = math.exp(-math.fsum(x / total * math.log(x / total) for x in mass if x > 0)) if total else len(mass)
+        assert float(found[row]) == pytest.approx(want, rel=1e-9)
+        assert 1 - 1e-9 <= float(found[row]) <= len(mass) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("given_share", "spread", "message"),
+    [
+        (0.01, [0.5], "share must lie between low=0.05 and high=1.0, got 0.01"),
+        (1.5, [0.5], r"share must be a number in \(0, 1\], got 1.5"),
+        (0.4, [], r"spread must be positive numbers, one at least, got \[\]"),
+        (0.4, [0.5, -1.0], "spread must be positive numbers, one at least, got"),
+    ],
+)
+def test_what_a_budget_can_not_be_calibrated_by_is_named(given_share: float, spread: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Entropy.calibrated(given_share, spread)

@@ -25,7 +25,7 @@ from quickmerge.merge.tokens import (
     bidirectional_attention,
     received_attention,
 )
-from quickmerge.merge.tokens.saliency import BLOCK, attention_from, last_rows, pool
+from quickmerge.merge.tokens.saliency import BLOCK, attention_entropy, attention_from, last_rows, pool
 
 DOUBLE = (torch.float64,)
 
@@ -436,3 +436,48 @@ def test_a_merged_token_is_read_as_often_as_what_it_stands_for() -> None:
     got = bidirectional_attention(trace, torch.tensor([[0, 4]]), size.double().log())
     want = bidirectional_attention(long, torch.tensor([[0, 7]]))
     torch.testing.assert_close(got, torch.zeros_like(got).index_add_(2, over, want), rtol=0, atol=1e-12)
+
+
+@prop(60)
+@given(views(attention=1, dtypes=(torch.float64,), kinds=("normal", "tied"), max_tokens=14), st.booleans())
+def test_attention_entropy_is_that_of_each_row_over_the_largest_possible(view: TokenView, biased: bool) -> None:
+    trace = view.evidence.attention[0]
+    bias = view.size.clamp_min(1).double().log() if biased else None
+    got = attention_entropy(trace, view.valid, view.position, bias)
+    heads = trace.query.shape[1]
+    for row in range(len(view.valid)):
+        tokens = view.valid[row].nonzero().flatten().tolist()
+        for head in range(heads):
+            group = head // (heads // trace.key.shape[1])
+            for i in tokens:
+                near = [j for j in tokens if j <= i]
+                if trace.window is not None:
+                    near = [j for j in near if view.position[row, i] - view.position[row, j] < trace.window]
+                dots = [
+                    float(trace.query[row, head, i] @ trace.key[row, group, j]) * trace.scaling
+                    + (math.log(int(view.size[row, j])) if biased else 0.0)
+                    for j in near
+                ]
+                total = math.fsum(math.exp(d - max(dots)) for d in dots)
+                p = [math.exp(d - max(dots)) / total for d in dots]
+                want = -math.fsum(x * math.log(x) for x in p if x > 0) / math.log(max(2, len(near)))
+                assert float(got[row, head, i]) == pytest.approx(want, abs=1e-9)
+    assert (got.transpose(1, 2)[~view.valid] == 0).all()
+
+
+@prop(20)
+@given(views(attention=1, dtypes=(torch.float64,), merged=True, max_tokens=14))
+def test_a_bias_counts_as_log_size_in_attention_that_is_received(view: TokenView) -> None:
+    """A key of size s receives what s keys like it would receive together."""
+    trace, bias = view.evidence.attention[0], view.size.clamp_min(1).double().log()
+    got = received_attention(replace(trace, window=None), view.valid, view.position, 5, bias=bias)
+    each = torch.repeat_interleave(torch.arange(view.size.shape[1]), view.size[0].clamp_min(1))
+    if not bool(view.valid[0].all()):
+        return
+    key, query = trace.key[:1, :, each], trace.query[:1]
+    one = replace(trace, window=None, query=query[:, :, each], key=key, value=trace.value[:1, :, each])
+    last = torch.tensor([[int((each <= i).sum()) - 1 for i in range(query.shape[2])][-5:]])
+    ones = torch.ones(1, len(each), dtype=torch.bool)
+    whole = attention_from(one, last, ones, torch.arange(len(each))[None])
+    want = torch.zeros_like(got[:1]).index_add_(2, each, whole)
+    torch.testing.assert_close(got[:1], want, atol=1e-9, rtol=1e-7)

@@ -33,6 +33,7 @@ def bench(
     keeps: Sequence[float],
     *,
     layer: Any = None,
+    budget: Callable[[Any, float], Any] = lambda reducer, keep: replace(reducer, keep=keep),
     advance: Callable[[str], None] = lambda _: None,
     **settings: Any,
 ) -> Result:
@@ -48,6 +49,7 @@ def bench(
         reducers: one of each method; ``keep`` is replaced. Of a method for the cache it is the share of the cache.
         keeps: shares to keep.
         layer: where to merge, as in `quickmerge.reduce`.
+        budget: gives a method a share of ``keeps``. Default: as its ``keep``.
         advance: called with a label before each measurement, for progress.
         **settings: further arguments of `quickmerge.reduce`.
 
@@ -62,7 +64,7 @@ def bench(
         Arm(
             reducer.label,
             partial(
-                reduce, model, replace(reducer, keep=keep), None if isinstance(reducer, Evictor) else layer, **whatever
+                reduce, model, budget(reducer, keep), None if isinstance(reducer, Evictor) else layer, **whatever
             ),
             {"keep": keep, "reducer": reducer},
         )

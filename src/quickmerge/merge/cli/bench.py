@@ -25,7 +25,7 @@ from quickmerge.console.options import (
     read_text,
 )
 from quickmerge.console.recording import record_of
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, near_match
 from quickmerge.merge.cli.options import add_prior, parse_method, parse_reducer
 from quickmerge.merge.cli.vlm import check_needs_no_question, is_vlm, load_vlm
 
@@ -37,6 +37,9 @@ VLM_EXAMPLE = (
     "Example: quickmerge bench vlm images/ --model runs/vlm --reducer scope,trimtokenator,tome --keep 0.5,0.25"
 )
 BATCH = 8
+
+BUDGETS = ("share", "entropy")
+"""What a share of ``bench text`` is: of every text, or of the texts on average, see `quickmerge.merge.calibrate`."""
 
 IMAGES = Annotated[int, typer.Option("--limit", min=1, help="Images to read, evenly taken from the folder.")]
 ROUNDS = Annotated[int, typer.Option("--rounds", min=2, help="How often the methods take turns.")]
@@ -66,38 +69,61 @@ def load_documents(text: list[Path], model: str, context: int, target: int) -> t
 
 def measure_text(
     text: list[Path], model: str, context: int, target: int, reducer: str, keep: str, layer: str | None,
-    prior: str | None, out: Path | None, json: Path | None,
+    prior: str | None, out: Path | None, json: Path | None, budget: str = "share",
 ) -> None:  # fmt: skip
-    """Context recovery and cost of every reducer at every keep."""
+    """Context recovery and cost of every reducer at every keep, a ``"share"`` or the mean share of an ``"entropy"``."""
     from quickmerge.console.results import show_result
     from quickmerge.merge.bench.text import bench as measure
     from quickmerge.merge.bench.text import bench_report
     from quickmerge.merge.cache import Evictor
+    from quickmerge.merge.reducers import Reducer
     from quickmerge.merge.text.modes import Prefix
 
     check_output(json, out / "report.html" if out is not None else None)
+    if budget not in BUDGETS:
+        hint = near_match(budget, BUDGETS)
+        raise QuickmergeError(f"--budget must be one of {', '.join(BUDGETS)}, got {budget!r}{hint}")
     keeps = parse_keeps(keep)
     methods = [parse_method(name.strip(), keeps[0]) for name in reducer.split(",")]
     if prior is not None:
         methods.append(add_prior(parse_reducer("quickmerge", keeps[0]), prior))
+    if budget == "entropy" and (wrong := [each.name for each in methods if isinstance(each, Evictor)]):
+        raise QuickmergeError(f"--budget entropy is for methods that merge, got {wrong[0]}, which evicts from the cache")
     depth = parse_layer(layer)
     lm, alone, documents = load_documents(text, model, context, target)
+    kept: dict[tuple[str, float], Reducer | Evictor] = {
+        (each.label, keep): replace(each, keep=keep) for each in methods for keep in keeps
+    }
+    if budget == "entropy":
+        from quickmerge.merge.calibrate import calibrated
+        from quickmerge.models.spans import tokenizer_of
+
+        with one_sentence(alone):
+            kept = {
+                (each.label, keep): calibrated(lm, tokenizer_of(lm), each, keep, depth, tokens=context)
+                for each in methods
+                if isinstance(each, Reducer)
+                for keep in keeps
+            }
     with progress() as bar, one_sentence(alone):
         task = bar.add_task("measuring", total=len(documents) * (1 + len(methods) * len(keeps)))
 
         def advance(label: str) -> None:
             bar.update(task, advance=1, description=Path(label).name)
 
-        found = measure(lm, documents, methods, keeps, layer=depth, advance=advance)
-    by_label, whole = {method.label: method for method in methods}, Prefix(min_tokens=0)
+        found = measure(
+            lm, documents, methods, keeps, layer=depth, advance=advance,
+            budget=lambda reducer, keep: kept[reducer.label, keep],
+        )  # fmt: skip
+    whole = Prefix(min_tokens=0)
     for row in found.rows:
-        if row["reducer"] in by_label:
+        method = kept.get((row["reducer"], row["keep"]))
+        if method is not None:
             # A context is merged however short it is.
-            method = replace(by_label[row["reducer"]], keep=row["keep"])
             at: Any = {"cache": method} if isinstance(method, Evictor) else {"merge": (method, depth, whole)}
             row.update(record_of(at))
     found = found.about(
-        model=model, context=context, target=target, layer=layer or "default",
+        model=model, context=context, target=target, layer=layer or "default", budget=budget,
         documents=[document.name for document in documents], reducers={m.label: repr(m) for m in methods},
     )  # fmt: skip
     show_result(found, bench_report(found.rows, found.meta), out=out, json=json, records="documents")

@@ -32,11 +32,17 @@ VISION_REDUCERS: dict[str, type[Reducer]] = {
 VISUAL_TOKEN_REDUCERS: dict[str, type[Reducer]] = VISION_REDUCERS | {TrimTokenator.name: TrimTokenator}
 """Every untrained reducer for the visual tokens that a language model is given, where the question is known too."""
 
+PRESETS = ("paper",)
+"""Ways to make a reducer that have a name; each is a class method of those that have it."""
+
 PLACES = {"text": REDUCERS, "vision": VISION_REDUCERS, "visual": VISUAL_TOKEN_REDUCERS}
 
 
 def make_reducer(name: str, *, place: str = "text", **settings: Any) -> Reducer:
     """A reducer by name, with its settings; ``name`` may carry some itself: ``"quickmerge:recency=0.5:pool=31"``.
+
+    The setting ``preset`` names a way to make one, such as ``"quickmerge:preset=paper"`` for `QuickMerge.paper`; other
+    settings stand in place of the preset's.
 
     Args:
         name: one of `REDUCERS`, of `VISION_REDUCERS` or of `VISUAL_TOKEN_REDUCERS`.
@@ -55,7 +61,9 @@ def make_reducer(name: str, *, place: str = "text", **settings: Any) -> Reducer:
     name, *parts = name.split(":")
     if name not in table:
         raise UnknownReducerError(f"reducer must be one of {', '.join(table)}, got {name!r}{near_match(name, table)}")
-    allowed = [f.name for f in fields(table[name]) if f.name != "keep"]
+    kind = table[name]
+    presets = [preset for preset in PRESETS if hasattr(kind, preset)]
+    allowed = [*(f.name for f in fields(kind) if f.name != "keep"), *(["preset"] if presets else [])]
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals or key not in allowed:
@@ -64,7 +72,13 @@ def make_reducer(name: str, *, place: str = "text", **settings: Any) -> Reducer:
                 f"got {part!r}{near_match(key, allowed)}"
             )
         settings[key] = _value(value)
-    return table[name](**settings)
+    preset = settings.pop("preset", None)
+    if preset is None:
+        return kind(**settings)
+    if preset not in presets:
+        raise QuickmergeError(f"preset must be one of {', '.join(presets) or '(none)'} for {name}, got {preset!r}")
+    made: Reducer = getattr(kind, preset)(**settings)
+    return made
 
 
 def _value(text: str) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -14,9 +15,16 @@ from quickmerge.merge.cache.evictor import as_share
 from quickmerge.merge.reducers.base import Needs, Reducer, key_bias, mean_attention, voters
 from quickmerge.merge.reducers.tofu import OPERATORS, mlerp
 from quickmerge.merge.reducers.tome import match_down, mean_key
-from quickmerge.merge.tokens.budget import fixed_count, how_many, select
-from quickmerge.merge.tokens.plan import MergePlan, next_anchor
-from quickmerge.merge.tokens.saliency import attention_norm, bidirectional_attention, lift, pool, times_value_norm
+from quickmerge.merge.tokens.budget import Budget, Entropy, as_budget, fixed_count, how_many, select
+from quickmerge.merge.tokens.plan import MergePlan, next_anchor, within_width
+from quickmerge.merge.tokens.saliency import (
+    attention_entropy,
+    attention_norm,
+    bidirectional_attention,
+    lift,
+    pool,
+    times_value_norm,
+)
 from quickmerge.merge.tokens.view import TokenView
 
 NEAREST_SHARE = 1 / 8
@@ -29,6 +37,27 @@ VOTERS_BEHIND = 64
 """Voters of a chunk in ``block_causal`` mode, where no question is known and all of the window behind it may ask."""
 
 SPANS = ("auto", "line", "word", "none")
+
+MEASURES = ("norm", "entropy", "focus")
+"""What saliency is: the attention norm, how widely a token attends, or how narrowly."""
+
+ALL = sys.maxsize
+"""As many voters as there are tokens."""
+
+MASS, FLOOR = "mass", 1e-5
+"""Members of a slot weigh what their saliency is of the largest in the row, and this at least."""
+
+WIDTH = 16
+"""Tokens of a slot at most, by the paper's preset."""
+
+TYPICAL = 0.8633
+"""``exp H / N`` of the preset's saliency, mean over windows of 1,024 tokens of the shipped document, SmolLM2-135M."""
+
+TYPICAL_PATCHES = 0.78
+"""The same of patches in the middle block of ViT-S/14, mean over 16 images; 0.84 in block 2 and 0.38 in block 8."""
+
+FIRST_OF_MEAN = 22 / 17.75
+"""What the first of the default's merges leaves, against the mean over all blocks from it on (see `Schedule`)."""
 
 
 @dataclass(frozen=True)
@@ -47,39 +76,51 @@ class QuickMerge(Reducer):
     Args:
         keep: share of the tokens kept, or a budget such as `Entropy`.
         layers: how many blocks below the merge are probed.
-        window: how many of the last tokens vote by their attention. None: 16 of a prompt, and in ``block_causal`` mode
-            the 64 behind a chunk.
+        window: how many of the last tokens vote by their attention, or ``"all"``. None: 16 of a prompt, and in
+            ``block_causal`` mode the 64 behind a chunk.
         nearest: votes count only for tokens at least this far before the voter (but at most an eighth of the row).
             Attention is mostly to close tokens, which are kept for being recent anyway; without the limit it would
             spend the rest of the budget on them too.
         pool: neighbourhood, in tokens, that a salient token lifts with it; odd.
         recency: share of the kept tokens that are kept for being the most recent, in [0, 1].
         merge: share of a merged token against its anchor's 1; 0 drops instead of merging.
+            ``"mass"``: the members of a slot, its anchor too, weigh as much as their saliency.
         spans: ``"line"`` (a line or sentence, of about 32 tokens at most), ``"word"`` or ``"none"``; ``"auto"``: lines,
             where a tokenizer tells the text of the tokens, in prefix mode.
         cache: share of the entries that the cache holds when the prompt has been read, in (0, 1]; entries of every
             layer and key head leave it until then, by `quickmerge.ObservedAttention`. None: what the merge leaves.
+        measure: ``"norm"``, the attention norm; or ``"entropy"``, how widely a token itself attends, the entropy of its
+            attention over the largest possible, mean over the layers and heads; or ``"focus"``, 1 less that. The
+            public code of the paper has both signs. Nobody votes then, and ``window`` and ``nearest`` play no part.
+        width: tokens that merge into a slot at most; runs that are longer have further slots, within the budget. None:
+            as many as there are.
+        proportional: attention above the merge adds log(size) to the scores of a slot.
     """
 
     layers: int = 2
-    window: int | None = None
+    window: int | str | None = None
     nearest: int = 64
     pool: int = 15
     recency: float = 0.7
-    merge: float = 0.1
+    merge: float | str = 0.1
     spans: str = "auto"
     cache: float | None = None
+    measure: str = "norm"
+    width: int | None = None
+    # A default of the class for others, a setting of each object here.
+    proportional: bool = field(default=False, kw_only=True)  # type: ignore[misc]
     name: ClassVar[str] = "quickmerge"
     source: ClassVar[str] = "arXiv 2508.13204"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("layers", "pool", *(["window"] if self.window is not None else [])):
+        given = ["window"] * (self.window not in (None, "all")) + ["width"] * (self.width is not None)
+        for name in ("layers", "pool", *given):
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         object.__setattr__(self, "nearest", whole_number("nearest", self.nearest, 0))
         if self.pool % 2 == 0:
             raise ValueError(f"pool must be odd, got {self.pool}")
-        for name in ("recency", "merge"):
+        for name in ("recency", *(["merge"] if self.merge != MASS else [])):
             value = getattr(self, name)
             if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 <= value <= 1):
                 raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
@@ -88,10 +129,39 @@ class QuickMerge(Reducer):
         if self.spans not in SPANS:
             hint = near_match(str(self.spans), SPANS)
             raise ValueError(f"spans must be one of {', '.join(SPANS)}, got {self.spans!r}{hint}")
+        if self.measure not in MEASURES:
+            hint = near_match(str(self.measure), MEASURES)
+            raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {self.measure!r}{hint}")
+        if not isinstance(self.proportional, bool):
+            raise ValueError(f"proportional must be True or False, got {self.proportional!r}")
+
+    @classmethod
+    def paper(cls, keep: float | Budget = 0.42, **settings: Any) -> Self:
+        """QuickMerge++ as it is published, as far as that is known: no text of its method section is at hand.
+
+        Its abstract names attention-norm saliency, an entropy budget and norm-preserving merging into few tokens, and
+        its public code weights members by their saliency. So here every token votes about all before it, nothing is
+        kept for being recent or for the span it is in, slots are runs of at most 16 tokens that end at a salient one,
+        members weigh what their saliency is, and log(size) is added in attention.
+
+        Args:
+            keep: a budget; or the mean share of tokens that the blocks above read, by an `Entropy` budget whose scale
+                was measured for SmolLM2-135M and prompts of about 1,024 tokens. For another model or length
+                `quickmerge.merge.calibrate.calibrated` measures it.
+            **settings: in place of the preset's.
+        """
+        if isinstance(keep, (int, float)):
+            as_budget(keep)
+            keep = Entropy(scale=keep * FIRST_OF_MEAN / TYPICAL)
+        preset: dict[str, Any] = {
+            "window": "all", "nearest": 0, "pool": 1, "recency": 0.0, "merge": MASS, "spans": "none", "width": WIDTH,
+            "proportional": True,
+        }  # fmt: skip
+        return cls(keep=keep, **{**preset, **settings})
 
     @property
     def needs(self) -> Needs:  # noqa: D102
-        rows = VOTERS if self.window is None else self.window
+        rows = VOTERS if self.window is None else self._window(VOTERS) if self.measure == "norm" else ALL
         return Needs(self.layers, rows, spans=None if self.spans == "none" else self.spans)
 
     def check(self, model: Any, layers: tuple[int, ...], mode: str) -> None:
@@ -101,11 +171,20 @@ class QuickMerge(Reducer):
 
     def saliency(self, view: TokenView) -> Tensor:
         """``(B, N)`` pooled attention norm, and where spans are known the largest in each."""
-        nearest = (view.length * NEAREST_SHARE).long().clamp_max(self.nearest)
-        window = self.window or (VOTERS if view.latest else VOTERS_BEHIND)
-        measure = partial(attention_norm, window=window, nearest=nearest)
-        pooled = pool(mean_attention(view, measure), view.valid, self.pool)
+        bias = key_bias(view, True) if self.proportional else None
+        if self.measure == "norm":
+            nearest = (view.length * NEAREST_SHARE).long().clamp_max(self.nearest)
+            window = self._window(VOTERS if view.latest else VOTERS_BEHIND)
+            plain = mean_attention(view, partial(attention_norm, window=window, nearest=nearest, bias=bias))
+        else:
+            plain = mean_attention(view, partial(attention_entropy, bias=bias))
+            plain = plain if self.measure == "entropy" else 1 - plain
+        pooled = pool(plain, view.valid, self.pool)
         return pooled if self.spans == "none" or view.group is None else lift(pooled, view.group, view.valid)
+
+    def _window(self, usual: int) -> int:
+        """How many tokens vote, where ``usual`` do if nothing is said."""
+        return usual if self.window is None else ALL if isinstance(self.window, str) else self.window
 
     def recent(self, view: TokenView, count: Tensor) -> Tensor:
         """``(B, N)`` bool: the most recent tokens, the share ``recency`` of the ``count (B,)`` kept ones.
@@ -121,18 +200,36 @@ class QuickMerge(Reducer):
         recent = view.counted & (_from_the_end(view.counted) <= most)
         return recent & (view.protected | (_from_the_end(view.free) <= places))
 
-    def merge_into(self, view: TokenView, anchor: Tensor) -> MergePlan:
-        """The plan that keeps the tokens ``anchor (B, N)`` and merges each other one into the next of them."""
+    def merge_into(self, view: TokenView, anchor: Tensor, saliency: Tensor | None = None) -> MergePlan:
+        """The plan that keeps the tokens ``anchor (B, N)`` and merges each other one into the next of them.
+
+        ``saliency (B, N)`` is what members weigh with ``merge="mass"``.
+        """
         if self.merge == 0:
             return MergePlan.from_anchors(view, anchor)
-        share = torch.where(anchor, 1.0, float(self.merge))
+        if isinstance(self.merge, str):
+            saliency = self.saliency(view) if saliency is None else saliency
+            share = relative_mass(saliency)
+        else:
+            share = torch.where(anchor, 1.0, float(self.merge))
         return MergePlan.from_anchors(view, anchor, next_anchor(view, anchor), share)
 
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
         saliency = self.saliency(view)
         count = self.budget.count(view, saliency)
         score = torch.where(self.recent(view, count), torch.inf, saliency)
-        return self.merge_into(view, select(score, count, view))
+        if self.width is None:
+            return self.merge_into(view, select(score, count, view), saliency)
+        return self.merge_into(view, within_width(view, score, count, self.width), saliency)
+
+
+def relative_mass(saliency: Tensor) -> Tensor:
+    """``(B, N)`` positive: what each token weighs in its slot, ``m_j = s_j / max s + 1e-5``, equal where all are zero.
+
+    The small constant is that of the paper's public code; it keeps a slot of tokens without any saliency a mean.
+    """
+    largest = saliency.amax(-1, keepdim=True)
+    return saliency / torch.where(largest > 0, largest, 1.0) + FLOOR
 
 
 def _from_the_end(mask: Tensor) -> Tensor:
@@ -162,13 +259,15 @@ class QuickMergeVision(Reducer):
     Args:
         keep: share of the tokens kept, or a budget such as `Entropy`, which may keep more of one image than of another.
         alpha: how much saliency counts, of at least 0; at 0 similarity alone decides, as in ToMe.
-        votes: how many patches vote beside the prefix.
+        votes: how many patches vote beside the prefix, or ``"all"``.
         operator: ``"mlerp"``, or ``"average"`` for the mean as it is.
+        weights: what members weigh in their slot: ``"size"``, or ``"mass"``, their saliency.
     """
 
     alpha: float = 0.25
-    votes: int = 32
+    votes: int | str = 32
     operator: str = "mlerp"
+    weights: str = "size"
     name: ClassVar[str] = "quickmerge"
     source: ClassVar[str] = "arXiv 2508.13204"
     proportional: ClassVar[bool] = True
@@ -177,13 +276,35 @@ class QuickMergeVision(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         number_at_least("alpha", self.alpha, 0)
-        object.__setattr__(self, "votes", whole_number("votes", self.votes))
+        if self.votes != "all":
+            object.__setattr__(self, "votes", whole_number("votes", self.votes))
+        if self.weights not in ("size", MASS):
+            raise ValueError(f"weights must be one of size, mass, got {self.weights!r}")
         if self.operator not in OPERATORS:
             raise ValueError(f"operator must be one of {', '.join(OPERATORS)}, got {self.operator!r}")
 
     @property
     def needs(self) -> Needs:  # noqa: D102
-        return Needs(1, self.votes + 1, frozenset({"key", "norm"}))
+        return Needs(1, self._voters + 1, frozenset({"key", "norm"}))
+
+    @classmethod
+    def paper(cls, keep: float | Budget = 0.42, **settings: Any) -> Self:
+        """QuickMerge++ as it is published, as far as that is known; see `QuickMerge.paper`.
+
+        Every patch votes, and members weigh what their saliency is.
+
+        Args:
+            keep: a budget; or a share, by an `Entropy` budget whose scale was measured for ViT-S/14.
+            **settings: in place of the preset's.
+        """
+        if isinstance(keep, (int, float)):
+            as_budget(keep)
+            keep = Entropy(scale=keep / TYPICAL_PATCHES)
+        return cls(keep=keep, **{"votes": "all", "operator": "average", "weights": MASS, **settings})
+
+    @property
+    def _voters(self) -> int:
+        return ALL - 1 if isinstance(self.votes, str) else self.votes
 
     @torch.no_grad()
     def saliency(self, view: TokenView) -> Tensor:
@@ -197,21 +318,23 @@ class QuickMergeVision(Reducer):
         if not view.evidence.attention:
             raise ValueError(f"attention must hold the trace of the view's block for {self.name}, got none")
         trace = view.evidence.attention[-1]
-        received = bidirectional_attention(trace, voters(view, self.votes), key_bias(view, True), moment=2)
+        received = bidirectional_attention(trace, voters(view, self._voters), key_bias(view, True), moment=2)
         added = times_value_norm(received, trace.value)
         return torch.where(view.valid, added.mean(1), 0.0)
 
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
         metric, count = mean_key(view, self.name), fixed_count(self.budget, view)
-        if self.alpha == 0 and count is not None:
+        by_size = self.weights == "size"
+        if self.alpha == 0 and count is not None and by_size:
             return match_down(view, metric, count)
         saliency = self.saliency(view)
         left = how_many(self.budget, view, saliency)
+        share = None if by_size else relative_mass(saliency)
         if self.alpha == 0:
-            return match_down(view, metric, left)
+            return match_down(view, metric, left, share=share)
         # On a scale of its own, so that no power of it vanishes.
         relative = saliency / saliency.amax(-1, keepdim=True).clamp_min(torch.finfo(saliency.dtype).tiny)
-        return match_down(view, metric, left, saliency=relative, power=self.alpha)
+        return match_down(view, metric, left, share=share, saliency=relative, power=self.alpha)
 
     def combine(self, view: TokenView, plan: MergePlan, x: Tensor) -> Tensor:
         """The mean of each slot's members by size, scaled to the norm of the longest; one member is a copy."""

@@ -122,6 +122,18 @@ def _distribution(view: TokenView, saliency: Tensor | None, who: str) -> Tensor:
     return torch.where(total > 0, mass / total.clamp_min(torch.finfo(torch.float64).tiny), flat)
 
 
+def effective_tokens(view: TokenView, saliency: Tensor | None, who: str = "Entropy") -> Tensor:
+    """``exp H(p) (B,)`` with ``p = saliency / sum(saliency)``: how many tokens a row's saliency effectively is of.
+
+    From 1, all on one token, to the number of tokens that are counted, the same on each.
+
+    Raises:
+        ValueError: if there is no saliency; ``who`` is the budget that the message names.
+    """
+    entropy: Tensor = torch.special.entr(_distribution(view, saliency, who)).sum(-1)
+    return entropy.exp()
+
+
 @dataclass(frozen=True)
 class Entropy:
     """Entropy budget: a row whose saliency is spread over many tokens keeps more of them.
@@ -149,9 +161,39 @@ class Entropy:
         if self.low > self.high:
             raise ValueError(f"low must not exceed high, got low={self.low!r} and high={self.high!r}")
 
+    @classmethod
+    def calibrated(cls, share: float, spread: Sequence[float], low: float = 0.05, high: float = 1.0) -> Entropy:
+        """The budget that keeps the share ``share`` of some texts on average, and of each more or less than that.
+
+        ``mean_i min(high, max(low, scale spread_i)) = share``, by bisection; the scale is a plain number.
+
+        Args:
+            share: in [low, high].
+            spread: ``exp H(p) / N`` of each text, see `effective_tokens`; positive.
+            low: least share of a text.
+            high: largest share of a text.
+
+        Raises:
+            ValueError: if the share is out of range, or there is no spread or one that is not positive.
+        """
+        bounds = cls(1.0, low, high)
+        _share("share", share)
+        if not low <= share <= high:
+            raise ValueError(f"share must lie between low={low!r} and high={high!r}, got {share!r}")
+        if not spread or not all(math.isfinite(each) and each > 0 for each in spread):
+            raise ValueError(f"spread must be positive numbers, one at least, got {list(spread)!r:.80}")
+
+        def mean(scale: float) -> float:
+            return math.fsum(min(bounds.high, max(bounds.low, scale * each)) for each in spread) / len(spread)
+
+        below, above = 0.0, bounds.high / min(spread)
+        for _ in range(200):
+            middle = (below + above) / 2
+            below, above = (middle, above) if mean(middle) < share else (below, middle)
+        return cls(above, low, high)
+
     def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
-        p = _distribution(view, saliency, "Entropy")
-        effective = torch.special.entr(p).sum(-1).exp()
+        effective = effective_tokens(view, saliency, "Entropy")
         length = view.counted_length.double()
         wanted = torch.minimum(torch.maximum(self.scale * effective, self.low * length), self.high * length)
         return clamp_count(round_half_up(wanted), view)

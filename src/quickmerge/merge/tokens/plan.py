@@ -280,6 +280,51 @@ def next_anchor(view: TokenView, anchor: Tensor) -> Tensor:
     return torch.where(view.valid & (ahead < n), ahead, -1)
 
 
+def within_width(view: TokenView, score: Tensor, count: Tensor, width: int) -> Tensor:
+    """The anchors of groups of bounded width: ``(B, N)`` bool, ``count (B,)`` in each row.
+
+    The free tokens of a row, in order, are cut into runs, each of which ends at an anchor and has ``width`` tokens at
+    most. Anchors are the best-scoring tokens, the last free one, and within what is longer than ``width`` between two
+    of these every ``width``-th token to the left of an anchor. Each further best-scoring token makes no or one slot
+    more, so that there is a number of them with which ``count`` is met to the token. Where a count allows fewer slots
+    than ``width`` takes, groups are twice as wide, and so on.
+
+    Args:
+        view: the tokens. Protected ones are anchors, which ``count`` includes.
+        score: ``(B, N)``; ties go to the earlier token.
+        count: at least the protected tokens and at most the valid ones.
+        width: at least 1.
+    """
+    free = view.free
+    b, n = free.shape
+    total = free.sum(-1)
+    wanted = (count - (view.valid & view.protected).sum(-1)).clamp_min(0)
+    order = torch.where(free, score.to(torch.promote_types(score.dtype, torch.float32)), -torch.inf)
+    order = order.argsort(dim=-1, descending=True, stable=True)
+    # A score may be -inf too: free tokens come first whatever theirs is.
+    order = order.gather(1, free.long().gather(1, order).argsort(dim=-1, descending=True, stable=True))
+    place = torch.arange(n, device=free.device).expand(b, n)
+    rank = torch.empty_like(order).scatter_(1, order, place)
+    number = free.long().cumsum(-1)
+    last = free & (number == total[:, None])
+
+    def anchors(best: Tensor, wide: Tensor) -> Tensor:
+        ends = free & ((rank < best[:, None]) | last)
+        ahead = torch.where(ends, number, n).flip(1).cummin(1).values.flip(1)
+        return free & ((ahead - number) % wide[:, None] == 0) & (wanted > 0)[:, None]
+
+    wide, none = torch.full_like(total, width), torch.zeros_like(total)
+    for _ in range(max(1, n).bit_length()):
+        wide = torch.where(anchors(none, wide).sum(-1) > wanted, 2 * wide, wide)
+    # The largest number of best tokens that the count has room for.
+    low, high = none, wanted
+    for _ in range(max(1, n).bit_length()):
+        middle = (low + high + 1) // 2
+        fits = anchors(middle, wide).sum(-1) <= wanted
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
+    return anchors(low, wide) | (view.valid & view.protected)
+
+
 def bipartite_matching(metric: Tensor, open_: Tensor, remove: Tensor, weight: Tensor | None = None) -> Tensor:
     """ToMe's matching (arXiv 2210.09461): alternate tokens form two sets, the closest pairs merge.
 

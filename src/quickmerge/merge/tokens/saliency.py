@@ -30,16 +30,17 @@ class AttentionTrace:
     window: int | None = None
 
 
-def _probabilities(trace: AttentionTrace, rows: Tensor, valid: Tensor, position: Tensor) -> Tensor:
-    """Attention of the chosen query rows.
+def _logits(trace: AttentionTrace, rows: Tensor, valid: Tensor, position: Tensor, bias: Tensor | None) -> Tensor:
+    """Log-probabilities of attention of the chosen query rows.
 
     Args:
         trace: one layer.
         rows: ``(B, w)`` indices of query rows.
         valid, position: ``(B, N)``, as in TokenView.
+        bias: ``(B, N)``, what the model adds to the scores of each key, such as log(size); None for nothing.
 
     Returns:
-        ``(B, G, H/G, w, N)`` probabilities in float32 (float64 if the trace is); zero in rows that see nothing.
+        ``(B, G, H/G, w, N)`` in float32 (float64 if the trace is); -inf for keys that a row doesn't see.
     """
     b, h, n, d = trace.query.shape
     g = trace.key.shape[1]
@@ -48,13 +49,15 @@ def _probabilities(trace: AttentionTrace, rows: Tensor, valid: Tensor, position:
     query = trace.query.gather(2, pick).to(dtype).view(b, g, (h // g) * rows.shape[1], d)
     scores = (query * trace.scaling) @ trace.key.to(dtype).transpose(-1, -2)
     scores = scores.view(b, g, h // g, rows.shape[1], n)
+    if bias is not None:
+        scores = scores + bias.to(dtype)[:, None, None, None]
     index = torch.arange(n, device=rows.device)
     seen = (index <= rows[..., None]) & valid[:, None, :]
     if trace.window is not None:
         seen = seen & (position.gather(1, rows)[..., None] - position[:, None, :] < trace.window)
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-    # A padding row sees nothing: its log-sum-exp is -inf and its probabilities are set to zero, not NaN.
-    return (scores - scores.logsumexp(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)).exp_()
+    # A padding row sees nothing: its log-sum-exp is -inf and its probabilities become zero, not NaN.
+    return scores - scores.logsumexp(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)
 
 
 def last_rows(valid: Tensor, window: int) -> tuple[Tensor, Tensor]:
@@ -89,6 +92,7 @@ def received_attention(
     window: int,
     moment: int = 1,
     nearest: int | Tensor = 0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention that each token receives from the last ``window`` tokens of its row.
 
@@ -101,6 +105,7 @@ def received_attention(
         moment: m; 1 is the mean, 2 the root mean square, which heeds a token that few rows need much.
         nearest: count only votes for tokens at least this many positions before the voter; ``(B,)`` for a number
             of its own for each row. Probabilities stay those of the whole attention row.
+        bias: ``(B, N)``, what the model adds to the scores of each key, such as log(size) of slots.
 
     Returns:
         ``(B, H, N)``, zero for padding; with ``moment=1`` and ``nearest=0`` it sums to one over the tokens of a row.
@@ -109,7 +114,7 @@ def received_attention(
     scored, take it inside finished chunks only.
     """
     rows, real = last_rows(valid, window)
-    return attention_from(trace, torch.where(real, rows, -1), valid, position, moment, nearest)
+    return attention_from(trace, torch.where(real, rows, -1), valid, position, moment, nearest, bias)
 
 
 def attention_from(
@@ -119,6 +124,7 @@ def attention_from(
     position: Tensor,
     moment: int = 1,
     nearest: int | Tensor = 0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention that each token receives from chosen tokens of its row, in a causal model.
 
@@ -135,7 +141,7 @@ def attention_from(
     total = trace.query.new_zeros(b, g, h // g, n, dtype=torch.promote_types(trace.query.dtype, torch.float32))
     for start in range(0, rows.shape[1], BLOCK):
         part = slice(start, start + BLOCK)
-        probs = _probabilities(trace, rows[:, part], valid, position)
+        probs = _logits(trace, rows[:, part], valid, position, bias).exp_()
         if near is not None:
             distance = position.gather(1, rows[:, part])[..., None] - position[:, None, :]
             probs = probs.masked_fill_((distance < near)[:, None, None], 0)
@@ -153,6 +159,7 @@ def attention_norm(
     window: int,
     moment: int = 2,
     nearest: int | Tensor = 0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Size of what each token contributes to the outputs of the last ``window`` tokens, ``(B, H, N)``.
 
@@ -160,7 +167,33 @@ def attention_norm(
     the vectors that the token adds to those outputs. This is the attention-norm magnitude that QuickMerge++
     (arXiv 2508.13204) keeps tokens by. Arguments as for `received_attention`.
     """
-    return times_value_norm(received_attention(trace, valid, position, window, moment, nearest), trace.value)
+    return times_value_norm(received_attention(trace, valid, position, window, moment, nearest, bias), trace.value)
+
+
+def attention_entropy(trace: AttentionTrace, valid: Tensor, position: Tensor, bias: Tensor | None = None) -> Tensor:
+    """How widely each token attends, ``(B, H, N)`` in [0, 1]: the entropy of its attention over the largest possible.
+
+    ``h_hi = -sum_j p_hij log p_hij / log n_i`` for the n_i tokens that token i sees, and 0 where it sees itself alone.
+    Without the division the entropy mostly tells the position, being at most ``log n_i``. It looks at no later token.
+    (The saliency in the public code of QuickMerge++, arXiv 2508.13204, there of unprojected hidden states.)
+
+    Args:
+        trace: one layer.
+        valid, position: ``(B, N)``, as in TokenView.
+        bias: as for `received_attention`.
+
+    Returns:
+        ``(B, H, N)``, zero for padding.
+    """
+    b, n = valid.shape
+    parts = []
+    for start in range(0, n, BLOCK):
+        rows = torch.arange(start, min(start + BLOCK, n), device=valid.device).expand(b, -1)
+        log = _logits(trace, rows, valid, position, bias)
+        probs, sees = log.exp(), (log > -torch.inf).sum(-1)
+        entropy = -(probs * torch.where(probs > 0, log, 0.0)).sum(-1)
+        parts.append((entropy / sees.clamp_min(2).to(entropy.dtype).log()).clamp_(0, 1).flatten(1, 2))
+    return torch.where(valid[:, None], torch.cat(parts, -1), 0.0)
 
 
 def times_value_norm(received: Tensor, value: Tensor) -> Tensor:
