@@ -126,6 +126,28 @@ def teach(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def test_bench_gives_an_entropy_budget_a_mean_share(run, tiny_folder, text, tmp_path) -> None:
+    teach(tiny_folder)
+    given = ["bench", "--model", tiny_folder, "--text", text, "--reducer", "quickmerge:preset=paper", "--context", 60,
+             "--target", 20, "--layer", 1]  # fmt: skip
+    code, _, err = run(*given, "--budget", "entropy:0.6", "--json", tmp_path / "rows.json")
+    assert code == 0, err
+    found = json.loads((tmp_path / "rows.json").read_text())
+    (row,) = found["rows"]
+    kept = row["recipe"]["merge"]["reducer"]["keep"]
+    assert row["keep"] == 0.6 and found["meta"]["budget"] == "entropy" and kept["type"] == "Entropy"
+    assert kept["scale"] > 0 and 20 < row["tokens_kept"] < 60
+    for budget, more, message in [
+        ("entropi", [], r"--budget must be one of share, entropy, got 'entropi' .did you mean 'entropy'"),
+        ("entropy:2", [], r"--keep must be a number in .0, 1., got 2"),
+        ("entropy:0.4", ["--keep", 0.3], "--keep must be left out where --budget names a share, got 0.3"),
+    ]:
+        code, _, err = run(*given, "--budget", budget, *more)
+        assert code == 2 and re.search(message, err), err
+    code, _, err = run(*given[:5], "--budget", "entropy", "--recipe", tmp_path)
+    assert code == 2 and "--budget can't be used with --recipe" in err
+
+
 def test_bench_writes_rows(run, tiny_folder, text, tmp_path) -> None:
     teach(tiny_folder)
     code, _, err = run("bench", "--model", tiny_folder, "--text", text, "--reducer", "quickmerge,random", "--keep",
