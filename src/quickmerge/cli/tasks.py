@@ -26,7 +26,7 @@ from quickmerge.console.options import (
     read_text,
 )
 from quickmerge.errors import QuickmergeError, near_match
-from quickmerge.merge.cli.options import add_prior, parse_reducer
+from quickmerge.merge.cli.options import add_prior, parse_method, parse_reducer
 from quickmerge.recipe.options import check_alone, given_names, load_recipe
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def _ways(
     reducer: str | None, keep: str | None, layer: str | None, prior: str | None, recipes: list[str]
 ) -> dict[str, Recipe]:
     """What is compared, by what tables call it: every reducer at every keep, and recipes."""
+    from quickmerge.merge.cache import Evictor
     from quickmerge.merge.place import Merge
     from quickmerge.merge.text.modes import Prefix
     from quickmerge.recipe import Recipe
@@ -143,14 +144,19 @@ def _ways(
         check_alone(recipes[0], given_names({"--keep": keep, "--layer": layer, "--prior": prior}))
         return found
     keeps, depth = parse_keeps(keep or KEEPS), parse_layer(layer)
-    methods = [parse_reducer(name.strip(), keeps[0]) for name in (reducer or METHODS).split(",")]
+    methods = [parse_method(name.strip(), keeps[0]) for name in (reducer or METHODS).split(",")]
     if prior is not None:
         methods.append(add_prior(parse_reducer("quickmerge", keeps[0]), prior))
     for share in keeps:
         for method in methods:
             # A prompt is reduced however short it is.
             with one_sentence():
-                made = Recipe(merge=Merge(replace(method, keep=share), depth, Prefix(min_tokens=0)))
+                each = replace(method, keep=share)
+                made = (
+                    Recipe(cache=each)
+                    if isinstance(each, Evictor)
+                    else Recipe(merge=Merge(each, depth, Prefix(min_tokens=0)))
+                )
             found[f"{method.label} {share:g}"] = made
     return found
 
