@@ -131,6 +131,7 @@ def _ways(
     """What is compared, by what tables call it: every reducer at every keep, and recipes."""
     from quickmerge.merge.cache import Evictor
     from quickmerge.merge.place import Merge
+    from quickmerge.merge.reducers import Reducer
     from quickmerge.merge.text.modes import Prefix
     from quickmerge.recipe import Recipe
 
@@ -151,11 +152,11 @@ def _ways(
         for method in methods:
             # A prompt is reduced however short it is.
             with one_sentence():
-                each = replace(method, keep=share)
+                way: Reducer | Evictor = replace(method, keep=share)
                 made = (
-                    Recipe(cache=each)
-                    if isinstance(each, Evictor)
-                    else Recipe(merge=Merge(each, depth, Prefix(min_tokens=0)))
+                    Recipe(cache=way)
+                    if isinstance(way, Evictor)
+                    else Recipe(merge=Merge(way, depth, Prefix(min_tokens=0)))
                 )
             found[f"{method.label} {share:g}"] = made
     return found
