@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizer_samples import byte_level
 
 import quickmerge as qm
+from quickmerge.merge.cache import KVzip, SnapKV
 from quickmerge.models.chat import around_document, document_chat
 
 TEMPLATE = (
@@ -28,6 +29,9 @@ RECIPES: dict[str, Any] = {
     "twice": qm.Recipe(merge=qm.Merge(qm.ToMe(keep=0.4), [1, 3], SHORT)),
     "chunks": qm.Recipe(merge=qm.Merge(qm.QuickMerge(keep=0.4), 0, qm.BlockCausal(chunk=8, window=6))),
     "clusters": qm.Recipe(attention=qm.Multipole(budget=16, sink=2, interval=8, block=16)),
+    "evicted": qm.Recipe(cache=SnapKV(keep=0.4, min_tokens=0)),
+    "zipped": qm.Recipe(cache=KVzip(keep=0.4, min_tokens=0)),
+    "read twice": qm.Recipe(merge=qm.Merge(qm.GemFilter(keep=0.4, block=1), mode=SHORT)),
     "drafts": qm.Recipe(decoding=qm.PromptLookup(ngram=2)),
     "all": qm.Recipe(
         merge=MERGED, attention=qm.Multipole(budget=16, sink=2, interval=8, block=16),

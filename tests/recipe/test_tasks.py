@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 import quickmerge as qm
 from quickmerge.datasets.task_prompts import lay_out
 from quickmerge.datasets.tasks import TaskMaker
+from quickmerge.merge.cache import SnapKV
 from quickmerge.recipe.tasks import bench_tasks, tasks_report
 
 TEXTS = ("The river is wide here, and nobody came so late. " * 30,)
@@ -156,6 +157,21 @@ def test_other_settings_and_other_recipes_are_measured_anew(tmp_path: Path) -> N
     asked(model, recipes={"a": RECIPES["fewer"]}, about={"model": "b"}, **some)
     asked(model, recipes={"a": RECIPES["fewer"]}, **some)
     assert len(path.read_text().splitlines()) == 2 + 2 + 1 + 2
+
+
+@pytest.mark.parametrize("mode", ["last", "later"])
+def test_caches_that_are_made_smaller_are_measured_as_they_are(mode: str) -> None:
+    """Entries that leave the cache leave it in the rows, alone and beside merging."""
+    evictor = SnapKV(keep=0.3, min_tokens=0)
+    ways = {
+        "cache": qm.Recipe(cache=evictor), "both": qm.Recipe(merge=RECIPES["fewer"].merge, cache=evictor),
+        "twice": qm.Recipe(merge=qm.Merge(qm.GemFilter(keep=0.3, block=1), mode=SHORT)),
+    }  # fmt: skip
+    found = asked(tiny(), recipes=ways, mode=mode, format="bare", tasks=("needle",), seeds=[0])
+    _, cache, both, twice = found.rows
+    assert cache["cache_ratio"] == pytest.approx(0.3, abs=0.01) and cache["flops_ratio"] == 1
+    assert both["cache_ratio"] < 0.5 and both["flops_ratio"] < 1
+    assert twice["cache_ratio"] == pytest.approx(0.3, abs=0.01) and 0.3 < twice["flops_ratio"] < 1
 
 
 def test_the_report_names_every_way_and_task() -> None:
