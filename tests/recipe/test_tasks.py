@@ -169,7 +169,7 @@ def test_caches_that_are_made_smaller_are_measured_as_they_are(mode: str) -> Non
     }  # fmt: skip
     found = asked(tiny(), recipes=ways, mode=mode, format="bare", tasks=("needle",), seeds=[0])
     _, cache, both, twice = found.rows
-    assert cache["cache_ratio"] == pytest.approx(0.3, abs=0.01) and cache["flops_ratio"] == 1
+    assert cache["cache_ratio"] == pytest.approx(0.3, abs=0.01) and 1 < cache["flops_ratio"] < 1.2
     assert both["cache_ratio"] < 0.5 and both["flops_ratio"] < 1
     assert twice["cache_ratio"] == pytest.approx(0.3, abs=0.01) and 0.3 < twice["flops_ratio"] < 1
 
