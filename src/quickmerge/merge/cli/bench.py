@@ -88,7 +88,9 @@ def measure_text(
     if prior is not None:
         methods.append(add_prior(parse_reducer("quickmerge", keeps[0]), prior))
     if budget == "entropy" and (wrong := [each.name for each in methods if isinstance(each, Evictor)]):
-        raise QuickmergeError(f"--budget entropy is for methods that merge, got {wrong[0]}, which evicts from the cache")
+        raise QuickmergeError(
+            f"--budget entropy is for methods that merge, got {wrong[0]}, which evicts from the cache"
+        )
     depth = parse_layer(layer)
     lm, alone, documents = load_documents(text, model, context, target)
     kept: dict[tuple[str, float], Reducer | Evictor] = {
