@@ -281,3 +281,32 @@ def test_a_mask_with_holes_is_refused_where_text_is_merged() -> None:
     ):
         model(**inputs)
     assert text_of(model).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("visual", [None, Merge(qm.Attention(0.5), 0)], ids=["text", "both"])
+def test_spans_are_told_of_the_ids_that_are_left(family: str, visual: Merge | None) -> None:
+    """Words of one line are of one span, and each visual token is one of its own, wherever others have gone."""
+    from tokenizer_samples import byte_level
+
+    from quickmerge.models.spans import cut, pieces_of
+
+    shown: list[Any] = []
+
+    class Watching(qm.QuickMerge):
+        def plan(self, view: Any) -> Any:
+            shown.append(view)
+            return super().plan(view)
+
+    model = model_of(family)
+    inputs = row_of(model, ROWS, 1)
+    text = Merge(Watching(0.6), 2, Prefix(min_tokens=0, sinks=0, recent=1, tokenizer=byte_level()))
+    with reduce_places(model, text=text, visual=visual) as run, torch.no_grad():
+        model(**inputs)
+    (view,) = shown
+    ids = inputs["input_ids"][0, run.merges[0].position[0]] if visual is not None else inputs["input_ids"][0]
+    lines, shut = cut(pieces_of(ids.tolist(), byte_level()), "line"), view.protected[0].tolist()
+    told = view.group[0].tolist()
+    assert len(told) == len(lines) and run.summary().spans == "line"
+    for j in range(1, len(told)):
+        assert (told[j] == told[j - 1]) is (lines[j] == lines[j - 1] and shut[j] == shut[j - 1])
