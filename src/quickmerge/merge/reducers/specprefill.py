@@ -33,8 +33,8 @@ class SpecPrefill(Reread):
         chunk: tokens of a chunk, counted from the start of a prompt.
     """
 
-    layers: int = 8
-    window: int = 8
+    layers: int = 4
+    window: int = 16
     pool: int = 13
     chunk: int = 32
     name: ClassVar[str] = "specprefill"
