@@ -26,12 +26,13 @@ class ExpectedAttention(Evictor):
     Args:
         future: positions behind the prompt for which queries are expected.
         covariance: whether C counts, or the mean alone.
-        epsilon: weight that every entry has beside what is expected, of at least 0.
+        epsilon: weight that every entry has beside what is expected, of at least 0; where it is far above a mean
+            weight, ``1 / n``, values alone decide.
     """
 
     future: int = 512
     covariance: bool = True
-    epsilon: float = 0.02
+    epsilon: float = 0.0005
     name: ClassVar[str] = "expected"
     source: ClassVar[str] = "arXiv 2510.00636"
     unrotates: ClassVar[bool] = True
