@@ -12,6 +12,7 @@ so that a run goes on where it was stopped, and ``--shard 0/2`` and ``--shard 1/
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -202,10 +203,7 @@ def run_recovery(args: argparse.Namespace) -> None:
         model, tokenizer = load(name, dtype=torch.float32)
         folder = (args.documents or cache_folder(None) / "documents") / "test"
         paths = sorted(folder.rglob("*.txt"))
-        documents = [
-            split_document(tokenizer, path.read_text(encoding="utf-8"), path.stem, context=CONTEXT, target=TARGET, kind=path.parent.name)
-            for path in paths
-        ]  # fmt: skip
+        documents = [_document(tokenizer, path) for path in paths]
         if name != "smollm2-135m":
             documents = documents[::3]
         recipes = ways(model.config.num_hidden_layers, main=name != "smollm2-135m")
@@ -222,10 +220,13 @@ def run_recovery(args: argparse.Namespace) -> None:
                                               "context": CONTEXT, "target": TARGET})  # fmt: skip
 
 
+def _document(tokenizer: Any, path: Path) -> Document:
+    body = path.read_text(encoding="utf-8")
+    return split_document(tokenizer, body, path.stem, context=CONTEXT, target=TARGET, kind=path.parent.name)
+
+
 def _join(records: Records, path: Path, settings: Row) -> None:
     """Take over what another shard has measured."""
-    import json
-
     for line in path.read_text(encoding="utf-8").splitlines():
         held = json.loads(line)
         if held.pop("settings") == settings and records.get(held["document"], held["way"]) is None:
@@ -266,7 +267,7 @@ def run_tasks(args: argparse.Namespace) -> None:
                 found = bench_tasks(
                     model, tokenizer, maker, recipes, tasks=tasks, seeds=seeds, format=format, mode=mode,
                     records=args.work / f"tasks-{mode}-{format}.jsonl", about={"model": name},
-                    advance=lambda label: bar.update(task, advance=1, description=label),
+                    advance=lambda label, task=task: bar.update(task, advance=1, description=label),
                 )  # fmt: skip
             rows += [{"model": name, **row} for row in found.rows]
     if not args.only:
