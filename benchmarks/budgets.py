@@ -3,7 +3,7 @@
     python benchmarks/documents.py && python benchmarks/budgets.py
 
 Two parts, ``--part recovery`` and ``--part tasks``; all of them if none is named. Recovery is that of text that goes
-on, on the 36 held-out documents, in float32. Tasks are those that SmolLM2-135M can do (see docs/tasks.md), with new
+on, on 24 of the held-out documents, in float32. Tasks are those that SmolLM2-135M can do (see docs/tasks.md), with new
 seeds, in bfloat16: the question last in three formats, first, and later. Every measurement is written down as it comes,
 so that a run goes on where it was stopped, and ``--shard 0/2`` and ``--shard 1/2`` may run side by side; a run without
 ``--shard`` joins them. Writes benchmarks/results/budgets.json and budget_tasks.json.
@@ -58,45 +58,49 @@ def fast(keep: float, cache: float, depth: int) -> qm.Recipe:
     return text(qm.Attention(keep=keep, layers=1, window=8), depth // 2, cache=qm.SnapKV(keep=cache, **ALL))
 
 
-def caches(keep: float) -> dict[str, qm.Recipe]:
-    """Everything that leaves a share of the cache and merges nothing."""
-    methods = (
-        qm.ObservedAttention(keep, **ALL), qm.ObservedAttention(keep, average="sum", every=1, **ALL),
-        qm.ObservedAttention(keep, heads="adaptive", **ALL), qm.AttentionNorm(keep, **ALL), qm.SnapKV(keep, **ALL),
-        qm.ExpectedAttention(keep, **ALL), qm.LagKV(keep, **ALL), qm.KeyDiff(keep, **ALL), qm.KVzip(keep, **ALL),
-        qm.StreamingLLM(keep, **ALL),
+def caches(keep: float, few: bool = False) -> dict[str, qm.Recipe]:
+    """What leaves a share of the cache and merges nothing; ``few`` of these ways."""
+    methods: tuple[qm.Evictor, ...] = (
+        qm.ObservedAttention(keep, **ALL), qm.SnapKV(keep, **ALL), qm.ExpectedAttention(keep, **ALL),
+        qm.LagKV(keep, **ALL), qm.KVzip(keep, **ALL), qm.StreamingLLM(keep, **ALL),
     )  # fmt: skip
-    return {f"{method.label} {keep:g}": qm.Recipe(cache=method) for method in methods}
+    if not few:
+        methods += (
+            qm.ObservedAttention(keep, average="sum", every=1, **ALL), qm.ObservedAttention(keep, heads="adaptive", **ALL),
+            qm.AttentionNorm(keep, **ALL), qm.KeyDiff(keep, **ALL),
+        )  # fmt: skip
+    return {f"{_name(method)} {keep:g}": qm.Recipe(cache=method) for method in methods}
+
+
+def _name(method: qm.Evictor) -> str:
+    """What tables call a method: its settings, but for what is the same of all here."""
+    return ":".join(part for part in method.label.split(":") if not part.startswith("min_tokens"))
 
 
 def ways(depth: int, main: bool) -> dict[str, qm.Recipe]:
     """What recovery is measured of; ``main`` leaves out all but the first of each kind."""
-    found = {
-        "quickmerge 0.42": text(qm.QuickMerge(keep=0.42)),
-        "quickmerge 0.2": text(qm.QuickMerge(keep=0.2)),
+    found = {f"quickmerge {keep:g}": text(qm.QuickMerge(keep=keep)) for keep in (0.42, 0.2, 0.6)}
+    found |= {f"truncate {keep:g}": text(qm.Truncate(keep=keep)) for keep in (0.42, 0.2, 0.6)}
+    found |= {
         "quickmerge 0.42, cache 0.41": text(qm.QuickMerge(keep=0.42), cache=qm.ObservedAttention(0.41, **ALL)),
         "quickmerge 0.42, cache 0.3": text(qm.QuickMerge(keep=0.42), cache=qm.ObservedAttention(0.3, **ALL)),
         "quickmerge 0.2, cache 0.23": text(qm.QuickMerge(keep=0.2), cache=qm.ObservedAttention(0.23, **ALL)),
-        "truncate 0.42": text(qm.Truncate(keep=0.42)),
-        "truncate 0.2": text(qm.Truncate(keep=0.2)),
     }
     if main:
-        both = {
-            f"{m.label} 0.41": qm.Recipe(cache=m) for m in (qm.ObservedAttention(0.41, **ALL), qm.SnapKV(0.41, **ALL))
+        some = (qm.ObservedAttention(0.41, **ALL), qm.SnapKV(0.41, **ALL))
+        return {**found, **{f"{method.name} 0.41": qm.Recipe(cache=method) for method in some}}
+    for keep in (0.42, 0.2):
+        found |= {
+            f"quickmerge before spans {keep:g}": text(qm.QuickMerge(keep=keep, **OLD)),
+            f"quickmerge as published {keep:g}": text(qm.QuickMerge.paper(keep=keep)),
+            f"attention {keep:g}": text(qm.Attention(keep=keep)),
+            f"random {keep:g}": text(qm.Random(keep=keep)),
         }
-        return {**found, **both}
     return {
-        **found,
-        "quickmerge before spans 0.42": text(qm.QuickMerge(keep=0.42, **OLD)),
-        "quickmerge before spans 0.2": text(qm.QuickMerge(keep=0.2, **OLD)),
-        "quickmerge as published 0.42": text(qm.QuickMerge.paper(keep=0.42)),
-        "quickmerge as published 0.2": text(qm.QuickMerge.paper(keep=0.2)),
-        **caches(0.41),
-        **caches(0.57),
-        "gemfilter 0.41": text(qm.GemFilter(keep=0.41)),
-        "specprefill 0.41": text(qm.SpecPrefill(keep=0.41)),
+        **found, "tome 0.42": text(qm.ToMe(keep=0.42)), **caches(0.41), **caches(0.57, few=True),
+        "gemfilter 0.41": text(qm.GemFilter(keep=0.41)), "specprefill 0.41": text(qm.SpecPrefill(keep=0.41)),
         "fastkv 0.42, cache 0.41": fast(0.42, 0.41, depth),
-    }
+    }  # fmt: skip
 
 
 def task_ways(mode: str) -> dict[str, qm.Recipe]:
@@ -199,13 +203,14 @@ def recovery_rows(
 def run_recovery(args: argparse.Namespace) -> None:
     """Measure, and write what all shards have measured."""
     rows: list[Row] = []
+    each: list[Row] = []
     for name in args.model.split(","):
         model, tokenizer = load(name, dtype=torch.float32)
         folder = (args.documents or cache_folder(None) / "documents") / "test"
         paths = sorted(folder.rglob("*.txt"))
         documents = [_document(tokenizer, path) for path in paths]
-        if name != "smollm2-135m":
-            documents = documents[::3]
+        # Two of three of each kind; of another model one of three.
+        documents = [d for i, d in enumerate(documents) if (i % 3 if name == "smollm2-135m" else i % 3 == 0)]
         recipes = ways(model.config.num_hidden_layers, main=name != "smollm2-135m")
         settings = {"model": name, "context": CONTEXT, "target": TARGET, "dtype": "float32"}
         mine = Records(args.work / f"recovery-{args.shard.replace('/', '-')}.jsonl", settings, ("document", "way"))
@@ -215,8 +220,9 @@ def run_recovery(args: argparse.Namespace) -> None:
         part = _shard(documents, args.shard)
         measure_recovery(model, part, recipes, mine)
         rows += recovery_rows(name, part, recipes, mine)
+        each += [{"model": name, **(mine.get(d.name, way) or {})} for d in part for way in recipes]
     if args.shard == "all":
-        write_json(RESULTS / "budgets.json", {"rows": rows, "environment": environment(), "dtype": "float32",
+        write_json(RESULTS / "budgets.json", {"rows": rows, "documents": each, "environment": environment(), "dtype": "float32",
                                               "context": CONTEXT, "target": TARGET})  # fmt: skip
 
 

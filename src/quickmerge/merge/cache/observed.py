@@ -22,8 +22,8 @@ class ObservedAttention(Evictor):
 
     ``s_j = sum_i p_ij / n_j`` over all later queries i of which ``n_j`` can see key j, averaged over the query heads of
     a key head. Half of the entries stay for being recent. H2O (arXiv 2306.14048) accumulates instead,
-    ``average="sum"``. Fused kernels give no probabilities, so scores are computed a second time, a block of queries at a
-    time, and of these only every ``every``-th: with every fourth text goes on as well as with all of them.
+    ``average="sum"``. Fused kernels give no probabilities, so scores are computed a second time, a block of queries at
+    a time, and of these only every ``every``-th: with every fourth text goes on as well as with all of them.
 
     Args:
         average: ``"mean"`` over the queries that can see a key, or ``"sum"``.
