@@ -66,8 +66,8 @@ def caches(keep: float, few: bool = False) -> dict[str, qm.Recipe]:
     )  # fmt: skip
     if not few:
         methods += (
-            qm.ObservedAttention(keep, average="sum", every=1, **ALL), qm.ObservedAttention(keep, heads="adaptive", **ALL),
-            qm.AttentionNorm(keep, **ALL), qm.KeyDiff(keep, **ALL),
+            qm.ObservedAttention(keep, average="sum", every=1, **ALL),
+            qm.ObservedAttention(keep, heads="adaptive", **ALL), qm.AttentionNorm(keep, **ALL), qm.KeyDiff(keep, **ALL),
         )  # fmt: skip
     return {f"{_name(method)} {keep:g}": qm.Recipe(cache=method) for method in methods}
 
@@ -222,8 +222,8 @@ def run_recovery(args: argparse.Namespace) -> None:
         rows += recovery_rows(name, part, recipes, mine)
         each += [{"model": name, **(mine.get(d.name, way) or {})} for d in part for way in recipes]
     if args.shard == "all":
-        write_json(RESULTS / "budgets.json", {"rows": rows, "documents": each, "environment": environment(), "dtype": "float32",
-                                              "context": CONTEXT, "target": TARGET})  # fmt: skip
+        told = {"environment": environment(), "dtype": "float32", "context": CONTEXT, "target": TARGET}
+        write_json(RESULTS / "budgets.json", {"rows": rows, "documents": each, **told})
 
 
 def _document(tokenizer: Any, path: Path) -> Document:

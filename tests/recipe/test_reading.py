@@ -131,10 +131,11 @@ def test_the_document_alone_is_merged() -> None:
     assert full.ask("Why?", max_new_tokens=2).as_dict()["tokens"] == 2
 
 
-def test_a_reducer_alone_will_do_and_quickmerge_is_the_usual_one() -> None:
+def test_one_method_alone_will_do_and_kvzip_is_the_usual_one() -> None:
     model = tiny()
     usual = qm.read(model, words(), DOCUMENT)
-    assert usual.recipe == qm.Recipe(merge=qm.QuickMerge(keep=0.4))
+    assert usual.recipe == qm.Recipe(cache=qm.KVzip(keep=0.4))
+    assert qm.read(model, words(), DOCUMENT, qm.SnapKV(0.3)).recipe == qm.Recipe(cache=qm.SnapKV(0.3))
     assert qm.read(model, words(), DOCUMENT, qm.Random(keep=0.5)).recipe == qm.Recipe(merge=qm.Random(keep=0.5))
 
 
@@ -171,7 +172,7 @@ def test_a_template_that_can_t_be_split_is_told(template: str, message: str) -> 
     [
         (" \n", None, "document must hold some text, got an empty one"),
         (5, None, "document must be a text, got a int"),
-        (DOCUMENT, 0.4, "recipe must be a Recipe, a reducer, a Merge or None, got 0.4"),
+        (DOCUMENT, 0.4, "recipe must be a Recipe, a reducer, a Merge, a method for the cache or None, got 0.4"),
         (DOCUMENT * 50, None, "the document and --max-new-tokens must fit the model's 512 positions"),
     ],
 )

@@ -133,6 +133,10 @@ def text(
         document = check_asked(file, ask)
         check_output(json)
         check_model(model, question(document, ask[0]))
+        if set(merged) <= {"--keep"} and not given_names(cheaper) and recipe is None:
+            # Nobody knows beforehand what will be asked.
+            share = SHARE if keep is None else keep
+            cache, keep, merged = f"kvzip:keep={share!r}", None, []
         made = _recipe(recipe, reducer, keep, layer, prior, min_tokens, cache, attention, budget, drafter, tree, merged)
         ask_each(model, document, ask, made, settings, compare=compare, raw=raw, json=json)
         save_recipe(save, made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quickmerge.console.options import JSON, check_output, write_json
 
@@ -14,10 +14,11 @@ EXAMPLE = "Example: quickmerge ls --json inventory.json"
 
 
 def ls(json: JSON = None) -> None:
-    """List the reducers, the models that work, and the priors and draft heads that ship."""
+    """List the reducers, methods for the cache, the models that work, and the priors and draft heads that ship."""
     from rich.table import Table
 
     from quickmerge.data import GUMIHOS, PRIORS
+    from quickmerge.merge.cache import EVICTORS
     from quickmerge.merge.reducers import PLACES, DynamicViT
     from quickmerge.models import MODELS, VISION_MODELS
     from quickmerge.models.decoder import FAMILIES
@@ -26,7 +27,8 @@ def ls(json: JSON = None) -> None:
     from quickmerge.models.vlm import VLM_FAMILIES
     from quickmerge.terminal import Terminal, plain
 
-    found = [(place, name, cls) for place, table in PLACES.items() for name, cls in table.items()]
+    found: list[tuple[str, str, Any]] = [(place, *item) for place, table in PLACES.items() for item in table.items()]
+    found += [("cache", *item) for item in EVICTORS.items()]
     reducers = [
         {
             "name": name,
@@ -43,12 +45,13 @@ def ls(json: JSON = None) -> None:
         ("text", "Reducers for language models"),
         ("vision", "Reducers for vision transformers"),
         ("visual", "Further reducers for the visual tokens of a language model"),
+        ("cache", "Methods for the cache of a language model (--cache)"),
     ):
         table = Table("reducer", "what it does", "settings (defaults)", "source", title=title, show_lines=True)
         for r in reducers:
             further = place == "visual" and r["name"] in PLACES["vision"]
             if r["place"] == place and not further:
-                settings = ", ".join(f"{k}={v}" for k, v in r["settings"].items())  # type: ignore[attr-defined]
+                settings = ", ".join(f"{k}={v}" for k, v in r["settings"].items())
                 table.add_row(plain(r["name"], "bold"), " ".join(str(r["about"]).split()), settings, str(r["source"]))
         console.print(table)
     console.print(f"  and {DynamicViT.name} ({DynamicViT.source}), which quickmerge train dynamicvit trains")

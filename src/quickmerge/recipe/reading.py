@@ -1,8 +1,8 @@
 """A document that is read once, and as many questions about it as one likes.
 
 A document can be reduced before anybody asks, and what is left of it copied for each question. That costs one prefill
-in place of many; and whatever is reduced can't know what will be asked, which is why methods that go by the question
-do worse here than behind it.
+in place of many; and whatever is reduced can't know what will be asked. So what stays is by default what the model
+needs to say the document again (KVzip), and not what the last tokens look at.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from quickmerge.bench.harness import now
 from quickmerge.bench.quality import check_fits, check_room
 from quickmerge.errors import QuickmergeError, check_string
 from quickmerge.merge.bench.answer import written
+from quickmerge.merge.cache import Evictor, KVzip
 from quickmerge.merge.place import Merge
 from quickmerge.merge.reducers.base import Reducer
-from quickmerge.merge.reducers.quickmerge import QuickMerge
 from quickmerge.merge.run import ObserveRun, cache_bytes, observe
 from quickmerge.merge.text.modes import Prefix
 from quickmerge.models.chat import around_document
@@ -32,7 +32,7 @@ from quickmerge.recipe.run import RecipeRun
 
 __all__ = ["Reading", "read"]
 
-DEFAULT = QuickMerge(keep=0.4)
+DEFAULT = Recipe(cache=KVzip(0.4))
 
 
 class Reading:
@@ -107,7 +107,9 @@ class Reading:
         return RecipeAnswer(text, out.cpu(), first, seconds, stats)
 
 
-def read(model: Any, tokenizer: Any, document: str, recipe: Recipe | Reducer | Merge | None = DEFAULT) -> Reading:
+def read(
+    model: Any, tokenizer: Any, document: str, recipe: Recipe | Reducer | Merge | Evictor | None = DEFAULT
+) -> Reading:
     """Read a document once, with fewer tokens, and ask about it as often as one likes.
 
     ``reading = read(model, tokenizer, text)``, then ``reading.ask("...").text``. The document stands at the beginning
@@ -118,9 +120,10 @@ def read(model: Any, tokenizer: Any, document: str, recipe: Recipe | Reducer | M
         model: a causal language model in eval mode.
         tokenizer: of the model.
         document: what is read.
-        recipe: what is done to the model while it reads and while it answers: a `Recipe`, a reducer, or a `Merge`.
-            Where it merges in prefix mode and protects nothing itself, the chat template in front of the document
-            stays alone. None reads everything.
+        recipe: what is done to the model while it reads and while it answers: a `Recipe`, a reducer, a `Merge`, or a
+            method for the cache. Where it merges in prefix mode and protects nothing itself, the chat template in front
+            of the document stays alone. None reads everything. Default: the document is read a second time, by which
+            0.4 of its cache is chosen (`KVzip`).
 
     Returns:
         A `Reading`.
@@ -132,8 +135,12 @@ def read(model: Any, tokenizer: Any, document: str, recipe: Recipe | Reducer | M
     _check_text("document", document)
     if isinstance(recipe, (Reducer, Merge)):
         recipe = Recipe(merge=recipe)
+    elif isinstance(recipe, Evictor):
+        recipe = Recipe(cache=recipe)
     if recipe is not None and not isinstance(recipe, Recipe):
-        raise QuickmergeError(f"recipe must be a Recipe, a reducer, a Merge or None, got {recipe!r:.200}")
+        raise QuickmergeError(
+            f"recipe must be a Recipe, a reducer, a Merge, a method for the cache or None, got {recipe!r:.200}"
+        )
     document = document.strip()
     before, _ = around_document(tokenizer, "?")
     check_room(model, tokenizer, "the document", before + document, 1)
