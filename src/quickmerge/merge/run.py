@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from quickmerge.bench.harness import now
-from quickmerge.merge.cache.packed import packed_bytes
+from quickmerge.merge.cache.packed import column_bytes, packed_bytes
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.baselines import Uniform
 from quickmerge.models.attachment import Attachment, PerThread, counts, refuse_tracing, stands_aside
@@ -27,11 +27,12 @@ class RunStats:
 
     ``tokens_per_layer`` is the mean over the batch's rows of the valid tokens each block read in the prefill;
     ``prefill_seconds`` is the decoder's forward over the prompt with the reducer inside, ``reducer_seconds`` the
-    reducer alone (saliency, plan and merge). ``cache_bytes`` are measured on the cache as it is now and
-    ``prompt_cache_bytes`` as it was after the prompt; ``..._full`` is what it would hold unreduced. ``reducer_bytes``
-    is the memory of what a trained method has learned. ``evictor`` is what made the cache smaller when the prompt was
-    read, if anything did. ``rows_short`` rows had fewer than ``min_tokens`` tokens and
-    ``rows_protected`` others none that was not protected, so that they were not reduced.
+    reducer alone: saliency, plan and merge, scores of a cache and what leaves it. ``cache_bytes`` are measured on the
+    cache as it is now and ``prompt_cache_bytes`` as it was after the prompt; ``..._full`` is what it would hold
+    unreduced. ``reducer_bytes`` is the memory of what a trained method has learned. ``rows_short`` rows had fewer than
+    ``min_tokens`` tokens and ``rows_protected`` others none that was not protected, so that they were not reduced.
+    ``evictor`` is what makes the cache smaller when the prompt has been read, if anything does; ``evicted_none`` rows
+    had fewer tokens than its ``min_tokens``, so that they keep all.
     ``spans`` is what was kept or merged as a whole, ``"line"`` or ``"word"``, or why nothing was; empty where no method
     asked.
     """
@@ -55,6 +56,7 @@ class RunStats:
     rows_protected: int = 0
     spans: str = ""
     evictor: str = ""
+    evicted_none: int = 0
 
     @property
     def tokens_kept(self) -> float:
@@ -84,6 +86,8 @@ class RunStats:
         own = f", and {self.reducer_bytes / 2**20:.2f} MiB of the reducer's weights" if self.reducer_bytes else ""
         whole = [f"{self.rows_short} of {self.rows} rows below min_tokens={self.min_tokens}"] * bool(self.rows_short)
         asked = f"\n  spans:   {self.spans}" if self.spans.startswith("none") else ""
+        few = f"; {self.evicted_none} of {self.rows} rows are below its min_tokens and keep all"
+        kept = few if self.evicted_none else ""
         whole += [f"{self.rows_protected} of {self.rows} rows of protected tokens alone"] * bool(self.rows_protected)
         return (
             f"{self.reducer} ({self.mode}), {self.rows} row(s), {self.tokens_in:g} tokens in\n"
@@ -92,7 +96,7 @@ class RunStats:
             f"  prefill: {self.prefill_seconds:.3f} s, of which the reducer {self.reducer_seconds:.3f} s\n"
             f"  decode:  {self.decode_steps} steps, {1e3 * self.decode_seconds_per_token:.1f} ms each\n"
             f"  cache:   {held:.2f} MiB, {100 * ratio:.0f} % of {full:.2f} MiB{own}"
-            + (f"\n  evicted: {self.evictor}" if self.evictor else "")
+            + (f"\n  evicted: {self.evictor}{kept}" if self.evictor else "")
             + asked
         )
 
@@ -191,10 +195,7 @@ def cache_bytes_full(cache: Cache, tokens: int, windows: tuple[int | None, ...])
     """Bytes the same cache would hold with every one of ``tokens`` tokens in every layer (windows respected)."""
     total = 0
     for layer, window in zip(cache.layers, windows, strict=False):
-        for tensor in (layer.keys, layer.values):
-            if tensor is not None and tensor.ndim == 4 and tensor.shape[2]:
-                held = tokens if window is None else min(tokens, window - 1)
-                total += tensor.numel() // tensor.shape[2] * held * tensor.element_size()
+        total += column_bytes(layer) * (tokens if window is None else min(tokens, window - 1))
     return total
 
 

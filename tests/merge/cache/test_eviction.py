@@ -117,9 +117,7 @@ def truth(model: Any, method: Evictor, rows: list[Tensor], more: list[Tensor], r
                 for layer, view in shown.views.items():
                     scores, n = method.scores(view)[..., len(row) - there[layer] :], there[layer]
                     tail = min(recent, len(row) - 1)
-                    some = choose(
-                        method, scores, torch.ones(1, n, dtype=torch.bool), torch.tensor([counts[layer]]), tail
-                    )
+                    some = choose(method, scores, shown.valid, torch.tensor([counts[layer]]), tail)
                     kept[layer] = torch.cat([some.new_zeros(*some.shape[:2], len(row) - n), some], -1)
                 shown.kept = kept
                 out, shown.total = [], len(row)
@@ -225,13 +223,7 @@ def test_kvzip_is_what_a_second_reading_by_hand_says(family: str) -> None:
             counts = layer_counts(method.keep, full, full)
             for layer in range(DEPTH):
                 n = full[layer]
-                some = choose(
-                    method,
-                    scores[layer][..., -n:],
-                    torch.ones(1, n, dtype=torch.bool),
-                    torch.tensor([counts[layer]]),
-                    3,
-                )
+                some = choose(method, scores[layer][..., -n:], shown.valid, torch.tensor([counts[layer]]), 3)
                 shown.kept[layer] = torch.cat([some.new_zeros(1, some.shape[1], len(row) - n), some], -1)
             shown.total = len(row)
             for turn, logits in zip(TURNS, found, strict=True):

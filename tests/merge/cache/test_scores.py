@@ -68,10 +68,7 @@ def heads_of(g: int) -> list[int]:
 
 def observed(v: CacheView, row: int, g: int, method: Any) -> dict[int, float]:
     total, seen = dict.fromkeys(entries(v, row), 0.0), dict.fromkeys(entries(v, row), 0)
-    n = v.valid.shape[1]
-    for i in entries(v, row):
-        if (n - 1 - i) % method.every:
-            continue
+    for i in entries(v, row)[:: -method.every]:
         for h in heads_of(g):
             for j, p in attention(v, row, h, i).items():
                 total[j] += p / len(heads_of(g))
@@ -101,7 +98,8 @@ def snapkv(v: CacheView, row: int, g: int, method: Any) -> dict[int, float]:
 
 def norm(v: CacheView, row: int, g: int, method: Any) -> dict[int, float]:
     there = entries(v, row)
-    voters, nearest = there[-method.window :], min(method.nearest, len(there) // 8)
+    voters, reach = there[-method.window :], len(there) if v.window is None else min(len(there), v.window)
+    nearest = min(method.nearest, reach // 8)
     score = dict.fromkeys(there, 0.0)
     for h in heads_of(g):
         square = dict.fromkeys(there, 0.0)
@@ -160,13 +158,16 @@ def lagkv(v: CacheView, row: int, g: int, method: Any) -> dict[int, float]:
     there = entries(v, row)
     body, lag = there[method.sinks :], method.lag
     parts = [body[a : a + lag] for a in range(0, len(body) - lag + 1, lag)]
+    if len(parts) < 2:
+        return {j: float(k) for k, j in enumerate(there)}
     out = dict.fromkeys(there, 1.0) | dict.fromkeys(there[: method.sinks], 0.0)
     for part, after in pairwise(parts):
         both = [0.0] * lag
         for x in (v.key, v.value):
             low = torch.stack([x[row, g, j] for j in after]).amin(0)
             high = torch.stack([x[row, g, j] for j in after]).amax(0)
-            spread = torch.stack([((x[row, g, j] - low) / (high - low)).std() for j in part])
+            moves = high > low
+            spread = torch.stack([torch.where(moves, (x[row, g, j] - low) / (high - low), 0.0).std() for j in part])
             both = [a + float(b) for a, b in zip(both, spread.softmax(0), strict=True)]
         order = sorted(range(lag), key=lambda k: both[k])
         for rank, k in enumerate(order):
@@ -196,7 +197,7 @@ METHODS: list[tuple[Any, Callable[..., dict[int, float]]]] = [
 @given(seed=seeds, n=st.integers(1, 23), side=st.sampled_from(["left", "right"]), biased=st.booleans())
 @prop(6)
 def test_scores_are_those_of_the_formula(method: Any, truth: Any, seed: int, n: int, side: str, biased: bool) -> None:
-    wide = truth in (observed, snapkv)
+    wide = truth in (observed, snapkv, norm)
     v = view(seed, n, side=side, biased=biased, window=7 if wide and seed % 2 else None)
     found = method.scores(v)
     assert found.shape == (2, GROUPS, n)
@@ -219,14 +220,25 @@ def test_kvzip_takes_the_largest_attention_of_a_second_reading() -> None:
             assert float(found[0, g, j]) == pytest.approx(most, rel=1e-6)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("method", [each for each, _ in METHODS], ids=lambda x: x.label)
-def test_a_row_is_scored_alone(method: Any) -> None:
+def test_a_row_is_scored_alone(method: Any, side: str) -> None:
     """Neither the other row nor what padding holds matters."""
-    v = view(11, 40)
-    first = int(v.valid[1].long().argmax())
+    v = view(11, 40, side=side)
+    there = v.valid[1]
     alone = CacheView(
-        v.query[1:, :, first:], v.key[1:, :, first:], v.value[1:, :, first:], v.valid[1:, first:],
-        v.position[1:, first:], v.scaling, v.window, v.bias, v.rotary,
+        v.query[1:, :, there], v.key[1:, :, there], v.value[1:, :, there], v.valid[1:, there], v.position[1:, there],
+        v.scaling, v.window, v.bias, v.rotary,
     )  # fmt: skip
-    torch.testing.assert_close(method.scores(v)[1:, :, first:], method.scores(alone), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(method.scores(v)[1:, :, there], method.scores(alone), rtol=1e-9, atol=1e-12)
     assert bool(method.scores(v)[v.valid[:, None].expand(-1, GROUPS, -1)].isfinite().all())
+
+
+def test_values_that_never_change_say_nothing_of_an_entry() -> None:
+    """Where one token is repeated, its values in the lowest layer are all the same."""
+    v = view(5, 20)
+    v.value[:, :, 8:] = v.value[:, :, 8:9]
+    scores = qm.LagKV(lag=4, sinks=0).scores(v)
+    for g in range(GROUPS):
+        for j, score in lagkv(v, 0, g, qm.LagKV(lag=4, sinks=0)).items():
+            assert float(scores[0, g, j]) == pytest.approx(score)

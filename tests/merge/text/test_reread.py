@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from caches import held, past
-from hosts_zoo import DEPTH, ZOO, build, generate, pad, reduce, tokens
+from hosts_zoo import DEPTH, ZOO, build, generate, pad, reduce, tokens, window_of
 from torch import Tensor
 
 import quickmerge as qm
 from quickmerge.merge.bench.cost import model_shape
-from quickmerge.merge.cache import AttentionNorm, ExpectedAttention, KVzip, ObservedAttention, SnapKV, StreamingLLM
+from quickmerge.merge.cache import (
+    AttentionNorm,
+    ExpectedAttention,
+    KeyDiff,
+    KVzip,
+    LagKV,
+    ObservedAttention,
+    SnapKV,
+    StreamingLLM,
+)
 from quickmerge.merge.tokens import AttentionTrace, Count, Evidence, TokenView
 
 REDUCERS: dict[str, Any] = {
@@ -141,8 +152,6 @@ def test_flops_count_the_scout() -> None:
 @named
 @pytest.mark.parametrize("keep", [1.0, Count(500)])
 def test_keeping_everything_is_the_model_bit_for_bit(name: str, keep: Any, untouched: Any) -> None:
-    from dataclasses import replace
-
     model = untouched(build("llama"))
     ids, mask, _ = pad(rows_of(), "left")
     plain = generate(model, ids, attention_mask=mask)
@@ -260,14 +269,24 @@ def test_embeddings_are_read_as_ids_are(name: str) -> None:
         close(model(inputs_embeds=model.model.embed_tokens(ids)).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("kind", [SnapKV, StreamingLLM, ObservedAttention, AttentionNorm], ids=lambda kind: kind.name)
-def test_entries_leave_the_cache_as_they_would_leave_that_of_the_shorter_text(kind: Any) -> None:
-    """A quarter of a prompt of which half was read, and half of that half."""
-    model, ids = build("llama", dtype=torch.float64), tokens(1, 80)
-    with reduce(model, qm.GemFilter(keep=0.5, block=1), cache=kind(keep=0.25, sinks=2, min_tokens=0), **ALONE) as run:
+EVICTORS = [SnapKV, StreamingLLM, ObservedAttention, AttentionNorm, KeyDiff, partial(LagKV, lag=6)]
+
+
+@pytest.mark.parametrize("kind", EVICTORS, ids=lambda kind: getattr(kind, "name", "lagkv"))
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_entries_leave_the_cache_as_they_would_leave_that_of_the_shorter_text(family: str, kind: Any) -> None:
+    """A share of the cache of the prompt, which is a larger one of the cache of what was read; windows are of that."""
+    model, ids = build(family, dtype=torch.float64), tokens(1, 80)
+    full = {
+        n: sum(n if (window := window_of(model.config, i)) is None else min(n, window - 1) for i in range(DEPTH))
+        for n in (40, 80)
+    }
+    method = kind(keep=0.25, sinks=2, min_tokens=0)
+    with reduce(model, qm.GemFilter(keep=0.5, block=1), cache=method, **ALONE) as run:
         found = generate(model, ids, 6)
-    assert run.plan.slots == 40 and run.summary().cache_bytes < 0.7 * 40 / 80 * run.summary().cache_bytes_full
-    with reduce(model, None, cache=kind(keep=0.5, sinks=2, min_tokens=0), **ALONE):
+    stats = run.summary()
+    assert run.plan.slots == 40 and stats.prompt_cache_bytes < 0.7 * stats.prompt_cache_bytes_full
+    with reduce(model, None, cache=replace(method, keep=0.25 * full[80] / full[40]), **ALONE):
         want = generate(model, ids[:, run.plan.position[0]], 6)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(want.logits), rtol=0, atol=1e-6)
 

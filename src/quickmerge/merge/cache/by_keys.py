@@ -20,8 +20,9 @@ class LagKV(Evictor):
 
     Behind the sinks entries are cut into partitions of ``lag``. Each channel of a partition is scaled by the least and
     the largest value that it has in the next one; an entry's score is the standard deviation over its channels, as a
-    softmax over the partition, of its key and its value together. Every partition keeps the same share of its own; the
-    last full one, that has nothing to be compared with, and what is behind it stay.
+    softmax over the partition, of its key and its value together; channels that don't change in the next partition say
+    nothing. Every partition keeps the same share of its own; the last full one, that has nothing to be compared with,
+    and what is behind it stay. Of rows of fewer than two partitions the most recent entries stay.
 
     Args:
         lag: entries of a partition, at least 2.
@@ -44,6 +45,7 @@ class LagKV(Evictor):
             parts = n // self.lag
             out[row, :, first + max(0, parts - 1) * self.lag :] = 1.0
             if parts < 2:
+                out[row, :, start : start + n + self.sinks] = torch.arange(n + self.sinks, device=out.device).to(dtype)
                 continue
             span = slice(first, first + parts * self.lag)
             score = sum(_unlike(x[row, :, span].to(dtype), parts) for x in (view.key, view.value))
@@ -63,7 +65,7 @@ def _unlike(x: Tensor, parts: int) -> Tensor:
     """``(G, P - 1, L)`` of ``x (G, P L, d)``: how each entry differs from the next of P partitions."""
     x = x.view(len(x), parts, -1, x.shape[-1])
     low, high = x[:, 1:].amin(2, keepdim=True), x[:, 1:].amax(2, keepdim=True)
-    scaled = (x[:, :-1] - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny)
+    scaled = torch.where(high > low, (x[:, :-1] - low) / (high - low), 0.0)
     return scaled.std(-1).softmax(-1)
 
 

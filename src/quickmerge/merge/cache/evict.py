@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from quickmerge.errors import QuickmergeError
 from quickmerge.merge.cache.evictor import Evictor, choose, layer_counts
 from quickmerge.merge.cache.heads import HeadTables
+from quickmerge.merge.cache.kvzip import KVzip
 from quickmerge.merge.cache.packed import pack
 
 
@@ -40,7 +40,6 @@ def evict(
     length: Tensor,
     windows: Sequence[int | None],
     recent: int | Tensor = 0,
-    behind: int = 0,
 ) -> list[float]:
     """Let every layer of a cache that holds a prompt keep what its scores say.
 
@@ -52,20 +51,28 @@ def evict(
         length: ``(B,)``, tokens of the prompt.
         windows: of each layer.
         recent: last entries of a row that stay in every head; ``(B,)`` for a number of its own for each.
-        behind: entries at the end that are not of the prompt, and stay.
 
     Returns:
         How many entries of the prompt a row has in each layer now, mean over rows and heads.
     """
     held = [each.last(scores[i].shape[2]) for i, each in enumerate(entries)]
-    counts = _counts(evictor, held, length, windows)
-    left: list[float] = []
-    for index, layer in enumerate(cache.layers):
-        each, score = held[index], scores[index]
-        kept = choose(evictor, score, each.valid, counts[:, index], recent)
-        left.append(float(kept.sum(-1).float().mean()))
-        shrink(layer, kept, each, windows[index], behind)
+    kept, left = [], []
+    with torch.no_grad():
+        counts = _counts(evictor, held, length, windows)
+        for i, each in enumerate(entries):
+            kept.append(choose(evictor, scores[i], each.valid, counts[:, i], recent))
+            left.append(float(kept[i].sum(-1).float().mean()))
+    # A model makes one mask for many layers, by what one of them holds: so all have tables of their own, or none.
+    every = list(zip(cache.layers, kept, held, windows, strict=True))
+    if any(_leaves(layer, some, each) for layer, some, each, _ in every):
+        for layer, some, each, window in every:
+            shrink(layer, some, each, window)
     return left
+
+
+def _leaves(layer: Any, kept: Tensor, entries: Entries) -> bool:
+    """Whether an entry of a layer leaves it."""
+    return bool(layer.keys.shape[2] > kept.shape[2] or (kept != entries.valid[:, None]).any())
 
 
 def _counts(evictor: Evictor, held: Sequence[Entries], length: Tensor, windows: Sequence[int | None]) -> Tensor:
@@ -79,40 +86,29 @@ def _counts(evictor: Evictor, held: Sequence[Entries], length: Tensor, windows: 
     return torch.tensor(out, device=length.device)
 
 
-def shrink(layer: Any, kept: Tensor, entries: Entries, window: int | None, behind: int = 0) -> None:
+def shrink(layer: Any, kept: Tensor, entries: Entries, window: int | None) -> None:
     """Let one layer keep some of its entries, and note which of them every head holds.
 
     Args:
-        layer: of a cache, with ``keys`` and ``values (B, G, m + n + behind, d)``, of which the first m leave.
+        layer: of a cache, with ``keys`` and ``values (B, G, m + n, d)``, of which the first m leave.
         kept: ``(B, G, n)`` bool.
         entries: of the n.
         window: the layer's sliding window, or None.
-        behind: see `evict`.
     """
-    b, g, n = kept.shape
-    front = layer.keys.shape[2] - behind - n
-    if not front and bool(kept.sum(-1).eq(entries.valid.sum(-1)[:, None]).all()):
-        return  # nothing leaves, so the layer stays as the model knows it
+    n, before = kept.shape[2], layer.keys.shape[2]
     most = int(kept.sum(-1).max())
     place = torch.arange(n, device=kept.device)
     # What leaves sorts to the front, what stays to the end, each in its order.
     order = torch.where(kept, place + n, place).argsort(-1)[..., n - most :]
-    there = kept.gather(2, order)
-    tables = HeadTables.picked(order, there, entries.position, entries.votes, window)
-    if behind:
-        new = torch.arange(n, n + behind, device=kept.device).expand(b, g, -1)
-        order = torch.cat([order, new], -1)
-        last = entries.position.amax(-1, keepdim=True) + torch.arange(1, behind + 1, device=kept.device)
-        tables = tables.extended(last, torch.ones_like(last, dtype=torch.bool))
-    before = layer.keys.shape[2]
+    tables = HeadTables.picked(order, kept.gather(2, order), entries.position, entries.votes, window)
     for name in ("keys", "values"):
         held = getattr(layer, name)
-        index = (front + order).to(held.device)[..., None].expand(-1, -1, -1, held.shape[-1])
+        index = (before - n + order).to(held.device)[..., None].expand(-1, -1, -1, held.shape[-1])
         setattr(layer, name, held.gather(2, index))
     layer.heads = tables
     if not layer.is_sliding:  # a sliding layer tells its length by a count of its own
-        layer.left += before - layer.keys.shape[2]
-        layer.floor = layer.keys.shape[2] - behind
+        layer.left += before - most
+        layer.floor = most
     pack(layer)
 
 
@@ -133,10 +129,9 @@ def as_before(cache: Cache) -> Any:
 
 
 def read_again(
-    evictor: Evictor,
+    evictor: KVzip,
     ids: Tensor,
     valid: Tensor,
-    chunk: int,
     room: int | None,
     read: Callable[[Tensor, Tensor], dict[int, Tensor]],
 ) -> dict[int, Tensor]:
@@ -145,20 +140,18 @@ def read_again(
     Args:
         evictor: the method.
         ids: ``(B, N)`` tokens of the prompt.
-        valid: ``(B, N)`` bool.
-        chunk: tokens at a time; 0 for all.
+        valid: ``(B, N)`` bool, some token in every row.
         room: positions that the model has; None for any number.
         read: reads ids ``(B, c)`` of which some are valid ``(B, c)`` behind the prompt; gives the scores by layer.
     """
-    tokens = ids.shape[1]
-    evictor.check(int(valid.sum(-1).max()), room)
+    tokens = int(valid.sum(-1).max())
+    evictor.check(tokens, room)
+    # Each row from its first token on, so that it is cut as it would be alone.
+    source = (~valid).long().argsort(dim=-1, stable=True)[:, :tokens]
+    ids, valid = ids.gather(1, source), valid.gather(1, source)
     found: dict[int, Tensor] = {}
-    for start in range(0, tokens, chunk or tokens):
-        part = slice(start, start + (chunk or tokens))
-        if not bool(valid[:, part].any()):
-            continue
+    for start in range(0, tokens, evictor.chunk or tokens):
+        part = slice(start, start + (evictor.chunk or tokens))
         for layer, scores in read(ids[:, part], valid[:, part]).items():
             found[layer] = torch.maximum(found[layer], scores) if layer in found else scores
-    if not found:
-        raise QuickmergeError("input_ids must hold a token to be read again, got padding alone")
     return found

@@ -108,7 +108,7 @@ class Evictor(ABC):
         return 8.0 * shape.key_heads * shape.head_dim * sum(tokens)
 
     def least(self, valid: Tensor) -> Tensor:
-        """``(B,)`` long: how many of the last entries of ``valid (B, n)`` stay whatever their scores."""
+        """``(B,)`` long: how many of the last entries of ``valid (B, N)`` stay whatever their scores."""
         return torch.zeros(len(valid), dtype=torch.long, device=valid.device)
 
 
@@ -188,16 +188,20 @@ def choose(evictor: Evictor, scores: Tensor, valid: Tensor, count: Tensor, recen
 
     Args:
         evictor: the method.
-        scores: what it says of the layer.
-        valid: ``(B, n)`` bool, False for padding.
+        scores: what it says of the entries that the layer holds, ``(B, G, n)``.
+        valid: ``(B, N)`` bool, False for padding, of all entries that the layer has read. It holds the last n of them:
+            those before have left a sliding window, and sinks are among them.
         count: ``(B,)``, entries that stay; rows that have no more keep all.
         recent: see above; ``(B,)`` for a number of its own for each row.
     """
     recent = torch.as_tensor(recent, device=valid.device).view(-1, 1)
-    rank, total = valid.long().cumsum(-1), valid.sum(-1, keepdim=True)
-    last = total - rank  # 0 for the last one
     share = (count.double() * evictor.recency + 1e-9).floor().long()
     newest = torch.maximum(share, evictor.least(valid))[:, None]
+    here = slice(valid.shape[1] - scores.shape[-1], None)
+    rank = valid.long().cumsum(-1)[:, here]
+    last = valid.sum(-1, keepdim=True) - rank  # 0 for the last one
+    valid = valid[:, here]
+    total = valid.sum(-1, keepdim=True)
     fixed = valid & ((rank <= evictor.sinks) | (last < recent))
     # Those that stay for being recent must leave room for the sinks.
     room = (count - fixed.sum(-1)).clamp_min(0)[:, None]

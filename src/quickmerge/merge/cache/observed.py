@@ -27,7 +27,7 @@ class ObservedAttention(Evictor):
 
     Args:
         average: ``"mean"`` over the queries that can see a key, or ``"sum"``.
-        every: of how many queries one is looked at, counted from the last one.
+        every: of how many queries of a row one is looked at, counted from the last one.
     """
 
     recency: float = 0.5
@@ -52,8 +52,13 @@ class ObservedAttention(Evictor):
         dtype = torch.promote_types(view.query.dtype, torch.float32)
         total = torch.zeros(b, g, n, dtype=dtype, device=view.key.device)
         seen = torch.zeros(b, n, dtype=dtype, device=view.key.device)
-        for rows in view.blocks(every=self.every):
-            probs, sees = view.probabilities(rows)
-            total[:, :, : rows[-1] + 1] += probs.mean(2).sum(2)
-            seen[:, : rows[-1] + 1] += sees.sum(1).to(dtype)
+        # Counted from the last entry of each row, which in front of padding stands elsewhere.
+        behind = (view.valid.flip(-1).long().argmax(-1)) % self.every
+        for off in sorted(set(behind.tolist())):
+            rows = (behind == off).nonzero().flatten()
+            part = view if len(rows) == b else view.of_rows(rows)
+            for block in part.blocks(every=self.every, end=n - off):
+                probs, sees = part.probabilities(block)
+                total[rows, :, : block[-1] + 1] += probs.mean(2).sum(2)
+                seen[rows, : block[-1] + 1] += sees.sum(1).to(dtype)
         return total / seen[:, None].clamp_min(1) if self.average == "mean" else total

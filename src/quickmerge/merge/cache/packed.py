@@ -101,6 +101,13 @@ def shape_of(layer: Any) -> tuple[int, int, int]:
     return b, g, packed["keys"].count + t
 
 
+def column_bytes(layer: Any) -> int:
+    """Memory that one more column takes in a layer, with a key and a value a head; 0 for a layer that holds nothing."""
+    packed: dict[str, Packed] = getattr(layer, "packed", None) or {}
+    held = [each.tail for each in packed.values()] or [x for x in (layer.keys, layer.values) if x is not None]
+    return sum(x.shape[0] * x.shape[1] * x.shape[-1] * x.element_size() for x in held if x.ndim == 4)
+
+
 def packed_bytes(layer: Any) -> int:
     """Memory of what a layer stores packed; 0 if it doesn't."""
     packed: dict[str, Packed] = getattr(layer, "packed", None) or {}

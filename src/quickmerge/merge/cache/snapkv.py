@@ -66,7 +66,8 @@ class AttentionNorm(Evictor):
 
     Args:
         window: w, the last tokens, whose attention votes.
-        nearest: votes count for tokens at least this far before the voter, but at most an eighth of the row.
+        nearest: votes count for tokens at least this far before the voter, but at most an eighth of the row, or of the
+            layer's sliding window where that is shorter.
         kernel: tokens over which scores are pooled; odd.
     """
 
@@ -88,7 +89,8 @@ class AttentionNorm(Evictor):
         return sum(2 * min(self.window, n) * n for n in tokens) * shape.heads * shape.head_dim
 
     def scores(self, view: CacheView) -> Tensor:  # noqa: D102
-        nearest = (view.valid.sum(-1) // 8).clamp_max(self.nearest)
+        reach = view.valid.sum(-1) if view.window is None else view.valid.sum(-1).clamp_max(view.window)
+        nearest = (reach // 8).clamp_max(self.nearest)
         norm = attention_norm(trace_of(view), view.valid, view.position, self.window, nearest=nearest)
         return pool_heads(group_mean(norm, view.groups), view.valid, self.kernel)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,9 +83,20 @@ class CacheView:
             sees = sees & (distance < self.window)
         return sees
 
-    def blocks(self, start: int = 0, every: int = 1) -> list[range]:
-        """The query rows from ``start`` on, or every so-manieth of them up to the last one, a few at a time."""
-        n = self.key.shape[2]
-        start = max(start, n - self.query.shape[2])
+    def of_rows(self, rows: Tensor) -> CacheView:
+        """The view of some rows of the batch, by their numbers."""
+        query, key, value, valid, position = (
+            x.index_select(0, rows) for x in (self.query, self.key, self.value, self.valid, self.position)
+        )
+        bias = None if self.bias is None else self.bias.index_select(0, rows)
+        return replace(self, query=query, key=key, value=value, valid=valid, position=position, bias=bias)
+
+    def blocks(self, start: int = 0, every: int = 1, end: int | None = None) -> list[range]:
+        """The query rows from ``start`` on, or every so-manieth of them up to the last in front of ``end``, in parts.
+
+        A part is a few rows; ``end`` is that of the entries for None.
+        """
+        n = self.key.shape[2] if end is None else end
+        start = max(start, self.key.shape[2] - self.query.shape[2])
         rows = range(start + (n - 1 - start) % every, n, every)
         return [rows[a : a + ROWS] for a in range(0, len(rows), ROWS)]

@@ -19,6 +19,7 @@ from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.cache.evict import Entries, as_before, evict, read_again
 from quickmerge.merge.cache.evictor import Evictor
 from quickmerge.merge.cache.kvzip import KVzip
+from quickmerge.merge.cache.packed import shape_of
 from quickmerge.merge.cache.view import CacheView
 from quickmerge.merge.text.prefix_call import PrefixCall
 from quickmerge.models.compat import DynamicLayer, DynamicSlidingWindowLayer
@@ -67,22 +68,37 @@ class Eviction:
         """A prompt is about to be read into ``cache``; its tokens stand at ``places (B, N)``."""
         if cache is None:
             return
+        if call.drafts:
+            raise QuickmergeError(
+                f"logits_to_keep must be 0 or 1 where entries are evicted from a cache that the model was not given, "
+                f"got {call.drafts + 1}: pass use_cache=True, or a cache"
+            )
         for layer in cache.layers:
             if not isinstance(layer, (DynamicLayer, DynamicSlidingWindowLayer)) or getattr(layer, "tight", False):
                 raise QuickmergeError(
                     f"cache must hold layers of full or sliding attention where entries are evicted, got "
                     f"{type(layer).__name__}"
                 )
-        call.stands = places
+        assert call.given is not None
+        short = call.given < self.evictor.min_tokens
+        call.state.stats.evicted_none = int(short.sum())
+        if self.evictor.keep < 1 and not bool(short.all()):
+            call.stands = places
 
     # Scores -----------------------------------------------------------------------------------------------------
+
+    def looks(self, call: PrefixCall, again: Again | None) -> bool:
+        """Whether a forward is one whose queries and keys the scores are made of."""
+        if again is not None:
+            return True
+        return call.fresh and call.stands is not None and not self.evictor.replays
 
     @torch.no_grad()
     def score(
         self, call: PrefixCall, again: Again | None, layer: int, tensors: tuple[Tensor, ...], scaling: float | None,
         votes: Tensor | None,
     ) -> None:  # fmt: skip
-        """Score a layer's entries by what its attention is given, where a prompt is read or read again.
+        """Score a layer's entries by what its attention is given, in a forward that `looks`.
 
         Args:
             call: of this forward.
@@ -93,13 +109,8 @@ class Eviction:
             votes: ``(B, n)``, as how many tokens the keys count; None for one each.
         """
         first = call if again is None else again.call
-        if first.stands is None or (again is None and (not call.fresh or self.evictor.replays)):
-            return
+        assert first.stands is not None
         query, key, value = tensors
-        drafts = call.drafts
-        if drafts:
-            query, key, value = (x[:, :, : x.shape[2] - drafts] for x in tensors)
-            votes = None if votes is None else votes[:, : votes.shape[1] - drafts]
         entries = self._entries(first, layer)
         if again is not None:
             new = call.valid
@@ -117,15 +128,15 @@ class Eviction:
         (call.scores if again is None else again.scores)[layer] = scores
 
     def _entries(self, call: PrefixCall, layer: int) -> Entries:
-        """What the entries of a layer stand for when a prompt has been read; drafts behind it left out."""
+        """What the entries of a layer stand for when a prompt has been read."""
         segment = call.segment(layer)
         if segment is not None:
-            k = segment.slots
-            votes = None if segment.votes is None else segment.votes[:, :k]
-            return Entries(segment.valid[:, :k], segment.position[:, :k], votes)
+            # What is left of a prompt in front of the first block is a text of its own to the model and its windows.
+            text = call.first(layer) == 0
+            position = (segment.valid.long().cumsum(-1) - 1).clamp_min(0) if text else segment.position
+            return Entries(segment.valid, position, segment.votes)
         assert call.stands is not None
-        n = call.valid.shape[1] - call.drafts
-        return Entries(call.valid[:, :n], call.stands[:, :n])
+        return Entries(call.valid, call.stands)
 
     def again(
         self, call: PrefixCall, ids: Tensor | None, read: Callable[[Again, Tensor, Tensor, Tensor], None], cache: Cache
@@ -149,8 +160,7 @@ class Eviction:
                 f"cache must be another method than {evictor.name} for inputs_embeds: without input_ids they can't be "
                 "read again"
             )
-        n = call.valid.shape[1] - call.drafts
-        valid, stands = call.valid[:, :n], call.stands[:, :n]
+        valid, stands = call.valid, call.stands
         if not bool(valid.all()) and any(self.decoder.windows):
             raise QuickmergeError(
                 f"cache must be another method than {evictor.name} for padded rows in a model with sliding windows, "
@@ -168,11 +178,10 @@ class Eviction:
             return reading.scores
 
         room = getattr(self.decoder.config, "max_position_embeddings", None)
-        return read_again(evictor, ids[:, :n], valid, evictor.chunk, room, part)
+        return read_again(evictor, ids, valid, room, part)
 
     # Afterwards -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def finish(self, call: PrefixCall, cache: Cache, scores: dict[int, Tensor]) -> list[float]:
         """Let entries leave the cache of a prompt; see `quickmerge.merge.cache.evict.evict`."""
         entries = [self._entries(call, layer) for layer in range(len(self.decoder))]
@@ -182,12 +191,12 @@ class Eviction:
         for index, layer in enumerate(cache.layers):
             # A layer that could hold more than its window, as that of speculation does, is no better for it.
             window = self.decoder.windows[index]
-            kept = layer.keys.shape[2] - call.drafts
+            kept = shape_of(layer)[2]
             kept = kept if window is None else min(kept, window - 1)
             held[index] = scores[index][..., scores[index].shape[2] - kept :]
         left = evict(
             cache, self.evictor, held, entries, length=length, windows=self.decoder.windows,
-            recent=(length - 1).clamp(1, max(1, self.recent)), behind=call.drafts,
+            recent=(length - 1).clamp(1, max(1, self.recent)),
         )  # fmt: skip
         call.state.evicted = any(layer.heads is not None for layer in cache.layers)
         return left

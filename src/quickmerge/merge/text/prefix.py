@@ -9,7 +9,8 @@ cache; see `quickmerge.merge.text.merged_cache`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from quickmerge.merge.cache.evictor import Evictor
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.baselines import Uniform
 from quickmerge.merge.run import Run, RunStats
+from quickmerge.merge.text.drafts import apart, joined
 from quickmerge.merge.text.eviction import Again, Eviction
 from quickmerge.merge.text.merged_cache import (
     PromptState,
@@ -228,8 +230,21 @@ class PrefixRun(Run):
         check_padding(valid)
         check_one_text(inputs, valid, cache is not None)
         self._check_side(valid)
-        self._now = self._prompt(valid, inputs.get("input_ids"), min(drafts, ids.shape[1] - 1))
-        return {CALL: self._now}
+        drafts = min(drafts, ids.shape[1] - 1)
+        now: dict[str, Tensor] = {}
+        later: dict[str, Tensor] = {}
+        if drafts and self._evicts(inputs):
+            now, later = apart(inputs, drafts)
+            valid, drafts = valid[:, :-drafts], 0
+        self._now = self._prompt(valid, now.get("input_ids", inputs.get("input_ids")), drafts)
+        self._now.later = later
+        return {**now, CALL: self._now}
+
+    def _evicts(self, inputs: dict[str, Any]) -> bool:
+        """Whether entries leave the cache that a prompt is about to fill."""
+        used = inputs.get("use_cache")
+        used = getattr(self.decoder.config, "use_cache", True) if used is None else used
+        return self.eviction is not None and not self._recomputes and (used or given_cache(inputs) is not None)
 
     def _seen(self, mask: Any, new: int) -> Callable[[int], Tensor] | None:
         """What ``new`` tokens behind a prompt see of one another, by block, if a mask of four dimensions says it.
@@ -325,10 +340,13 @@ class PrefixRun(Run):
             reading = Reading(tuple(call.plans), tuple(call.plans.values()), tuple(call.composed), call.protected)
             self._own = self._latest = reading
             cache = returned_cache(output)
-            if self.eviction is not None and cache is not None:
+            cache = given_cache(kwargs) if cache is None else cache
+            if self.eviction is not None and cache is not None and call.stands is not None:
                 began = self.clock()
                 self._evict(call, cache, kwargs.get("input_ids"))
                 self.stats.reducer_seconds += self.clock() - began
+            if call.later:
+                self._read_drafts(call, cache, output)
         super()._after_model(module, args, kwargs, output)
         self._now = None
 
@@ -337,14 +355,30 @@ class PrefixRun(Run):
         assert self.eviction is not None
         scores = call.scores
         if self.eviction.evictor.replays:
-            held = self._fresh, self._began, self._now
-            try:
-                with uncounted(), torch.no_grad():
-                    scores = self.eviction.again(call, ids, partial(self._read_again, cache), cache)
-            finally:
-                self._again = None
-                self._fresh, self._began, self._now = held
+            with self._within(), torch.no_grad():
+                scores = self.eviction.again(call, ids, partial(self._read_again, cache), cache)
         self.eviction.finish(call, cache, scores)
+
+    @contextmanager
+    def _within(self) -> Iterator[None]:
+        """Within the block forwards of the decoder are part of the one that has just ended, and aren't counted."""
+        held = self._fresh, self._began, self._now
+        try:
+            with uncounted():
+                yield
+        finally:
+            self._again = None
+            self._fresh, self._began, self._now = held
+
+    def _read_drafts(self, call: PrefixCall, cache: Cache, output: Any) -> None:
+        """Read what stood behind a prompt behind what is left of it, and give it out behind that."""
+        base, states = self.decoder.base, getattr(output, "hidden_states", None) is not None
+        with self._within():
+            more = base(
+                **call.later, use_cache=True, output_hidden_states=states, return_dict=True,
+                **cache_argument(base, cache),
+            )  # fmt: skip
+        joined(output, more)
 
     def _read_again(self, cache: Cache, again: Again, ids: Tensor, mask: Tensor, position: Tensor) -> None:
         """Read tokens behind a prompt for what its entries are scored by."""
@@ -369,8 +403,11 @@ class PrefixRun(Run):
         segment, tables = now.segment(layer), now.heads.get(layer)
         votes: Tensor | None = getattr(segment if tables is None else tables, "votes", None)
         votes = None if votes is None else votes[..., -key.shape[2] :]
-        if self.eviction is not None:
+        if self.eviction is not None and self.eviction.looks(now, self._again):
+            began = self.clock()
             self.eviction.score(now, self._again, layer, (query, key, value), kwargs.get("scaling"), votes)
+            # A second reading is counted as a whole.
+            self.stats.reducer_seconds += self.clock() - began if self._again is None else 0.0
         if votes is None:
             return call(module, *args, **kwargs)
         return proportional_attention(call, module, args, kwargs, votes)
@@ -387,6 +424,10 @@ class PrefixRun(Run):
         """``(B, q)``, where the tokens that enter the decoder stand in the original sequence."""
         places: Tensor = kwargs["position_ids"].expand(len(hidden), -1)
         return places
+
+    def _window_places(self, call: PrefixCall, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """``(B, q)``, the places by which the windows of a block tell how far tokens are from the prompt's entries."""
+        return self._places(call, hidden, kwargs)
 
     def _block_hook(self, index: int) -> Callable[..., Any] | None:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -419,7 +460,9 @@ class PrefixRun(Run):
             self._extend(call, index, hidden, cache, kwargs)
             expect(cache, index)
             if tables_of(cache, index) is not None:
-                call.heads[index] = extend_heads(cache, index, self._places(call, hidden, kwargs), call.valid)
+                call.heads[index] = extend_heads(
+                    cache, index, self._window_places(call, index, hidden, kwargs), call.valid
+                )
                 kwargs = {**kwargs, "attention_mask": self._mask_of_heads(call, index, hidden)}
                 return args, kwargs
         first = self._reads(call, index)

@@ -223,6 +223,13 @@ class ShortenedRun(PrefixRun):
         # Behind a prompt that another run merged inside the model, tokens stand where that says.
         return call.places if isinstance(call, ShortCall) else super()._places(call, hidden, kwargs)
 
+    def _window_places(self, call: PrefixCall, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        places, state = super()._window_places(call, index, hidden, kwargs), call.state
+        if isinstance(state, ShortPrompt) and state.first(index) == 0:
+            # The model's windows count what is left of the prompt.
+            places = places - (state.width - state.valid.sum(-1, keepdim=True))
+        return places
+
     def _extend(self, call: PrefixCall, index: int, hidden: Tensor, cache: Cache, kwargs: dict[str, Any]) -> None:
         if index:  # what begins with the first block is done in front of the decoder
             super()._extend(call, index, hidden, cache, kwargs)

@@ -193,7 +193,7 @@ class VlmRun(ShortenedRun):
             raise QuickmergeError(f"attention_mask must be {tuple(shape)}, got {tuple(valid.shape)}")
         self._check_side(valid)
         ids = self._call.get("input_ids", inputs.get("input_ids"))
-        if self.reducers:
+        if self.reducers or self.eviction is not None:
             check_padding(valid)
             check_one_text(inputs, valid, cache is not None)
         images = read_images(self.vlm, self._call, self.features) if self._call and self._finds_images else []
