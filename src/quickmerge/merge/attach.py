@@ -229,6 +229,10 @@ def _run(
     if reducer is None and cache is not None:
         if layer is not None:
             raise QuickmergeError(f"layer must be None where nothing is merged, got {layer!r}")
+        for name in ("sinks", "min_tokens", "tokenizer"):
+            if name in settings:
+                own = f": say {type(cache).__name__}({name}=...)" * (name != "tokenizer")
+                raise QuickmergeError(f"{name} is of what is merged, and nothing is, got {settings[name]!r:.80}{own}")
     elif not isinstance(reducer, Reducer):
         raise QuickmergeError(
             f"reducer must be a quickmerge reducer such as QuickMerge(keep=0.4), got {reducer!r:.200}"

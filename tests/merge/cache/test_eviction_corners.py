@@ -127,6 +127,44 @@ def test_kvzip_cuts_each_row_as_it_does_alone(beams: int) -> None:
             assert torch.equal(generate(model, text[None], 6, **more).sequences[:, -6:], wanted)
 
 
+@pytest.mark.parametrize("merge", [None, "merge", "reread"])
+@pytest.mark.parametrize("kind", ["equal", "adaptive"])
+def test_what_somebody_protects_stays_in_every_head_and_costs_the_rest_nothing(kind: str, merge: str | None) -> None:
+    """Also where the method keeps no sinks, and where tokens were merged or left out before."""
+    model, ids = model_of("llama"), tokens(1, 60)
+    method = qm.KeyDiff(0.3, heads=kind, sinks=0, min_tokens=0)
+    reducer, more = None, {}
+    if merge is not None:
+        reducer = qm.GemFilter(keep=0.8, block=1) if merge == "reread" else qm.QuickMerge(keep=0.8, window=8, pool=3)
+        more = {"min_tokens": 0, "sinks": 1} | ({} if merge == "reread" else {"layer": 2})
+
+    def protect(ids: Tensor) -> Tensor:
+        return (torch.arange(ids.shape[1]) < 20).expand_as(ids)
+
+    with torch.no_grad():
+        whole = []  # keys of the same prompt, of which nothing has left the cache
+        for cache in (None if merge else qm.KeyDiff(1.0), method):
+            with qm.reduce(model, reducer, cache=cache, recent=3, protect=protect, **more) as run:
+                whole.append(held(model(ids, use_cache=True)))
+    full, left = whole
+    for before, after in zip(full.layers, left.layers, strict=True):
+        for g in range(before.keys.shape[1]):
+            for key in before.keys[0, g, :20]:
+                assert bool((after.keys[0, g] == key).all(-1).any())
+    if merge is None:
+        counts = [60 if layer.heads.valid is None else layer.heads.valid.sum(-1) for layer in left.layers]
+        held_ = sum(float(torch.as_tensor(c).float().mean()) for c in counts) if kind == "adaptive" else 0
+        assert kind == "equal" or held_ == DEPTH * (20 + 0.3 * 40)
+        assert kind == "adaptive" or {layer.heads.count for layer in left.layers} == {20 + 12}
+    assert run.protected is not None
+
+
+@pytest.mark.parametrize("name", ["sinks", "min_tokens"])
+def test_a_setting_of_merging_is_refused_where_nothing_is_merged(name: str) -> None:
+    with pytest.raises(QuickmergeError, match=rf"{name} is of what is merged, .* say KeyDiff\({name}=\.\.\.\)"):
+        qm.reduce(build("llama"), qm.KeyDiff(0.5), **{name: 8})  # type: ignore[call-overload]
+
+
 # What is told --------------------------------------------------------------------------------------------------------
 
 

@@ -286,7 +286,7 @@ def test_entries_leave_the_cache_as_they_would_leave_that_of_the_shorter_text(fa
         found = generate(model, ids, 6)
     stats = run.summary()
     assert run.plan.slots == 40 and stats.prompt_cache_bytes < 0.7 * stats.prompt_cache_bytes_full
-    with reduce(model, None, cache=replace(method, keep=0.25 * full[80] / full[40]), **ALONE):
+    with qm.reduce(model, None, cache=replace(method, keep=0.25 * full[80] / full[40]), recent=2):
         want = generate(model, ids[:, run.plan.position[0]], 6)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(want.logits), rtol=0, atol=1e-6)
 

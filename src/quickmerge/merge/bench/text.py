@@ -60,12 +60,13 @@ def bench(
     shape = model_shape(model)
     # A context is measured as long as it is.
     whatever = settings if settings.get("mode") == "block_causal" else {"min_tokens": 0, **settings}
+    beside = {name: value for name, value in settings.items() if name not in ("sinks", "min_tokens", "tokenizer")}
     arms = [
         Arm(
             reducer.label,
-            partial(
-                reduce, model, budget(reducer, keep), None if isinstance(reducer, Evictor) else layer, **whatever
-            ),
+            partial(reduce, model, budget(reducer, keep), None, **beside)
+            if isinstance(reducer, Evictor)
+            else partial(reduce, model, budget(reducer, keep), layer, **whatever),
             {"keep": keep, "reducer": reducer},
         )
         for keep in keeps

@@ -19,16 +19,21 @@ from quickmerge.merge.cache.packed import pack
 
 @dataclass(frozen=True)
 class Entries:
-    """What the entries of a layer stand for, ``(B, n)`` each: see `HeadTables`, and ``valid`` is given."""
+    """What the entries of a layer stand for, ``(B, n)`` each: see `HeadTables`, and ``valid`` is given.
+
+    ``asked``: which of them stay because somebody asked for it; None for none.
+    """
 
     valid: Tensor
     position: Tensor
     votes: Tensor | None = None
+    asked: Tensor | None = None
 
     def last(self, n: int) -> Entries:
         """Those of the last n entries."""
-        votes = None if self.votes is None else self.votes[:, self.votes.shape[1] - n :]
-        return Entries(self.valid[:, self.valid.shape[1] - n :], self.position[:, self.position.shape[1] - n :], votes)
+        first = self.valid.shape[1] - n
+        votes, asked = (None if x is None else x[:, first:] for x in (self.votes, self.asked))
+        return Entries(self.valid[:, first:], self.position[:, first:], votes, asked)
 
 
 def evict(
@@ -60,7 +65,7 @@ def evict(
     with torch.no_grad():
         counts = _counts(evictor, held, length, windows)
         for i, each in enumerate(entries):
-            kept.append(choose(evictor, scores[i], each.valid, counts[:, i], recent))
+            kept.append(choose(evictor, scores[i], each.valid, counts[:, i], recent, held[i].asked))
             left.append(float(kept[i].sum(-1).float().mean()))
     # A model makes one mask for many layers, by what one of them holds: so all have tables of their own, or none.
     every = list(zip(cache.layers, kept, held, windows, strict=True))
@@ -76,13 +81,22 @@ def _leaves(layer: Any, kept: Tensor, entries: Entries) -> bool:
 
 
 def _counts(evictor: Evictor, held: Sequence[Entries], length: Tensor, windows: Sequence[int | None]) -> Tensor:
-    """``(B, L)`` long: how many entries of each row stay in each layer."""
+    """``(B, L)`` long: how many entries of each row stay in each layer.
+
+    Those that somebody asked for come on top: ``keep`` is a share of the others.
+    """
     there = torch.stack([each.valid.sum(-1) for each in held], 1).tolist()
+    none = torch.zeros_like(length)
+    asked = torch.stack([none if each.asked is None else each.asked.sum(-1) for each in held], 1).tolist()
     out = []
     for row, tokens in enumerate(length.tolist()):
+        if tokens < evictor.min_tokens:
+            out.append(there[row])
+            continue
         full = [tokens if window is None else min(tokens, window - 1) for window in windows]
-        whole = tokens < evictor.min_tokens
-        out.append(there[row] if whole else layer_counts(evictor.keep, there[row], full))
+        others = [[a - b for a, b in zip(each, asked[row], strict=True)] for each in (there[row], full)]
+        counts = layer_counts(evictor.keep, *others)
+        out.append([min(a + b, c) for a, b, c in zip(counts, asked[row], there[row], strict=True)])
     return torch.tensor(out, device=length.device)
 
 
@@ -132,7 +146,6 @@ def read_again(
     evictor: KVzip,
     ids: Tensor,
     valid: Tensor,
-    room: int | None,
     read: Callable[[Tensor, Tensor], dict[int, Tensor]],
 ) -> dict[int, Tensor]:
     """Scores of a prompt that is read again behind itself, some tokens at a time: by layer ``(B, G, n)``.
@@ -141,11 +154,9 @@ def read_again(
         evictor: the method.
         ids: ``(B, N)`` tokens of the prompt.
         valid: ``(B, N)`` bool, some token in every row.
-        room: positions that the model has; None for any number.
         read: reads ids ``(B, c)`` of which some are valid ``(B, c)`` behind the prompt; gives the scores by layer.
     """
     tokens = int(valid.sum(-1).max())
-    evictor.check(tokens, room)
     # Each row from its first token on, so that it is cut as it would be alone.
     source = (~valid).long().argsort(dim=-1, stable=True)[:, :tokens]
     ids, valid = ids.gather(1, source), valid.gather(1, source)

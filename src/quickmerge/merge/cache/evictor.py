@@ -179,12 +179,19 @@ def head_counts(scores: Tensor, open_: Tensor, count: Tensor, floor: float) -> T
     return torch.minimum((counts + (order < rest[:, None])).long(), open_.sum(-1))
 
 
-def choose(evictor: Evictor, scores: Tensor, valid: Tensor, count: Tensor, recent: int | Tensor = 0) -> Tensor:
+def choose(
+    evictor: Evictor,
+    scores: Tensor,
+    valid: Tensor,
+    count: Tensor,
+    recent: int | Tensor = 0,
+    asked: Tensor | None = None,
+) -> Tensor:
     """Which entries of a layer stay: ``(B, G, n)`` bool.
 
-    First the ``sinks`` and the last ``recent`` entries of each row, then as many of the most recent as the method's
-    ``recency`` says, then the best of the rest by their scores, ties to the earlier. Every head keeps ``count`` entries
-    where these are as many; none of the first kind leaves, also if they are more.
+    First the ``sinks`` and the last ``recent`` entries of each row, and those ``asked`` for, then as many of the most
+    recent as the method's ``recency`` says, then the best of the rest by their scores, ties to the earlier. Every head
+    keeps ``count`` entries where these are as many; none of the first kind leaves, also if they are more.
 
     Args:
         evictor: the method.
@@ -193,6 +200,7 @@ def choose(evictor: Evictor, scores: Tensor, valid: Tensor, count: Tensor, recen
             those before have left a sliding window, and sinks are among them.
         count: ``(B,)``, entries that stay; rows that have no more keep all.
         recent: see above; ``(B,)`` for a number of its own for each row.
+        asked: ``(B, n)`` bool, further entries that stay; None for none.
     """
     recent = torch.as_tensor(recent, device=valid.device).view(-1, 1)
     share = (count.double() * evictor.recency + 1e-9).floor().long()
@@ -203,6 +211,7 @@ def choose(evictor: Evictor, scores: Tensor, valid: Tensor, count: Tensor, recen
     valid = valid[:, here]
     total = valid.sum(-1, keepdim=True)
     fixed = valid & ((rank <= evictor.sinks) | (last < recent))
+    fixed = fixed if asked is None else fixed | (valid & asked)
     # Those that stay for being recent must leave room for the sinks.
     room = (count - fixed.sum(-1)).clamp_min(0)[:, None]
     near = valid & ~fixed & (last < newest)

@@ -83,7 +83,21 @@ class Eviction:
         short = call.given < self.evictor.min_tokens
         call.state.stats.evicted_none = int(short.sum())
         if self.evictor.keep < 1 and not bool(short.all()):
+            if self.evictor.replays:
+                self._check_again(call)
             call.stands = places
+
+    def _check_again(self, call: PrefixCall) -> None:
+        """Refuse a prompt that can't be read a second time, before it is read for the first."""
+        wanted = f"cache must be another method than {self.evictor.name}"
+        if call.ids is None:
+            raise QuickmergeError(f"{wanted} for inputs_embeds: without input_ids they can't be read again")
+        if not bool(call.valid.all()) and any(self.decoder.windows):
+            raise QuickmergeError(
+                f"{wanted} for padded rows in a model with sliding windows, where no text can be read behind padding"
+            )
+        room = getattr(self.decoder.config, "max_position_embeddings", None)
+        self.evictor.check(int(call.valid.sum(-1).max()), room)
 
     # Scores -----------------------------------------------------------------------------------------------------
 
@@ -134,38 +148,25 @@ class Eviction:
             # What is left of a prompt in front of the first block is a text of its own to the model and its windows.
             text = call.first(layer) == 0
             position = (segment.valid.long().cumsum(-1) - 1).clamp_min(0) if text else segment.position
-            return Entries(segment.valid, position, segment.votes)
+            return Entries(segment.valid, position, segment.votes, call.marked(layer, call.asked))
         assert call.stands is not None
-        return Entries(call.valid, call.stands)
+        return Entries(call.valid, call.stands, asked=call.asked)
 
     def again(
-        self, call: PrefixCall, ids: Tensor | None, read: Callable[[Again, Tensor, Tensor, Tensor], None], cache: Cache
+        self, call: PrefixCall, read: Callable[[Again, Tensor, Tensor, Tensor], None], cache: Cache
     ) -> dict[int, Tensor]:
         """Scores by reading a prompt again behind itself.
 
         Args:
             call: that read it.
-            ids: ``(B, N)``, its tokens; None where embeddings were given.
             read: reads tokens ``(B, c)``, behind everything that the mask ``(B, N + c)`` tells, at positions ``(B,
                 c)``.
             cache: which holds the prompt and will hold no more than it afterwards.
-
-        Raises:
-            QuickmergeError: there are no ids, or no room for them.
         """
         evictor = self.evictor
         assert isinstance(evictor, KVzip) and call.stands is not None
-        if ids is None:
-            raise QuickmergeError(
-                f"cache must be another method than {evictor.name} for inputs_embeds: without input_ids they can't be "
-                "read again"
-            )
-        valid, stands = call.valid, call.stands
-        if not bool(valid.all()) and any(self.decoder.windows):
-            raise QuickmergeError(
-                f"cache must be another method than {evictor.name} for padded rows in a model with sliding windows, "
-                "where no text can be read behind padding"
-            )
+        ids, valid, stands = call.ids, call.valid, call.stands
+        assert ids is not None
         ends = torch.where(valid, stands, -1).amax(-1, keepdim=True)
 
         def part(new: Tensor, there: Tensor) -> dict[int, Tensor]:
@@ -177,8 +178,7 @@ class Eviction:
             call.state.segments = segments
             return reading.scores
 
-        room = getattr(self.decoder.config, "max_position_embeddings", None)
-        return read_again(evictor, ids, valid, room, part)
+        return read_again(evictor, ids, valid, part)
 
     # Afterwards -------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ class Prefix:
             them, those are the marks of the last turn.
         protect: further tokens that stay alone: a function from ``input_ids (B, N)`` to a bool mask ``(B, N)``. They
             come on top of ``keep``, which counts the other tokens alone: a long system prompt that is protected takes
-            nothing from the rest.
+            nothing from the rest. Where entries leave the cache, theirs stay, on top as well.
         min_tokens: rows of a prompt that have fewer tokens are read in full, as are rows all of whose tokens stay
             alone; the summary says how many. 0 reduces every row that it can.
         tokenizer: that of the prompts, for methods that go by words or lines. None: the one that `quickmerge.load` gave

@@ -320,7 +320,7 @@ class PrefixRun(Run):
         # Behind padding the recent tokens are not the last entries.
         tail = min(self.recent, int(length.min()) - 1) if bool(told[:, -1].all()) else 0
         return PrefixCall(
-            True, PromptState(stats, tail=tail), valid, kept.protected, kept.exempt, length,
+            True, PromptState(stats, tail=tail), valid, kept.protected, kept.exempt, kept.asked, length,
             whole=self._whole(length, kept.protected), ids=None if ids is None else ids[:, :n], drafts=drafts,
             given=length,
         )  # fmt: skip
@@ -343,20 +343,20 @@ class PrefixRun(Run):
             cache = given_cache(kwargs) if cache is None else cache
             if self.eviction is not None and cache is not None and call.stands is not None:
                 began = self.clock()
-                self._evict(call, cache, kwargs.get("input_ids"))
+                self._evict(call, cache)
                 self.stats.reducer_seconds += self.clock() - began
             if call.later:
                 self._read_drafts(call, cache, output)
         super()._after_model(module, args, kwargs, output)
         self._now = None
 
-    def _evict(self, call: PrefixCall, cache: Cache, ids: Tensor | None) -> None:
+    def _evict(self, call: PrefixCall, cache: Cache) -> None:
         """Make the cache of a prompt smaller, now that it has been read."""
         assert self.eviction is not None
         scores = call.scores
         if self.eviction.evictor.replays:
             with self._within(), torch.no_grad():
-                scores = self.eviction.again(call, ids, partial(self._read_again, cache), cache)
+                scores = self.eviction.again(call, partial(self._read_again, cache), cache)
         self.eviction.finish(call, cache, scores)
 
     @contextmanager

@@ -39,8 +39,8 @@ class PrefixCall:
     """The state of one forward.
 
     ``fresh``: whether it reads a prompt; else ``valid (B, q)`` are the tokens that it reads behind one. Of a prompt
-    there are ``valid (B, N)``, ``protected``, ``exempt``, ``length (B,)`` and ``whole (B,)``, the rows that are not
-    reduced; ``drafts`` tokens come behind its N. ``segments`` are those that this forward's blocks read, by first
+    there are ``valid (B, N)``, ``protected``, ``exempt``, ``asked``, ``length (B,)`` and ``whole (B,)``, the rows that
+    are not reduced; ``drafts`` tokens come behind its N. ``segments`` are those that this forward's blocks read, by first
     block, whatever becomes of the cache's. ``plans``, ``source`` and ``added`` are by the block in front of which they
     are carried out: a block that is computed again finds them there. ``ids (B, N)`` are those of the prompt, where it
     has any, and ``group`` tells the span of each token in front of the next merge. ``see`` gives, for a block, what
@@ -57,6 +57,7 @@ class PrefixCall:
     valid: Tensor
     protected: Tensor | None = None
     exempt: Tensor | None = None
+    asked: Tensor | None = None
     length: Tensor | None = None
     whole: Tensor | None = None
     ids: Tensor | None = None
@@ -90,6 +91,13 @@ class PrefixCall:
         """The segment a block belongs to; None below the first merge and where merging changed nothing."""
         first = self.first(layer)
         return None if first is None else self.segments[first]
+
+    def marked(self, layer: int, mask: Tensor | None) -> Tensor | None:
+        """``(B, n)`` bool, which entries of a block hold a token of the prompt that ``mask (B, N)`` marks; None: none."""
+        first = self.first(layer)
+        if mask is None or first is None:
+            return mask
+        return self.composed[list(self.plans).index(first)].carry(mask)
 
     def decide(self, index: int, plan: MergePlan) -> None:
         """Note the plan of the merge in front of a block."""

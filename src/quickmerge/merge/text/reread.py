@@ -47,7 +47,9 @@ class _Scout:
 class RereadRun(ShortenedRun):
     """See `quickmerge.reduce`. A prompt that fills an empty cache is read twice, see `Reread`.
 
-    A sliding window counts entries where the tokens keep their positions.
+    A sliding window counts entries where the tokens keep their positions. Where entries leave the cache besides, its
+    ``keep`` is a share of the prompt as it was given, and so is its ``min_tokens``: of half of a prompt half of the
+    cache of what was read stays with ``keep=0.25``.
     """
 
     reducer: Reread
@@ -112,7 +114,8 @@ class RereadRun(ShortenedRun):
             stats, width=valid.shape[1], valid=valid, masked=masked, recount=self.reducer.positions == "consecutive"
         )
         return ShortCall(
-            True, state, valid, kept.protected, kept.exempt, length, whole=self._whole(length, kept.protected),
+            True, state, valid, kept.protected, kept.exempt, kept.asked, length,
+            whole=self._whole(length, kept.protected),
             places=torch.arange(valid.shape[1], device=valid.device).expand(valid.shape), ids=ids, given=length,
         )  # fmt: skip
 

@@ -18,10 +18,14 @@ MARKS = 4
 
 @dataclass(frozen=True)
 class Protection:
-    """``protected (B, N)`` bool, the tokens that stay alone; ``exempt (B, N)``, those of them that come on top."""
+    """``protected (B, N)`` bool, the tokens that stay alone; ``exempt (B, N)``, those of them that come on top.
+
+    ``asked (B, N)``: all that a user asked for, those among them that stay alone anyway.
+    """
 
     protected: Tensor
     exempt: Tensor
+    asked: Tensor
 
 
 def protection(
@@ -54,16 +58,16 @@ def protection(
     if ids is None:
         if protect is not None:
             raise QuickmergeError("protect needs input_ids, and the model was called with inputs_embeds")
-        return Protection(structural & valid, torch.zeros_like(valid))
+        return Protection(structural & valid, torch.zeros_like(valid), torch.zeros_like(valid))
     marks = torch.isin(ids, torch.tensor(special, dtype=ids.dtype, device=ids.device)) & valid
     structural = (structural | (marks & (_rank(marks.flip(-1)).flip(-1) <= MARKS))) & valid
     if protect is None:
-        return Protection(structural, torch.zeros_like(valid))
+        return Protection(structural, torch.zeros_like(valid), torch.zeros_like(valid))
     asked = protect(ids)
     if not isinstance(asked, Tensor) or asked.shape != ids.shape or asked.dtype != torch.bool:
         raise QuickmergeError(f"protect must return a bool mask of shape {tuple(ids.shape)}")
     asked = asked.to(valid.device) & valid
-    return Protection(structural | asked, asked & ~structural)
+    return Protection(structural | asked, asked & ~structural, asked)
 
 
 def special_tokens(config: object) -> list[int]:

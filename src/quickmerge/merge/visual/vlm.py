@@ -339,7 +339,7 @@ class VlmRun(ShortenedRun):
             marks = torch.zeros(len(mask), width, dtype=torch.long, device=mask.device)
             return marks.scatter_add(1, places, (mask & valid).long()) > 0
 
-        call.protected, call.exempt = given(kept.protected), given(kept.exempt)
+        call.protected, call.exempt, call.asked = given(kept.protected), given(kept.exempt), given(kept.asked)
         call.length = valid.sum(-1)
         call.whole = self._whole(call.length, kept.protected)
 
