@@ -40,10 +40,10 @@ class PrefixCall:
 
     ``fresh``: whether it reads a prompt; else ``valid (B, q)`` are the tokens that it reads behind one. Of a prompt
     there are ``valid (B, N)``, ``protected``, ``exempt``, ``asked``, ``length (B,)`` and ``whole (B,)``, the rows that
-    are not reduced; ``drafts`` tokens come behind its N. ``segments`` are those that this forward's blocks read, by first
-    block, whatever becomes of the cache's. ``plans``, ``source`` and ``added`` are by the block in front of which they
-    are carried out: a block that is computed again finds them there. ``ids (B, N)`` are those of the prompt, where it
-    has any, and ``group`` tells the span of each token in front of the next merge. ``see`` gives, for a block, what
+    are not reduced; ``drafts`` tokens come behind its N. ``segments`` are those that this forward's blocks read, by
+    first block, whatever becomes of the cache's. ``plans``, ``source`` and ``added`` are by the block in front of which
+    they are carried out: a block that is computed again finds them there. ``ids (B, N)`` are those of the prompt, where
+    it has any, and ``group`` tells the span of each token in front of the next merge. ``see`` gives, for a block, what
     tokens behind a prompt see of one another, ``(B or 1, 1, q, q)``, where they are no text but a tree.
 
     ``given (B,)`` is how many tokens a prompt had, and ``stands (B, N)`` where those that are read stand in it. Where
@@ -93,7 +93,7 @@ class PrefixCall:
         return None if first is None else self.segments[first]
 
     def marked(self, layer: int, mask: Tensor | None) -> Tensor | None:
-        """``(B, n)`` bool, which entries of a block hold a token of the prompt that ``mask (B, N)`` marks; None: none."""
+        """``(B, n)`` bool, which entries of a block hold a token that ``mask (B, N)`` marks; None: none."""
         first = self.first(layer)
         if mask is None or first is None:
             return mask
