@@ -192,10 +192,14 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def cache_bytes_full(cache: Cache, tokens: int, windows: tuple[int | None, ...]) -> int:
-    """Bytes the same cache would hold with every one of ``tokens`` tokens in every layer (windows respected)."""
+    """Bytes the same cache would hold with every one of ``tokens`` tokens in every layer.
+
+    Of layers that keep to a sliding window it is what the window holds; others hold everything.
+    """
     total = 0
     for layer, window in zip(cache.layers, windows, strict=False):
-        total += column_bytes(layer) * (tokens if window is None else min(tokens, window - 1))
+        limit = window if getattr(layer, "is_sliding", False) else None
+        total += column_bytes(layer) * (tokens if limit is None else min(tokens, limit - 1))
     return total
 
 

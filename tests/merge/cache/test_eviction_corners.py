@@ -212,6 +212,15 @@ def test_bytes_of_a_whole_cache_are_those_of_the_plain_model(family: str) -> Non
             assert run.summary().cache_bytes_full == full
 
 
+def test_a_cache_without_windows_would_hold_everything() -> None:
+    model = model_of("mistral")
+    for cache in (DynamicCache(), DynamicCache(config=model.config)):
+        with torch.no_grad(), reduce(model, qm.KeyDiff(1.0, **ALL)) as run:
+            model(tokens(1, 40), **past(cache))
+            model(tokens(1, 3), **past(cache))
+        assert run.summary().cache_bytes == run.summary().cache_bytes_full
+
+
 def test_a_cache_that_was_not_given_needs_to_be_asked_for() -> None:
     model = build("llama")
     model.config.use_cache = False
