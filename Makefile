@@ -67,8 +67,7 @@ kills: setup
 
 bench: setup
 	@$(BIN)/python benchmarks/documents.py
-	@$(BIN)/python benchmarks/context_recovery.py
-	@$(BIN)/python benchmarks/needle.py
+	@$(BIN)/python benchmarks/budgets.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

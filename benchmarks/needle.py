@@ -5,7 +5,8 @@
 Text that goes on hardly needs its own middle, so context recovery is kind to whoever keeps the most recent tokens.
 Here each held-out document carries one invented sentence (a five-digit code), at a depth that cycles through it, and
 ends in a question for it. Scored is the code after the question: its NLL, and whether every digit is the model's
-first choice. Writes benchmarks/results/needle.json.
+first choice. Writes benchmarks/results/prior_needle.json. Without a prior `quickmerge bench tasks` asks more, and in more
+ways.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--layer", type=parse_layer, default=None)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--prior", default=None, help="measure quickmerge with this prior too, a folder or a name")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "needle.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "prior_needle.json")
     args = parser.parse_args()
     quiet()
     folder = args.documents or cache_folder(None) / "documents"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from budget_tables import BUDGETS
 from calm_tables import CALM
 from gumiho_tables import GUMIHO
 from multipole_tables import MULTIPOLE
@@ -67,22 +68,13 @@ def method(name: str = "method") -> Column:
     return Column(name, unless(is_full, text("method"), "all tokens"))
 
 
-def overall(name: str = "context_recovery", best: int = -1) -> list[Row]:
+def overall(name: str, best: int = -1) -> list[Row]:
     """Context recovery over all documents, best first at each keep, or with ``best=1`` last."""
     rows = [r for r in rows_of(name) if r["kind"] is None]
     return sorted(rows, key=lambda r: (r["keep"], best * r["recovery"]))
 
 
-def recovery() -> Table:
-    """Every reducer at every keep."""
-    columns = [
-        Column("reducer", strong("reducer", lambda r: r["reducer"] == "quickmerge")), KEEP, RECOVERY, NLL, *COST,
-        Column("cache", lambda r: f"{MIB * r['cache_bytes']:.1f} MiB ({r['cache_ratio']:.2f})"),
-    ]  # fmt: skip
-    return Table(columns, overall())
-
-
-def kinds(name: str = "context_recovery", best: int = -1) -> Table:
+def kinds(name: str, best: int = -1) -> Table:
     """Recovery by kind of document."""
     found = {(r["reducer"], r["keep"], r["kind"]): r["recovery"] for r in rows_of(name)}
     names = sorted({kind for _, _, kind in found if kind is not None})
@@ -91,44 +83,6 @@ def kinds(name: str = "context_recovery", best: int = -1) -> Table:
         return Column(kind, lambda r: f"{found[r['reducer'], r['keep'], kind]:.3f}")
 
     return Table([Column("reducer", text("reducer")), KEEP, *map(of, names)], overall(name, best))
-
-
-def paired() -> Table:
-    """QuickMerge less the best baseline, document by document, with the interval of that difference."""
-    data = rows_of("context_recovery", "documents")
-    found = {(r["document"], r["reducer"], r["keep"]): r for r in data}
-    kinds = [None, *sorted({r["kind"] for r in data})]
-    rows = []
-    for keep in sorted({r["keep"] for r in data}):
-        rival = next(r["reducer"] for r in overall() if r["keep"] == keep and r["reducer"] != "quickmerge")
-        row: Row = {"keep": keep, "rival": rival}
-        for kind in kinds:
-            mine = [r for r in data if (r["reducer"], r["keep"]) == ("quickmerge", keep) and kind in (None, r["kind"])]
-            gain = np.array([found[r["document"], rival, keep]["nll"] - r["nll"] for r in mine])
-            worth = np.array([r["nll_none"] - r["nll_full"] for r in mine])
-            row[f"{kind}"] = gain.sum() / worth.sum()
-            row[f"{kind}_low"], row[f"{kind}_high"] = ratio_interval(gain, worth)
-        rows.append(row)
-    columns = [Column(kind or "all", interval(f"{kind}", "+.3f")) for kind in kinds]
-    return Table([KEEP, Column("best baseline", text("rival")), *columns], rows)
-
-
-def short() -> Table:
-    """QuickMerge alone, for the README."""
-    ours = [r for r in overall() if r["reducer"] == "quickmerge"]
-    rivals = sorted((r for r in overall() if r["reducer"] != "quickmerge"), key=lambda r: float(r["recovery"]))
-    best = {r["keep"]: f"{r['recovery']:.3f} ({r['reducer']})" for r in rivals}
-    full = {"at": "1 (all tokens)", "recovery": 1, "nll": ours[0]["nll_full"], "flops_ratio": 1, "prefill_speedup": 1,
-            "cache_ratio": 1}  # fmt: skip
-    none = {"at": "0 (no context)", "recovery": 0, "nll": ours[0]["nll_none"]}
-    columns = [
-        Column("keep", lambda r: r.get("at") or f"{r['keep']:g}"), Column("recovery", number("recovery", ".3f")), NLL,
-        Column("prefill FLOPs", number("flops_ratio", ".2f")),
-        Column("prefill speed", number("prefill_speedup", ".2f", unit="x")),
-        Column("cache bytes", number("cache_ratio", ".2f")),
-        Column("best baseline", lambda r: best.get(r.get("keep", 0), "")),
-    ]  # fmt: skip
-    return Table(columns, [full, *sorted(ours, key=lambda r: -r["keep"]), none])
 
 
 def speed(rows: Sequence[Row]) -> Table:
@@ -499,7 +453,6 @@ def made_of(result: str, make: Callable[[Sequence[Row]], Table], key: str = "row
 
 OWN: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {
     "speed": ("prefill_speed", speed, "rows"),
-    "needle": ("needle", needle, "rows"),
     "prior_needle": ("prior_needle", needle, "rows"),
     "block_causal": ("block_causal", block_causal, "rows"),
     "prior_ablation": ("prior_ablation", prior_ablation, "rows"),
@@ -520,11 +473,12 @@ OWN: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {
 TABLES: dict[str, Callable[[], Table | None]] = {
     make.__name__: make
     for make in (
-        recovery, kinds, paired, short, matrix, prior_recovery, patch_merge, recognition_ways, recognition_ablation,
+        matrix, prior_recovery, patch_merge, recognition_ways, recognition_ablation,
         recognition_times, recognition_kinds, vlm_quality, vlm_mosaics, vlm_speed,
     )
 }  # fmt: skip
 TABLES["prior_kinds"] = partial(kinds, "prior_recovery", 1)
+TABLES |= BUDGETS
 MADE = OWN | MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST | RECIPES
 TABLES |= {name: partial(made_of, *of) for name, of in MADE.items()}
 

@@ -25,9 +25,11 @@ class KVzip(Evictor):
 
     Args:
         chunk: tokens that are read at a time; 0 for all of them.
+        every: of how many queries of the second reading one is looked at.
     """
 
     chunk: int = 2048
+    every: int = 1
     heads: str = "adaptive"
     name: ClassVar[str] = "kvzip"
     source: ClassVar[str] = "arXiv 2505.23416"
@@ -36,6 +38,7 @@ class KVzip(Evictor):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "chunk", whole_number("chunk", self.chunk, 0))
+        object.__setattr__(self, "every", whole_number("every", self.every))
 
     def check(self, tokens: int, room: int | None) -> None:
         """Raise QuickmergeError if there are no positions for the second reading."""
@@ -49,7 +52,8 @@ class KVzip(Evictor):
     def flops(self, shape: Heads, tokens: Sequence[float]) -> float:
         """The second reading, with the first in front of it, and its attention once more for the scores."""
         again = sum(n * n + (n * n if not self.chunk else n * min(n, self.chunk)) / 2 for n in tokens)
-        return shape.prefill_flops(tokens) + (4 * sum(n * n for n in tokens) + 2 * again) * shape.heads * shape.head_dim
+        behind = 4 * sum(n * n for n in tokens) + 2 * again / self.every
+        return shape.prefill_flops(tokens) + behind * shape.heads * shape.head_dim
 
     def scores(self, view: CacheView) -> Tensor:
         """Of a second reading: queries ``(B, H, q, d)`` are its last tokens, behind ``n - q`` entries of the first.
@@ -59,7 +63,7 @@ class KVzip(Evictor):
         """
         q, n = view.query.shape[2], view.key.shape[2]
         out = torch.zeros(*view.key.shape[:2], n - q, dtype=torch.float32, device=view.key.device)
-        for rows in view.blocks():
+        for rows in view.blocks(every=self.every):
             probs, _ = view.probabilities(rows)
             out = torch.maximum(out, probs[..., : n - q].amax((2, 3)).to(out.dtype))
         return out
