@@ -3,7 +3,7 @@
     python benchmarks/documents.py && python benchmarks/budgets.py
 
 Two parts, ``--part recovery`` and ``--part tasks``; all of them if none is named. Recovery is that of text that goes
-on, on 24 of the held-out documents, in float32. Tasks are those that SmolLM2-135M can do (see docs/tasks.md), with new
+on, on 18 of the held-out documents, six of each kind, in float32. Tasks are those that SmolLM2-135M can do (see docs/tasks.md), with new
 seeds, in bfloat16: the question last in three formats, first, and later. Every measurement is written down as it comes,
 so that a run goes on where it was stopped, and ``--shard 0/2`` and ``--shard 1/2`` may run side by side; a run without
 ``--shard`` joins them. Writes benchmarks/results/budgets.json and budget_tasks.json.
@@ -34,6 +34,7 @@ from quickmerge.merge.bench.cost import model_shape
 from quickmerge.merge.run import observe
 from quickmerge.models import cache_folder, load
 from quickmerge.recipe.tasks import bench_tasks
+from quickmerge.sampling import evenly
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -209,8 +210,7 @@ def run_recovery(args: argparse.Namespace) -> None:
         folder = (args.documents or cache_folder(None) / "documents") / "test"
         paths = sorted(folder.rglob("*.txt"))
         documents = [_document(tokenizer, path) for path in paths]
-        # Two of three of each kind; of another model one of three.
-        documents = [d for i, d in enumerate(documents) if (i % 3 if name == "smollm2-135m" else i % 3 == 0)]
+        documents = _some(documents, 6 if name == "smollm2-135m" else 4)
         recipes = ways(model.config.num_hidden_layers, main=name != "smollm2-135m")
         settings = {"model": name, "context": CONTEXT, "target": TARGET, "dtype": "float32"}
         mine = Records(args.work / f"recovery-{args.shard.replace('/', '-')}.jsonl", settings, ("document", "way"))
@@ -224,6 +224,13 @@ def run_recovery(args: argparse.Namespace) -> None:
     if args.shard == "all":
         told = {"environment": environment(), "dtype": "float32", "context": CONTEXT, "target": TARGET}
         write_json(RESULTS / "budgets.json", {"rows": rows, "documents": each, **told})
+
+
+def _some(documents: Sequence[Document], each: int) -> list[Document]:
+    """As many of each kind, evenly taken, in turns: where a run is stopped, no kind is missing."""
+    kinds = sorted({str(document.kind) for document in documents})
+    found = [evenly([d for d in documents if d.kind == kind], each) for kind in kinds]
+    return [document for turn in zip(*found, strict=True) for document in turn]
 
 
 def _document(tokenizer: Any, path: Path) -> Document:

@@ -5,8 +5,7 @@
 Text that goes on hardly needs its own middle, so context recovery is kind to whoever keeps the most recent tokens.
 Here each held-out document carries one invented sentence (a five-digit code), at a depth that cycles through it, and
 ends in a question for it. Scored is the code after the question: its NLL, and whether every digit is the model's
-first choice. Writes benchmarks/results/prior_needle.json. Without a prior `quickmerge bench tasks` asks more, and in more
-ways.
+first choice. Writes benchmarks/results/prior_needle.json. `quickmerge bench tasks` asks more, and in more ways.
 """
 
 from __future__ import annotations
