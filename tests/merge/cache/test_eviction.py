@@ -21,6 +21,7 @@ import quickmerge as qm
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.cache import EVICTORS, Evictor
 from quickmerge.merge.cache.evictor import choose, layer_counts
+from quickmerge.merge.cache.packed import shape_of
 from quickmerge.merge.cache.view import CacheView
 from quickmerge.models.decoder import Decoder, find_decoder, watch
 from quickmerge.models.rotary import Rotary
@@ -184,54 +185,85 @@ def test_padding_on_the_right_is_padding(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
 def test_kvzip_is_what_a_second_reading_by_hand_says(family: str) -> None:
-    model, method = model_of(family), qm.KVzip(0.5, chunk=12, **ALL)
+    """Chunks of 12 tokens with 3 before them, each behind the whole prompt, and scored against its own entries."""
+    model, method = model_of(family), qm.KVzip(0.5, chunk=12, overlap=3, **ALL)
     row = rows()[0]
-
+    n = len(row)
     decoder = find_decoder(model)
     shown = Shown(decoder)
-    shown.valid = torch.ones(1, len(row), dtype=torch.bool)
-    scores: dict[int, Tensor] = {}
+    scores = {layer: torch.zeros(1, 2, n) for layer in range(DEPTH)}
     undo = watch(decoder, shown)
     try:
         with torch.no_grad():
-            for start in range(0, len(row), 12):
-                part = row[start : start + 12]
+            for start in range(0, n, 12):
+                low, high = max(0, start - 3), min(n, start + 12)
+                part = row[low:high]
                 cache = DynamicCache()
+                shown.valid = torch.ones(1, n, dtype=torch.bool)
                 model(row[None], **past(cache))
-                shown.valid = torch.ones(1, len(row) + len(part), dtype=torch.bool)
-                place = torch.arange(len(row), len(row) + len(part))[None]
+                shown.valid = torch.ones(1, n + len(part), dtype=torch.bool)
+                place = torch.arange(n, n + len(part))[None]
                 model(part[None], position_ids=place, **past(cache))
                 for layer, view in shown.views.items():
-                    score = method.scores(view)
-                    scores[layer] = torch.maximum(scores[layer], score) if layer in scores else score
-                shown.valid = torch.ones(1, len(row), dtype=torch.bool)
+                    q = len(part)
+                    for h in range(4):
+                        keys = torch.cat([view.key[0, h // 2, low:high], view.key[0, h // 2, n:]])
+                        for i in range(q):
+                            logits = (keys[: q + i + 1] @ view.query[0, h, i]) * view.scaling
+                            best = scores[layer][0, h // 2, low:high]
+                            best.copy_(torch.maximum(best, logits.softmax(0)[:q].float()))
     finally:
         undo()
     with torch.no_grad(), reduce(model, method) as run:
         talk = Conversation(model, [row])
         found = [talk.read(turn[None]) for turn in TURNS]
     assert run.summary().decode_steps == len(TURNS)
-    decoder = find_decoder(model)
     shown = Shown(decoder)
-    shown.valid = torch.ones(1, len(row), dtype=torch.bool)
+    shown.valid = torch.ones(1, n, dtype=torch.bool)
     undo = watch(decoder, shown)
     try:
         with torch.no_grad():
             cache = DynamicCache()
             model(row[None], **past(cache))
-            full = [len(row) if (w := window_of(model.config, i)) is None else w - 1 for i in range(DEPTH)]
+            full = [n if (w := window_of(model.config, i)) is None else w - 1 for i in range(DEPTH)]
             counts = layer_counts(method.keep, full, full)
             for layer in range(DEPTH):
-                n = full[layer]
-                some = choose(method, scores[layer][..., -n:], shown.valid, torch.tensor([counts[layer]]), 3)
-                shown.kept[layer] = torch.cat([some.new_zeros(1, some.shape[1], len(row) - n), some], -1)
-            shown.total = len(row)
+                m = full[layer]
+                some = choose(method, scores[layer][..., -m:], shown.valid, torch.tensor([counts[layer]]), 3)
+                shown.kept[layer] = torch.cat([some.new_zeros(1, some.shape[1], n - m), some], -1)
+            shown.total = n
             for turn, logits in zip(TURNS, found, strict=True):
                 shown.total += len(turn)
                 place = torch.arange(shown.total - len(turn), shown.total)[None]
                 close(logits, model(turn[None], position_ids=place, **past(cache)).logits)
     finally:
         undo()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_kvzip_of_a_batch_is_that_of_its_rows(side: str) -> None:
+    model, method = model_of("llama"), qm.KVzip(0.5, chunk=10, overlap=4, **ALL)
+    with torch.no_grad(), reduce(model, method):
+        talk = Conversation(model, rows(), side)
+        found = talk.read(TURNS[1].expand(3, -1))
+        for i, row in enumerate(rows()):
+            close(found[i : i + 1], Conversation(model, [row]).read(TURNS[1][None]))
+
+
+def test_kvzip_goes_with_a_merge_and_with_drafts_behind_the_prompt() -> None:
+    model, method = model_of("llama"), qm.KVzip(0.4, chunk=16, overlap=4, **ALL)
+    ids = tokens(1, 60)
+    with torch.no_grad(), reduce(model, qm.QuickMerge(keep=0.6, spans="none"), layer=2, min_tokens=0, cache=method):
+        cache = DynamicCache(config=model.config)
+        model(ids, logits_to_keep=4, **past(cache))
+        other = DynamicCache(config=model.config)
+        model(ids[:, :57], logits_to_keep=1, **past(other))
+        # What is read with a prompt sees all of it, and what is left of the prompt is the same.
+        model(ids[:, 57:], **past(other))
+        assert stored(cache) == stored(other)
+        for one, two in zip(cache.layers, other.layers, strict=True):
+            assert shape_of(one) == shape_of(two)
+            close(one.keys[:, :, :-3], two.keys[:, :, :-3])
 
 
 # Laws ----------------------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def read_again(
     evictor: KVzip,
     ids: Tensor,
     valid: Tensor,
-    read: Callable[[Tensor, Tensor], dict[int, Tensor]],
+    read: Callable[[Tensor, Tensor, Tensor], dict[int, Tensor]],
 ) -> dict[int, Tensor]:
     """Scores of a prompt that is read again behind itself, some tokens at a time: by layer ``(B, G, n)``.
 
@@ -154,15 +154,18 @@ def read_again(
         evictor: the method.
         ids: ``(B, N)`` tokens of the prompt.
         valid: ``(B, N)`` bool, some token in every row.
-        read: reads ids ``(B, c)`` of which some are valid ``(B, c)`` behind the prompt; gives the scores by layer.
+        read: reads ids ``(B, c)`` of which some are valid ``(B, c)`` behind the prompt, and which are of its columns
+            ``(B, N)`` bool; gives the scores by layer.
     """
-    tokens = int(valid.sum(-1).max())
-    # Each row from its first token on, so that it is cut as it would be alone.
-    source = (~valid).long().argsort(dim=-1, stable=True)[:, :tokens]
-    ids, valid = ids.gather(1, source), valid.gather(1, source)
+    # A row's chunks are counted in its own tokens, wherever padding stands.
+    rank = valid.long().cumsum(-1) - 1
     found: dict[int, Tensor] = {}
-    for start in range(0, tokens, evictor.chunk or tokens):
-        part = slice(start, start + (evictor.chunk or tokens))
-        for layer, scores in read(ids[:, part], valid[:, part]).items():
+    longest = int(valid.sum(-1).max())
+    for start in range(0, longest, evictor.chunk or longest):
+        stop = start + (evictor.chunk or longest)
+        mine = valid & (rank >= start - evictor.overlap) & (rank < stop)
+        # Tokens that are read stand on the left, so that nothing is between them and the prompt.
+        order = (~mine).long().argsort(dim=-1, stable=True)[:, : int(mine.sum(-1).max())]
+        for layer, scores in read(ids.gather(1, order), mine.gather(1, order), mine).items():
             found[layer] = torch.maximum(found[layer], scores) if layer in found else scores
     return found

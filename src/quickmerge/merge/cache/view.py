@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -65,14 +66,25 @@ class CacheView:
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         first = self.key.shape[2] - self.query.shape[2]
         query = self.query[:, :, rows.start - first : rows.stop - first : rows.step].to(dtype) * self.scaling
-        scores = query.reshape(b, g, (h // g) * q, d) @ self.key[:, :, :m].to(dtype).transpose(-1, -2)
-        scores = scores.view(b, g, h // g, q, m)
+        # Products are taken in the model's own precision, as its attention takes them, and the softmax in float32.
+        query = query.to(self.query.dtype).reshape(b, g, (h // g) * q, d)
+        scores = (query @ self.key[:, :, :m].transpose(-1, -2)).to(dtype).view(b, g, h // g, q, m)
         if self.bias is not None:
             scores = scores + self.bias[:, None, None, None, :m].to(dtype)
         sees = self._sees(rows)
+        if self._plain:
+            # All see what stands in front of the first of them, so that less has to be hidden.
+            front = rows.start
+            scores[..., front:].masked_fill_(~sees[:, None, None, :, front:], -torch.inf)
+            return scores.softmax(-1), sees
         scores = scores.masked_fill_(~sees[:, None, None], -torch.inf)
-        # A row of padding sees nothing, so its log-sum-exp is -inf and its probabilities are zero and not NaN.
-        return (scores - scores.logsumexp(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)).exp_(), sees
+        # A row of padding sees nothing, and its softmax is no number.
+        return scores.softmax(-1).masked_fill_(~sees.any(-1)[:, None, None, :, None], 0.0), sees
+
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether nothing is hidden but what is yet to come."""
+        return self.window is None and bool(self.valid.all())
 
     def _sees(self, rows: range) -> Tensor:
         here = slice(rows.start, rows.stop, rows.step)
@@ -100,3 +112,4 @@ class CacheView:
         start = max(start, self.key.shape[2] - self.query.shape[2])
         rows = range(start + (n - 1 - start) % every, n, every)
         return [rows[a : a + ROWS] for a in range(0, len(rows), ROWS)]
+

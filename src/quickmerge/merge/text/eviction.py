@@ -29,9 +29,13 @@ from quickmerge.models.rotary import Rotary
 
 @dataclass
 class Again:
-    """A second reading of a prompt: the ``call`` that read it first, and the scores that it makes, by layer."""
+    """A second reading of some of a prompt: the ``call`` that read it first, and the scores that it makes, by layer.
+
+    ``places (B, N)`` are where the prompt's tokens stand, -1 for those that are not read again now.
+    """
 
     call: PrefixCall
+    places: Tensor
     scores: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -126,20 +130,50 @@ class Eviction:
         assert first.stands is not None
         query, key, value = tensors
         entries = self._entries(first, layer)
-        if again is not None:
-            new = call.valid
-            place = first.stands.amax(-1, keepdim=True) + new.long().cumsum(-1)
-            valid, position = torch.cat([entries.valid, new], 1), torch.cat([entries.position, place], 1)
-            entries = Entries(valid, position)
-        entries = entries.last(key.shape[2])
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         bias = None if votes is None else votes.clamp_min(1).to(torch.float32).log()
+        if again is not None:
+            again.scores[layer] = self._score_again(call, again, entries, (query, key, value), scaling, bias)
+            return
+        entries = entries.last(key.shape[2])
         rotary = partial(self._rotary.__getitem__, layer) if self._rotary else None
         window = self.decoder.windows[layer]
         view = CacheView(query, key, value, entries.valid, entries.position, scaling, window, bias, rotary)
         with torch.autocast(query.device.type, enabled=False):
-            scores = self.evictor.scores(view)
-        (call.scores if again is None else again.scores)[layer] = scores
+            call.scores[layer] = self.evictor.scores(view)
+
+    def _score_again(
+        self, call: PrefixCall, again: Again, entries: Entries, tensors: tuple[Tensor, ...], scaling: float,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """``(B, G, n)``: scores of those entries of a layer that are of what is read again, zero for the others.
+
+        A sliding window, behind which the first reading is out of reach, is of no account here.
+        """
+        query, key, value = tensors
+        q, n = query.shape[2], key.shape[2] - query.shape[2]
+        entries = entries.last(n)
+        # The places that are read again lie side by side in each row.
+        low = torch.where(again.places < 0, torch.iinfo(torch.long).max, again.places).amin(-1, keepdim=True)
+        high = again.places.amax(-1, keepdim=True)
+        inside = entries.valid & (entries.position >= low) & (entries.position <= high)
+        scores = torch.zeros(*key.shape[:2], n, dtype=torch.float32, device=key.device)
+        columns = inside.any(0).nonzero().flatten()
+        if not len(columns):
+            return scores
+        part = slice(int(columns[0]), int(columns[-1]) + 1)
+
+        def cut(x: Tensor) -> Tensor:
+            return torch.cat([x[:, :, part], x[:, :, n:]], 2)
+
+        valid = torch.cat([inside[:, part], call.valid], 1)
+        position = valid.long().cumsum(-1) - 1
+        bias = None if bias is None else torch.cat([bias[:, part], bias[:, bias.shape[1] - q :]], 1)
+        view = CacheView(query, cut(key), cut(value), valid, position, scaling, None, bias)
+        with torch.autocast(query.device.type, enabled=False):
+            found = self.evictor.scores(view)
+        scores[:, :, part] = torch.where(inside[:, None, part], found.to(scores.dtype), 0.0)
+        return scores
 
     def _entries(self, call: PrefixCall, layer: int) -> Entries:
         """What the entries of a layer stand for when a prompt has been read."""
@@ -169,8 +203,8 @@ class Eviction:
         assert ids is not None
         ends = torch.where(valid, stands, -1).amax(-1, keepdim=True)
 
-        def part(new: Tensor, there: Tensor) -> dict[int, Tensor]:
-            reading = Again(call)
+        def part(new: Tensor, there: Tensor, mine: Tensor) -> dict[int, Tensor]:
+            reading = Again(call, torch.where(mine, stands, -1))
             position = (ends + there.long().cumsum(-1)).clamp_min(0)
             segments = dict(call.state.segments)
             with as_before(cache):
