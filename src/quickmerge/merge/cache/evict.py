@@ -130,10 +130,15 @@ def shrink(layer: Any, kept: Tensor, entries: Entries, window: int | None) -> No
 
 
 @contextmanager
-def as_before(cache: Cache) -> Any:
-    """Whatever is read into a cache within the block is forgotten at its end."""
+def as_before(cache: Cache, without: int = 0) -> Any:
+    """Whatever is read into a cache within the block is forgotten at its end; the last entries are gone meanwhile."""
     names = ("keys", "values", "packed", "cumulative_length", "heads", "expected")
     before = [{name: getattr(layer, name) for name in names if hasattr(layer, name)} for layer in cache.layers]
+    if without:
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :-without], layer.values[:, :, :-without]
+            if layer.is_sliding:
+                layer.cumulative_length -= without
     try:
         yield
     finally:
