@@ -3,8 +3,8 @@
     python benchmarks/documents.py && python benchmarks/budgets.py
 
 Two parts, ``--part recovery`` and ``--part tasks``; all of them if none is named. Recovery is that of text that goes
-on, on 18 of the held-out documents, six of each kind, in float32. Tasks are those that SmolLM2-135M can do (see
-docs/tasks.md), with new seeds, in bfloat16: the question last in three formats, first, and later. Every measurement is
+on, on 18 of the held-out documents, six of each kind. Tasks are those that SmolLM2-135M can do (see docs/tasks.md), with
+new seeds: the question last in three formats, first, and later. All of it in bfloat16. Every measurement is
 written down as it comes, so that a run goes on where it was stopped, and ``--shard 0/2`` and ``--shard 1/2`` may run
 side by side; a run without ``--shard`` joins them. Writes benchmarks/results/budgets.json and budget_tasks.json.
 """
@@ -94,11 +94,10 @@ def ways(depth: int, main: bool) -> dict[str, qm.Recipe]:
         found |= {
             f"quickmerge before spans {keep:g}": text(qm.QuickMerge(keep=keep, **OLD)),
             f"quickmerge as published {keep:g}": text(qm.QuickMerge.paper(keep=keep)),
-            f"attention {keep:g}": text(qm.Attention(keep=keep)),
-            f"random {keep:g}": text(qm.Random(keep=keep)),
         }
     return {
-        **found, "tome 0.42": text(qm.ToMe(keep=0.42)), **caches(0.41), **caches(0.57, few=True),
+        **found, "attention 0.42": text(qm.Attention(keep=0.42)), "random 0.42": text(qm.Random(keep=0.42)),
+        "tome 0.42": text(qm.ToMe(keep=0.42)), **caches(0.41), **caches(0.57, few=True),
         "gemfilter 0.41": text(qm.GemFilter(keep=0.41)), "specprefill 0.41": text(qm.SpecPrefill(keep=0.41)),
         "fastkv 0.42, cache 0.41": fast(0.42, 0.41, depth),
     }  # fmt: skip
@@ -206,13 +205,13 @@ def run_recovery(args: argparse.Namespace) -> None:
     rows: list[Row] = []
     each: list[Row] = []
     for name in args.model.split(","):
-        model, tokenizer = load(name, dtype=torch.float32)
+        model, tokenizer = load(name, dtype=torch.bfloat16)
         folder = (args.documents or cache_folder(None) / "documents") / "test"
         paths = sorted(folder.rglob("*.txt"))
         documents = [_document(tokenizer, path) for path in paths]
         documents = _some(documents, 6 if name == "smollm2-135m" else 4)
         recipes = ways(model.config.num_hidden_layers, main=name != "smollm2-135m")
-        settings = {"model": name, "context": CONTEXT, "target": TARGET, "dtype": "float32"}
+        settings = {"model": name, "context": CONTEXT, "target": TARGET, "dtype": "bfloat16"}
         mine = Records(args.work / f"recovery-{args.shard.replace('/', '-')}.jsonl", settings, ("document", "way"))
         if args.shard == "all":
             for other in sorted(args.work.glob("recovery-*-*.jsonl")):
@@ -222,7 +221,7 @@ def run_recovery(args: argparse.Namespace) -> None:
         rows += recovery_rows(name, part, recipes, mine)
         each += [{"model": name, **(mine.get(d.name, way) or {})} for d in part for way in recipes]
     if args.shard == "all":
-        told = {"environment": environment(), "dtype": "float32", "context": CONTEXT, "target": TARGET}
+        told = {"environment": environment(), "dtype": "bfloat16", "context": CONTEXT, "target": TARGET}
         write_json(RESULTS / "budgets.json", {"rows": rows, "documents": each, **told})
 
 
