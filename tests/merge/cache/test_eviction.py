@@ -205,13 +205,15 @@ def test_kvzip_is_what_a_second_reading_by_hand_says(family: str) -> None:
                 place = torch.arange(n, n + len(part))[None]
                 model(part[None], position_ids=place, **past(cache))
                 for layer, view in shown.views.items():
-                    q = len(part)
+                    window = window_of(model.config, layer)
+                    first = low if window is None else max(low, n - window + 1)  # what a window has lost has no score
                     for h in range(4):
-                        keys = torch.cat([view.key[0, h // 2, low:high], view.key[0, h // 2, n:]])
-                        for i in range(q):
-                            logits = (keys[: q + i + 1] @ view.query[0, h, i]) * view.scaling
-                            best = scores[layer][0, h // 2, low:high]
-                            best.copy_(torch.maximum(best, logits.softmax(0)[:q].float()))
+                        keys = torch.cat([view.key[0, h // 2, first:high], view.key[0, h // 2, n:]])
+                        m = max(0, high - first)
+                        for i in range(len(part)):
+                            logits = (keys[: m + i + 1] @ view.query[0, h, i]) * view.scaling
+                            best = scores[layer][0, h // 2, first : max(first, high)]
+                            best.copy_(torch.maximum(best, logits.softmax(0)[:m].float()))
     finally:
         undo()
     with torch.no_grad(), reduce(model, method) as run:

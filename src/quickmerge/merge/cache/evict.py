@@ -130,15 +130,10 @@ def shrink(layer: Any, kept: Tensor, entries: Entries, window: int | None) -> No
 
 
 @contextmanager
-def as_before(cache: Cache, without: int = 0) -> Any:
-    """Whatever is read into a cache within the block is forgotten at its end; the last entries are gone meanwhile."""
+def as_before(cache: Cache) -> Any:
+    """Whatever is read into a cache within the block is forgotten at its end."""
     names = ("keys", "values", "packed", "cumulative_length", "heads", "expected")
     before = [{name: getattr(layer, name) for name in names if hasattr(layer, name)} for layer in cache.layers]
-    if without:
-        for layer in cache.layers:
-            layer.keys, layer.values = layer.keys[:, :, :-without], layer.values[:, :, :-without]
-            if layer.is_sliding:
-                layer.cumulative_length -= without
     try:
         yield
     finally:
@@ -165,10 +160,11 @@ def read_again(
     # A row's chunks are counted in its own tokens, wherever padding stands.
     rank = valid.long().cumsum(-1) - 1
     found: dict[int, Tensor] = {}
-    longest = int(valid.sum(-1).max())
+    length = valid.sum(-1, keepdim=True)
+    longest = int(length.max())
     for start in range(0, longest, evictor.chunk or longest):
         stop = start + (evictor.chunk or longest)
-        mine = valid & (rank >= start - evictor.overlap) & (rank < stop)
+        mine = valid & (rank >= start - evictor.overlap) & (rank < stop) & (start < length)
         # Tokens that are read stand on the left, so that nothing is between them and the prompt.
         order = (~mine).long().argsort(dim=-1, stable=True)[:, : int(mine.sum(-1).max())]
         for layer, scores in read(ids.gather(1, order), mine.gather(1, order), mine).items():

@@ -112,4 +112,3 @@ class CacheView:
         start = max(start, self.key.shape[2] - self.query.shape[2])
         rows = range(start + (n - 1 - start) % every, n, every)
         return [rows[a : a + ROWS] for a in range(0, len(rows), ROWS)]
-

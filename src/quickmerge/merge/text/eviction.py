@@ -207,7 +207,7 @@ class Eviction:
             reading = Again(call, torch.where(mine, stands, -1))
             position = (ends + there.long().cumsum(-1)).clamp_min(0)
             segments = dict(call.state.segments)
-            with as_before(cache, call.drafts):
+            with as_before(cache):
                 read(reading, new, torch.cat([valid, there], 1), position)
             call.state.segments = segments
             return reading.scores
