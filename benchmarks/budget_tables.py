@@ -57,13 +57,12 @@ def merging(model: str = MODEL) -> Table | None:
     return Table([WAY, RECOVERY, *COST], sorted(rows, key=lambda r: (round(r["cache_ratio"], 1), -r["recovery"])))
 
 
-def caches(share: float, model: str = MODEL) -> Table | None:
-    """Recovery of everything that holds this share of the cache or less, best first."""
+def caches(low: float, high: float, model: str = MODEL) -> Table | None:
+    """Recovery of everything that holds such a share of the cache, best first."""
     if not _there():
         return None
-    low, high = share - 0.2, share + 0.02
     rows = [row for row in _rows(model) if low <= row["cache_ratio"] <= high]
-    paired = Column("less the first of the table above", interval("paired", "+.3f"), spare=True)
+    paired = Column("less quickmerge 0.42", interval("paired", "+.3f"))
     return Table([WAY, RECOVERY, *COST, paired], sorted(rows, key=lambda r: -r["recovery"]))
 
 
@@ -223,13 +222,14 @@ def memory() -> Table | None:
     return Table(columns, json.loads(path.read_text(encoding="utf-8"))["rows"])
 
 
-def at(share: float) -> Callable[[], Table | None]:
-    """`caches` of a share."""
-    return lambda: caches(share)
+def between(low: float, high: float) -> Callable[[], Table | None]:
+    """`caches` of such a share."""
+    return lambda: caches(low, high)
 
 
 BUDGETS: dict[str, Callable[[], Table | None]] = {
-    "recovery": merging, "paired": paired, "kinds": by_kind, "short": short, "cache_41": at(0.41), "cache_57": at(0.57),
+    "recovery": merging, "paired": paired, "kinds": by_kind, "short": short,
+    "cache_41": between(0.2, 0.44), "cache_57": between(0.5, 0.6),
     "asked": asked, "each_task": each_task, "later": later, "gemma": gemma, "cache_memory": memory,
 }  # fmt: skip
 """By the name in the docs."""

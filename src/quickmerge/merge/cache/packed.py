@@ -21,7 +21,7 @@ PAYS = 0.95
 class Packed:
     """Keys, or values, of a layer: ``flat (M, d)`` of its first ``count`` columns, ``tail (B, G, t, d)`` behind them.
 
-    ``at (M,)`` long: where each entry stands, in ``(B, G, count)`` one behind the other.
+    ``at (M,)`` int32: where each entry stands, in ``(B, G, count)`` one behind the other.
     """
 
     flat: Tensor
@@ -43,7 +43,9 @@ class Packed:
     def full(self) -> Tensor:
         """``(B, G, count + t, d)``, zero where there is nothing."""
         b, g, _, d = self.tail.shape
-        front = self.flat.new_zeros(b * g * self.count, d).index_copy_(0, self.at.to(self.flat.device), self.flat)
+        front = self.flat.new_zeros(b * g * self.count, d).index_copy_(
+            0, self.at.to(self.flat.device).long(), self.flat
+        )
         return torch.cat([front.view(b, g, self.count, d), self.tail], 2)
 
     def grown(self, new: Tensor) -> Packed:
@@ -77,7 +79,7 @@ def pack(layer: Any) -> None:
     if valid is None or layer.is_sliding or layer.keys is None:
         return
     keys, values = layer.keys, layer.values
-    at = valid.expand(*keys.shape[:2], -1).flatten().nonzero().flatten()
+    at = valid.expand(*keys.shape[:2], -1).flatten().nonzero().flatten().to(torch.int32)
     if len(at) > PAYS * keys.shape[0] * keys.shape[1] * keys.shape[2]:
         unpack(layer)
         return
@@ -111,4 +113,4 @@ def column_bytes(layer: Any) -> int:
 def packed_bytes(layer: Any) -> int:
     """Memory of what a layer stores packed; 0 if it doesn't."""
     packed: dict[str, Packed] = getattr(layer, "packed", None) or {}
-    return sum(each.bytes for each in packed.values()) + sum(8 * len(each.at) for each in list(packed.values())[:1])
+    return sum(each.bytes for each in packed.values()) + sum(4 * len(each.at) for each in list(packed.values())[:1])
