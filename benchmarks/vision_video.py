@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import tables
@@ -83,6 +84,9 @@ def ways(full: Tensor, keep: float, frames: int) -> dict[str, Tensor]:
         "grid (space and time)": GridMerge(keep=keep),
         "grid, by place alone": GridMerge(keep=keep, coverage=1.0, similarity=0.0),
         "tome": qm.ToMe(keep=keep),
+        "quickmerge": qm.QuickMergeVision(keep=keep),
+        # At a fixed share, so that all rows of one keep have as many tokens.
+        "quickmerge as published": replace(qm.QuickMergeVision.paper(), keep=keep),
         "random, dropped": qm.Random(keep=keep),
     }
     for name, method in methods.items():
