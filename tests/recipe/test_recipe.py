@@ -12,6 +12,7 @@ from gumiho_samples import heads
 from recipe_samples import RECIPES
 
 import quickmerge as qm
+from quickmerge.errors import QuickmergeError
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -88,3 +89,11 @@ SPECULATIONS: list[tuple[dict[str, Any], str]] = [
 def test_a_wrong_setting_of_speculation_is_one_sentence(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         qm.Speculation(**{"drafter": qm.PromptLookup(), **given})
+
+
+def test_a_reducer_may_say_what_the_cache_keeps() -> None:
+    model = tiny()
+    with qm.apply(model, qm.Recipe(merge=qm.Merge(qm.QuickMerge(0.5, cache=0.3), [1]))) as run:
+        assert list(run.parts) == ["merge+cache"]
+    with pytest.raises(QuickmergeError, match="cache must be said once, of merge or beside it, got 0.3 and"):
+        qm.Recipe(merge=qm.QuickMerge(0.5, cache=0.3), cache=0.4)

@@ -73,6 +73,11 @@ class Ingredients:
 
     def _check_together(self) -> None:
         """Raise for ingredients that exclude one another on any model."""
+        own = getattr(self.merge.reducer, "cache", None) if isinstance(self.merge, Merge) else None
+        if self.cache is not None and own is not None:
+            raise QuickmergeError(
+                f"cache must be said once, of merge or beside it, got {own!r:.80} and {self.cache!r:.80}"
+            )
         if self.evictor is not None and self.attention is not None:
             raise QuickmergeError(
                 "attention must be left out beside cache, of which every head holds entries of its own, while clusters "

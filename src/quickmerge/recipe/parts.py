@@ -7,6 +7,7 @@ from typing import Any
 
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.merge.attach import reduce_places
+from quickmerge.merge.cache import Evictor
 from quickmerge.merge.place import Merge, Place
 from quickmerge.models.attachment import Attachment
 from quickmerge.models.encoder import holds_encoder, holds_timm
@@ -49,11 +50,13 @@ def _merging(model: Any, recipe: Ingredients) -> dict[str, Attachment]:
         return {}
     if cache is not None and not holds_vlm(model) and (holds_encoder(model) or holds_timm(model)):
         raise UnsupportedModelError(f"cache must be left out for {type(model).__name__}, which has none")
+    # What a reducer says of the cache itself it is asked for by whoever merges.
+    beside = recipe.cache if isinstance(recipe.cache, Evictor) else None
     places: dict[Place, Merge] = {PLACES[name]: merge for name, merge in merges.items()}
     names = [*merges, *(["cache"] if cache is not None else [])]
     return {
         "+".join(names): reduce_places(
-            model, text=places.get("text"), visual=places.get("visual"), tower=places.get("tower"), cache=cache
+            model, text=places.get("text"), visual=places.get("visual"), tower=places.get("tower"), cache=beside
         )
     }
 

@@ -41,7 +41,8 @@ def view(seed: int, n: int, *, side: str = "left", window: int | None = None, bi
     position = (valid.long().cumsum(-1) - 1).clamp_min(0)
     base = find_decoder(build("llama")).base
     rotary = Rotary.of(base, base.layers[0].self_attn, 0, wanted="")
-    return CacheView(query, key, value, valid, position, WIDTH**-0.5, window, bias, lambda: rotary)
+    group = (torch.rand(2, n, generator=draw) < 0.3).long().cumsum(-1)
+    return CacheView(query, key, value, valid, position, WIDTH**-0.5, window, bias, lambda: rotary, group)
 
 
 def attention(v: CacheView, row: int, head: int, i: int) -> dict[int, float]:
@@ -109,7 +110,13 @@ def norm(v: CacheView, row: int, g: int, method: Any) -> dict[int, float]:
                     square[j] += (p * float(v.value[row, g, j].norm())) ** 2
         for j in there:
             score[j] += math.sqrt(square[j] / len(voters)) / len(heads_of(g))
-    return pooled(score, method.kernel, "mean")
+    found = pooled(score, method.kernel, "mean")
+    if v.group is None or method.spans == "none":
+        return found
+    spans: dict[int, float] = {}
+    for j, each in found.items():
+        spans[int(v.group[row, j])] = max(spans.get(int(v.group[row, j]), 0.0), each)
+    return {j: spans[int(v.group[row, j])] for j in found}
 
 
 def expected(v: CacheView, row: int, g: int, method: Any) -> dict[int, float]:
@@ -185,6 +192,7 @@ METHODS: list[tuple[Any, Callable[..., dict[int, float]]]] = [
     (qm.SnapKV(window=5, kernel=3), snapkv),
     (qm.SnapKV(window=64, kernel=3, pooling="max"), snapkv),
     (qm.AttentionNorm(window=6, kernel=5), norm),
+    (qm.AttentionNorm(window=6, kernel=3, spans="none"), norm),
     (qm.ExpectedAttention(future=5), expected),
     (qm.ExpectedAttention(future=3, covariance=False, epsilon=0.0, sinks=0), expected),
     (qm.LagKV(lag=4), lagkv),
@@ -228,7 +236,7 @@ def test_a_row_is_scored_alone(method: Any, side: str) -> None:
     there = v.valid[1]
     alone = CacheView(
         v.query[1:, :, there], v.key[1:, :, there], v.value[1:, :, there], v.valid[1:, there], v.position[1:, there],
-        v.scaling, v.window, v.bias, v.rotary,
+        v.scaling, v.window, v.bias, v.rotary, None if v.group is None else v.group[1:, there],
     )  # fmt: skip
     torch.testing.assert_close(method.scores(v)[1:, :, there], method.scores(alone), rtol=1e-9, atol=1e-12)
     assert bool(method.scores(v)[v.valid[:, None].expand(-1, GROUPS, -1)].isfinite().all())

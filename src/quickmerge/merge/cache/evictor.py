@@ -88,6 +88,11 @@ class Evictor(ABC):
             raise QuickmergeError(f"heads must be one of {', '.join(HEADS)}, got {self.heads!r:.80}{hint}")
 
     @property
+    def unit(self) -> str | None:
+        """Which spans of the text the method keeps as a whole: ``"line"``, ``"word"``, ``"auto"`` or None for none."""
+        return None
+
+    @property
     def label(self) -> str:
         """The name and every setting that is not the default, as `quickmerge.merge.cache.make_evictor` reads it."""
         own = [(f.name, getattr(self, f.name), f.default) for f in fields(self) if f.name != "keep"]

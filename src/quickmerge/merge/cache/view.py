@@ -29,6 +29,8 @@ class CacheView:
         window: the layer's sliding window in positions, or None.
         bias: ``(B, n)``, what the model adds to the scores of each key, such as log(size) of slots; None for nothing.
         rotary: the layer's rotation, made when it is asked for.
+        group: ``(B, n)`` long, the span of the text that each entry is of, where the method asked and the host knows;
+            neighbours with the same number are of one span.
     """
 
     query: Tensor
@@ -40,6 +42,7 @@ class CacheView:
     window: int | None = None
     bias: Tensor | None = None
     rotary: Callable[[], Rotary] | None = None
+    group: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -101,7 +104,8 @@ class CacheView:
             x.index_select(0, rows) for x in (self.query, self.key, self.value, self.valid, self.position)
         )
         bias = None if self.bias is None else self.bias.index_select(0, rows)
-        return replace(self, query=query, key=key, value=value, valid=valid, position=position, bias=bias)
+        group = None if self.group is None else self.group.index_select(0, rows)
+        return replace(self, query=query, key=key, value=value, valid=valid, position=position, bias=bias, group=group)
 
     def blocks(self, start: int = 0, every: int = 1, end: int | None = None) -> list[range]:
         """The query rows from ``start`` on, or every so-manieth of them up to the last in front of ``end``, in parts.

@@ -21,6 +21,7 @@ from quickmerge.merge.cache.evictor import Evictor
 from quickmerge.merge.cache.kvzip import KVzip
 from quickmerge.merge.cache.packed import shape_of
 from quickmerge.merge.cache.view import CacheView
+from quickmerge.merge.text.merged_cache import columns_at
 from quickmerge.merge.text.prefix_call import PrefixCall
 from quickmerge.models.compat import DynamicLayer, DynamicSlidingWindowLayer
 from quickmerge.models.decoder import Decoder
@@ -138,9 +139,18 @@ class Eviction:
         entries = entries.last(key.shape[2])
         rotary = partial(self._rotary.__getitem__, layer) if self._rotary else None
         window = self.decoder.windows[layer]
-        view = CacheView(query, key, value, entries.valid, entries.position, scaling, window, bias, rotary)
+        group = None if call.lines is None else self._lines(call, layer)[:, -key.shape[2] :]
+        view = CacheView(query, key, value, entries.valid, entries.position, scaling, window, bias, rotary, group)
         with torch.autocast(query.device.type, enabled=False):
             call.scores[layer] = self.evictor.scores(view)
+
+    def _lines(self, call: PrefixCall, layer: int) -> Tensor:
+        """``(B, n)``: the span of each entry of a layer; that of a slot's own place."""
+        assert call.lines is not None and call.stands is not None
+        segment = call.segment(layer)
+        if segment is None:
+            return call.lines
+        return call.lines.gather(1, columns_at(call.stands, call.valid, segment.position))
 
     def _score_again(
         self, call: PrefixCall, again: Again, entries: Entries, tensors: tuple[Tensor, ...], scaling: float,

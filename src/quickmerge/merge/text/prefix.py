@@ -450,6 +450,8 @@ class PrefixRun(Run):
             hidden = torch.cat([hidden[:, :n] + call.added[index].to(hidden.dtype), hidden[:, n:]], 1)
         if index == 0 and call.fresh and self.eviction is not None:
             self.eviction.begin(call, self._places(call, hidden, kwargs), cache)
+            if call.stands is not None and (unit := self.eviction.evictor.unit) is not None:
+                call.lines = self._spans(call, unit, "cache", self._ids(call, 0), call.valid, call.protected)
         if call.fresh and cache is not None:
             fill(cache, index, call.state, hidden.shape[1] - call.drafts, self._gone(call, index))
         elif not call.fresh:
@@ -578,17 +580,23 @@ class PrefixRun(Run):
         unit = self.reducers[index].needs.spans
         if unit is None or call.group is not None:
             return call.group
-        ids, tokenizer, stats = self._ids(call, index), self._tokenizer(), self.stats
+        call.group = self._spans(call, unit, "spans", self._ids(call, index), view.valid, view.protected)
+        return call.group
+
+    def _spans(
+        self, call: PrefixCall, unit: str, what: str, ids: Tensor | None, valid: Tensor, protected: Tensor | None
+    ) -> Tensor | None:
+        """The span of each token ``(B, n)``; None, and a note in the summary, where nobody can tell."""
+        tokenizer, stats = self._tokenizer(), self.stats
         if ids is None and unit != "auto":
-            raise QuickmergeError(f"spans={unit!r} needs input_ids, and the model was called with inputs_embeds")
+            raise QuickmergeError(f"{what}={unit!r} needs input_ids, and the model was called with inputs_embeds")
         if ids is None or tokenizer is None:
             why = "no tokenizer is known; pass tokenizer=..." if ids is not None else "there were inputs_embeds alone"
             stats.spans = f"none, {why}"
             return None
         unit = "line" if unit == "auto" else unit
         stats.spans = unit
-        call.group = within(spans(ids, view.valid, tokenizer, unit), view.valid, view.protected)
-        return call.group
+        return within(spans(ids, valid, tokenizer, unit), valid, valid & False if protected is None else protected)
 
     def _ids(self, call: PrefixCall, index: int) -> Tensor | None:
         """``(B, n)``, the ids of the tokens in front of the first merge of all tokens; None where there were none."""

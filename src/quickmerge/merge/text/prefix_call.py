@@ -47,9 +47,9 @@ class PrefixCall:
     tokens behind a prompt see of one another, ``(B or 1, 1, q, q)``, where they are no text but a tree.
 
     ``given (B,)`` is how many tokens a prompt had, and ``stands (B, N)`` where those that are read stand in it. Where
-    its cache is to be made smaller, ``scores`` are of the entries ``(B, G, n)`` of each block, and ``later`` are the
-    arguments by which drafts are read behind what is left; ``heads`` are, behind such a prompt, the tables of each
-    block, this forward's tokens among them.
+    its cache is to be made smaller, ``lines (B, N)`` tell the span of each token, for methods that ask, ``scores`` are
+    of the entries ``(B, G, n)`` of each block, and ``later`` are the arguments by which drafts are read behind what is
+    left; ``heads`` are, behind such a prompt, the tables of each block, this forward's tokens among them.
     """
 
     fresh: bool
@@ -73,6 +73,7 @@ class PrefixCall:
     see: Callable[[int], Tensor] | None = None
     given: Tensor | None = None
     stands: Tensor | None = None
+    lines: Tensor | None = None
     scores: dict[int, Tensor] = field(default_factory=dict)
     heads: dict[int, HeadTables] = field(default_factory=dict)
     later: dict[str, Tensor] = field(default_factory=dict)
