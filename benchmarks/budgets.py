@@ -62,13 +62,13 @@ def fast(keep: float, cache: float, depth: int) -> qm.Recipe:
 def caches(keep: float, few: bool = False) -> dict[str, qm.Recipe]:
     """What leaves a share of the cache and merges nothing; ``few`` of these ways."""
     methods: tuple[qm.Evictor, ...] = (
-        qm.ObservedAttention(keep, **ALL), qm.SnapKV(keep, **ALL), qm.ExpectedAttention(keep, **ALL),
-        qm.LagKV(keep, **ALL), qm.KVzip(keep, **ALL), qm.StreamingLLM(keep, **ALL),
+        qm.AttentionNorm(keep, **ALL), qm.ObservedAttention(keep, **ALL), qm.SnapKV(keep, **ALL),
+        qm.ExpectedAttention(keep, **ALL), qm.LagKV(keep, **ALL), qm.KVzip(keep, **ALL), qm.StreamingLLM(keep, **ALL),
     )  # fmt: skip
     if not few:
         methods += (
             qm.ObservedAttention(keep, average="sum", every=1, **ALL),
-            qm.ObservedAttention(keep, heads="adaptive", **ALL), qm.AttentionNorm(keep, **ALL), qm.KeyDiff(keep, **ALL),
+            qm.ObservedAttention(keep, heads="adaptive", **ALL), qm.KeyDiff(keep, **ALL),
         )  # fmt: skip
     return {f"{_name(method)} {keep:g}": qm.Recipe(cache=method) for method in methods}
 
@@ -83,12 +83,12 @@ def ways(depth: int, main: bool) -> dict[str, qm.Recipe]:
     found = {f"quickmerge {keep:g}": text(qm.QuickMerge(keep=keep)) for keep in (0.42, 0.2, 0.6)}
     found |= {f"truncate {keep:g}": text(qm.Truncate(keep=keep)) for keep in (0.42, 0.2, 0.6)}
     found |= {
-        "quickmerge 0.42, cache 0.41": text(qm.QuickMerge(keep=0.42), cache=qm.ObservedAttention(0.41, **ALL)),
-        "quickmerge 0.42, cache 0.3": text(qm.QuickMerge(keep=0.42), cache=qm.ObservedAttention(0.3, **ALL)),
-        "quickmerge 0.2, cache 0.23": text(qm.QuickMerge(keep=0.2), cache=qm.ObservedAttention(0.23, **ALL)),
+        "quickmerge 0.42, cache 0.41": text(qm.QuickMerge(keep=0.42), cache=qm.AttentionNorm(0.41, **ALL)),
+        "quickmerge 0.42, cache 0.3": text(qm.QuickMerge(keep=0.42), cache=qm.AttentionNorm(0.3, **ALL)),
+        "quickmerge 0.2, cache 0.23": text(qm.QuickMerge(keep=0.2), cache=qm.AttentionNorm(0.23, **ALL)),
     }
     if main:
-        some = (qm.ObservedAttention(0.41, **ALL), qm.SnapKV(0.41, **ALL))
+        some = (qm.AttentionNorm(0.41, **ALL), qm.SnapKV(0.41, **ALL))
         return {**found, **{f"{method.name} 0.41": qm.Recipe(cache=method) for method in some}}
     for keep in (0.42, 0.2):
         found |= {
@@ -120,10 +120,11 @@ def task_ways(mode: str) -> dict[str, qm.Recipe]:
             found[f"quickmerge as published {keep:g}"] = text(qm.QuickMerge.paper(keep=keep))
             found[f"gemfilter {keep:g}"] = text(qm.GemFilter(keep=keep))
             found[f"specprefill {keep:g}"] = text(qm.SpecPrefill(keep=keep))
-    found["quickmerge 0.42, cache 0.3"] = text(qm.QuickMerge(keep=0.42), cache=qm.ObservedAttention(0.3, **ALL))
+    found["quickmerge 0.42, cache 0.3"] = text(qm.QuickMerge(keep=0.42), cache=qm.AttentionNorm(0.3, **ALL))
     if mode == "last":
         found["snapkv 0.41"] = qm.Recipe(cache=qm.SnapKV(0.41, **ALL))
         found["observed 0.41"] = qm.Recipe(cache=qm.ObservedAttention(0.41, **ALL))
+        found["norm 0.41"] = qm.Recipe(cache=qm.AttentionNorm(0.41, **ALL))
     return found
 
 

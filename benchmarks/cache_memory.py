@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 STEPS, ROUNDS = 8, 6
 WAYS: dict[str, qm.Recipe | None] = {
     "full": None,
-    "observed 0.3": qm.Recipe(cache=qm.ObservedAttention(0.3)),
+    "norm 0.3": qm.Recipe(cache=qm.AttentionNorm(0.3)),
     "snapkv:heads=adaptive 0.3": qm.Recipe(cache=qm.SnapKV(0.3, heads="adaptive")),
     "quickmerge 0.42": qm.Recipe(merge=qm.QuickMerge(keep=0.42)),
     "quickmerge 0.42, cache 0.3": qm.Recipe(merge=qm.QuickMerge(keep=0.42, cache=0.3)),

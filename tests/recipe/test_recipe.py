@@ -95,5 +95,5 @@ def test_a_reducer_may_say_what_the_cache_keeps() -> None:
     model = tiny()
     with qm.apply(model, qm.Recipe(merge=qm.Merge(qm.QuickMerge(0.5, cache=0.3), [1]))) as run:
         assert list(run.parts) == ["merge+cache"]
-    with pytest.raises(QuickmergeError, match="cache must be said once, of merge or beside it, got 0.3 and"):
+    with pytest.raises(QuickmergeError, match=r"cache must be said once, of merge or beside it, got 0\.3 and"):
         qm.Recipe(merge=qm.QuickMerge(0.5, cache=0.3), cache=0.4)

@@ -198,7 +198,7 @@ def reduce(
             that it had, and the next one gets the one that it would have had; or ``"consecutive"``, as if the prompt
             had been shorter from the first (LLaVA, LLaVA-NeXT, Idefics3 and SmolVLM only).
         cache: language and vision-language models only: what leaves the cache when a prompt has been read, from every
-            layer and key head other entries; a share is that of `ObservedAttention`. The memory is free afterwards;
+            layer and key head other entries; a share is that of `AttentionNorm`. The memory is free afterwards;
             the prompt itself was read with all of them. Default: ``cache`` of the reducer where it has one.
         **settings: those of the mode, where it was not given as an object.
 
@@ -342,7 +342,7 @@ def reduce_places(
     given: dict[Place, Merge | None] = {"text": text, "visual": visual, "tower": tower}
     merges = {place: merge for place, merge in given.items() if merge is not None}
     if cache is not None and not isinstance(cache, Evictor):
-        raise QuickmergeError(f"cache must be a method such as ObservedAttention(keep=0.3), got {cache!r:.200}")
+        raise QuickmergeError(f"cache must be a method such as AttentionNorm(keep=0.3), got {cache!r:.200}")
     if not merges and cache is None:
         raise QuickmergeError("text, visual, tower or cache must say what is to be done, got None for each")
     for place, merge in merges.items():

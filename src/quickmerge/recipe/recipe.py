@@ -33,7 +33,7 @@ class Recipe(Ingredients):
         attention: settings of multipole attention, by which new tokens read the past.
         decoding: what drafts, such as ``PromptLookup()``; or `Speculation`, with the size of its trees.
         cache: what leaves the cache of a prompt when it has been read, such as ``SnapKV(keep=0.3)``; a share is that of
-            `ObservedAttention`.
+            `AttentionNorm`.
 
     Raises:
         QuickmergeError: naming the argument, what was given and what is allowed.

@@ -128,7 +128,7 @@ def test_bad_settings_are_named(make: Any, message: str) -> None:
         make()
 
 
-def test_a_share_is_that_of_observed_attention() -> None:
-    assert as_evictor(0.3) == qm.ObservedAttention(keep=0.3)
+def test_a_share_is_that_of_the_attention_norm() -> None:
+    assert as_evictor(0.3) == qm.AttentionNorm(keep=0.3)
     assert as_evictor("lagkv:keep=0.2") == qm.LagKV(keep=0.2)
     assert as_evictor(None) is None

@@ -65,9 +65,9 @@ def as_evictor(given: Evictor | float | str | None) -> Evictor | None:
     if isinstance(given, str):
         return make_evictor(given)
     if isinstance(given, (int, float)) and not isinstance(given, bool):
-        return ObservedAttention(given)
+        return AttentionNorm(given)
     raise QuickmergeError(
-        f"cache must be a method such as ObservedAttention(keep=0.3), a share in (0, 1] or None, got {given!r:.200}"
+        f"cache must be a method such as AttentionNorm(keep=0.3), a share in (0, 1] or None, got {given!r:.200}"
     )
 
 

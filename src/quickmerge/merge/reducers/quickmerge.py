@@ -88,7 +88,7 @@ class QuickMerge(Reducer):
         spans: ``"line"`` (a line or sentence, of about 32 tokens at most), ``"word"`` or ``"none"``; ``"auto"``: lines,
             where a tokenizer tells the text of the tokens, in prefix mode.
         cache: share of the entries that the cache holds when the prompt has been read, in (0, 1]; entries of every
-            layer and key head leave it until then, by `quickmerge.ObservedAttention`. None: what the merge leaves.
+            layer and key head leave it until then, by `quickmerge.AttentionNorm`. None: what the merge leaves.
         measure: ``"norm"``, the attention norm; or ``"entropy"``, how widely a token itself attends, the entropy of its
             attention over the largest possible, mean over the layers and heads; or ``"focus"``, 1 less that. The
             public code of the paper has both signs. Nobody votes then, and ``window`` and ``nearest`` play no part.
