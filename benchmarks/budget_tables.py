@@ -199,14 +199,6 @@ def later() -> Table | None:
     return Table(columns, rows)
 
 
-def gemma() -> Table | None:
-    """The main rows on a second model."""
-    if not _there() or not _rows("gemma3-270m"):
-        return None
-    rows = sorted(_rows("gemma3-270m"), key=lambda r: (round(r["cache_ratio"], 1), -r["recovery"]))
-    return Table([WAY, RECOVERY, *COST], rows)
-
-
 def memory() -> Table | None:
     """What a smaller cache frees, and what a step takes."""
     path = RESULTS / "cache_memory.json"
@@ -230,7 +222,7 @@ def between(low: float, high: float) -> Callable[[], Table | None]:
 BUDGETS: dict[str, Callable[[], Table | None]] = {
     "recovery": merging, "paired": paired, "kinds": by_kind, "short": short,
     "cache_41": between(0.2, 0.44), "cache_57": between(0.5, 0.6),
-    "asked": asked, "each_task": each_task, "later": later, "gemma": gemma, "cache_memory": memory,
+    "asked": asked, "each_task": each_task, "later": later, "cache_memory": memory,
 }  # fmt: skip
 """By the name in the docs."""
 
