@@ -18,7 +18,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def python_of_readme() -> list[str]:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) == 8
+    assert len(blocks) == 10
     return blocks
 
 
@@ -26,13 +26,13 @@ def python_of_readme() -> list[str]:
 def test_the_readme_s_vision_runs() -> None:
     """Slow for its download of 90 MB."""
     names: dict[str, Any] = {"qm": importlib.import_module("quickmerge"), "image": Image.new("RGB", (300, 260), "teal")}
-    exec(compile(python_of_readme()[2], str(README), "exec"), names)
+    exec(compile(python_of_readme()[4], str(README), "exec"), names)
     assert names["features"].shape == (1, 257 - 12 * 16, 384)
     assert names["run"].summary().tokens_per_block[-1] == 65
 
 
 def test_the_readme_s_python_runs(smollm2: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = [python_of_readme()[i] for i in (0, 1, 5, 6, 7)]
+    blocks = [python_of_readme()[i] for i in (0, 1, 2, 3, 7, 8, 9)]
     # The others go on from the first, and a fifth of the document must be more than its protected tokens.
     names = {"document": "The tide tables of the bay are printed every year in March. " * 12}
     labels = []
@@ -40,7 +40,7 @@ def test_the_readme_s_python_runs(smollm2: tuple[Any, Any], capsys: pytest.Captu
         exec(compile(block, str(README), "exec"), names)
         labels.append(getattr(getattr(names.get("run"), "reducer", None), "label", None))
     assert "tokens in" in capsys.readouterr().out
-    assert labels[1] == "quickmerge+prior"
+    assert labels[3] == "quickmerge+prior"
     assert list(names["run"].summary().of) == ["merge", "attention", "decoding"]  # type: ignore[attr-defined]
 
 
@@ -54,7 +54,7 @@ def test_the_readme_s_visual_tokens_and_recognition_run(tmp_path: Path, monkeypa
     }
     scene_samples.small_recognizer().save_pretrained(tmp_path / "runs" / "recognizer")
     monkeypatch.chdir(tmp_path)
-    for block in python_of_readme()[3:5]:
+    for block in python_of_readme()[5:7]:
         exec(compile(block, str(README), "exec"), names)
     assert len(names["recognizer"].recognize(names["recognizer"].prepare(names["images"]))) == 2
 

@@ -54,6 +54,7 @@ __all__ = [
     "TIMM_ATTENTION",
     "TIMM_BASE",
     "TIMM_BLOCK",
+    "TOKEN_AXES",
     "AlternatingCodebooksLogitsProcessor",
     "BaseStreamer",
     "ClassifierFreeGuidanceLogitsProcessor",
@@ -147,6 +148,9 @@ def _take(module: str, name: str) -> Any:
 
 
 # The cache: what models take and give -----------------------------------------------------------------------------
+
+TOKEN_AXES = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "token_type_ids": 1}
+"""Along which axis of a decoder's arguments tokens lie."""
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 """What the cache is called as an argument: from transformers 5.24 on, before it, and in some blocks still."""

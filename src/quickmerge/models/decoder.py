@@ -215,7 +215,8 @@ def only_asked(watcher: Watcher) -> Iterator[None]:
 def _front(implementation: str) -> AttentionFunction:
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = attention_function(implementation, module)
-        alone = _ALONE.get()
+        # A compiler of graphs can't look; what it makes is of the model as it is.
+        alone = None if torch.compiler.is_compiling() else _ALONE.get()
         if alone is not None:
             for watcher, layer in _WATCHED.get(module, ()):
                 if watcher is alone:

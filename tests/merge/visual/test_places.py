@@ -257,7 +257,7 @@ def test_other_models_have_their_one_place(tiny_llama: Any) -> None:
 @pytest.mark.parametrize(
     ("family", "merges", "message"),
     [
-        ("llava", {}, "text, visual or tower must say what is to be merged"),
+        ("llava", {}, "text, visual, tower or cache must say what is to be done"),
         ("llava", {"text": qm.QuickMerge()}, r"text must be a Merge\(reducer, ...\) or None, got QuickMerge"),
         ("llava", {"text": Merge(qm.SCOPE())}, "text must be a reducer for the prompt of a language model"),
         ("llava", {"text": Merge(qm.QuickMerge(), 4)}, r"layer must lie in 1..3 for a model of 4 blocks, got 4"),

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["apart", "joined"]
+from quickmerge.models.compat import TOKEN_AXES
 
-_AXES = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "token_type_ids": 1}
-"""Along which axis of a decoder's arguments tokens lie."""
+__all__ = ["apart", "joined"]
 
 
 def apart(inputs: dict[str, Any], drafts: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -28,7 +27,7 @@ def apart(inputs: dict[str, Any], drafts: int) -> tuple[dict[str, Tensor], dict[
     """
     now: dict[str, Tensor] = {}
     later: dict[str, Tensor] = {}
-    for name, axis in _AXES.items():
+    for name, axis in TOKEN_AXES.items():
         given = inputs.get(name)
         if isinstance(given, Tensor):
             tokens = given.shape[axis]
