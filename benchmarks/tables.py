@@ -221,6 +221,16 @@ def vision_quality(rows: Sequence[Row]) -> Table:
     return Table(columns, rows)
 
 
+def vision_published(rows: Sequence[Row]) -> Table:
+    """Features of photographs by the published form beside the default."""
+    columns = [
+        Column("method", strong("method", lambda r: r["method"].startswith("quickmerge"))),
+        Column("FLOPs", number("ratio", ".2f")),
+        Column("pooled features", interval("pooled", ".3f")), Column("patch features", interval("patches", ".3f")),
+    ]  # fmt: skip
+    return Table(columns, [r for r in rows if r["method"] != "full"])
+
+
 def vision_speed(rows: Sequence[Row]) -> Table:
     """Time of a vision transformer by method beside what FLOPs allow."""
     columns = [
@@ -461,6 +471,7 @@ OWN: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {
     "patch_prior": ("patch_prior", patch_prior, "rows"),
     "vision_quality": ("vision_quality", vision_quality, "rows"),
     "vision_fashion": ("vision_fashion", vision_quality, "rows"),
+    "vision_published": ("vision_published", vision_published, "rows"),
     "vision_speed": ("vision_speed", vision_speed, "rows"),
     "vision_video": ("vision_video", vision_video, "rows"),
     "vlm_places": ("vlm_places", vlm_places, "rows"),
