@@ -157,13 +157,8 @@ def measure_recovery(
                 run = qm.apply(model, recipe)
                 nll = float(document_nll(model, document, run).mean())
                 (stats,) = run.summary().of.values()
-                flops = 1.0
-                if recipe.merge is not None:
-                    reducer = recipe.merge.reducer  # type: ignore[union-attr]
-                    flops = shape.flops_ratio(reducer, stats.tokens_per_layer, stats.tokens_in)
-                if recipe.evictor is not None:
-                    full_flops = shape.prefill_flops([stats.tokens_in] * len(stats.tokens_per_layer))
-                    flops += recipe.evictor.flops(shape, stats.tokens_per_layer) / full_flops
+                reducer = None if recipe.merge is None else recipe.merge.reducer  # type: ignore[union-attr]
+                flops = shape.flops_ratio(reducer, stats.tokens_per_layer, stats.tokens_in, recipe.evictor)
                 found.append({
                     "document": document.name, "kind": document.kind, "way": name, "nll": nll, "nll_full": full,
                     "nll_none": none, "flops_ratio": flops, "seconds": stats.prefill_seconds,

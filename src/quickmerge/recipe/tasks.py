@@ -254,13 +254,11 @@ class _Asking:
         if not told:
             return 1.0
         (stats,) = told
-        spent = 1.0
-        if isinstance(recipe.merge, Merge):
-            spent = float(self.shape.flops_ratio(recipe.merge.reducer, stats.tokens_per_layer, stats.tokens_in))
-        if recipe.evictor is not None and stats.tokens_in >= recipe.evictor.min_tokens:
-            full = self.shape.prefill_flops([stats.tokens_in] * len(stats.tokens_per_layer))
-            spent += recipe.evictor.flops(self.shape, stats.tokens_per_layer) / full
-        return spent
+        reducer = recipe.merge.reducer if isinstance(recipe.merge, Merge) else None
+        evictor = recipe.evictor
+        if evictor is not None and stats.tokens_in < evictor.min_tokens:
+            evictor = None
+        return float(self.shape.flops_ratio(reducer, stats.tokens_per_layer, stats.tokens_in, evictor))
 
 
 # Rows, and what readers see of them.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quickmerge.merge.cache.evictor import Evictor
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.reread import Reread
 from quickmerge.merge.tokens.budget import Count, Ratio, Remaining, Schedule, Stage, as_budget, round_half_up
@@ -74,14 +75,24 @@ class Shape:
         projected = 2 * prompt * self.width * self.head_dim * (self.heads + 2 * self.key_heads)
         return passed + projected + self._votes(reducer, prompt)
 
-    def flops_ratio(self, reducer: Reducer, tokens: Sequence[float], prompt: float | None = None) -> float:
-        """FLOPs of a reduced prefill, the reducer's own inside, over those of a full one.
+    def flops_ratio(
+        self, reducer: Reducer | None, tokens: Sequence[float], prompt: float | None = None,
+        evictor: Evictor | None = None,
+    ) -> float:  # fmt: skip
+        """FLOPs of a prefill by a method, its own inside, over those of a full one.
 
-        ``tokens[i]`` is what block i reads of ``prompt`` tokens; None says that the first block reads them all.
+        Args:
+            reducer: merges the prompt; None where nothing is merged.
+            tokens: what each block reads of the prompt.
+            prompt: tokens of it; None says that the first block reads them all.
+            evictor: makes the cache smaller behind the last block, or None.
         """
         whole = tokens[0] if prompt is None else prompt
-        spent = self.prefill_flops(tokens) + self.reducer_flops(reducer, tokens, whole)
-        return spent / self.prefill_flops([whole] * len(tokens))
+        full = self.prefill_flops([whole] * len(tokens))
+        ratio = 1.0
+        if reducer is not None:
+            ratio = (self.prefill_flops(tokens) + self.reducer_flops(reducer, tokens, whole)) / full
+        return ratio if evictor is None else ratio + evictor.flops(self, tokens) / full
 
 
 def model_shape(model: nn.Module | Any) -> Shape:

@@ -115,10 +115,7 @@ def bench(
 def _flops_ratio(shape: Shape, method: Reducer | Evictor, tokens: Sequence[float], given: float) -> float:
     """FLOPs of a prefill by a method, its own inside, over those of a full one."""
     evictor = method if isinstance(method, Evictor) else as_evictor(getattr(method, "cache", None))
-    merged = 1.0 if isinstance(method, Evictor) else shape.flops_ratio(method, tokens, given)
-    if evictor is None:
-        return merged
-    return merged + evictor.flops(shape, tokens) / shape.prefill_flops([given] * len(tokens))
+    return shape.flops_ratio(None if isinstance(method, Evictor) else method, tokens, given, evictor)
 
 
 def _rows(records: Sequence[Row], kind: str | None) -> list[Row]:

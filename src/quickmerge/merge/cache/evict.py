@@ -45,7 +45,7 @@ def evict(
     length: Tensor,
     windows: Sequence[int | None],
     recent: int | Tensor = 0,
-) -> list[float]:
+) -> None:
     """Let every layer of a cache that holds a prompt keep what its scores say.
 
     Args:
@@ -56,23 +56,19 @@ def evict(
         length: ``(B,)``, tokens of the prompt.
         windows: of each layer.
         recent: last entries of a row that stay in every head; ``(B,)`` for a number of its own for each.
-
-    Returns:
-        How many entries of the prompt a row has in each layer now, mean over rows and heads.
     """
     held = [each.last(scores[i].shape[2]) for i, each in enumerate(entries)]
-    kept, left = [], []
     with torch.no_grad():
         counts = _counts(evictor, held, length, windows)
-        for i, each in enumerate(entries):
-            kept.append(choose(evictor, scores[i], each.valid, counts[:, i], recent, held[i].asked))
-            left.append(float(kept[i].sum(-1).float().mean()))
+        kept = [
+            choose(evictor, scores[i], each.valid, counts[:, i], recent, held[i].asked)
+            for i, each in enumerate(entries)
+        ]
     # A model makes one mask for many layers, by what one of them holds: so all have tables of their own, or none.
     every = list(zip(cache.layers, kept, held, windows, strict=True))
     if any(_leaves(layer, some, each) for layer, some, each, _ in every):
         for layer, some, each, window in every:
             shrink(layer, some, each, window)
-    return left
 
 
 def _leaves(layer: Any, kept: Tensor, entries: Entries) -> bool:

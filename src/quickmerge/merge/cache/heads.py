@@ -77,6 +77,12 @@ class HeadTables:
         changed = {name: change(name, table) for name, table in self._tables.items()}
         return replace(self, count=self.count if count is None else count, **changed)  # type: ignore[arg-type]
 
+    def _told(self, rows: int, device: torch.device | None) -> HeadTables:
+        """These with a table of what is valid, also where everything is."""
+        if self.valid is not None:
+            return self
+        return replace(self, valid=torch.ones(rows, 1, self.count, dtype=torch.bool, device=device))
+
     # What is done to the cache ------------------------------------------------------------------------------------
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> HeadTables:
@@ -94,9 +100,8 @@ class HeadTables:
     def extended(self, position: Tensor, valid: Tensor) -> HeadTables:
         """With t new tokens ``(B, t)`` behind them, the same for all heads."""
         t = position.shape[1]
-        grown = self
-        if self.valid is None and not bool(valid.all()):
-            grown = replace(self, valid=valid.new_ones(len(valid), 1, self.count))
+        everywhere = self.valid is None and bool(valid.all())
+        grown = self if everywhere else self._told(len(valid), valid.device)
         new = {"valid": valid, "position": position, "votes": torch.ones_like(position)}
 
         def longer(name: str, table: Tensor) -> Tensor:
@@ -106,10 +111,7 @@ class HeadTables:
 
     def take_tail(self, tail: int, index: Tensor, there: Tensor | None) -> HeadTables:
         """See `quickmerge.models.columns.take_tail`."""
-        grown = self
-        if there is not None and self.valid is None:
-            rows = len(index)
-            grown = replace(self, valid=torch.ones(rows, 1, self.count, dtype=torch.bool, device=index.device))
+        grown = self if there is None else self._told(len(index), index.device)
 
         def moved(name: str, table: Tensor) -> Tensor:
             each = table.flatten(0, 1)
@@ -124,11 +126,8 @@ class HeadTables:
 
     def slide(self, by: Sequence[int]) -> HeadTables:
         """See `quickmerge.models.columns.slide`."""
-        grown = self
-        if self.valid is None:
-            some = next(iter(self._tables.values()), None)
-            device = None if some is None else some.device
-            grown = replace(self, valid=torch.ones(len(by), 1, self.count, dtype=torch.bool, device=device))
+        some = next(iter(self._tables.values()), None)
+        grown = self._told(len(by), None if some is None else some.device)
         fill = {"valid": False, "position": 0, "votes": 1}
 
         def moved(name: str, table: Tensor) -> Tensor:
@@ -159,23 +158,15 @@ class HeadTables:
         if queries == 1 and see is None and self.valid is None and self._narrow():
             return None
         n = self.count
-        front = torch.ones(1, 1, queries, n - queries, dtype=torch.bool, device=device)
+        there = torch.ones(queries, n, dtype=torch.bool, device=device).tril(n - queries)[None, None]
         if self.valid is not None:
-            front = front & self.valid[:, :, None, : n - queries].to(device)
+            there = there & self.valid[:, :, None].to(device)
         if self.window is not None and self.position is not None:
             place = self.position.to(device)
-            near = place[:, :, n - queries :, None] - place[:, :, None, : n - queries] < self.window
-            front = front & near
-        if see is None:
-            own = torch.ones(queries, queries, dtype=torch.bool, device=device).tril()[None, None]
-            if self.valid is not None:
-                own = own & self.valid[:, :, None, n - queries :].to(device)
-            if self.window is not None and self.position is not None:
-                own = own & (place[:, :, n - queries :, None] - place[:, :, None, n - queries :] < self.window)
-            # What is padding sees itself, or its attention would be over nothing.
-            own = own | torch.eye(queries, dtype=torch.bool, device=device)
-        else:
-            own = see
+            there = there & (place[:, :, n - queries :, None] - place[:, :, None] < self.window)
+        front, own = there[..., : n - queries], there[..., n - queries :]
+        # What is padding sees itself, or its attention would be over nothing.
+        own = own | torch.eye(queries, dtype=torch.bool, device=device) if see is None else see
         if additive or own.dtype != torch.bool:
             front, own = _added(front, dtype), _added(own, dtype)
         rows, groups = (max(a, b) for a, b in zip(front.shape[:2], own.shape[:2], strict=True))

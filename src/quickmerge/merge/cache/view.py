@@ -107,12 +107,12 @@ class CacheView:
         group = None if self.group is None else self.group.index_select(0, rows)
         return replace(self, query=query, key=key, value=value, valid=valid, position=position, bias=bias, group=group)
 
-    def blocks(self, start: int = 0, every: int = 1, end: int | None = None) -> list[range]:
-        """The query rows from ``start`` on, or every so-manieth of them up to the last in front of ``end``, in parts.
+    def blocks(self, every: int = 1, end: int | None = None) -> list[range]:
+        """The query rows, or every so-manieth of them up to the last in front of ``end``, in parts.
 
         A part is a few rows; ``end`` is that of the entries for None.
         """
         n = self.key.shape[2] if end is None else end
-        start = max(start, self.key.shape[2] - self.query.shape[2])
+        start = self.key.shape[2] - self.query.shape[2]
         rows = range(start + (n - 1 - start) % every, n, every)
         return [rows[a : a + ROWS] for a in range(0, len(rows), ROWS)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -38,6 +38,12 @@ class Again:
     call: PrefixCall
     places: Tensor
     scores: dict[int, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """First and last of the places in each row ``(B, 1)``: they lie side by side."""
+        low = torch.where(self.places < 0, torch.iinfo(torch.long).max, self.places).amin(-1, keepdim=True)
+        return low, self.places.amax(-1, keepdim=True)
 
 
 class Eviction:
@@ -163,9 +169,7 @@ class Eviction:
         query, key, value = tensors
         q, n = query.shape[2], key.shape[2] - query.shape[2]
         entries = entries.last(n)
-        # The places that are read again lie side by side in each row.
-        low = torch.where(again.places < 0, torch.iinfo(torch.long).max, again.places).amin(-1, keepdim=True)
-        high = again.places.amax(-1, keepdim=True)
+        low, high = again.ends
         inside = entries.valid & (entries.position >= low) & (entries.position <= high)
         scores = torch.zeros(*key.shape[:2], n, dtype=torch.float32, device=key.device)
         columns = inside.any(0).nonzero().flatten()
@@ -226,7 +230,7 @@ class Eviction:
 
     # Afterwards -------------------------------------------------------------------------------------------------
 
-    def finish(self, call: PrefixCall, cache: Cache, scores: dict[int, Tensor]) -> list[float]:
+    def finish(self, call: PrefixCall, cache: Cache, scores: dict[int, Tensor]) -> None:
         """Let entries leave the cache of a prompt; see `quickmerge.merge.cache.evict.evict`."""
         entries = [self._entries(call, layer) for layer in range(len(self.decoder))]
         length = call.given
@@ -238,9 +242,8 @@ class Eviction:
             kept = shape_of(layer)[2]
             kept = kept if window is None else min(kept, window - 1)
             held[index] = scores[index][..., scores[index].shape[2] - kept :]
-        left = evict(
+        evict(
             cache, self.evictor, held, entries, length=length, windows=self.decoder.windows,
             recent=(length - 1).clamp(1, max(1, self.recent)),
         )  # fmt: skip
         call.state.evicted = any(layer.heads is not None for layer in cache.layers)
-        return left
