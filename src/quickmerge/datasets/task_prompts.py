@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quickmerge.datasets.tasks import Query, Sample
+from quickmerge.datasets.text import start_of
 from quickmerge.errors import QuickmergeError, near_match
 from quickmerge.models.chat import around_document
 
@@ -85,4 +86,6 @@ def lay_out(tokenizer: Any, sample: Sample, query: Query, format: str = "cue", m
     def ids(text: str) -> tuple[int, ...]:
         return tuple(int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
 
-    return TaskPrompt(ids(before), sample.document, ids(behind), ids(lead), ids(query.answer))
+    # A chat template brings its own.
+    start = () if format == "chat" else tuple(start_of(tokenizer))
+    return TaskPrompt(start + ids(before), sample.document, ids(behind), ids(lead), ids(query.answer))
