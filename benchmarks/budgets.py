@@ -4,9 +4,10 @@
 
 Two parts, ``--part recovery`` and ``--part tasks``; all of them if none is named. Recovery is that of text that goes
 on, on 18 of the held-out documents, six of each kind. Tasks are those that SmolLM2-135M can do (see docs/tasks.md),
-with new seeds: the question last in three formats, first, and later. All of it in bfloat16. Every measurement is
-written down as it comes, so that a run goes on where it was stopped, and ``--shard 0/2`` and ``--shard 1/2`` may run
-side by side; a run without ``--shard`` joins them. Writes benchmarks/results/budgets.json and budget_tasks.json.
+with new seeds: the question last in three formats, first, in both places, and later. All of it in bfloat16. Every
+measurement is written down as it comes, so that a run goes on where it was stopped, and ``--shard 0/2`` and ``--shard
+1/2`` may run side by side; a run without ``--shard`` joins them. Writes benchmarks/results/budgets.json and
+budget_tasks.json.
 
 A second model, such as the folder that second_model.py makes, is measured on the main rows alone and written beside:
 
@@ -122,7 +123,8 @@ def task_ways(mode: str) -> dict[str, qm.Recipe]:
     found = {}
     for keep in (0.42, 0.2):
         found[f"quickmerge {keep:g}"] = text(qm.QuickMerge(keep=keep))
-        found[f"quickmerge before spans {keep:g}"] = text(qm.QuickMerge(keep=keep, **OLD))
+        if mode != "both":
+            found[f"quickmerge before spans {keep:g}"] = text(qm.QuickMerge(keep=keep, **OLD))
         if mode == "last":
             found[f"quickmerge as published {keep:g}"] = text(qm.QuickMerge.paper(keep=keep))
             found[f"gemfilter {keep:g}"] = text(qm.GemFilter(keep=keep))
@@ -263,7 +265,7 @@ def run_tasks(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     name, main = args.name or args.model, bool(args.name)
     model, tokenizer = load(args.model, dtype=torch.bfloat16)
-    settings = [("last", format) for format in FORMATS] + [("first", "cue"), ("later", "cue")]
+    settings = [("last", format) for format in FORMATS] + [("first", "cue"), ("both", "cue"), ("later", "cue")]
     for mode, format in settings[:2] if main else settings:
         if args.only and f"{mode}-{format}" not in args.only.split(","):
             continue
