@@ -86,6 +86,18 @@ def _name(method: qm.Evictor) -> str:
     return ":".join(part for part in method.label.split(":") if not part.startswith("min_tokens"))
 
 
+def with_prior(keeps: Sequence[float]) -> dict[str, qm.Recipe]:
+    """The shipped prior, and the method that it corrects the slots of, without it."""
+    prior = qm.Prior.from_pretrained(qm.shipped_prior("smollm2-135m"))
+    found = {}
+    for keep in keeps:
+        method = qm.QuickMergePrior.from_prior(prior, keep=keep)
+        own = {name: getattr(method, name) for name in ("window", "recency", "spans", "width")}
+        found[f"quickmerge, slots of {own['width']}, {keep:g}"] = text(qm.QuickMerge(keep=keep, **own))
+        found[f"quickmerge with prior {keep:g}"] = text(method)
+    return found
+
+
 def ways(depth: int, main: bool) -> dict[str, qm.Recipe]:
     """What recovery is measured of; ``main`` leaves out all but the first of each kind."""
     found = {f"quickmerge {keep:g}": text(qm.QuickMerge(keep=keep)) for keep in (0.42, 0.2, 0.6)}
@@ -98,6 +110,8 @@ def ways(depth: int, main: bool) -> dict[str, qm.Recipe]:
     if main:
         some = (qm.AttentionNorm(0.41, **ALL), qm.SnapKV(0.41, **ALL))
         return {**found, **{f"{method.name} 0.41": qm.Recipe(cache=method) for method in some}}
+    found |= {"quickmerge 0.1": text(qm.QuickMerge(keep=0.1)), "truncate 0.1": text(qm.Truncate(keep=0.1))}
+    found |= with_prior((0.42, 0.2, 0.1))
     for keep in (0.42, 0.2):
         found |= {
             f"quickmerge before spans {keep:g}": text(qm.QuickMerge(keep=keep, **OLD)),
@@ -131,6 +145,7 @@ def task_ways(mode: str) -> dict[str, qm.Recipe]:
             found[f"specprefill {keep:g}"] = text(qm.SpecPrefill(keep=keep))
     found["quickmerge 0.42, cache 0.3"] = text(qm.QuickMerge(keep=0.42), cache=qm.AttentionNorm(0.3, **ALL))
     if mode == "last":
+        found |= with_prior((0.42, 0.2))
         found["snapkv 0.41"] = qm.Recipe(cache=qm.SnapKV(0.41, **ALL))
         found["observed 0.41"] = qm.Recipe(cache=qm.ObservedAttention(0.41, **ALL))
         found["norm 0.41"] = qm.Recipe(cache=qm.AttentionNorm(0.41, **ALL))
