@@ -169,7 +169,7 @@ def prior_cost(rows: Sequence[Row]) -> Table:
 
 
 def prior_budget(rows: Sequence[Row]) -> Table:
-    """A fixed share against a budget that follows surprise."""
+    """A fixed share against a budget that followed surprise, which is gone: the record of what it was worth."""
     gain = unless(lambda r: r["budget"] == "fixed share", plus_minus("gain", "+.4f", "_stderr"))
     columns = [
         Column("reducer", text("reducer")), KEEP, Column("budget", text("budget")),

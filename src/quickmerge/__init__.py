@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from quickmerge.merge.place import Merge as Merge
     from quickmerge.merge.prior import Prior as Prior
     from quickmerge.merge.prior import QuickMergePrior as QuickMergePrior
-    from quickmerge.merge.prior import Surprise as Surprise
     from quickmerge.merge.reducers import SCOPE as SCOPE
     from quickmerge.merge.reducers import Attention as Attention
     from quickmerge.merge.reducers import DynamicViT as DynamicViT
@@ -97,7 +96,7 @@ __getattr__, __dir__, __all__ = lazy(
             "StreamingLLM",
         ),
         "merge.place": ("Merge",),
-        "merge.prior": ("Prior", "QuickMergePrior", "Surprise"),
+        "merge.prior": ("Prior", "QuickMergePrior"),
         "merge.reducers": (
             "SCOPE",
             "Attention",

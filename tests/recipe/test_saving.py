@@ -233,6 +233,8 @@ FILES: list[tuple[Any, str]] = [
     ({**GOOD, "merge": {"keep": 0.4}}, "merge must be of a known type, got None"),
     ({**GOOD, "merge": {**MERGE, "keep": 1.5}}, r"merge: keep must be a number in \(0, 1\]"),
     ({**GOOD, "merge": {**MERGE, "keep": {"type": "Count", "tokens": 0}}}, "merge.keep: tokens must be a whole number"),
+    ({**GOOD, "merge": {**MERGE, "keep": {"type": "Surprise", "prior": {"folder": "merge-keep-prior"}}}},
+     "merge.keep must be of a known type, got 'Surprise'"),
     ({**GOOD, "merge": {**MERGE, "keep": {"type": "Count"}}}, "merge.keep.tokens is missing, and Count can't"),
     ({**GOOD, "merge": {**MERGE, "keep": float("nan")}}, "merge.keep must be a finite number, got nan"),
     ({**GOOD, "merge": {**MERGE, "window": "some"}}, "merge: window must be a whole number"),

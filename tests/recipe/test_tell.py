@@ -12,7 +12,7 @@ import vlm_zoo
 from decoding_samples import tiny
 from gumiho_samples import heads
 from hosts_zoo import build, generate, tokens
-from recipe_samples import prior, surprise
+from recipe_samples import prior
 from transformers import ViTConfig, ViTModel
 
 import quickmerge as qm
@@ -92,6 +92,8 @@ def test_what_depends_on_the_text_is_said_to(budget: Any) -> None:
     told = qm.Recipe(merge=qm.QuickMerge(keep=budget)).told(build("llama"), N)
     assert told.tokens_per_layer is None and told.flops is None and told.cache_bytes is None
     assert "depends on the text" in str(told)
+    chunked = qm.Recipe(merge=qm.Merge(qm.QuickMerge(keep=budget), mode=qm.BlockCausal())).told(build("llama"), N)
+    assert "depends on the text" in str(chunked)
 
 
 def test_speculation_is_lossless_but_for_one_way() -> None:
@@ -206,8 +208,3 @@ def test_check_leaves_a_model_that_fits_as_it_was(untouched: Callable[[Any], Any
 def test_numbers_out_of_range(tokens: int, visual: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         qm.Recipe().told(build("llama"), tokens, visual=visual)
-
-
-def test_surprise_is_told_and_checked() -> None:
-    told = surprise().told(build("llama"), N)
-    assert "depends on the text" in str(told)

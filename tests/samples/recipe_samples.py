@@ -28,13 +28,6 @@ RECIPES: dict[str, Callable[[], qm.Recipe]] = {
 # With trained parts, none of which was ever trained.
 
 
-def surprise() -> qm.Recipe:
-    torch.manual_seed(0)
-    known = {"layers": [1], "surprise": {"mean": 1.0, "deviation": 2.0, "group": 4}}
-    prior = qm.Prior(PriorConfig(features=32, width=16, heads=2, trained_for=known)).eval()
-    return qm.Recipe(merge=qm.Merge(qm.QuickMerge(qm.Surprise(prior, gamma=0.3)), mode=qm.BlockCausal()))
-
-
 def prior() -> qm.Recipe:
     torch.manual_seed(0)
     known = {"layers": [1], "reducer": {"pool": 3}}
@@ -58,7 +51,6 @@ def drafts() -> qm.Recipe:
 
 PARTS: dict[str, tuple[Callable[[], qm.Recipe], str]] = {
     "prior": (prior, "merge-prior"),
-    "surprise": (surprise, "merge-keep-prior"),
     "predictors": (predictors, "tower-predictors"),
     "heads": (drafts, "decoding-network"),
 }

@@ -18,7 +18,7 @@ from quickmerge.merge.text.block_causal import BlockCausalRun
 from quickmerge.merge.text.modes import BlockCausal, Mode, ModeSettings, Prefix, as_mode
 from quickmerge.merge.text.prefix import PrefixRun
 from quickmerge.merge.text.reread import RereadRun
-from quickmerge.merge.tokens.budget import ReadingBudget, Schedule
+from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.removal import Removal
 from quickmerge.merge.vision.timm import reduce_timm
 from quickmerge.merge.vision.vit import VisionRun, reduce_vit
@@ -67,14 +67,11 @@ def reduce_lm(
             reducer.check(model, (), mode.name)
             return RereadRun(decoder, reducer, mode, cache)
         schedule = layer if isinstance(layer, Schedule) else Schedule.of(layer, len(decoder))
-        if isinstance(reducer.budget, ReadingBudget):
-            raise ValueError(f"keep must be a budget for whole prompts in prefix mode, got {reducer.budget!r}")
         reducer.check(model, schedule.layers, mode.name)
         return PrefixRun(decoder, reducer, schedule, mode, cache)
     if isinstance(reducer, Reread):
         raise ValueError(f"reducer {reducer.name} reads a prompt twice, which block_causal mode can't: use prefix mode")
-    reads = reducer.budget.layer if isinstance(reducer.budget, ReadingBudget) else 0
-    first = reads if layer is None else as_index(layer)
+    first = 0 if layer is None else as_index(layer)
     if first is None or not 0 <= first < len(decoder):
         raise ValueError(f"layer must be one block in 0..{len(decoder) - 1} in block_causal mode, got {layer!r}")
     reducer.check(model, (first,), mode.name)
@@ -180,14 +177,13 @@ def reduce(
             where there is a ``cache``.
         layer: in ``prefix`` mode the first block that reads the reduced sequence, 1..L-1; a list of such blocks
             or a `Schedule` merges at several depths. Default: blocks 4/15 and 5/6 of the way up (8 and 25 of
-            30), see `Schedule.of`. In ``block_causal`` mode the first block whose cache is merged, 0..L-1; default 0,
-            or the block in front of which a `Surprise` budget reads. In a vision transformer a `Removal`, which says
-            how many tokens every block takes out; or a block, or a list of them, 0..L-1, of which the i-th leaves the
-            share ``keep^i`` of the patches (or what the budget says). Default: the constant `Removal` with which the
-            blocks together read the share ``keep``, or the blocks for which the method was trained. In a
-            vision-language model 0, behind the projector, which is the default; a block 1..L-1 of its language model;
-            or a list of these, of which the i-th leaves the share ``keep^i`` of the visual tokens (or what the budget
-            says). More tokens than there are asks for all.
+            30), see `Schedule.of`. In ``block_causal`` mode the first block whose cache is merged, 0..L-1; default 0.
+            In a vision transformer a `Removal`, which says how many tokens every block takes out; or a block, or a list
+            of them, 0..L-1, of which the i-th leaves the share ``keep^i`` of the patches (or what the budget says).
+            Default: the constant `Removal` with which the blocks together read the share ``keep``, or the blocks for
+            which the method was trained. In a vision-language model 0, behind the projector, which is the default; a
+            block 1..L-1 of its language model; or a list of these, of which the i-th leaves the share ``keep^i`` of the
+            visual tokens (or what the budget says). More tokens than there are asks for all.
         mode: language models only: `Prefix` or `BlockCausal` with its settings, or its name, ``"prefix"`` (the default)
             or ``"block_causal"``.
         unmerge: vision transformers only: give back ``last_hidden_state`` at full length, every patch with the features

@@ -14,7 +14,7 @@ import torch
 from quickmerge.errors import QuickmergeError, first_sentence, near_match
 from quickmerge.merge.cache import EVICTORS
 from quickmerge.merge.place import Merge
-from quickmerge.merge.prior import Prior, QuickMergePrior, Surprise
+from quickmerge.merge.prior import Prior, QuickMergePrior
 from quickmerge.merge.reducers import REDUCERS, VISUAL_TOKEN_REDUCERS, DynamicViT
 from quickmerge.merge.text.modes import BlockCausal, Prefix
 from quickmerge.merge.tokens.budget import Count, Entropy, Mass, Ratio, Schedule
@@ -28,13 +28,13 @@ __all__ = ["TRAINED", "TYPES", "Held", "UnknownEntryError", "decode", "encode", 
 
 _KINDS: tuple[type, ...] = (
     *REDUCERS.values(), *VISUAL_TOKEN_REDUCERS.values(), QuickMergePrior, DynamicViT,
-    Ratio, Count, Mass, Entropy, Surprise, Schedule, Removal, Prefix, BlockCausal, Merge, *EVICTORS.values(),
+    Ratio, Count, Mass, Entropy, Schedule, Removal, Prefix, BlockCausal, Merge, *EVICTORS.values(),
     Multipole, PromptLookup, Gumiho, Speculation,
 )  # fmt: skip
 TYPES: dict[str, type] = {kind.__name__: kind for kind in _KINDS}
 """Everything that a recipe may hold, by the name under which it is written."""
 
-TRAINED: dict[type, str] = {QuickMergePrior: "prior", Surprise: "prior", DynamicViT: "predictors", Gumiho: "network"}
+TRAINED: dict[type, str] = {QuickMergePrior: "prior", DynamicViT: "predictors", Gumiho: "network"}
 """Types that hold weights, and the setting that does. That of `DynamicViT` stands for its ``layers`` too."""
 
 _INSIDE: dict[type, tuple[str, ...]] = {DynamicViT: ("layers", "trained_for")}

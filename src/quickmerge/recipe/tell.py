@@ -16,7 +16,7 @@ from quickmerge.merge.cache.evictor import Evictor, layer_counts
 from quickmerge.merge.place import Merge
 from quickmerge.merge.run import layer_runs
 from quickmerge.merge.text.modes import BlockCausal, Prefix
-from quickmerge.merge.tokens.budget import Budget, Count, Ratio, ReadingBudget, Schedule, as_budget
+from quickmerge.merge.tokens.budget import Budget, Count, Ratio, Schedule, as_budget
 from quickmerge.merge.tokens.removal import Removal, removal_for
 from quickmerge.merge.vision.run import schedule_for
 from quickmerge.models.encoder import Encoder, find_encoder, holds_encoder, holds_timm
@@ -214,8 +214,7 @@ class _Prompt:
     def _chunks(self, merge: Merge, mode: BlockCausal) -> Effect:
         """Every finished chunk is merged once it has left the window; blocks read all tokens."""
         kept, depth = as_budget(merge.reducer.keep), len(self.shape.weights)
-        reads = kept.layer if isinstance(kept, ReadingBudget) else 0
-        first = merge.layer if isinstance(merge.layer, int) else reads
+        first = merge.layer if isinstance(merge.layer, int) else 0
         if first >= depth:
             raise QuickmergeError(f"layer must be one block in 0..{depth - 1} in block_causal mode, got {first}")
         least = mode.window + mode.chunk

@@ -23,7 +23,7 @@ def test_it_is_small_and_says_what_it_is_for(name: str) -> None:
     assert sum(path.stat().st_size for path in folder.iterdir()) < MOST
     prior = qm.Prior.from_pretrained(folder)
     about = prior.config.trained_for
-    assert about["model"] == name and about["layers"] and about["surprise"]["deviation"] > 0
+    assert about["model"] == name and about["layers"]
     assert qm.shipped_prior("no such") is None
 
 

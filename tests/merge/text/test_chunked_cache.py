@@ -17,7 +17,6 @@ from transformers import DynamicCache
 
 import quickmerge as qm
 from quickmerge.errors import QuickmergeError
-from quickmerge.merge.text.block_causal import Reader
 
 REDUCERS: dict[str, Any] = {
     "quickmerge": qm.QuickMerge(keep=0.5, window=4, pool=3),
@@ -74,36 +73,6 @@ def test_copies_of_a_cache_go_their_own_ways(name: str, first: int, more: int, s
         close(second_way, MODEL(torch.cat([ids, two], 1)).logits[:, first:])
         close(third_way, first_way)
     assert all(layer.rules is other.rules for layer, other in zip(cache.layers, twin.layers, strict=True))
-
-
-class Counting:
-    """A budget that reads: what it was given is its memory."""
-
-    layer, keep = 0, 0.5
-
-    def read(self, view: Any, memory: Any) -> tuple[Tensor, Any]:
-        memory = memory or Memory([])
-        memory.seen.append(view.hidden.sum((1, 2)))
-        return torch.stack(memory.seen).sum(0), memory
-
-    def count(self, view: Any, saliency: Any) -> Tensor:  # pragma: no cover
-        raise NotImplementedError
-
-
-class Memory:
-    def __init__(self, seen: list[Tensor]) -> None:
-        self.seen = seen
-
-
-def test_a_copied_reader_shares_its_budget_and_nothing_else() -> None:
-    reader = Reader(Counting(), 4)
-    reader.read(torch.ones(1, 6, 2))
-    twin = copy.deepcopy(reader)
-    assert twin.budget is reader.budget and twin.memory is not reader.memory
-    twin.read(torch.ones(1, 2, 2))
-    assert len(reader.surprises) == len(reader.memory.seen) == 1 and reader.pending.shape[1] == 2  # type: ignore[union-attr]
-    assert len(twin.surprises) == len(twin.memory.seen) == 2 and twin.pending.shape[1] == 0  # type: ignore[union-attr]
-    torch.testing.assert_close(twin.surprises[1], torch.tensor([16.0]))
 
 
 # What is refused ---------------------------------------------------------------------------------------------------

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 from quickmerge._lazy import lazy
 
 if TYPE_CHECKING:
-    from quickmerge.merge.prior.budget import Surprise as Surprise
-    from quickmerge.merge.prior.budget import calibrate_surprise as calibrate_surprise
     from quickmerge.merge.prior.config import PriorConfig as PriorConfig
     from quickmerge.merge.prior.model import CollapseError as CollapseError
     from quickmerge.merge.prior.model import Prior as Prior
@@ -18,10 +16,6 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "budget": (
-            "Surprise",
-            "calibrate_surprise",
-        ),
         "config": ("PriorConfig",),
         "model": ("CollapseError", "Prior"),
         "reducer": ("QuickMergePrior",),

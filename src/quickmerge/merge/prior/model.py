@@ -12,7 +12,7 @@ from quickmerge.calm.heads import VectorHead, make_head
 from quickmerge.errors import QuickmergeError
 from quickmerge.files import write_bytes
 from quickmerge.merge.prior.config import PriorConfig
-from quickmerge.merge.prior.network import SaliencyHead, SlotCache, SlotEncoder, SlotTransformer, spans
+from quickmerge.merge.prior.network import SaliencyHead, SlotEncoder, SlotTransformer, spans
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.view import TokenView
 from quickmerge.models.part import CONFIG, WEIGHTS, open_part, save_part
@@ -85,11 +85,10 @@ NEARNESS = (0.25, 4.0, 4.0, 0.02)
 class Prior(nn.Module):
     """A light autoregressive model over merged slots (QuickMerge++, arXiv 2508.13204).
 
-    A causal transformer reads the slots in order of position. What it has read up to slot k serves three ends: a
-    correction of slot k in front of some blocks of the language model (`align`); the distribution of slot k+1
-    (`next_loss`; `quickmerge.merge.prior.slots` has its mean and draws from it, for priors that generate); and how
-    surprising a chunk of slots was (`quickmerge.merge.prior.budget.surprise`). The paper's network, losses and training
-    are not public in any detail; these are ours.
+    A causal transformer reads the slots in order of position. What it has read up to slot k serves two ends: a
+    correction of slot k in front of some blocks of the language model (`align`), and the distribution of slot k+1
+    (`next_loss`; `quickmerge.merge.prior.layout` has its mean and draws from it, for priors that generate). The paper's
+    network, losses and training are not public in any detail; these are ours.
 
     Args:
         config: its shape.
@@ -165,17 +164,15 @@ class Prior(nn.Module):
         out: Tensor = self.encoder(view, plan)
         return out
 
-    def read(
-        self, encoded: Tensor, position: Tensor, valid: Tensor, direction: int = FORWARD, cache: SlotCache | None = None
-    ) -> Tensor:
+    def read(self, encoded: Tensor, position: Tensor, valid: Tensor, direction: int = FORWARD) -> Tensor:
         """``(B, K, width)``: at slot k, what is known once slots up to k are read (or from k on, backward)."""
         x = encoded + self.direction.weight[direction]
         if direction == BACKWARD:
             x, position, valid = x.flip(1), -position.flip(1), valid.flip(1)
-        out: Tensor = self.trunk(x, position, valid, cache)
+        out: Tensor = self.trunk(x, position, valid)
         return out.flip(1) if direction == BACKWARD else out
 
-    # The three jobs ---------------------------------------------------------------------------------------------
+    # The two jobs -----------------------------------------------------------------------------------------------
 
     def align(self, view: TokenView, plan: MergePlan) -> dict[int, Tensor]:
         """Corrections of the slots, by the block in front of which each is added: ``{block: (B, K, D)}``."""

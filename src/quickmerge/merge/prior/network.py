@@ -27,11 +27,6 @@ class SlotCache:
     values: list[Tensor] = field(default_factory=list)
     valid: Tensor | None = None
 
-    def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply a function of tensors ``(B, ...)`` to everything that is kept, for beams."""
-        self.keys, self.values = [change(k) for k in self.keys], [change(v) for v in self.values]
-        self.valid = None if self.valid is None else change(self.valid)
-
     def __len__(self) -> int:
         return 0 if self.valid is None else self.valid.shape[1]
 

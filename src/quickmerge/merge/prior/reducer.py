@@ -79,10 +79,8 @@ class QuickMergePrior(QuickMerge):
 
     def on(self, device: torch.device) -> QuickMergePrior:
         """With the prior on ``device``."""
-        here = super().on(device)
-        assert isinstance(here, QuickMergePrior)
         prior = moved(self.prior, device)
-        return here if prior is self.prior else replace(here, prior=prior)
+        return self if prior is self.prior else replace(self, prior=prior)
 
     def saliency(self, view: TokenView) -> Tensor:
         """``(B, N)`` attention norm times ``exp h(x)``, with the learned term h at the merge it was trained for."""

@@ -15,7 +15,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quickmerge.errors import whole_number
 from quickmerge.merge.attach import reduce
-from quickmerge.merge.prior.budget import calibrate_surprise
 from quickmerge.merge.prior.config import PriorConfig
 from quickmerge.merge.prior.model import (
     BACKWARD,
@@ -49,9 +48,6 @@ DRAWS = 2
 TRAINED: Mapping[str, Any] = {"window": 16, "recency": 0.7, "spans": "auto", "width": 64}
 """Settings that a prior is trained with unless others are asked for: those of `QuickMerge`, whole lines where a
 tokenizer is known, with slots of bounded width, so that there are some to correct."""
-
-CHUNK = 128
-"""Tokens per chunk whose usual surprise is measured, as many as a chunk has by default in ``block_causal`` mode."""
 
 
 @dataclass(frozen=True)
@@ -224,23 +220,6 @@ class PriorText(Objective):
                 model.base_model(ids, use_cache=False)
         self.prior.calibrate(torch.cat(slots).float().to(self.prior.mean.device))
 
-    @torch.no_grad()
-    def calibrate_surprise(self, windows: Dataset, windows_read: int = 32) -> None:
-        """Note in the prior's config how surprising text usually is, which its budget goes by."""
-        model, layer = self._model[0], self.schedule.layers[0]
-        found: list[Tensor] = []
-
-        def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(args[0] if args else kwargs["hidden_states"])
-
-        hook = find_decoder(model).layers[layer].register_forward_pre_hook(look, with_kwargs=True)
-        try:
-            for index in evenly(range(len(windows)), windows_read, at="middle"):
-                model.base_model(torch.as_tensor(windows[index])[None].to(model.device), use_cache=False)
-        finally:
-            hook.remove()
-        calibrate_surprise(self.prior, found, chunk=min(CHUNK, found[0].shape[1] // 2))
-
     def _heat(self, progress: float) -> float:
         start, end = self.temperature
         return start if start == end else float(start * (end / start) ** progress)
@@ -373,7 +352,6 @@ def train_prior_text(
         objective.calibrate(windows)
 
     def finish(folder: Path) -> None:
-        objective.calibrate_surprise(windows)
         prior.save_pretrained(folder, torch.float16 if half else None)
 
     return train(

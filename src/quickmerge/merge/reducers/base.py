@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -106,9 +106,7 @@ class Reducer(ABC):
 
         A run takes its reducer so. The reducer that it was given stays where it is, since it may serve other models.
         """
-        move = getattr(self.keep, "on", None)
-        keep = self.keep if move is None else move(device)
-        return self if keep is self.keep else replace(self, keep=keep)
+        return self
 
     def align(self, view: TokenView, plan: MergePlan) -> Mapping[int, Tensor]:
         """What a trained method adds to the slots of its first merge, by block: ``{block: (B, K, D)}``.

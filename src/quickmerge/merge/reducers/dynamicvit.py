@@ -193,10 +193,8 @@ class DynamicViT(Reducer):
 
     def on(self, device: torch.device) -> DynamicViT:
         """With the predictors on ``device``."""
-        here = super().on(device)
-        assert isinstance(here, DynamicViT)
         predictors = moved(self.predictors, device)
-        return here if predictors is self.predictors else replace(here, predictors=predictors)
+        return self if predictors is self.predictors else replace(self, predictors=predictors)
 
     # Files ------------------------------------------------------------------------------------------------------
 

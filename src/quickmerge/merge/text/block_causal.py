@@ -7,7 +7,6 @@ rows picked, moved and repeated.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -21,7 +20,6 @@ from quickmerge.merge.run import Run
 from quickmerge.merge.text.merged_cache import moving_rows
 from quickmerge.merge.text.modes import BlockCausal
 from quickmerge.merge.text.rows import check_one_text
-from quickmerge.merge.tokens.budget import ReadingBudget
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.tokens.view import Evidence, TokenView
 from quickmerge.models.attachment import PerThread, refuse_assisted, watch_generate
@@ -53,48 +51,6 @@ class Rules:
         return found
 
 
-class Reader:
-    """What a budget that reads has read: tokens of the unfinished chunk, its memory, and each chunk's surprise."""
-
-    def __init__(self, budget: ReadingBudget, chunk: int) -> None:
-        self.budget, self.chunk = budget, chunk
-        self.pending: Tensor | None = None
-        self.memory: Any = None
-        self.surprises: list[Tensor] = []
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Reader:
-        """A copy that goes on by itself, with the same budget and whatever that was trained with."""
-        other = Reader(self.budget, self.chunk)
-        memo[id(self)] = other
-        other.pending, other.memory, other.surprises = deepcopy((self.pending, self.memory, self.surprises), memo)
-        return other
-
-    def read(self, hidden: Tensor) -> None:
-        """Take in hidden states ``(B, q, D)``, chunk by chunk as they are finished."""
-        self.pending = hidden if self.pending is None else torch.cat([self.pending, hidden], 1)
-        while self.pending.shape[1] >= self.chunk:
-            index = torch.arange(self.chunk, device=hidden.device).expand(len(hidden), -1)
-            view = TokenView(
-                hidden=self.pending[:, : self.chunk],
-                position=len(self.surprises) * self.chunk + index,
-                evidence=Evidence(layer=self.budget.layer),
-            )
-            found, self.memory = self.budget.read(view, self.memory)
-            self.surprises.append(found)
-            self.pending = self.pending[:, self.chunk :]
-
-    def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Rows follow their beams."""
-        self.pending = None if self.pending is None else change(self.pending)
-        self.surprises = [change(found) for found in self.surprises]
-        if self.memory is not None:
-            self.memory.each_row(change)
-
-    def before(self, chunk: int) -> Tensor | None:
-        """Surprise ``(B,)`` of the chunk before number ``chunk``; None for the first."""
-        return self.surprises[chunk - 1] if chunk else None
-
-
 class ChunkedLayer(moving_rows(DynamicLayer)):  # type: ignore[misc]
     """A cache layer that stores slots of old chunks and then the tokens that no chunk has absorbed yet.
 
@@ -113,7 +69,6 @@ class ChunkedLayer(moving_rows(DynamicLayer)):  # type: ignore[misc]
         self.query: Tensor | None = None
         self.valid: Tensor | None = None
         self.size: Tensor | None = None
-        self.reader: Reader | None = None
         self.expected = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -145,8 +100,6 @@ class ChunkedLayer(moving_rows(DynamicLayer)):  # type: ignore[misc]
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         """Move what is kept besides keys and values."""
-        if self.reader is not None:
-            self.reader.each_row(change)
         self.query = None if self.query is None else change(self.query)
         self.valid = None if self.valid is None else change(self.valid)
         self.size = None if self.size is None else change(self.size)
@@ -156,8 +109,6 @@ class ChunkedLayer(moving_rows(DynamicLayer)):  # type: ignore[misc]
         super().reset()
         self.absorbed = self.slots = 0
         self.query = self.valid = self.size = None
-        if self.reader is not None:
-            self.reader = Reader(self.reader.budget, self.reader.chunk)
 
 
 def chunked_layers(cache: Cache, blocks: Sequence[int], rules: Rules) -> dict[int, ChunkedLayer]:
@@ -206,13 +157,6 @@ class BlockCausalRun(Run):
         self.merged = tuple(i for i in range(first, len(decoder)) if decoder.windows[i] is None)
         if not self.merged:
             raise QuickmergeError(f"layer {first} and above hold sliding-window attention only, nothing to merge")
-        budget = self.reducer.budget
-        self.reading = budget if isinstance(budget, ReadingBudget) else None
-        if self.reading is not None and self.merged[0] != self.reading.layer:
-            raise QuickmergeError(
-                f"layer must be {self.reading.layer} for a budget that reads in front of that block, got {first} "
-                f"(the first block with full attention from there is {self.merged[0]})"
-            )
 
     def _attach(self) -> None:
         super()._attach()
@@ -250,8 +194,6 @@ class BlockCausalRun(Run):
             return {}
         self.stats.rows, self.stats.tokens_in = ids.shape[0], float(ids.shape[1])
         self._layers = {i: ChunkedLayer(self.rules) for i in self.merged}
-        if self.reading is not None:
-            self._layers[self.reading.layer].reader = Reader(self.reading, self.rules.chunk)
         use_cache = inputs.get("use_cache")
         if cache is None and (self.decoder.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.decoder.config)
@@ -299,21 +241,6 @@ class BlockCausalRun(Run):
         held.keys, held.values, held.is_initialized = key, value, True
         return (out[0] if len(out) == 1 else torch.cat(out, 1)), None
 
-    def _block_hook(self, index: int) -> Callable[..., Any] | None:
-        if self.reading is None or index != self.reading.layer:
-            return None
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            reader = self._layers[index].reader
-            assert reader is not None
-            clock = self.clock()
-            hidden = args[0] if args else kwargs["hidden_states"]
-            with torch.autocast(hidden.device.type, enabled=False):
-                reader.read(hidden)
-            self.stats.reducer_seconds += self.clock() - clock
-
-        return hook
-
     def _mask(self, held: ChunkedLayer, query: Tensor, end: int) -> Any:
         q = query.shape[2]
         valid = held.valid
@@ -360,7 +287,6 @@ class BlockCausalRun(Run):
             latest=False,
             evidence=Evidence(
                 attention=(trace,) if self.reducer.needs.layers else (),
-                surprise=self._surprise(held.absorbed // c),
                 layer=layer,
             ),
         )
@@ -380,10 +306,6 @@ class BlockCausalRun(Run):
         held.query = held.query[:, :, c:]
         held.slots, held.absorbed = held.slots + slots, held.absorbed + c
         return key, value
-
-    def _surprise(self, chunk: int) -> Tensor | None:
-        reader = None if self.reading is None else self._layers[self.reading.layer].reader
-        return None if reader is None else reader.before(chunk)
 
     def tokens_per_layer(self) -> list[float]:
         """Entries that each block holds of the prompt."""

@@ -29,24 +29,6 @@ class Budget(Protocol):
         ...
 
 
-@runtime_checkable
-class ReadingBudget(Budget, Protocol):
-    """A budget for ``block_causal`` mode that reads every chunk, to say how finely the next one is cut."""
-
-    @property
-    def layer(self) -> int:
-        """The block whose incoming hidden states it reads; blocks below it are not merged."""
-        ...
-
-    def read(self, view: TokenView, memory: Any) -> tuple[Tensor, Any]:
-        """Read the tokens of one chunk: how surprising it was ``(B,)``, and the memory for the next chunk.
-
-        The first chunk comes with the memory None. The next chunk's view carries the result as its ``surprise``. A
-        memory has a method ``each_row(change)`` that applies a function to everything that has a row per sequence.
-        """
-        ...
-
-
 def clamp_count(count: Tensor, view: TokenView) -> Tensor:
     """From what a budget gives to the tokens that it counts to how many of each row are kept in all: both ``(B,)``.
 

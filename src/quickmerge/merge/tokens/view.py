@@ -33,8 +33,6 @@ class Evidence:
             Else None.
         key: ``(B, N, d)`` what tokens resemble one another by (keys of an attention layer, mean over its heads), where
             the host has measured it elsewhere; else None.
-        surprise: ``(B,)`` how much more surprising than usual the tokens before these were, for budgets that ask;
-            else None.
         layer: the block in which, or in front of which, the tokens stand, for methods that go by it; else None.
         depth: how many blocks the model has, for methods that go by it; else None.
 
@@ -47,7 +45,6 @@ class Evidence:
     key: Tensor | None = None
     text: Tensor | None = None
     text_valid: Tensor | None = None
-    surprise: Tensor | None = None
     layer: int | None = None
     depth: int | None = None
 

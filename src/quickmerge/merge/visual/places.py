@@ -14,7 +14,7 @@ from quickmerge.merge.place import POSITIONS, Merge
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.reread import Reread
 from quickmerge.merge.text.modes import BlockCausal, Prefix
-from quickmerge.merge.tokens.budget import ReadingBudget, Schedule, layers_of
+from quickmerge.merge.tokens.budget import Schedule, layers_of
 from quickmerge.merge.vision.run import schedule_for
 from quickmerge.merge.visual.merged_tower import TowerRun
 from quickmerge.merge.visual.vlm import VlmRun
@@ -142,8 +142,6 @@ def _text_stages(vlm: Vlm, text: Merge, visual: tuple[int, ...]) -> tuple[Reduce
             f"text must be a reducer that acts inside a language model in {vlm.name}, got {reducer.name}, which reads "
             "a prompt twice"
         )
-    if isinstance(reducer.budget, ReadingBudget):
-        raise QuickmergeError(f"keep must be a budget for whole prompts in prefix mode, got {reducer.budget!r}")
     layer: Any = text.layer
     schedule = layer if isinstance(layer, Schedule) else Schedule.of(layer, depth)
     schedule.check(depth)
