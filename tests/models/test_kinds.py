@@ -45,10 +45,10 @@ def llama_base() -> Any:
 KINDS: dict[str, tuple[Any, str, str]] = {
     "swin": (
         swin,
-        "SwinModel .*is a vision model, which is not supported",
-        "vision transformers of beit",
+        "SwinModel .*is a vision model",
+        "vision transformers are served whose patches are one plain sequence",
     ),
-    "resnet": (resnet, "ResNetForImageClassification .*is a vision model", "vision transformers of beit"),
+    "resnet": (resnet, "ResNetForImageClassification .*is a vision model", "vision transformers are served"),
     "whisper": (whisper, "WhisperForConditionalGeneration .*is an audio model", "decoder-only language models of"),
     "t5": (t5, "T5ForConditionalGeneration .*is an encoder-decoder model", "decoder-only language models of"),
     "bert": (bert, r"BertForMaskedLM \(model_type 'bert'\) is not supported", "llama"),

@@ -1,12 +1,24 @@
-"""Tiny vision transformers of every supported family, and a slow, obvious statement of ToMe inside one."""
+"""Tiny vision transformers: some with settings of their own, and every family of transformers by one rule.
+
+Beside them stands a slow, obvious statement of ToMe inside one.
+"""
 
 from __future__ import annotations
 
+import inspect
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from quickmerge.models import compat
+from quickmerge.models.encoder_inputs import Example, examples
 
 DEPTH = 4
 IMAGE, PATCH = 48, 8
@@ -122,3 +134,159 @@ def tome_by_hand(model: Any, images: Tensor, r: int, prefix: int) -> tuple[list[
         outputs.append(x if hasattr(model, "pre_layrnorm") else final(x))
         counts.append(size)
     return outputs, counts
+
+
+# Every family of transformers with a model that reads pixels --------------------------------------------------------
+
+SIGNS = ("image_size", "patch_size", "num_channels", "in_channels", "tubelet_size", "crop_size")
+"""Settings by one of which a configuration shows that it is of images or videos."""
+
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "embed_dim", "encoder_hidden_size", "d_model"), 32),
+    **dict.fromkeys(("num_hidden_layers", "depth", "num_layers", "encoder_layers"), DEPTH),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "encoder_attention_heads", "num_key_value_heads"), 4),
+    **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "mlp_dim"), 48),
+    **dict.fromkeys(("image_size", "crop_size"), IMAGE),
+    **dict.fromkeys(("num_frames", "frames_per_clip"), 4),
+    "patch_size": PATCH,
+    "initializer_range": 0.2,
+    "layerscale_value": 0.5,
+    "layer_scale_init_value": 0.5,
+}
+"""What a tiny model is given of these settings, as far as its configuration has them as numbers."""
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "beit": {"use_relative_position_bias": True},
+    "data2vec-vision": {"use_relative_position_bias": True},
+    "depth_pro": {"image_size": 1536, "patch_size": 384},
+    "dinov2_with_registers": {"num_register_tokens": 4},
+    "dinov3_vit": {"num_register_tokens": 4},
+    "dots3_note_vision_encoder": {"num_hidden_layers": 42, "adapter_in_dim": 32},
+    "granite_docling_vision": {"image_size": 64},
+    "hiera": {"embed_dim": 96, "image_size": [224, 224], "patch_size": [7, 7], "num_heads": [1, 2, 4, 8]},
+    "levit": {"image_size": 224, "patch_size": 16},
+    "llama4_vision_model": {"vision_output_dim": 64, "projector_input_dim": 48, "projector_output_dim": 64},
+    "lw_detr_vit": {"image_size": 256, "patch_size": 16, "num_windows": 16},
+    "molmo2_vision": {"head_dim": 8},
+    "ovis2_vision": {"vocab_size": 40, "num_visual_indicator_tokens": 5},
+    "sam2_hiera_det_model": {"image_size": [1024, 1024]},
+    "swin2sr": {"embed_dim": 180},
+    "swinv2": {"image_size": 256, "patch_size": 4},
+    "videoprism_vision_model": {"num_frames": 16},
+    "vit_mae": {"mask_ratio": 0.0},
+}
+"""What the rule can't know."""
+
+
+@cache
+def families() -> dict[str, Any]:
+    """The configuration class of every ``model_type`` whose configuration is one of images or videos, text apart."""
+    found: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for kind in sorted(compat.model_types()):
+            config = CONFIG_MAPPING[kind]
+            inside = getattr(config, "sub_configs", {})
+            if "vision_config" in inside or any("text" in part for part in inside):
+                continue
+            try:
+                made = config()
+            except Exception:  # one that has no default is no family's own
+                continue
+            if any(hasattr(made, sign) for sign in SIGNS):
+                found[kind] = config
+    return found
+
+
+def tiny_config(kind: str) -> Any:
+    """A small configuration of a family, by the rule and the overrides."""
+    config = families()[kind]
+    plain = config()
+    given: dict[str, Any] = {}
+    for name, value in SMALL.items():
+        now = getattr(plain, name, None)
+        if isinstance(now, (list, tuple)) and name in ("image_size", "patch_size", "crop_size"):
+            given[name] = [value] * len(now)
+        elif isinstance(now, (int, float)):
+            given[name] = value
+    if hasattr(plain, "tubelet_size"):
+        given["tubelet_size"] = [2, PATCH, PATCH] if isinstance(plain.tubelet_size, (list, tuple)) else 2
+    for name in ("depths", "num_heads"):
+        now = getattr(plain, name, None)
+        if isinstance(now, (list, tuple)):
+            given[name] = [1] * len(now)
+    return config(**{**given, **OVERRIDES.get(kind, {})})
+
+
+@cache
+def class_of(kind: str) -> Any:
+    """The model of a family that reads pixels, the plain one where there are several; None if there is none."""
+    config = families()[kind]
+    name = config.__module__.replace(".configuration_", ".modeling_")
+    try:
+        module = import_module(name)
+    except ImportError:
+        return None
+    of_it = [
+        each for each in vars(module).values()
+        if inspect.isclass(each) and issubclass(each, PreTrainedModel) and each.__module__ == name
+        and each.config_class is config and "forward" in vars(each)
+    ]  # fmt: skip
+    plain = compat.bare_model_class(config)
+    if plain in of_it and _shaped_like_a_model(plain):
+        return plain
+    fit = [each for each in of_it if _shaped_like_a_model(each)]
+    named = [each for each in fit if "For" not in each.__name__]
+    best = [each for each in named if each.__name__.endswith("Model")] or named or fit
+    return best[0] if best else None
+
+
+def _shaped_like_a_model(kind: Any) -> bool:
+    given = list(inspect.signature(kind.forward).parameters)[1:]
+    return bool(given) and (given[0].startswith("pixel_values") or "grid_thw" in given)
+
+
+def build_family(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A tiny random model of a family in eval mode, with fused attention where it has that."""
+    made, config = class_of(kind), tiny_config(kind)
+    torch.manual_seed(seed)
+    try:
+        model = made._from_config(config, attn_implementation="sdpa")
+    except ValueError:
+        torch.manual_seed(seed)
+        model = made._from_config(config, attn_implementation="eager")
+    for name, value in model.named_parameters():
+        if "position" in name or "token" in name:
+            torch.nn.init.normal_(value, std=0.5)
+    return model.to(dtype).eval()
+
+
+def read(model: Any, example: Example) -> Any:
+    """What a model makes of an example, without gradients; one that predicts beside encoding only encodes."""
+    more = {"skip_predictor": True} if "skip_predictor" in inspect.signature(model.forward).parameters else {}
+    with torch.no_grad():
+        return model(**example.inputs, **more)
+
+
+def example_of(model: Any, rows: int = 2, seed: int = 0, size: Any = None) -> Example:
+    """The first batch that a model reads of those that `quickmerge.models.encoder_inputs.examples` makes."""
+    failed: Exception | None = None
+    for example in examples(model, rows, seed=seed, size=size):
+        try:
+            read(model, example)
+            return example
+        except Exception as error:
+            failed = error
+    raise AssertionError(f"{type(model).__name__} reads none of the inputs: {failed}")
+
+
+def row_of(example: Example, row: int) -> Example:
+    """One image of a batch."""
+    return Example({name: value[row : row + 1] for name, value in example.inputs.items()}, example.grid)
+
+
+def tensors(output: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an output, by name."""
+    for name, value in output.items():
+        if isinstance(value, Tensor):
+            yield name, value

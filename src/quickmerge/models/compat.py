@@ -77,11 +77,14 @@ __all__ = [
     "bare_model_class",
     "cache_argument",
     "cache_name",
+    "calls_attention",
     "causal_lm_names",
     "changes",
+    "choose_attention",
     "either_cache",
     "generate_merges",
     "given_cache",
+    "gives_feature_maps",
     "has_timm_grid",
     "hear_generate",
     "image_classification_names",
@@ -90,6 +93,7 @@ __all__ = [
     "is_users_cache",
     "library_logging",
     "make_mask",
+    "model_types",
     "own_model",
     "register_attention",
     "returned_cache",
@@ -235,6 +239,11 @@ def attention_implementation(config: Any) -> str:
     return str(config._attn_implementation)
 
 
+def choose_attention(config: Any, name: str) -> None:
+    """Have a configuration name an attention implementation. For parts without a model; a model is told itself."""
+    config._attn_implementation = name
+
+
 def attention_names() -> list[str]:
     """The attention implementations that transformers knows by name, sorted."""
     return sorted({"eager", *_registry("ALL_ATTENTION_FUNCTIONS").valid_keys()})
@@ -266,6 +275,12 @@ def register_attention(name: str, function: Callable[..., Any], like: str) -> No
 
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, _registry("ALL_MASK_ATTENTION_FUNCTIONS")[like])
+
+
+def calls_attention(module: nn.Module) -> bool:
+    """Whether a module's own ``forward`` asks transformers' attention registry which function it shall call."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def rotation(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -366,7 +381,17 @@ def image_text_names() -> Mapping[str, str]:
     return _take(_AUTO, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")  # type: ignore[no-any-return]
 
 
+def model_types() -> list[str]:
+    """Every ``model_type`` that has a configuration, sorted."""
+    return sorted(_take(CONFIG_TABLE, "CONFIG_MAPPING_NAMES"))
+
+
 _AUTO = "transformers.models.auto.modeling_auto"
+
+
+def gives_feature_maps(module: nn.Module) -> bool:
+    """Whether a model is a backbone, which hands out its patches as maps (B, C, H, W)."""
+    return any(each.__name__ == "BackboneMixin" for each in type(module).__mro__)
 
 
 def bare_model_class(config: Any) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
-from typing import Any
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,53 +19,48 @@ from quickmerge.models.compat import (
     TIMM_BASE,
     TIMM_BLOCK,
     attention_implementation,
+    calls_attention,
     has_timm_grid,
     is_timm,
     timm_grid,
 )
 from quickmerge.models.decoder import IMPLEMENTATIONS, PREFIX
-
-VISION_FAMILIES = (
-    "beit",
-    "clip_vision_model",
-    "deit",
-    "dinov2",
-    "dinov2_with_registers",
-    "dinov3_vit",
-    "siglip_vision_model",
-    "videomae",
-    "vit",
-    "vivit",
-)
-"""``config.model_type`` of the vision transformers that the tests prove; models that hold one of them work too."""
-
-SECOND_NORMS = ("layernorm_after", "norm2", "layer_norm2")
-FEED_FORWARDS = ("mlp", "output")
-STACKS = ("layers", "layer")
+from quickmerge.models.encoder_inputs import flat_grid, is_visual, patch_of
+from quickmerge.models.encoder_places import Layout
+from quickmerge.models.encoder_probe import TraitError, probe
+from quickmerge.models.encoder_tower import read_tower, towers, why_no_tower
+from quickmerge.models.vision_families import VISION_FAMILIES as VISION_FAMILIES
 
 
 @dataclass(frozen=True)
 class Block:
-    """A pre-norm block: ``y = x + attention(norm(x))``, then ``y + feed_forward(second_norm(y))``.
+    """A block of a vision transformer.
 
-    ``adds_residual`` says that ``feed_forward`` is a module that is given ``y`` and adds it itself.
+    Where its halves were found it is ``y = x + attention(norm(x))``, then ``y + feed_forward(second_norm(y))``;
+    ``adds_residual`` says that ``feed_forward`` is a module that is given ``y`` and adds it itself. A block without
+    them, ``second_norm`` None, is only known to make of each token, by its attention, another one.
     """
 
     module: nn.Module
     attention: nn.Module
-    second_norm: nn.Module
-    feed_forward: nn.Module
+    second_norm: nn.Module | None
+    feed_forward: nn.Module | None
     adds_residual: bool
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A vision transformer: the model as given, the encoder inside it, its blocks, and what pools its last tokens."""
+    """A vision transformer: the model as given, the encoder inside it, its blocks, and what pools its last tokens.
+
+    ``whole`` says that what follows its last block needs every patch.
+    """
 
     model: nn.Module
     base: nn.Module
     blocks: tuple[Block, ...]
     pooler: nn.Module | None
+    whole: bool = False
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -86,37 +81,61 @@ class Encoder:
         To a compiler these are numbers, so that each size of image gets a graph of its own: what can be said of a
         schedule and a matching over a number that isn't known takes it hours to find out.
         """
-        patch = self.config.tubelet_size if hasattr(self.config, "tubelet_size") else self.config.patch_size
+        if pixels.ndim == 3:
+            return 1, *flat_grid(self.config, index(pixels.shape[1]))
         tall, wide = index(pixels.shape[-2]), index(pixels.shape[-1])
         frames = index(pixels.shape[1]) if pixels.ndim == 5 else 1
-        if isinstance(patch, int):
-            depth, height, width = (patch if pixels.ndim == 5 else 1, *_pair(self.config.patch_size))
-        else:
-            depth, height, width = (1, *patch)[-3:]
+        patch = patch_of(self.config, pixels.ndim == 5)
+        if patch is None:
+            raise UnsupportedModelError(f"{type(self.base).__name__} names no size of patches in its configuration")
+        depth, height, width = patch
         return frames // depth, tall // height, wide // width
 
 
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 def find_encoder(model: PreTrainedModel) -> Encoder:
-    """Find the vision transformer in ``model`` by its structure.
+    """Find the vision transformer in ``model`` by its structure, and by trying it on a few patches.
+
+    It is the innermost part of ``model`` that reads pixels and holds a list of blocks, each with one attention that
+    goes through transformers' attention interface. What more has to hold `quickmerge.models.encoder_probe` tries, once
+    for each model that is asked about.
 
     Raises:
-        UnsupportedModelError: naming the class and what was looked for, if there is no vision transformer of a family
-            in `VISION_FAMILIES`, or several, if a block is not built as `Block` says, or if the attention
-            implementation is not one that the host can stand in front of.
+        UnsupportedModelError: naming the class and the trait that can't be served, if there is no such vision
+            transformer in it, or several, or the attention implementation is not one that the host can stand in front
+            of.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    name, found = type(model).__name__, list(_towers(model))
-    if len(found) != 1:
-        raise UnsupportedModelError(
-            f"{name} (model_type {model.config.model_type!r}) holds {len(found)} vision transformers that could be "
-            f"served, exactly one was looked for, of a family of {', '.join(VISION_FAMILIES)}"
-        )
-    base, stack = found[0]
+    name, found = type(model).__name__, towers(model)
+    if len(found) > 1:
+        held = ", ".join(type(tower).__name__ for tower in found)
+        raise UnsupportedModelError(f"{name} holds {len(found)} vision transformers, {held}: give one of them")
+    if not found:
+        _refuse(model, model, why_no_tower(model))
+    return _read(model, found[0])
+
+
+def read_encoder(base: PreTrainedModel) -> Encoder:
+    """The parts of a vision transformer that is known to be one: the tower of a vision-language model.
+
+    Raises:
+        UnsupportedModelError: see `find_encoder`.
+    """
+    return _read(base, base)
+
+
+def _refuse(model: nn.Module, base: nn.Module, trait: str) -> NoReturn:
+    kind = getattr(getattr(base, "config", None), "model_type", None)
+    inside = "is" if base is model else f"holds a {type(base).__name__},"
+    raise UnsupportedModelError(
+        f"{type(model).__name__} (model_type {kind!r}) {inside} a vision model that can't be merged in because of its "
+        f"{trait}; vision transformers are served whose patches are one plain sequence in every block, with attention "
+        "through transformers' attention interface, and so are those of timm"
+    )
+
+
+def _read(model: PreTrainedModel, base: Any) -> Encoder:
+    name = type(model).__name__
     implementation = attention_implementation(base.config)
     if implementation.startswith(PREFIX):
         raise UnsupportedModelError(f"{name} is already inside a quickmerge run; leave that first")
@@ -125,70 +144,38 @@ def find_encoder(model: PreTrainedModel) -> Encoder:
             f"{name} runs attention as {implementation!r}, which merging can't stand in front of: "
             f"load it with attn_implementation set to one of {', '.join(IMPLEMENTATIONS)}"
         )
-    blocks = tuple(_block(name, module) for module in stack)
-    pooler = getattr(base, "pooler", None) or getattr(base, "head", None)
-    return Encoder(model, base, blocks, pooler if isinstance(pooler, nn.Module) else None)
+    try:
+        tower = read_tower(base)
+        if base not in _LAYOUTS:
+            _LAYOUTS[base] = probe(base, tower.blocks)
+    except TraitError as error:
+        _refuse(model, base, str(error))
+    blocks = tuple(_block(module, layout) for module, layout in zip(tower.blocks, _LAYOUTS[base], strict=True))
+    # A first token that stands in front of the patches is the first one after any merging, too; a patch is not.
+    whole = tower.whole or (tower.first and not _LAYOUTS[base][0].prefix)
+    return Encoder(model, base, blocks, tower.pooler, whole)
 
 
-def read_encoder(base: PreTrainedModel) -> Encoder:
-    """The parts of a vision transformer that is no family of `VISION_FAMILIES`, but built like them: a tower of tiles.
+_LAYOUTS: WeakKeyDictionary[nn.Module, tuple[Layout, ...]] = WeakKeyDictionary()
+"""What was found of models that were tried."""
 
-    Raises:
-        UnsupportedModelError: if there is no list of its blocks, or a block is not built as `Block` says.
-    """
-    name, stack = type(base).__name__, _stack(base)
-    if stack is None:
-        raise UnsupportedModelError(f"{name} has no list of its blocks where one was looked for")
-    return Encoder(base, base, tuple(_block(name, module) for module in stack), None)
+
+def _block(module: nn.Module, layout: Layout) -> Block:
+    attention = next(each for each in module.modules() if calls_attention(each))
+    norm, feed = (None if each is None else module.get_submodule(each) for each in (layout.norm, layout.feed))
+    return Block(module, attention, norm, feed, layout.adds_residual, layout)
 
 
 def holds_encoder(model: Any) -> bool:
-    """True if ``model`` holds a vision transformer of one of the proven families and is no language model."""
-    if not isinstance(model, PreTrainedModel):
+    """True if ``model`` is a model of images or videos and no language model, or holds a vision transformer beside
+    other parts. Whether that can be served `find_encoder` says."""
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is not None:
         return False
-    return model.get_output_embeddings() is None and any(True for _ in _towers(model))
+    return any(isinstance(part, PreTrainedModel) and is_visual(part) for part in model.modules())
 
 
-def _towers(model: PreTrainedModel) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
-    """Every outermost model of a proven family with its list of blocks."""
-    seen: list[nn.Module] = []
-    for module in model.modules():
-        kind = getattr(getattr(module, "config", None), "model_type", None)
-        if not isinstance(module, PreTrainedModel) or kind not in VISION_FAMILIES:
-            continue
-        # An encoder that only holds the blocks is a model of its own in some families; what reads pixels is meant.
-        if module.main_input_name != "pixel_values" or any(module in set(outer.modules()) for outer in seen):
-            continue
-        if not hasattr(module, "embeddings"):
-            continue
-        seen.append(module)
-        stack = _stack(module)
-        if stack is not None:
-            yield module, stack
-
-
-def _stack(base: nn.Module) -> nn.ModuleList | None:
-    depth = base.config.num_hidden_layers  # type: ignore[union-attr]
-    for holder in (base, *base.children()):
-        for name in STACKS:
-            stack = getattr(holder, name, None)
-            if isinstance(stack, nn.ModuleList) and len(stack) == depth:
-                return stack
-    return None
-
-
-def _block(name: str, module: nn.Module) -> Block:
-    norm = next((getattr(module, each) for each in SECOND_NORMS if hasattr(module, each)), None)
-    feed = next((each for each in FEED_FORWARDS if isinstance(getattr(module, each, None), nn.Module)), None)
-    # What calls the attention function says in which sense it masks.
-    attentions = [each for each in module.modules() if hasattr(each, "is_causal")]
-    if norm is None or feed is None or len(attentions) != 1:
-        raise UnsupportedModelError(
-            f"{name} has a block {type(module).__name__} with {len(attentions)} attention modules, "
-            f"{'a' if norm is not None else 'no'} second norm and {'a' if feed else 'no'} feed-forward module; "
-            "one of each was looked for"
-        )
-    return Block(module, attentions[0], norm, getattr(module, feed), adds_residual=feed == "output")
+PIXELS = ("pixel_values", "pixel_values_videos")
+"""Names under which a vision transformer is given what it reads."""
 
 
 def pixels_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -197,7 +184,7 @@ def pixels_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     Raises:
         ValueError: if there are none.
     """
-    pixels = args[0] if args else kwargs.get("pixel_values")
+    pixels = args[0] if args else next((kwargs[name] for name in PIXELS if name in kwargs), None)
     if not isinstance(pixels, Tensor):
         raise ValueError("pixel_values must be a tensor of images or videos, got " + type(pixels).__name__)
     return pixels

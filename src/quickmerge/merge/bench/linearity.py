@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,13 @@ def functional_linearity(
 
     modes = {module: module.training for module in model.modules()}
     # What leaves a block's second norm is what its feed-forward part reads.
-    hooks = [block.second_norm.register_forward_hook(keep) for block in encoder.blocks]
+    norms = [block.second_norm for block in encoder.blocks if block.second_norm is not None]
+    if len(norms) != len(encoder):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has blocks that are not attention and then a feed-forward part, each with a norm "
+            "in front: the linearity of a feed-forward part can't be told of them"
+        )
+    hooks = [norm.register_forward_hook(keep) for norm in norms]
     try:
         model.eval()
         encoder.base(pixels)
@@ -93,14 +100,15 @@ def suggested_switch(linearity: Tensor) -> int:
 
 
 def _feed_forward(block: Block) -> Callable[[Tensor], Tensor]:
+    feed: Any = block.feed_forward
     if not block.adds_residual:
-        return block.feed_forward
+        return feed  # type: ignore[no-any-return]
     inner = getattr(block.module, "intermediate", None)
     if not isinstance(inner, nn.Module):
         raise UnsupportedModelError(f"{type(block.module).__name__} has no module 'intermediate', which was looked for")
 
     def apply(x: Tensor) -> Tensor:
-        out: Tensor = block.feed_forward(inner(x), torch.zeros_like(x))
+        out: Tensor = feed(inner(x), torch.zeros_like(x))
         return out
 
     return apply

@@ -249,7 +249,9 @@ def vision_shape(encoder: Encoder) -> VisionShape:
     for block in encoder.blocks:
         # Some blocks keep the first matrix of the feed-forward half in a module of its own.
         inner = getattr(block.module, "intermediate", None)
-        second.append(_entries(block.feed_forward) + (_entries(inner) if isinstance(inner, nn.Module) else 0))
+        feed = [part for part in (block.feed_forward, inner) if isinstance(part, nn.Module)]
+        # A block that is merged behind reads as many tokens in all of its parts.
+        second.append(sum(map(_entries, feed)) if block.feed_forward is not None else 0)
         first.append(_entries(block.module) - second[-1])
     return VisionShape(tuple(first), tuple(second), encoder.config.hidden_size)
 

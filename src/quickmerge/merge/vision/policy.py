@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.tokens.removal import fill_dropped, key_bias, masked_softmax
+from quickmerge.merge.vision.run import as_bias
 from quickmerge.models.attachment import Attachment, refuse_tracing
 from quickmerge.models.decoder import AttentionFunction, watch_modules
 from quickmerge.models.encoder import Encoder, find_encoder, pixels_of, prefix_of
@@ -33,7 +34,7 @@ def policy_vit(model: PreTrainedModel, layers: Sequence[int], decide: Decide) ->
     What pools the patches of the last block, inside the model or in a classifier around it, reads the kept ones.
 
     Args:
-        model: a vision transformer of `quickmerge.models.encoder.VISION_FAMILIES`, or a model around one.
+        model: a vision transformer, see `quickmerge.models.encoder.find_encoder`, or a model around one.
         layers: the blocks in front of which it decides, rising.
         decide: called at each stage with the patches that enter the block and the mask of the stage before. Masks
             only shrink: what it gives is multiplied with that mask.
@@ -161,7 +162,9 @@ class PolicyRun(Attachment):
             dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
             return masked_attention(query, key, value, mask, policy, scaling, dropout)
         bias = key_bias(policy, query.dtype)
-        return call(module, query, key, value, bias if mask is None else mask + bias, *args[4:], **kwargs)
+        if mask is not None:
+            bias = bias + as_bias(mask, query.dtype)
+        return call(module, query, key, value, bias, *args[4:], **kwargs)
 
     # Handing out ------------------------------------------------------------------------------------------------
 
@@ -203,7 +206,7 @@ def masked_attention(
         ``(B, T, H, d)`` and the weights ``(B, H, T, T)``.
     """
     scores = query @ key.transpose(2, 3) * scaling
-    weights = masked_softmax(scores if mask is None else scores + mask, policy).to(value.dtype)
+    weights = masked_softmax(scores if mask is None else scores + as_bias(mask, scores.dtype), policy).to(value.dtype)
     if dropout:
         weights = nn.functional.dropout(weights, dropout)
     return (weights @ value).transpose(1, 2).contiguous(), weights

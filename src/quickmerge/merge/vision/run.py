@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.run import VisionStats
-from quickmerge.merge.tokens.budget import Count, layers_of
+from quickmerge.merge.tokens.budget import Count, clamp_count, layers_of
 from quickmerge.merge.tokens.plan import MergePlan, follow
 from quickmerge.merge.tokens.removal import Removal, removal_for
 from quickmerge.merge.tokens.saliency import AttentionTrace
@@ -30,7 +30,7 @@ class Level:
     ``size``, ``position`` and ``valid`` are ``(B, K)``; ``valid`` is None where no slot is padding. ``slot (B, N)`` is
     the place of each original token, -1 where it was dropped; ``alive`` says how many of every row were not dropped,
     None where rows differ, and ``single`` that every slot is known to hold one token. ``bias (B, 1, 1, K)`` is what
-    attention adds to the scores, None for nothing.
+    attention adds to the scores, None for nothing. ``padded`` says that there was padding among the original tokens.
     """
 
     size: Tensor
@@ -40,6 +40,14 @@ class Level:
     alive: int | None
     single: bool
     bias: Tensor | None = None
+    padded: bool = False
+
+
+def padded_rows(valid: Tensor) -> Level:
+    """The original tokens of images that are padded: ``valid (B, N)``, where padding stands behind the others."""
+    place = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+    slot = torch.where(valid, place, -1)
+    return Level(valid.long(), place, valid, slot, None, True, None, True)
 
 
 def after(level: Level | None, plan: MergePlan, *, proportional: bool, dtype: torch.dtype) -> Level:
@@ -60,6 +68,7 @@ def after(level: Level | None, plan: MergePlan, *, proportional: bool, dtype: to
     else:  # what was dropped may have been many tokens in one row and one in another: it has to be counted
         counts = (slot >= 0).sum(-1)
         alive = int(counts[0]) if bool((counts == counts[0]).all()) else None
+        alive = None if level is not None and level.padded else alive
         valid = None if bool(plan.valid.all()) else plan.valid
     single = plan.seat is not None and plan.moved is None and (level is None or level.single)
     bias = None
@@ -69,7 +78,8 @@ def after(level: Level | None, plan: MergePlan, *, proportional: bool, dtype: to
         if valid is not None:
             bias = bias.masked_fill(~valid, -torch.inf)
         bias = bias.to(dtype)[:, None, None]
-    return Level(plan.size, plan.position, valid, slot, alive, single, bias)
+    padded = level is not None and level.padded
+    return Level(plan.size, plan.position, valid, slot, alive, single, bias, padded)
 
 
 def spread(y: Tensor, level: Level, prefix: int) -> Tensor:
@@ -102,18 +112,41 @@ def _gather(y: Tensor, index: Tensor) -> Tensor:
     return y.flatten(0, 1).index_select(0, (index + row).flatten()).view(*index.shape, y.shape[-1])
 
 
-def rotary(embeddings: tuple[Tensor, ...], level: Level, prefix: int) -> tuple[Tensor, ...]:
-    """Rows of rotary tables ``(N, d)`` for the places where the slots stand, ``(B, 1, K, d)``."""
-    place = level.position[:, prefix:] - prefix
-    return tuple(table[place][:, None] for table in embeddings)
-
-
 def pick(mask: Tensor, level: Level) -> Tensor:
-    """Rows and columns of a bias on the scores ``(B or 1, H or 1, N, N)`` for the places where the slots stand."""
+    """Rows and columns of a bias on the scores ``(B or 1, H or 1, N or 1, N)`` for the places where the slots stand."""
     at = level.position
     b, h, k, n = at.shape[0], mask.shape[1], at.shape[1], mask.shape[-1]
-    rows = mask.expand(b, -1, -1, -1).gather(2, at[:, None, :, None].expand(b, h, k, n))
-    return rows.gather(3, at[:, None, None].expand(b, h, k, k))
+    rows = mask.expand(b, -1, -1, -1)
+    if mask.shape[2] != 1:
+        rows = rows.gather(2, at[:, None, :, None].expand(b, h, k, n))
+    return rows.gather(3, at[:, None, None].expand(b, h, rows.shape[2], k))
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to the scores."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def first_members(level: Level) -> Tensor:
+    """``(B, K)`` long: the first of the original tokens that are in each slot; of padding, any."""
+    rows, tokens = level.slot.shape
+    index = torch.arange(tokens, device=level.slot.device).expand(rows, -1)
+    index = torch.where(level.slot >= 0, index, tokens - 1)
+    found = index.new_full(level.size.shape, tokens - 1)
+    return found.scatter_reduce(1, level.slot.clamp_min(0), index, "amin")
+
+
+def tokens_of(output: Any) -> Tensor:
+    """The tokens in what a block gives, which may be a tuple that begins with them."""
+    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return found
+
+
+def with_tokens(output: Any, tokens: Tensor) -> Any:
+    """The same with other tokens."""
+    return type(output)([tokens, *output[1:]]) if isinstance(output, (tuple, list)) else tokens
 
 
 # What runs on vision transformers have in common: deciding, and merging between the halves of a block.
@@ -124,13 +157,16 @@ def pick(mask: Tensor, level: Level) -> Tensor:
 # first rows of the residual y, which the block still holds, and hands on these rows alone; behind the feed-forward part
 # a hook pads with zeros what the block is about to add; the block's own hook cuts off the rows that are left over.
 # Where neither gradients nor a tracer look on, the residual that the block holds is made the merged tokens instead, and
-# nothing is padded nor cut. Layer scale, dropout and stochastic depth stay the block's.
+# nothing is padded nor cut. Layer scale, dropout and stochastic depth stay the block's. Of a block that is not built
+# like that, the output is merged.
 
 
 @dataclass
 class Call:
     """The state of one forward: by block, what its attention reads and what was decided in it.
 
+    ``masked`` says that the model was told which patches are there; ``valid (B, patches)`` which are, None for all;
+    ``lengths`` how many tokens each image has then.
     ``padded`` says of a block that took tokens out whether it goes on at full width, its last rows meaningless.
     ``arriving`` holds what the block before left where a block takes tokens out in front of its attention: a block
     that is computed again for gradient checkpointing starts from there.
@@ -146,11 +182,24 @@ class Call:
     widths: list[int] = field(default_factory=list)
     arriving: dict[int, Level | None] = field(default_factory=dict)
     padded: dict[int, bool] = field(default_factory=dict)
+    masked: bool = False
+    valid: Tensor | None = None
+    lengths: list[int] | None = None
 
     @property
     def last(self) -> Level | None:
         """The tokens that leave the last block, None if none was ever taken out."""
         return self.levels[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class EachRow:
+    """A budget: how many tokens each row keeps, ``(B,)`` long."""
+
+    tokens: Tensor
+
+    def count(self, view: TokenView, saliency: Tensor | None) -> Tensor:  # noqa: D102
+        return clamp_count(self.tokens, view)
 
 
 def schedule_for(
@@ -202,6 +251,9 @@ class VisionRun(Attachment):
     # Attaching --------------------------------------------------------------------------------------------------
 
     def _hook_second_half(self, index: int, block: Block) -> None:
+        if block.second_norm is None or block.feed_forward is None:
+            self._note(block.module.register_forward_hook(partial(self._merge_behind, index), prepend=True))
+            return
         self._note(block.second_norm.register_forward_pre_hook(partial(self._before_second_norm, index)))
         if block.adds_residual:
             self._note(block.feed_forward.register_forward_pre_hook(partial(self._before_residual, index)))
@@ -220,32 +272,49 @@ class VisionRun(Attachment):
         call.prefix = prefix_of(tokens, call.grid, type(self.encoder.model).__name__)
         call.levels, call.traces = [None] * (depth + 1), [None] * depth
         call.plans, call.widths, call.targets = [None] * depth, [tokens] * depth, [None] * depth
+        lengths = [tokens]
+        if call.valid is not None:
+            valid = torch.nn.functional.pad(call.valid.to(hidden.device), (call.prefix, 0), value=True)
+            call.levels[0] = padded_rows(valid)
+            lengths = call.lengths = valid.sum(-1).tolist()
         if isinstance(self.schedule, tuple):
             for stage, block in enumerate(self.schedule):
                 keep = self.reducer.keep
                 if isinstance(keep, (int, float)):
                     share = keep ** (stage + 1)
                     # One patch at least, or a mean over patches would be one over nothing.
-                    left = call.prefix + max(1, int((tokens - call.prefix) * share + 1e-9))
-                    call.targets[block] = self._toward(left, tokens)
+                    left = [call.prefix + max(1, int((n - call.prefix) * share + 1e-9)) for n in lengths]
+                    call.targets[block] = self._toward(left, lengths, hidden.device)
                 else:
                     call.targets[block] = self.reducer
             return
-        removal = self.schedule
-        if removal is None:
-            removal = removal_for(float(self.reducer.keep), tokens, call.prefix, depth)  # type: ignore[arg-type]
-        before = tokens
-        for block, left in enumerate(removal.counts(tokens, call.prefix, depth)):
-            call.targets[block] = self._toward(left, before)
+        before, counts = lengths, []
+        for n in lengths:
+            removal = self.schedule
+            if removal is None:
+                removal = removal_for(float(self.reducer.keep), n, call.prefix, depth)  # type: ignore[arg-type]
+            counts.append(removal.counts(n, call.prefix, depth))
+        for block, left in enumerate(map(list, zip(*counts, strict=True))):
+            call.targets[block] = self._toward(left, before, hidden.device)
             before = left
 
-    def _toward(self, left: int, tokens: int) -> Reducer | None:
-        return replace(self.reducer, keep=Count(max(1, left))) if left < tokens else None
+    def _toward(self, left: list[int], before: list[int], device: torch.device) -> Reducer | None:
+        """The method down to as many tokens as ``left`` says, for all images or for each; None if that is no fewer."""
+        if left == before:
+            return None
+        if len(left) == 1:
+            return replace(self.reducer, keep=Count(max(1, left[0])))
+        return replace(self.reducer, keep=EachRow(torch.tensor([max(1, n) for n in left], device=device)))
 
     def _enter_block(self, call: Call, index: int, hidden: Tensor) -> Tensor:
         """What block ``index`` reads of ``hidden (B, N, D)``: less, if the method takes tokens out in front of it."""
         if not call.tokens:
             self._start(call, hidden)
+        elif hidden.shape[1] != self._expected(call, index):
+            raise UnsupportedModelError(
+                f"{type(self.encoder.model).__name__} can't be merged in: {hidden.shape[1]} tokens enter block {index} "
+                f"where the block before left {self._expected(call, index)}, so tokens join or leave between its blocks"
+            )
         if self.reducer.before and call.targets[index] is not None:
             call.levels[index] = call.arriving.setdefault(index, call.levels[index])
             plan, hidden = self._decide(call, index, hidden)
@@ -254,6 +323,23 @@ class VisionRun(Attachment):
         call.levels[index + 1] = call.levels[index]
         call.widths[index] = hidden.shape[1]
         return hidden
+
+    def _expected(self, call: Call, index: int) -> int:
+        level = call.arriving.get(index, call.levels[index])
+        return call.tokens if level is None else level.size.shape[1]
+
+    def _merge_behind(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Merge what a block gives, where its halves are not known."""
+        call = self._current()
+        call.plans[index] = None if not self.reducer.before else call.plans[index]
+        if self.reducer.before or call.targets[index] is None:
+            return None
+        plan, merged = self._decide(call, index, tokens_of(output))
+        if plan is None:
+            return None
+        call.levels[index + 1] = self._after(call.levels[index], plan, merged.dtype)
+        call.widths[index] = plan.slots
+        return with_tokens(output, merged)
 
     def _before_second_norm(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
         call = self._current()
@@ -287,7 +373,9 @@ class VisionRun(Attachment):
 
     def _after_block(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         short = self._short(index)
-        return None if short is None or not self._current().padded[index] else output[:, : short.slots]
+        if short is None or not self._current().padded[index]:
+            return None
+        return with_tokens(output, tokens_of(output)[:, : short.slots])
 
     def _short(self, index: int) -> MergePlan | None:
         """The plan that was carried out inside block ``index``, None if there was none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,20 +13,39 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.tokens.plan import follow, to_members
 from quickmerge.merge.tokens.removal import Removal
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.tokens.view import Evidence, TokenView
-from quickmerge.merge.vision.run import Call, full_length, pick, rotary, schedule_for, spread
+from quickmerge.merge.vision.run import (
+    Call,
+    Level,
+    as_bias,
+    first_members,
+    full_length,
+    pick,
+    schedule_for,
+    spread,
+    tokens_of,
+    with_tokens,
+)
 from quickmerge.merge.vision.run import VisionRun as VisionRun
 from quickmerge.models.attachment import refuse_tracing
 from quickmerge.models.decoder import AttentionFunction, watch_modules
 from quickmerge.models.encoder import Encoder, find_encoder, pixels_of
+from quickmerge.models.encoder_places import Layout, at_places
+from quickmerge.models.encoder_probe import first_argument, where_told
 
 CALL = "quickmerge_call"
 """Keyword by which a forward hands its state to its blocks, and a block to its attention."""
+
+MASKS = ("pixel_attention_mask", "patch_attention_mask")
+"""Arguments that say which patches are there, ``(B, N)`` or ``(B, H, W)``."""
+
+GRIDDED = ("grid", "pool")
+"""Methods that go by where patches lie beside one another."""
 
 
 def reduce_vit(
@@ -42,42 +61,98 @@ def reduce_vit(
 
 
 class TransformersRun(VisionRun):
-    """A run on a model of transformers."""
+    """A run on a model of transformers.
+
+    ``gives_whole`` says that parts behind the blocks that read patches together get all of them.
+    """
+
+    gives_whole = True
 
     def __init__(
         self, encoder: Encoder, reducer: Reducer, schedule: Removal | tuple[int, ...] | None, *, unmerge: bool = False
     ) -> None:
         super().__init__(encoder, reducer, schedule, unmerge=unmerge)
         self._signature = inspect.signature(encoder.base.forward)
-        self._takes_keywords = any(p.kind is p.VAR_KEYWORD for p in self._signature.parameters.values())
+        self._takes_keywords = _takes_keywords(self._signature)
+        self._carries = [_takes_keywords(inspect.signature(block.module.forward)) for block in encoder.blocks]
 
     def _attach(self) -> None:
         encoder = self.encoder
         self._undo.append(watch_modules(encoder.base, [block.attention for block in encoder.blocks], self))
         self._note(encoder.base.register_forward_pre_hook(self._before_model, with_kwargs=True))
         self._note(encoder.base.register_forward_hook(self._after_model))
-        embeddings: Any = encoder.base.embeddings
-        self._note(embeddings.register_forward_pre_hook(self._before_embeddings, with_kwargs=True))
+        embeddings = getattr(encoder.base, "embeddings", None)
+        if isinstance(embeddings, nn.Module):
+            self._note(embeddings.register_forward_pre_hook(self._before_embeddings, with_kwargs=True))
         if encoder.pooler is not None:
-            self._note(encoder.pooler.register_forward_pre_hook(self._before_pooler))
+            self._note(encoder.pooler.register_forward_pre_hook(self._before_pooler, with_kwargs=True))
         for index, block in enumerate(encoder.blocks):
             before = partial(self._before_block, index)
             self._note(block.module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
             self._note(block.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
             self._hook_second_half(index, block)
+        if encoder.whole and self.gives_whole:
+            self._note(encoder.blocks[-1].module.register_forward_hook(self._after_blocks))
 
     # One forward ------------------------------------------------------------------------------------------------
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refuse_tracing(self._name)
         pixels = pixels_of(args, kwargs)
-        masked = self._signature.bind_partial(*args, **kwargs).arguments.get("bool_masked_pos")
-        if masked is not None:
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        if given.get("bool_masked_pos") is not None:
             raise QuickmergeError("bool_masked_pos must be None inside a quickmerge run, got a mask")
-        self.call = self._active = Call(self.encoder.grid(pixels))
+        call = Call(self.encoder.grid(pixels))
+        if "noise" in self._signature.parameters:
+            kwargs = self._in_raster_order(args, kwargs, given, call)
+        shapes = given.get("spatial_shapes")
+        if isinstance(shapes, Tensor):
+            call.grid = self._shaped(shapes, call.grid)
+        call.valid = self._valid(given, call)
+        self.call = self._active = call
         if self._takes_keywords:
             kwargs = {**kwargs, CALL: self.call}
         return args, kwargs
+
+    def _in_raster_order(self, args: Any, kwargs: dict[str, Any], given: dict[str, Any], call: Call) -> dict[str, Any]:
+        """Patches that a model shuffles by random numbers stay where they are."""
+        noise, count = given.get("noise"), call.grid[0] * call.grid[1] * call.grid[2]
+        pixels = pixels_of(args, kwargs)
+        if noise is None:
+            rising = torch.arange(count, device=pixels.device, dtype=torch.float32) / count
+            return {**kwargs, "noise": rising.expand(len(pixels), -1)}
+        if not bool((noise[:, 1:] > noise[:, :-1]).all()):
+            raise QuickmergeError("noise must be None or rising inside a quickmerge run, or patches would be shuffled")
+        return kwargs
+
+    def _shaped(self, shapes: Tensor, grid: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The grid of patches that are cut already, one line of them where images differ in shape."""
+        found = {(int(high), int(wide)) for high, wide in shapes.tolist()}
+        high, wide = next(iter(found))
+        if len(found) == 1 and high * wide == grid[0] * grid[1] * grid[2]:
+            return 1, high, wide
+        if self.reducer.name in GRIDDED:
+            raise QuickmergeError(
+                f"reducer {self.reducer.name} goes by the places of patches on one grid, and spatial_shapes are "
+                f"{sorted(found)} padded to {grid[2] * grid[1]} patches: give images of one shape, or another reducer"
+            )
+        return 1, 1, grid[0] * grid[1] * grid[2]
+
+    def _valid(self, given: dict[str, Any], call: Call) -> Tensor | None:
+        """Which patches are there, ``(B, N)`` bool; None where all are."""
+        name = next((name for name in MASKS if isinstance(given.get(name), Tensor)), None)
+        if name is None:
+            return None
+        call.masked = True
+        valid: Tensor = given[name].flatten(1).bool()
+        if bool(valid.all()):
+            return None
+        if valid.shape[1] != call.grid[0] * call.grid[1] * call.grid[2] or bool((valid[:, 1:] & ~valid[:, :-1]).any()):
+            raise QuickmergeError(
+                f"{name} must mark, for each patch, padding behind the patches of an image inside a quickmerge run, "
+                "got padding between them"
+            )
+        return valid
 
     def _before_embeddings(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A compiler may take the hooks of the model itself as a function apart: here it is inside of the forward.
@@ -85,20 +160,28 @@ class TransformersRun(VisionRun):
 
     def _before_block(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = dict(kwargs)
-        call: Call = kwargs.get(CALL) or self._current()
-        kwargs[CALL] = self._active = call
-        if args:
-            args = (self._enter_block(call, index, args[0]), *args[1:])
-        else:
-            kwargs["hidden_states"] = self._enter_block(call, index, kwargs["hidden_states"])
-        level = call.levels[index]
+        given = kwargs.pop(CALL, None)
+        call: Call = given or self._current()
+        self._active = call
+        if self._carries[index]:
+            kwargs[CALL] = call
+        if given is None and _recomputes(module):
+            raise UnsupportedModelError(
+                f"{self._name} must not recompute its blocks inside a quickmerge run, since it hands no keywords on to "
+                "them: call gradient_checkpointing_disable() first"
+            )
+        if not args:
+            args = (kwargs.pop(first_argument(module)),)
+        hidden = self._enter_block(call, index, args[0])
+        level, rest = call.levels[index], args[1:]
         if level is not None and kwargs.get("interpolate_pos_encoding") and _has_relative_bias(module):
             raise QuickmergeError(
                 "interpolate_pos_encoding must be False inside a quickmerge run of a model with relative positions"
             )
-        if level is not None and kwargs.get("position_embeddings") is not None:
-            kwargs["position_embeddings"] = rotary(kwargs["position_embeddings"], level, call.prefix)
-        return args, kwargs
+        layout = self.encoder.blocks[index].layout
+        if level is not None and layout is not None:
+            rest, kwargs = _moved(module, layout, rest, kwargs, level, call)
+        return (hidden, *rest), kwargs
 
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # With gradient checkpointing a block's inside runs again in the backward pass, when other forwards may have
@@ -116,8 +199,8 @@ class TransformersRun(VisionRun):
         bias = None
         if level is not None:
             bias = level.bias
-            if mask is not None and mask.shape[-1] != key.shape[2]:
-                mask = pick(mask, level)
+            if mask is not None and mask.shape[-1] == state.tokens:
+                mask = as_bias(pick(mask, level), query.dtype)
             mask = bias if mask is None else mask if bias is None else mask + bias
         if state.targets[layer] is not None and not self.reducer.before:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -126,20 +209,79 @@ class TransformersRun(VisionRun):
 
     # Handing out ------------------------------------------------------------------------------------------------
 
-    def _before_pooler(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+    def _after_blocks(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Give every patch to parts that read them together; `_after_model` takes the copies away again."""
+        level = self._current().last
+        if level is None:
+            return None
+        return with_tokens(output, full_length(tokens_of(output), level))
+
+    def _before_pooler(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._current()
-        return None if call.last is None else (spread(args[0], call.last, call.prefix), *args[1:])
+        level = call.last
+        if level is None:
+            return None
+        width = level.size.shape[1]
+
+        def whole(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if value.ndim == 3 and value.shape[1] == width:
+                return _pooled(value, level, call)
+            if value.ndim == 2 and value.shape == level.slot.shape and not value.is_floating_point():
+                return value * (level.slot >= 0).to(value.dtype)  # a mask, in which what was dropped is no longer
+            return value
+
+        return tuple(map(whole, args)), {name: whole(value) for name, value in kwargs.items()}
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         call = self._current()
         level = call.last
         if level is None:
             return output
-        if self.unmerge:
-            output.last_hidden_state = full_length(output.last_hidden_state, level)
-        elif self.encoder.model is not self.encoder.base:
-            output.last_hidden_state = spread(output.last_hidden_state, level, call.prefix)
+        last = output.last_hidden_state
+        if self.encoder.whole and self.gives_whole and last is not None:
+            if last.shape[1] != call.tokens:
+                return output  # joined to others, or without what stands in front: nothing is slot by slot any more
+            last = last.gather(1, first_members(level)[..., None].expand(-1, -1, last.shape[-1]))
+        slots = level.size.shape[1]
+        for name, value in output.items():
+            # Some hand out patches without what stands in front of them, too.
+            if call.prefix and isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == slots - call.prefix:
+                padded = nn.functional.pad(value, (0, 0, call.prefix, 0))
+                output[name] = self._handed_out(padded, level, call)[:, call.prefix :]
+        output.last_hidden_state = self._handed_out(last, level, call)
         return output
+
+    def _handed_out(self, slots: Tensor, level: Level, call: Call) -> Tensor:
+        if self.unmerge:
+            return full_length(slots, level)
+        return slots if self.encoder.model is self.encoder.base else _pooled(slots, level, call)
+
+
+def _pooled(slots: Tensor, level: Level, call: Call) -> Tensor:
+    """The tokens that whatever pools them shall read; all of them, where a mask will tell which of them are there."""
+    return spread(slots, replace(level, alive=None) if call.masked else level, call.prefix)
+
+
+def _moved(
+    module: nn.Module, layout: Layout, rest: tuple[Any, ...], kwargs: dict[str, Any], level: Level, call: Call
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a block is told of places, for the slots that it reads."""
+    return at_places(
+        rest, kwargs, level.position, tokens=call.tokens, prefix=call.prefix, form=layout.form,
+        told=where_told(module, layout.told, len(rest)),
+    )  # fmt: skip
+
+
+def _takes_keywords(signature: inspect.Signature) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+
+
+def _recomputes(block: nn.Module) -> bool:
+    """Whether a block's inside runs again in the backward pass."""
+    checkpointing = block.training and getattr(block, "gradient_checkpointing", False)
+    return bool(checkpointing) and torch.is_grad_enabled()
 
 
 def _has_relative_bias(block: nn.Module) -> bool:

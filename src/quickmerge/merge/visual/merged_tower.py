@@ -34,6 +34,8 @@ class TowerRun(TransformersRun):
         unmerge: whether the language model shall read as many visual tokens as without it, copies among them.
     """
 
+    gives_whole = False  # a hook of its own makes whole what the tower hands out
+
     def __init__(
         self,
         vlm: Vlm,
