@@ -36,6 +36,7 @@ from quickmerge.models.decoder import find_decoder
 from quickmerge.models.identity import model_hash
 from quickmerge.models.part import model_label
 from quickmerge.models.spans import tokenizer_of
+from quickmerge.models.traits import not_plain
 from quickmerge.sampling import evenly
 from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
@@ -318,6 +319,7 @@ def train_prior_text(
     if reducer.get("spans") == "auto":  # said as it was, so that nothing else is used with another tokenizer
         reducer["spans"] = "none" if tokenizer_of(model) is None else "line"
     decoder = find_decoder(model)
+    decoder.need("training a prior", not_plain)
     schedule = Schedule.of(layer, len(decoder))
     settings = {"name": name, "hash": model_hash(model)}
     chosen = default_depths(schedule, len(decoder)) if depths is None else tuple(depths)
