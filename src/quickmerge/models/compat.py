@@ -90,6 +90,7 @@ __all__ = [
     "is_users_cache",
     "library_logging",
     "make_mask",
+    "own_cache",
     "own_model",
     "register_attention",
     "returned_cache",
@@ -220,6 +221,13 @@ def returned_cache(output: Any) -> Any:
     """The cache that a model's or ``generate``'s output holds, by either name; None if it holds none."""
     held = getattr(output, "__dict__", {})
     return next((held[name] for name in CACHE_NAMES if held.get(name) is not None), None)
+
+
+def own_cache(model: Any) -> Any:
+    """An empty cache with the layers that the blocks of ``model`` need, as ``generate`` makes one."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
 
 
 def is_users_cache(cache: Any) -> bool:

@@ -13,7 +13,19 @@ from torch import Tensor
 
 from quickmerge.multipole.clusters import Clusters
 
-__all__ = ["Choice", "Weights", "capped", "choose", "gather_index", "lookup", "mix", "per_key", "products", "rows_at", "scores"]
+__all__ = [
+    "Choice",
+    "Weights",
+    "capped",
+    "choose",
+    "gather_index",
+    "lookup",
+    "mix",
+    "per_key",
+    "products",
+    "rows_at",
+    "scores",
+]
 
 FEW = 8
 """With fewer query rows than this it is faster to multiply the keys with the queries than the other way round."""
