@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache as remembered
 from functools import wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 from weakref import WeakKeyDictionary
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
@@ -85,6 +85,7 @@ __all__ = [
     "bare_model_class",
     "cache_argument",
     "cache_name",
+    "cache_of_its_own",
     "causal_lm_names",
     "changes",
     "either_cache",
@@ -241,6 +242,19 @@ def own_cache(model: Any) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
+
+
+def cache_of_its_own(taker: Any) -> str | None:
+    """The class of cache that a module says it takes where that is one of its own file; None for any `DynamicCache`."""
+    from transformers import Cache
+
+    forward = inspect.unwrap(type(taker).forward)
+    parameters = inspect.signature(forward).parameters
+    told = next((parameters[name].annotation for name in CACHE_NAMES if name in parameters), None)
+    for each in (told, *get_args(told)):
+        if isinstance(each, type) and issubclass(each, Cache) and each.__module__ != Cache.__module__:
+            return each.__name__
+    return None
 
 
 def is_users_cache(cache: Any) -> bool:
