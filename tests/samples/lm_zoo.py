@@ -53,8 +53,8 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"linear_num_key_heads", 2),
     (r"linear_num_value_heads", 4),
     (r"index_topk", 8),
-    (r"index_head_dim", 8),
-    (r"index_n_heads", 2),
+    (r"index_head_dim", 16),
+    (r"index_n_heads", 16),  # fewer often give two keys the same score, and ties fall as they like
     (r"(.*_)?dropout(_prob)?|.*_pdrop|layerdrop|.*_layerdrop|.*_noise", 0.0),
     (r"initializer_range|init_std", 0.2),
 )  # fmt: skip
