@@ -17,7 +17,7 @@ from torch import Tensor
 
 import quickmerge as qm
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
-from quickmerge.models.compat import cache_argument, own_cache, returned_cache
+from quickmerge.models.compat import cache_argument, fresh_cache, returned_cache
 from quickmerge.speculative import PromptLookup, SpeculativeDecoding, Tree
 from quickmerge.speculative.chains import Chains, put_back, save
 from quickmerge.speculative.target import Columns
@@ -52,7 +52,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_what_was_saved_is_put_back(family: str) -> None:
-    model, cache = hybrid(family), own_cache(hybrid(family))
+    model, cache = hybrid(family), fresh_cache(hybrid(family))
     ids = prompts([9])["input_ids"]
     with torch.no_grad():
         model(ids, **cache_argument(model, cache))
@@ -132,7 +132,7 @@ def test_the_best_path_of_a_tree_is_read() -> None:
         torch.zeros(1).long(),
         False,
     )
-    chains = Chains(model, own_cache(model), columns)
+    chains = Chains(model, fresh_cache(model), columns)
     tree = Tree([4, 5, 6, 7, 8], [0, 0, 0, 1, 2], [1.0, 0.4, 0.5, 0.4, 0.3], extra=((1, 4),))
     path = chains.narrowed(tree)
     assert (path.tokens, path.parent, path.prob, path.extra) == ([4, 6, 8], [0, 0, 1], [1.0, 0.5, 0.3], ())
@@ -140,7 +140,7 @@ def test_the_best_path_of_a_tree_is_read() -> None:
 
 def test_several_rows_read_in_step_whatever_they_accept() -> None:
     model, inputs = hybrid("lfm2"), prompts([6, 6])
-    ids, cache = inputs["input_ids"], own_cache(model)
+    ids, cache = inputs["input_ids"], fresh_cache(model)
     text = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         wanted = model(torch.cat([ids, text], 1), use_cache=False).logits[:, 6:]
@@ -178,7 +178,7 @@ def test_what_can_not_be_is_told() -> None:
     ):
         endless(model, inputs, 3, custom_generate=SpeculativeDecoding(PromptLookup(), tree=4))
     lonely = hybrid("mamba2")
-    filled = own_cache(lonely)
+    filled = fresh_cache(lonely)
     with torch.no_grad():
         lonely(inputs["input_ids"], **cache_argument(lonely, filled))
     with pytest.raises(QuickmergeError, match="must tell how many tokens it holds, or be empty"):

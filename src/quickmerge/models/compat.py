@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache as remembered
 from functools import wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
@@ -85,10 +85,10 @@ __all__ = [
     "bare_model_class",
     "cache_argument",
     "cache_name",
-    "cache_of_its_own",
     "causal_lm_names",
     "changes",
     "either_cache",
+    "fresh_cache",
     "generate_merges",
     "given_cache",
     "has_timm_grid",
@@ -247,24 +247,11 @@ def returned_cache(output: Any) -> Any:
     return next((held[name] for name in CACHE_NAMES if held.get(name) is not None), None)
 
 
-def own_cache(model: Any) -> Any:
+def fresh_cache(model: Any) -> Any:
     """An empty cache with the layers that the blocks of ``model`` need, as ``generate`` makes one."""
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
-
-
-def cache_of_its_own(taker: Any) -> str | None:
-    """The class of cache that a module says it takes where that is one of its own file; None for any `DynamicCache`."""
-    from transformers import Cache
-
-    forward = inspect.unwrap(type(taker).forward)
-    parameters = inspect.signature(forward).parameters
-    told = next((parameters[name].annotation for name in CACHE_NAMES if name in parameters), None)
-    for each in (told, *get_args(told)):
-        if isinstance(each, type) and issubclass(each, Cache) and each.__module__ != Cache.__module__:
-            return each.__name__
-    return None
 
 
 def is_users_cache(cache: Any) -> bool:

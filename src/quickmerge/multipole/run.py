@@ -20,8 +20,8 @@ from quickmerge.models.compat import (
     DynamicLayer,
     cache_argument,
     cache_name,
-    cache_of_its_own,
     given_cache,
+    own_cache,
     without_cache,
 )
 from quickmerge.models.decoder import (
@@ -90,7 +90,7 @@ def multipole(model: PreTrainedModel, settings: Multipole | None = None, **optio
         raise UnsupportedModelError(
             f"space must be 'rotated' for {type(model).__name__}, whose visual tokens have places in a grid"
         )
-    own = cache_of_its_own(decoder.base)
+    own = own_cache(decoder.base)
     if own is not None:
         raise UnsupportedModelError(
             f"multipole attention can't be served for {type(model).__name__}, which keeps its past in a {own} of its "

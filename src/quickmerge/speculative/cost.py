@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quickmerge.bench.harness import seconds_of
 from quickmerge.models.attachment import aside, uncounted
-from quickmerge.models.compat import cache_argument, own_cache
+from quickmerge.models.compat import cache_argument, fresh_cache
 from quickmerge.models.decoder import watchers
 from quickmerge.speculative.chains import Chains
 from quickmerge.speculative.proof import check_target
@@ -143,7 +143,7 @@ def _measure(model: PreTrainedModel, sizes: list[int], why: str) -> Cost:
     context = max(1, min(CONTEXT, room - sizes[-1]))
     sizes = [size for size in sizes if context + size <= room] or [1]
     ids = torch.arange(context, device=model.device)[None] % config.vocab_size
-    cache = own_cache(model) if why else DynamicCache()
+    cache = fresh_cache(model) if why else DynamicCache()
     model(input_ids=ids, **cache_argument(model, cache), use_cache=True)
     place = torch.arange(context, device=model.device)[None]
     columns = Columns(place >= 0, place, ids.new_tensor([context]), ids.new_zeros(1), False)

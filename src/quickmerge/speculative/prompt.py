@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.models.columns import keeps_columns, seats, stored
-from quickmerge.models.compat import cache_argument, cache_name, given_cache, own_cache, without_cache
+from quickmerge.models.compat import cache_argument, cache_name, fresh_cache, given_cache, without_cache
 from quickmerge.speculative.chains import Chains
 from quickmerge.speculative.target import Columns, Target, last_hidden, plain_cache
 
@@ -170,7 +170,7 @@ def _kept_cache(model: PreTrainedModel, cache: Any) -> Cache:
         QuickmergeError: if it is of another kind.
     """
     if cache is None:
-        return own_cache(model)
+        return fresh_cache(model)
     if not isinstance(cache, DynamicCache) or cache.offloading:
         raise QuickmergeError(
             f"{cache_name()} must be a DynamicCache that stays on its device, got "
