@@ -255,15 +255,16 @@ def check_kind(model: Any, language: bool = False) -> None:
     kind = model_kind(model)
     if kind is None:
         return
-    text, visual = ", ".join(FAMILIES), ", ".join(VLM_FAMILIES)
+    visual = ", ".join(VLM_FAMILIES)
+    text = "decoder-only language models (`quickmerge ls models` lists their families)"
     if language:
-        would = f"language models of {text} and vision-language models of {visual} are"
+        would = f"{text} and vision-language models of {visual} are"
     elif kind == INPUTS["pixel_values"]:
         would = f"vision transformers of {', '.join(VISION_FAMILIES)} and of timm are"
     elif "vision" in kind:
         would = f"vision-language models of {visual} are"
     else:
-        would = f"decoder-only language models of {text} are"
+        would = f"{text} are"
     raise UnsupportedModelError(
         f"{name} (model_type {model.config.model_type!r}) is {kind}, which is not supported: {would}"
     )
