@@ -52,6 +52,29 @@ def test_the_correction_for_spread_equals_its_formula(seed: int, far: bool) -> N
     assert torch.equal(counted, rows)
 
 
+def bounded(case: Case, softcap: float | None, sinks: bool, seed: int = 0) -> Case:
+    """The same call by a model that bounds its logits, has sinks, or does both."""
+    learned = torch.randn(case.query.shape[1], generator=generator(seed)) * 2
+    return replace(case, softcap=softcap, sinks=learned if sinks else None)
+
+
+@prop(60)
+@given(seeds, st.sampled_from((None, 0.5, 2.0, 30.0)), st.booleans(), st.booleans(), st.booleans())
+def test_bounded_logits_and_sinks_equal_their_formula(
+    seed: int, softcap: float | None, sinks: bool, spread: bool, replacement: bool
+) -> None:
+    case = bounded(random_case(seed, spread=spread), softcap, sinks, seed)
+    case = replace(case, settings=replace(case.settings, replacement=replacement))
+    want, rows = literal_multipole(case)
+    got, counted = case.run_and_count()
+    close(got, want, 1e-5 if spread else 1e-10)  # clusters hold their spread in float32
+    assert torch.equal(counted, rows)
+    everything = case.run(budget=case.clusters.width)
+    close(everything, case.dense())
+    if sinks and bool((everything != 0).any()):  # a sink takes weight from every key
+        assert not torch.allclose(everything, replace(case, sinks=None).run(budget=case.clusters.width))
+
+
 @prop(40)
 @given(seeds, st.sampled_from((torch.float32, torch.bfloat16)))
 def test_lower_precision_is_summed_in_float32(seed: int, dtype: torch.dtype) -> None:
@@ -95,8 +118,9 @@ def test_clusters_of_equal_keys_give_dense_attention(case: Case, budget: int) ->
             x[r, :, start : start + length] = proto.gather(1, labels[..., None].expand(-1, -1, x.shape[-1]))
     alike = replace(case, keys=keys, values=values)
     alike = alike.with_labels(case.clusters.labels, len(case.clusters), spread=True)
-    close(alike.run(budget=budget), alike.dense())
-    close(alike.run(budget=budget, variance=True), alike.dense())
+    for each in (alike, bounded(alike, 2.0, True)):
+        close(each.run(budget=budget), each.dense())
+        close(each.run(budget=budget, variance=True), each.dense())
 
 
 @prop(30)

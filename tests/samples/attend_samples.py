@@ -23,7 +23,7 @@ GARBAGE = 1e30
 class Case:
     """One call of `attend`: rows padded on the left, each with a sink, clustered columns and a buffer.
 
-    ``far`` is the query for centroids, where it is another one.
+    ``far`` is the query for centroids, where it is another one; ``softcap`` and ``sinks`` as in `attend`.
     """
 
     query: Tensor
@@ -34,6 +34,8 @@ class Case:
     settings: Multipole
     scaling: float | None
     far: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     def run(self, **settings: Any) -> Tensor:
         """The output with other settings."""
@@ -50,11 +52,13 @@ class Case:
             chosen,
             scaling=self.scaling,
             query_for_centroids=self.far,
+            softcap=self.softcap,
+            sinks=self.sinks,
         )
 
     def dense(self) -> Tensor:
         """Ordinary attention over everything that a row holds."""
-        return literal_dense(self.query, self.keys, self.values, self.sizes(), self.scale)
+        return literal_dense(self.query, self.keys, self.values, self.sizes(), self.scale, self.softcap, self.sinks)
 
     def sizes(self) -> Tensor:
         """``(B, n)``, with 0 in front of each row's sink."""
@@ -145,7 +149,15 @@ def dot(a: list[float], b: list[float]) -> float:
     return math.fsum(x * y for x, y in zip(a, b, strict=True))
 
 
-def literal_dense(query: Tensor, keys: Tensor, values: Tensor, size: Tensor, scale: float) -> Tensor:
+def literal_dense(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    size: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention of the newest tokens, one query head after the other: ``(B, q, Hq, Dv)`` in float64."""
     b, hq, q, _ = query.shape
     h, n = keys.shape[1:3]
@@ -155,8 +167,13 @@ def literal_dense(query: Tensor, keys: Tensor, values: Tensor, size: Tensor, sca
             for j in range(q):
                 seen = [c for c in range(n - q + j + 1) if size[r, c] > 0]
                 k, v = keys[r, i // (hq // h), seen].double(), values[r, i // (hq // h), seen].double()
-                logits = scale * (k @ query[r, i, j].double()) + size[r, seen].double().log()
-                out[r, j, i] = logits.softmax(0) @ v if seen else 0
+                logits = scale * (k @ query[r, i, j].double())
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                logits = logits + size[r, seen].double().log()
+                if sinks is not None:
+                    logits = torch.cat([logits, sinks[i : i + 1].double()])
+                out[r, j, i] = logits.softmax(0)[: len(seen)] @ v if seen else 0
     return out
 
 
@@ -190,10 +207,15 @@ def literal_multipole(case: Case) -> tuple[Tensor, Tensor]:
                 away = case.query if case.far is None else case.far
                 far = [away[r, head * g + i, j].double().tolist() for i in range(g)]
                 z = [[case.scale * dot(x, c) for c in centre] for x in far]
+                bent = [[bend(a, case.softcap) for a in row] for row in z]
+                z = [[each[0] for each in row] for row in bent]
                 if told.variance:
                     z = [
-                        [a + case.scale**2 * dot(x, x) * rad / (2 * d) for a, rad in zip(row, radius, strict=True)]
-                        for x, row in zip(far, z, strict=True)
+                        [
+                            a + (up**2 + curve) * case.scale**2 * dot(x, x) * rad / (2 * d)
+                            for (a, up, curve), rad in zip(row, radius, strict=True)
+                        ]
+                        for x, row in zip(far, bent, strict=True)
                     ]
                 total = [math.fsum(weight[i] * math.exp(row[i]) for i in real) for row in z]
                 share = {i: math.fsum(math.exp(row[i]) / t for row, t in zip(z, total, strict=True)) for i in real}
@@ -208,13 +230,25 @@ def literal_multipole(case: Case) -> tuple[Tensor, Tensor]:
                 open_ = [c for c in range(n - q + j + 1) if c < start or c >= start + length]
                 exactly = [c for c in [*open_, *(m for i in chosen for m in groups[i])] if sizes[r][c] > 0]
                 for i in range(g):
-                    terms = [(sizes[r][c] * math.exp(case.scale * dot(own[i], keys[c])), values[c]) for c in exactly]
+                    terms = [
+                        (sizes[r][c] * math.exp(bend(case.scale * dot(own[i], keys[c]), case.softcap)[0]), values[c])
+                        for c in exactly
+                    ]
                     if told.replacement:
                         terms += [(weight[a] * math.exp(z[i][a]), stand_in[a]) for a in real if a not in chosen]
-                    whole = math.fsum(w for w, _ in terms)
+                    sunk = [] if case.sinks is None else [math.exp(float(case.sinks[head * g + i]))]
+                    whole = math.fsum([w for w, _ in terms] + sunk)
                     for a in range(out.shape[-1]):
                         out[r, j, head * g + i, a] = math.fsum(w * v[a] for w, v in terms) / whole if whole else 0.0
     return out, rows
+
+
+def bend(x: float, softcap: float | None) -> tuple[float, float, float]:
+    """``f(x) = c tanh(x / c)``, its slope, and its slope's slope (by the sech, unlike the code); x, 1, 0 without c."""
+    if softcap is None:
+        return x, 1.0, 0.0
+    sech2 = 1 / math.cosh(x / softcap) ** 2
+    return softcap * math.tanh(x / softcap), sech2, -2 * math.tanh(x / softcap) * sech2 / softcap
 
 
 def mean(x: list[list[float]], members: list[int], size: list[float]) -> list[float]:

@@ -53,8 +53,8 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"linear_num_key_heads", 2),
     (r"linear_num_value_heads", 4),
     (r"index_topk", 8),
-    (r"index_head_dim", 8),
-    (r"index_n_heads", 2),
+    (r"index_head_dim", 16),
+    (r"index_n_heads", 16),  # fewer often give two keys the same score, and ties fall as they like
     (r"(.*_)?dropout(_prob)?|.*_pdrop|layerdrop|.*_layerdrop|.*_noise", 0.0),
     (r"initializer_range|init_std", 0.2),
 )  # fmt: skip
@@ -116,7 +116,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "mellum": {"layer_types": [_SLIDING, _FULL] * 2},
     "minimax_m3_vl_text": {"layer_types": [_FULL, "minimax_m3_sparse"] * 2},
-    "nemotron_h": {"layers_block_type": [_LINEAR, _FULL, "moe", _LINEAR, _FULL, "mlp"]},
+    "nemotron_h": {
+        "layers_block_type": [_LINEAR, _FULL, "moe", _LINEAR, _FULL, "mlp"],
+        "time_step_min": 1e-6,  # several tokens are bounded by it, one is not
+    },
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -129,7 +132,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 32]},
     "smollm3": {"no_rope_layer_interval": 2},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
-    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_headdim": 8},
+    "zamba2": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_headdim": 8,
+        "time_step_min": 1e-6,
+    },
     "zaya": {"num_experts_per_tok": 1},
     **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "marian", "mbart", "mvp", "pegasus", "plbart"), _DECODER),
     "whisper": _DECODER,

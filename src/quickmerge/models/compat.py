@@ -90,6 +90,7 @@ __all__ = [
     "changes",
     "choose_attention",
     "either_cache",
+    "fresh_cache",
     "generate_merges",
     "given_cache",
     "gives_feature_maps",
@@ -248,6 +249,13 @@ def returned_cache(output: Any) -> Any:
     """The cache that a model's or ``generate``'s output holds, by either name; None if it holds none."""
     held = getattr(output, "__dict__", {})
     return next((held[name] for name in CACHE_NAMES if held.get(name) is not None), None)
+
+
+def fresh_cache(model: Any) -> Any:
+    """An empty cache with the layers that the blocks of ``model`` need, as ``generate`` makes one."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
 
 
 def is_users_cache(cache: Any) -> bool:

@@ -368,6 +368,22 @@ def check_trees(model: nn.Module) -> None:
                 raise UnsupportedModelError(f"{type(model).__name__} can't read draft trees here: {why}")
 
 
+def check_chains(model: nn.Module, why: str) -> None:
+    """Raise UnsupportedModelError if a run is attached to ``model`` that changes which tokens there are.
+
+    Args:
+        model: one that reads one path of each draft, and puts back what its cache held.
+        why: the trait for which it does.
+    """
+    for module in model.modules():
+        for watcher, _ in _WATCHED.get(module, ()):
+            if not computes(watcher):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} can't speculate while {type(watcher).__name__} is attached: it takes "
+                    f"drafts back by what its cache held, not by columns, since {why}"
+                )
+
+
 def check_free(model: nn.Module, attentions: Sequence[nn.Module | None], watcher: Watcher | type[Watcher]) -> None:
     """Raise UnsupportedModelError if a run that doesn't share the attention with this one is attached to a module."""
     there = {id(other): other for module in attentions if module is not None for other, _ in _WATCHED.get(module, ())}

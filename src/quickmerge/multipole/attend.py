@@ -6,6 +6,8 @@ With E the keys that are read exactly (sink, chosen clusters, buffer) and R the 
     w_n = size_n exp(s q . k_n),   W_i = N_i exp(z_i),
 
 where ``z_i`` is the logit of the centroid ``c_i`` and ``u_i`` the centroid of the values (arXiv 2506.13059, section 3).
+Models that bound their logits do so in front of each ``exp``: ``c tanh(x / c)`` in place of ``x = s q . k`` and of
+``x = z_i``. Models with sinks add ``exp(sink_h)`` of query head h to the denominator, once.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from quickmerge.multipole.exact import (
     merge,
     open_coarse,
     piece,
+    sunk,
 )
 from quickmerge.multipole.selection import choose, gather_index, layout, lookup, mix, per_key, rows_at
 from quickmerge.multipole.settings import Multipole
@@ -50,6 +53,8 @@ def attend(
     query_for_centroids: Tensor | None = None,
     coarse: Clusters | None = None,
     see: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of the q newest tokens over the whole cache, see above. Computed in float32 at least.
 
@@ -68,6 +73,8 @@ def attend(
         coarse: the upper one of two levels, see `quickmerge.multipole.exact.coarsen`. Default: one level.
         see: ``(B or 1, q, q)`` bool, what the new tokens see of one another, where they are a tree of drafts. Default:
             each those before it, and itself.
+        softcap: c, the bound of the logits. Default: none.
+        sinks: ``(Hq,)``, a learned logit for each query head. Default: none.
 
     Returns:
         ``(B, q, Hq, Dv)`` in the dtype of ``query``; 0 for a query that sees nothing.
@@ -86,6 +93,8 @@ def attend(
         query_for_centroids=query_for_centroids,
         coarse=coarse,
         see=see,
+        softcap=softcap,
+        sinks=sinks,
     )[0]
 
 
@@ -101,16 +110,23 @@ def attend_and_count(
     query_for_centroids: Tensor | None = None,
     coarse: Clusters | None = None,
     see: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend`, and how many clustered columns each query read exactly: ``(B, H, q)`` long for each key-value head."""
     _check(query, keys, values, size, clusters, query_for_centroids)
-    if see is None and triton_serves(query, keys, values, clusters, coarse):
+    if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
+        raise ValueError(f"sinks must be one for each of the {query.shape[1]} query heads, got {tuple(sinks.shape)}")
+    # What the kernels don't compute is left to torch: draft trees, bounded logits, sinks.
+    if see is None and softcap is None and sinks is None and triton_serves(query, keys, values, clusters, coarse):
         return attend_triton(
             query, keys, values, size, clusters, settings, scaling=scaling, query_for_centroids=query_for_centroids
         )
     bounds = row_bounds(clusters, settings.sink)
     _check_end(keys, query.shape[2], bounds)
-    return compute(query, keys, values, size, clusters, settings, bounds, scaling, query_for_centroids, coarse, see)
+    return compute(
+        query, keys, values, size, clusters, settings, bounds, scaling, query_for_centroids, coarse, see, softcap, sinks
+    )
 
 
 def row_bounds(clusters: Clusters, sink: int) -> list[tuple[int, int, int]]:
@@ -133,6 +149,8 @@ def compute(
     query_for_centroids: Tensor | None = None,
     coarse: Clusters | None = None,
     see: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend_and_count` with the bounds of the rows as numbers, see `row_bounds`.
 
@@ -158,8 +176,10 @@ def compute(
         parts: list[Part] = []
         kept = read_all[..., None].expand(-1, -1, query_rows.shape[2])
         if not everything:
-            chosen, parts, kept = _multipole(far[:, :, here], keys, values, size, clusters, settings, coarse)
-        outs.append(finish(merge([exact(query_rows, [*(each.of(here) for each in pieces), *chosen]), *parts])))
+            chosen, parts, kept = _multipole(far[:, :, here], keys, values, size, clusters, settings, coarse, softcap)
+        read = exact(query_rows, [*(each.of(here) for each in pieces), *chosen], softcap)
+        beside = [] if sinks is None else [sunk(sinks, read)]
+        outs.append(finish(merge([read, *parts, *beside])))
         counts.append(kept)
     out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
     return out.permute(0, 2, 1, 3, 4).flatten(2, 3).to(query.dtype), torch.cat(counts, 2)
@@ -173,6 +193,7 @@ def _multipole(
     clusters: Clusters,
     settings: Multipole,
     coarse: Clusters | None,
+    softcap: float | None,
 ) -> tuple[list[Piece], list[Part], Tensor]:
     """The members of the chosen clusters, the centroids of the others, and how many members these are ``(B, H, q)``."""
     if coarse is not None and settings.budget == 0:
@@ -181,8 +202,8 @@ def _multipole(
     if coarse is None:
         candidates = Candidates.all(clusters, settings.variance)
     else:
-        candidates, closed = open_coarse(query, clusters, coarse, settings)
-    found = lookup(query, candidates.key, candidates.count, candidates.spread)
+        candidates, closed = open_coarse(query, clusters, coarse, settings, softcap)
+    found = lookup(query, candidates.key, candidates.count, candidates.spread, softcap)
     total = found.total
     if closed is not None:
         total = total + closed.total * (closed.top - found.top).clamp_max(80).exp()  # 80: no overflow, and no matter

@@ -376,7 +376,14 @@ READING = ("budget", "select", "top_p", "replacement", "query_position", "update
 """Settings that are of no account for what the clusters are."""
 
 
-def refresh(held: MultipoleLayer, new: int, size: Tensor | None, settings: Multipole, keys: Columns) -> None:
+def refresh(
+    held: MultipoleLayer,
+    new: int,
+    size: Tensor | None,
+    settings: Multipole,
+    keys: Columns,
+    values: Tensor | None = None,
+) -> None:
     """Bring the clusters of a layer up to date, in front of the attention of ``new`` tokens that it already holds.
 
     How many tokens are clustered depends on how many there were before the new ones, and not on how they came. Where
@@ -389,13 +396,17 @@ def refresh(held: MultipoleLayer, new: int, size: Tensor | None, settings: Multi
         size: ``(B, n)`` tokens that each column stands for, 0 for padding. Default: one each.
         settings: how to cluster.
         keys: in the space of the clusters, see `quickmerge.multipole.clustering.cluster`.
+        values: ``(B, H, n, Dv)``, where attention reads others than the layer holds, as those that are made of a latent
+            vector. Default: the layer's.
     """
     if held.made_with not in (None, settings) and _kind(held.made_with) != _kind(settings):
         held.forget_clusters()
     old, coarse = held.clusters, held.coarse
     with torch.no_grad():
         if held.stale or settings.update:
-            held.clusters = _grown(held, stored(held) - new, size, settings, keys)
+            held.clusters = _grown(
+                held, stored(held) - new, size, settings, keys, held.values if values is None else values
+            )
         held.stale, held.made_with = False, settings
         if held.clusters is None or settings.coarse is None:
             held.coarse = None
@@ -404,16 +415,18 @@ def refresh(held: MultipoleLayer, new: int, size: Tensor | None, settings: Multi
             held.coarse = coarsen(held.clusters, settings, before)
 
 
-def _grown(held: MultipoleLayer, past: int, size: Tensor | None, settings: Multipole, keys: Columns) -> Clusters | None:
+def _grown(
+    held: MultipoleLayer, past: int, size: Tensor | None, settings: Multipole, keys: Columns, values: Tensor
+) -> Clusters | None:
     """The clusters with every group in them that is due; the very same where none is."""
     old = held.clusters
     if past < held.due(settings):
         return old
     if old is None:
         start, end = bounds(_first(size, held.keys), past, settings)
-        return cluster(keys, held.values, size, start, end, settings)
+        return cluster(keys, values, size, start, end, settings)
     start, end = bounds(old.start - settings.sink, past, settings)
-    return extend(old, keys, held.values, size, torch.maximum(end, old.end), settings)
+    return extend(old, keys, values, size, torch.maximum(end, old.end), settings)
 
 
 def _first(size: Tensor | None, keys: Tensor) -> Tensor:

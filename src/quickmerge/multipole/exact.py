@@ -12,6 +12,7 @@ from torch import Tensor
 from quickmerge.multipole.clusters import Block, Clusters, Summary, join, summarise
 from quickmerge.multipole.selection import (
     Weights,
+    capped,
     choose,
     gather_index,
     lookup,
@@ -37,6 +38,7 @@ __all__ = [
     "merge",
     "open_coarse",
     "piece",
+    "sunk",
 ]
 
 
@@ -63,6 +65,18 @@ def merge(parts: Sequence[Part]) -> Part:
 def finish(part: Part) -> Tensor:
     """The mean of the values by their weights, 0 where nothing has weight."""
     return part.out / torch.where(part.total > 0, part.total, 1.0)
+
+
+def sunk(sinks: Tensor, like: Part) -> Part:
+    """The learned logits ``(Hq,)`` of a model's sinks, one for each query head: weight in the denominator, no value.
+
+    Args:
+        sinks: ``s_h``; head h of a key-value head's group is the h-th of its g, as in `layout`.
+        like: what it stands beside, of shapes ``(B, H, q, g, ...)``.
+    """
+    b, h, q, g, _ = like.top.shape
+    top = sinks.to(like.top.dtype).view(1, h, 1, g, 1).expand(b, h, q, g, 1)
+    return Part(torch.zeros_like(like.out), top, torch.ones_like(top))
 
 
 @dataclass(frozen=True)
@@ -97,11 +111,11 @@ def piece(key: Tensor, value: Tensor, size: Tensor | None, hidden: Tensor | None
     return Piece(key, value, bias, absent if hidden is None else absent | hidden)
 
 
-def exact(query: Tensor, pieces: Sequence[Piece]) -> Part:
-    """The softmax of ``query (B, H, q, g, D)``, scaled, over all pieces."""
+def exact(query: Tensor, pieces: Sequence[Piece], softcap: float | None = None) -> Part:
+    """The softmax of ``query (B, H, q, g, D)``, scaled, over all pieces; see `capped` for ``softcap``."""
     logits = []
     for each in pieces:
-        z = products(query, each.key)
+        z = capped(products(query, each.key), softcap)
         z = z if each.bias is None else z + each.bias
         logits.append(z if each.hidden is None else z.masked_fill(each.hidden, -torch.inf))
     found = weigh(torch.cat(logits, -1) if len(logits) > 1 else logits[0])
@@ -293,7 +307,9 @@ def _coarse_block(clusters: Clusters, row: int, block: Block, settings: Multipol
     )
 
 
-def open_coarse(query: Tensor, clusters: Clusters, coarse: Clusters, settings: Multipole) -> tuple[Candidates, Weights]:
+def open_coarse(
+    query: Tensor, clusters: Clusters, coarse: Clusters, settings: Multipole, softcap: float | None = None
+) -> tuple[Candidates, Weights]:
     """Open the most promising coarse clusters, until what they hold are as many fine ones as could be read exactly.
 
     Coarse clusters are ranked and chosen as fine ones are, with their fine clusters as members: at most as many as
@@ -305,12 +321,13 @@ def open_coarse(query: Tensor, clusters: Clusters, coarse: Clusters, settings: M
         clusters: fine.
         coarse: see `coarsen`.
         settings: ``budget`` of at least 1.
+        softcap: see `quickmerge.multipole.selection.capped`.
 
     Returns:
         The fine clusters of the opened ones as candidates for each query, and the weights ``(B, H, q, g, Cc)`` of the
         coarse clusters, 0 for those that were opened.
     """
-    found = lookup(query, coarse.key, coarse.count, spread_of(coarse, settings.variance))
+    found = lookup(query, coarse.key, coarse.count, spread_of(coarse, settings.variance), softcap)
     width = min(settings.budget, len(clusters))
     choice = choose(per_key(found, coarse.count), coarse.members, coarse.count, width)
     index, valid = gather_index(coarse.order, coarse.offset, choice, width)

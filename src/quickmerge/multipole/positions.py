@@ -102,16 +102,22 @@ class Space:
             raise QuickmergeError("position_ids must be given to attention as (rows, tokens) for space='windowed'")
         held.note_positions(position)
 
-    def keys(self, held: MultipoleLayer) -> Columns:
-        """The keys to cluster; turned when they are asked for, and only those."""
+    def keys(self, held: MultipoleLayer, read: Tensor | None = None) -> Columns:
+        """The keys to cluster; turned when they are asked for, and only those.
+
+        Args:
+            held: the layer of the cache.
+            read: the keys ``(B, H, n, D)`` that attention reads, where the layer holds something else that they are
+                made of. Default: those that it holds.
+        """
         rotary, position = self.rotary, held.position
+        every: Tensor = held.keys if read is None else read
         if rotary is None or position is None:
-            as_held: Tensor = held.keys
-            return as_held
+            return every
 
         def columns(rows: Sequence[int], first: Sequence[int], length: int) -> Tensor:
             spans = [(row, slice(at, at + length)) for row, at in zip(rows, first, strict=True)]
-            keys = torch.stack([held.keys[row, :, span] for row, span in spans])
+            keys = torch.stack([every[row, :, span] for row, span in spans])
             return rotary.unrotate(keys, torch.stack([position[row, span] for row, span in spans]))
 
         return columns

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,14 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from quickmerge.bench.harness import now
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, near_match
 from quickmerge.models.attachment import Attachment, PerThread, counts, refuse_tracing, stands_aside
-from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache, without_cache
+from quickmerge.models.compat import (
+    DynamicLayer,
+    cache_argument,
+    cache_name,
+    given_cache,
+    own_cache,
+    without_cache,
+)
 from quickmerge.models.decoder import (
     AttentionFunction,
     Decoder,
@@ -25,23 +33,28 @@ from quickmerge.models.decoder import (
     watch,
 )
 from quickmerge.models.rotary import Rotary
-from quickmerge.models.traits import not_plain
+from quickmerge.models.traits import FULL, BlockTraits
 from quickmerge.models.vlm import VLM_FAMILIES, check_kind, find_vlm_decoder, holds_vlm, unwrapped
-from quickmerge.multipole.attend import attend_and_count
+from quickmerge.multipole.attend import attend, attend_and_count
 from quickmerge.multipole.cache import MultipoleCache, MultipoleLayer, Tally, refresh
 from quickmerge.multipole.positions import Sizes, Space
 from quickmerge.multipole.settings import Multipole, MultipoleStats
 
 __all__ = ["MultipoleRun", "multipole"]
 
+_PROVEN: WeakSet[nn.Module] = WeakSet()
+"""Attention modules whose output was that of `attend` with a budget for every key."""
+
 
 def multipole(model: PreTrainedModel, settings: Multipole | None = None, **options: Any) -> MultipoleRun:
     """Make new tokens read a long past by its clusters (arXiv 2506.13059) while the returned run is entered.
 
     A prompt is read by the model's own attention. In front of the first short forward after it, such as the first token
-    that is generated, the keys of the cache are clustered, in every block with full attention; blocks whose attention
-    slides keep their own. From then on each new token reads the most promising clusters exactly, the others by their
-    centroids, and first and newest tokens exactly. New tokens join the clusters in groups.
+    that is generated, the keys of the cache are clustered, in every block with full attention; all other blocks stay
+    what they are: sliding and chunked attention, linear attention, state spaces and convolutions.
+
+    From then on each new token reads the most promising clusters exactly, the others by their centroids, and first and
+    newest tokens exactly. New tokens join the clusters in groups.
 
     ``generate`` works in all its ways with a `DynamicCache`: batches, beams, sampling, assisted decoding. Together with
     `quickmerge.reduce` in prefix mode, in either order, slots count as often as the tokens that they stand for.
@@ -49,8 +62,9 @@ def multipole(model: PreTrainedModel, settings: Multipole | None = None, **optio
     There is no gradient through the centroids. A prompt has all of its gradients.
 
     Args:
-        model: a causal LM of one of the proven families (`quickmerge.models.decoder.FAMILIES`), or a vision-language
-            model of one of `quickmerge.models.vlm.VLM_FAMILIES`; it may be wrapped as for `quickmerge.reduce`.
+        model: a causal LM with full attention in some block, found by structure (`quickmerge.models.traits`), or a
+            vision-language model of one of `quickmerge.models.vlm.VLM_FAMILIES`; it may be wrapped as for
+            `quickmerge.reduce`.
         settings: of the method. Default: ``Multipole()``.
         **options: settings by name, in place of those: ``multipole(model, budget=128)``.
 
@@ -59,7 +73,7 @@ def multipole(model: PreTrainedModel, settings: Multipole | None = None, **optio
         its ``summary()``.
 
     Raises:
-        UnsupportedModelError: for a model that can't be served, naming its class.
+        UnsupportedModelError: for a model that can't be served, naming its class and the trait that is the reason.
         QuickmergeError: for a setting that there isn't; ValueError for one that is out of range.
     """
     model = unwrapped(model)
@@ -76,7 +90,12 @@ def multipole(model: PreTrainedModel, settings: Multipole | None = None, **optio
         raise UnsupportedModelError(
             f"space must be 'rotated' for {type(model).__name__}, whose visual tokens have places in a grid"
         )
-    decoder.need("multipole attention", not_plain)
+    own = own_cache(decoder.base)
+    if own is not None:
+        raise UnsupportedModelError(
+            f"multipole attention can't be served for {type(model).__name__}, which keeps its past in a {own} of its "
+            "own and in no DynamicCache"
+        )
     check_free(model, decoder.attentions, MultipoleRun)
     return MultipoleRun(decoder, told).warn_if_unused("quickmerge.multipole")
 
@@ -100,12 +119,9 @@ class MultipoleRun(Attachment):
     def __init__(self, decoder: Decoder, settings: Multipole) -> None:
         super().__init__(decoder.model)
         self.decoder, self.settings = decoder, settings
-        full = [i for i, window in enumerate(decoder.windows) if window is None]
+        full = [i for i, block in enumerate(decoder.traits) if _lacks(block) is None]
         if not full:
-            raise UnsupportedModelError(
-                f"{self._name} has sliding-window attention in every block, which reads no long past anyway: multipole "
-                "attention needs blocks with full attention"
-            )
+            raise UnsupportedModelError(_no_block(self._name, decoder))
         if settings.first > full[-1]:
             raise QuickmergeError(
                 f"first must be at most {full[-1]}, the last block of {self._name} with full attention, "
@@ -113,6 +129,9 @@ class MultipoleRun(Attachment):
             )
         self.blocks = tuple(i for i in full if i >= settings.first)
         """The blocks that read clusters."""
+        makers = {block.entries: i for i, block in enumerate(decoder.traits) if i in self.blocks and not block.shares}
+        self._makers = {i: makers[decoder.traits[i].entries] for i in self.blocks}
+        """For each of them the block in whose cache layer its clusters are: itself, or the one it borrows from."""
         turned = settings.space == "windowed"
         self.spaces = {
             i: Space(_rotary_of(decoder, i) if turned else None, settings.query_position) for i in self.blocks
@@ -175,10 +194,10 @@ class MultipoleRun(Attachment):
         if not isinstance(cache, DynamicCache) or cache.offloading:
             what = "offloaded one" if isinstance(cache, DynamicCache) else type(cache).__name__
             raise QuickmergeError(f"{cache_name()} must be a DynamicCache that stays on its device, got {what}")
-        while len(cache.layers) < len(self.decoder):
+        while len(cache.layers) < len(self.decoder) and cache.layer_class_to_replicate is DynamicLayer:
             cache.layers.append(DynamicLayer())
         held: dict[int, MultipoleLayer] = {}
-        for block in self.blocks:
+        for block in sorted(set(self._makers.values())):
             layer = cache.layers[self.decoder.attention_in(block).layer_idx]
             if type(layer) is DynamicLayer and layer.get_seq_length() == 0:
                 layer = MultipoleLayer()
@@ -203,11 +222,14 @@ class MultipoleRun(Attachment):
     def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Attention of one block; ``key_size (B, n)`` among ``kwargs`` are the tokens that each key stands for."""
         key_size = kwargs.pop("key_size", None)
-        held = self._held.get(layer)
+        held = self._held.get(self._makers.get(layer, -1))
         if held is not None:
-            _check_extras(kwargs)
-            self.spaces[layer].note(held, kwargs.get("position_ids"))
-            query, key, value, mask = args[:4]
+            block = self.decoder.traits[layer]
+            _check_extras(kwargs, block)
+            if not block.shares:
+                self.spaces[layer].note(held, kwargs.get("position_ids"))
+            query, key, value = args[:3]
+            mask = args[3] if len(args) > 3 else kwargs.get("attention_mask")
             if not self._short:
                 held.first = self._sizes.first(mask, key)
             else:
@@ -216,8 +238,10 @@ class MultipoleRun(Attachment):
                 size = self._sizes.of(mask, key_size, key)
                 # As precise as without autocast, as everywhere.
                 with torch.autocast(query.device.type, enabled=False):
-                    out = self._read(layer, query, key, value, size, kwargs.get("scaling"), see)
+                    out = self._read(layer, query, key, value, size, see, kwargs)
                 if out is not None:
+                    if key_size is None and module not in _PROVEN:
+                        self._prove(layer, call, module, args, kwargs, size, see)
                     return out, None
         if key_size is None:
             return call(module, *args, **kwargs)
@@ -230,13 +254,13 @@ class MultipoleRun(Attachment):
         key: Tensor,
         value: Tensor,
         size: Tensor | None,
-        scaling: float | None,
         see: Tensor | None,
+        kwargs: dict[str, Any],
     ) -> Tensor | None:
         """Attention by clusters ``(B, q, Hq, D)``; None where there are too few tokens for any."""
-        held, space = self._held[layer], self.spaces[layer]
+        held, space = self._held[self._makers[layer]], self.spaces[self._makers[layer]]
         before, new, began = held.clusters, query.shape[2], time.perf_counter()
-        refresh(held, new, size, self.settings, space.keys(held))
+        refresh(held, new, size, self.settings, space.keys(held, key), value)
         if held.clusters is not before:
             self.tally.clustered(before is None, self.clock() - began)
         if held.clusters is None:
@@ -246,11 +270,43 @@ class MultipoleRun(Attachment):
         began = time.perf_counter()
         out, kept = attend_and_count(
             query, key, value, size, held.clusters, self.settings,
-            scaling=scaling, query_for_centroids=space.query(held, query), coarse=held.coarse, see=see,
+            query_for_centroids=space.query(held, query), coarse=held.coarse, see=see, **_softmax(kwargs),
         )  # fmt: skip
         if counts():
             self.tally.read(held, new, kept, time.perf_counter() - began)
         return out
+
+    @torch.no_grad()
+    def _prove(
+        self,
+        layer: int,
+        call: AttentionFunction,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        size: Tensor | None,
+        see: Tensor | None,
+    ) -> None:
+        """With a budget for every key it must be the model's own attention; tried out once for each module.
+
+        Raises:
+            UnsupportedModelError: it isn't, so the block computes something that nobody said.
+        """
+        clusters = self._held[self._makers[layer]].clusters
+        assert clusters is not None
+        everything = replace(self.settings, select="budget", budget=clusters.width, coarse=None)
+        with torch.autocast(args[0].device.type, enabled=False):
+            found = attend(args[0], args[1], args[2], size, clusters, everything, see=see, **_softmax(kwargs))
+        wanted = call(module, *args, **kwargs)[0]
+        if not bool(torch.isfinite(wanted).all()):
+            return  # the model itself is lost here, and there is nothing to compare with
+        # Rounding differs between the two ways, but what is computed otherwise differs by about as much as values do.
+        if not float((found - wanted).abs().mean()) <= 0.1 * float(wanted.abs().mean()):
+            raise UnsupportedModelError(
+                f"multipole attention can't be served for {self._name}, whose block {layer} "
+                f"({self.decoder.traits[layer].declared}) computes another attention than softmax over scaled products"
+            )
+        _PROVEN.add(module)
 
     # ------------------------------------------------------------------------------------------------------------
 
@@ -265,12 +321,52 @@ class MultipoleRun(Attachment):
 
 
 def _rotary_of(decoder: Decoder, layer: int) -> Rotary:
+    if decoder.traits[layer].latent:
+        raise UnsupportedModelError(
+            f"space must be 'rotated' for {type(decoder.base).__name__}, whose keys are rotated in a part that is made "
+            "of one latent vector with the rest"
+        )
     return Rotary.of(decoder.base, decoder.attention_in(layer), layer, wanted="space must be 'rotated'")
 
 
-def _check_extras(kwargs: dict[str, Any]) -> None:
-    """Raise if the model asks of its attention what clusters can't give."""
-    wrong = {name: kwargs[name] for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None}
+def _lacks(block: BlockTraits) -> str | None:
+    """The trait of a block for which it reads no clusters, in words that go behind "has"; None if it does."""
+    if block.attention is None:
+        return f"{block.memory} in place of attention" if block.memory else "no attention"
+    if block.attention != FULL:
+        return f"{block.attention} attention"
+    if not block.registered:
+        return "attention that asks no function of transformers' registry"
+    if block.positions == "bias":
+        return "position biases on its attention logits, which centroids have none of"
+    if block.memory is not None:
+        return f"{block.memory} beside its attention, in one layer of the cache"
+    if block.tied:
+        return "an attention module that other blocks run, too"
+    return None
+
+
+def _no_block(name: str, decoder: Decoder) -> str:
+    """Why no block of a model reads clusters."""
+    why = [_lacks(block) for block in decoder.traits]
+    # What keeps a block with full attention from it is the better reason.
+    first = next((i for i, block in enumerate(decoder.traits) if block.attention == FULL), 0)
+    others = sorted({str(each) for each in why} - {str(why[first])})
+    return (
+        f"multipole attention can't be served for {name}, which needs full attention in some block: block {first} "
+        f"({decoder.traits[first].declared}) has {'; others have '.join([str(why[first]), *others])}"
+    )
+
+
+def _softmax(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a model tells its attention function of the softmax."""
+    return {"scaling": kwargs.get("scaling"), "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+
+
+def _check_extras(kwargs: dict[str, Any], block: BlockTraits) -> None:
+    """Raise if the model asks of its attention what clusters can't give, or what its blocks don't do themselves."""
+    own = {"softcap": block.softcap is not None, "s_aux": block.sinks, "position_bias": False}
+    wrong = {name: kwargs[name] for name, does in own.items() if not does and kwargs.get(name) is not None}
     wrong |= {name: kwargs[name] for name in ("dropout", "output_attentions") if kwargs.get(name)}
     if kwargs.get("is_causal") is False:
         wrong["is_causal"] = False

@@ -13,7 +13,19 @@ from torch import Tensor
 
 from quickmerge.multipole.clusters import Clusters
 
-__all__ = ["Choice", "Weights", "choose", "gather_index", "lookup", "mix", "per_key", "products", "rows_at", "scores"]
+__all__ = [
+    "Choice",
+    "Weights",
+    "capped",
+    "choose",
+    "gather_index",
+    "lookup",
+    "mix",
+    "per_key",
+    "products",
+    "rows_at",
+    "scores",
+]
 
 FEW = 8
 """With fewer query rows than this it is faster to multiply the keys with the queries than the other way round."""
@@ -74,31 +86,46 @@ def weigh(logits: Tensor) -> Weights:
     return Weights(weight, top, weight.sum(-1, keepdim=True))
 
 
-def centroid_logits(query: Tensor, key: Tensor, spread: Tensor | None = None) -> Tensor:
-    """``z (B, H, q, g, C)``, the logit of a key that lies at its cluster's centroid: ``z_i = q . c_i``.
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits that a model bounds by ``c tanh(x / c)`` in front of its softmax, as Gemma 2 does; None: as they are."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-    With a spread it is ``q . c_i + |q|^2 r_i / 2D``: to second order, the logarithm of the mean of ``exp(q . k)`` over
+
+def centroid_logits(query: Tensor, key: Tensor, spread: Tensor | None = None, softcap: float | None = None) -> Tensor:
+    """``z (B, H, q, g, C)``, the logit of a key that lies at its cluster's centroid: ``z_i = f(q . c_i)``.
+
+    f is what `capped` does, the identity without ``softcap``. With a spread z is ``f(x) + (f'(x)^2 + f''(x)) v / 2`` at
+    ``x = q . c_i``, with ``v = |q|^2 r_i / D``: to second order, the logarithm of the mean of ``exp(f(q . k))`` over
     members that lie about their centroid with mean squared distance ``r_i``, alike in all D directions.
 
     Args:
         query: ``(B, H, q, g, D)``, scaled.
         key: ``(B, H, C, D)`` centroids, or ``(B, H, q, C, D)``, some for each query.
         spread: r, ``(B, H, C)`` or ``(B, H, q, C)``. Default: no correction.
+        softcap: c. Default: none.
     """
-    z = products(query, key)
+    x = products(query, key)
+    z = capped(x, softcap)
     if spread is None:
         return z
-    return z + query.square().sum(-1, keepdim=True) * (_beside_logits(spread, z) / (2 * query.shape[-1]))
+    half = query.square().sum(-1, keepdim=True) * (_beside_logits(spread, z) / (2 * query.shape[-1]))
+    if softcap is not None:
+        t = z / softcap
+        slope = 1 - t.square()
+        half = half * (slope.square() - 2 / softcap * t * slope)
+    return z + half
 
 
-def lookup(query: Tensor, key: Tensor, count: Tensor, spread: Tensor | None = None) -> Weights:
+def lookup(
+    query: Tensor, key: Tensor, count: Tensor, spread: Tensor | None = None, softcap: float | None = None
+) -> Weights:
     """How much each cluster weighs by its centroid, ``N_i exp(z_i)``: weights of shape ``(B, H, q, g, C)``.
 
     Args:
-        query, key, spread: see `centroid_logits`.
+        query, key, spread, softcap: see `centroid_logits`.
         count: N, ``(B, H, C)`` or ``(B, H, q, C)``; 0 for no cluster.
     """
-    z = centroid_logits(query, key, spread)
+    z = centroid_logits(query, key, spread, softcap)
     return weigh(z + _beside_logits(count, z).log())
 
 

@@ -14,7 +14,7 @@ from quickmerge.errors import QuickmergeError, UnsupportedModelError, near_match
 from quickmerge.models.attachment import ASSISTED, Attachment, PerThread, setting, watch_generate
 from quickmerge.speculative.drafter import Drafter, Stats
 from quickmerge.speculative.engine import SpeculativeDecoding
-from quickmerge.speculative.target import check_target
+from quickmerge.speculative.proof import check_target
 
 __all__ = ["Speculation", "SpeculationRun"]
 

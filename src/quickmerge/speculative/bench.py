@@ -21,7 +21,7 @@ from quickmerge.models.chat import document_chat
 from quickmerge.models.generation import check_temperature
 from quickmerge.speculative import Drafter, SpeculativeDecoding, Stats
 from quickmerge.speculative.cost import measure
-from quickmerge.speculative.target import check_target
+from quickmerge.speculative.proof import check_target
 
 __all__ = [
     "PLAIN",

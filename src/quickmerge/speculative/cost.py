@@ -17,8 +17,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quickmerge.bench.harness import seconds_of
 from quickmerge.models.attachment import aside, uncounted
-from quickmerge.models.compat import cache_argument
+from quickmerge.models.compat import cache_argument, fresh_cache
 from quickmerge.models.decoder import watchers
+from quickmerge.speculative.chains import Chains
+from quickmerge.speculative.proof import check_target
 from quickmerge.speculative.target import Columns, Target
 from quickmerge.speculative.tree import Tree, pack
 
@@ -106,14 +108,14 @@ def measure(model: PreTrainedModel, most: int) -> Cost:
     key = (model.device, model.dtype, torch.get_num_threads(), most)
     known = _KNOWN.setdefault(model, {})
     if key not in known:
-        most = min(most, SIZES[-1])
+        most, why = min(most, SIZES[-1]), check_target(model)
         with aside():
-            known[key] = _measure(model, [size for size in SIZES if size < most] + [most])
+            known[key] = _measure(model, [size for size in SIZES if size < most] + [most], why)
     return known[key]
 
 
 @torch.no_grad()
-def measure_behind(target: Target, most: int) -> Cost | None:
+def measure_behind(target: Target | Chains, most: int) -> Cost | None:
     """`measure` behind the text that a target holds, for models in which a pass takes longer where the past is long.
 
     It is done once for each model and so on, number of rows, and length of text within a factor of two. The target
@@ -135,29 +137,33 @@ def measure_behind(target: Target, most: int) -> Cost | None:
     return known[key]
 
 
-def _measure(model: PreTrainedModel, sizes: list[int]) -> Cost:
+def _measure(model: PreTrainedModel, sizes: list[int], why: str) -> Cost:
     config = model.config.get_text_config(decoder=True)
     room = getattr(config, "max_position_embeddings", None) or CONTEXT + sizes[-1]
     context = max(1, min(CONTEXT, room - sizes[-1]))
     sizes = [size for size in sizes if context + size <= room] or [1]
     ids = torch.arange(context, device=model.device)[None] % config.vocab_size
-    cache = DynamicCache()
+    cache = fresh_cache(model) if why else DynamicCache()
     model(input_ids=ids, **cache_argument(model, cache), use_cache=True)
     place = torch.arange(context, device=model.device)[None]
     columns = Columns(place >= 0, place, ids.new_tensor([context]), ids.new_zeros(1), False)
-    target = Target(model, cache, columns)
-    return _time(target, sizes, lambda: target.commit([()]))
+    if not why:
+        plain = Target(model, cache, columns)
+        return _time(plain, sizes, lambda: plain.commit([()]))
+    chains = Chains(model, cache, columns, why=why)
+    chains.saves = True
+    return _time(chains, sizes, lambda: chains.commit([()]))
 
 
-def _time(target: Target, sizes: list[int], undo: Callable[[], None]) -> Cost:
-    """Passes over stars of these sizes in every row, and ``undo`` behind each."""
+def _time(target: Target | Chains, sizes: list[int], undo: Callable[[], None]) -> Cost:
+    """Passes over stars of these sizes in every row, or over chains, and ``undo`` behind each."""
     times: list[list[float]] = [[] for _ in sizes]
     model, rows = target.model, len(target.columns.valid)
     token = 1 % model.config.get_text_config(decoder=True).vocab_size
     for turn in range(REPEATS + 1):
         for size, taken in zip(sizes, times, strict=True):
-            star = Tree([token] * size, [0] * size, [1.0] * size)
-            seconds = seconds_of(partial(target.read, pack([star] * rows, model.device)), model.device)
+            tree = Tree.chain([token] * size) if target.why else Tree([token] * size, [0] * size, [1.0] * size)
+            seconds = seconds_of(partial(target.read, pack([tree] * rows, model.device)), model.device)
             if turn:  # the first one of each size warms up
                 taken.append(seconds)
             undo()

@@ -41,6 +41,7 @@ class Stats:
         measure_behind_seconds: of these those behind the prompt, once for each length of text, where what a pass takes
             depends on that.
         lossless: False if a tree let a node see what is no part of its text, see `Tree.extra`.
+        chains: the trait of the target for which one path of each tree was read; empty where trees were.
     """
 
     passes: int = 0
@@ -57,6 +58,7 @@ class Stats:
     measure_seconds: float = 0.0
     measure_behind_seconds: float = 0.0
     lossless: bool = True
+    chains: str = ""
 
     @property
     def tokens_per_pass(self) -> float:
@@ -87,7 +89,7 @@ class Stats:
         )  # fmt: skip
         total = {name: getattr(self, name) + getattr(other, name) for name in counts + times}
         total |= {name: _sum(getattr(self, name), getattr(other, name)) for name in ("offered", "accepted")}
-        return Stats(**total, lossless=self.lossless and other.lossless)
+        return Stats(**total, lossless=self.lossless and other.lossless, chains=self.chains or other.chains)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -106,6 +108,7 @@ class Stats:
                 f"{self.tokens_per_pass:.2f} tokens per forward pass and row (its own one included), "
                 f"{self.nodes / max(1, self.row_passes):.1f} nodes read",
                 f"walks that reached depth 1, 2, ...: {going}",
+                *([f"one path of each draft was read: {self.chains}"] if self.chains else []),
                 f"seconds: prompt {self.prompt_seconds:.2f}, target {self.target_seconds:.2f}, "
                 f"drafter {self.draft_seconds:.2f}, between them {rest:.2f}",
                 "lossless: the text is what the target writes without drafts"

@@ -37,8 +37,8 @@ from quickmerge.models.compat import (
 from quickmerge.models.generation import check_temperature
 from quickmerge.speculative.cost import Cost, Pace, best_size, measure, measure_behind
 from quickmerge.speculative.drafter import Drafter, Stats, serving
-from quickmerge.speculative.prompt import Room, read_prompt
-from quickmerge.speculative.target import Target, check_target
+from quickmerge.speculative.prompt import AnyTarget, Room, read_prompt
+from quickmerge.speculative.proof import check_target
 from quickmerge.speculative.tree import Packed, Tree, pack
 from quickmerge.speculative.walk import Batch, Row, for_row, walk
 
@@ -252,7 +252,7 @@ class SpeculativeDecoding:
         handed: Handed,
         model_kwargs: dict[str, Any],
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        check_target(model)
+        why = check_target(model)
         self.drafter.check(model)
         start = time.perf_counter()
         cost = measure(model, self.nodes) if self.auto else None
@@ -263,7 +263,7 @@ class SpeculativeDecoding:
             Row(ids, for_row(logits_processor, i, count), stopping_criteria, sample, streamer, generator)
             for i, (ids, generator) in enumerate(zip(input_ids, generators, strict=True))
         ]
-        run = _Run(self.drafter, self.nodes, cost, Batch(rows, generation_config, stopping_criteria))
+        run = _Run(self.drafter, self.nodes, cost, Batch(rows, generation_config, stopping_criteria), why)
         # A cache that someone will go on with has to hold all rows to the end.
         cache = given_cache(model_kwargs)
         kept = bool(generation_config.return_dict_in_generate) or is_users_cache(cache)
@@ -288,22 +288,23 @@ class SpeculativeDecoding:
 class _Run:
     """One ``generate``: the rows that are in the cache, and among them those that are not done."""
 
-    def __init__(self, drafter: Drafter, nodes: int, cost: Cost | None, batch: Batch) -> None:
+    def __init__(self, drafter: Drafter, nodes: int, cost: Cost | None, batch: Batch, why: str = "") -> None:
         self.drafter = drafter
+        self.why = why
         self.nodes = nodes
         self.cost = cost
         self.pace = Pace(cost) if cost is not None else None
         self.batch = batch
         self.rows = list(batch.rows)
-        self.stats = Stats()
+        self.stats = Stats(chains=why)
         self.drafted: list[float] = []  # seconds of each draft
 
     def begin(self, model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any], kept: bool) -> None:
         """Read the prompt and take the first token of each row."""
         start = time.perf_counter()
         wanted = self.drafter.needs_features
-        prompt = read_prompt(model, ids.to(model.device), model_kwargs, wanted)
-        self.target: Target = prompt.target
+        prompt = read_prompt(model, ids.to(model.device), model_kwargs, wanted, self.why)
+        self.target: AnyTarget = prompt.target
         self.kept = kept
         self.room = Room(model.config.get_text_config(decoder=True))
         widest = self.target.widest
@@ -318,7 +319,8 @@ class _Run:
         best = _best(logits) if self.rows[0].plain else None
         for i, row in enumerate(self.rows):
             walk(Tree.chain([row.last]), row, logits[i : i + 1], None if best is None else [best[i]])
-        self.live = [i for i, row in enumerate(self.rows) if not self.batch.done(row)]
+        self.live = list(range(len(self.rows)))
+        self._rest()
         self.stats.prompt_seconds = time.perf_counter() - start
         if self.live and self.cost is not None and self.target.columns.shift:
             # What a pass takes depends on how long a past is read by clusters.
@@ -339,7 +341,9 @@ class _Run:
         trees = dict(zip(live, self._draft(), strict=True))
         start = time.perf_counter()
         packed = self._pack([trees.get(i, _NOTHING) for i in range(len(self.rows))], device)
+        passes = self.target.passes
         logits, features = self.target.read(packed)
+        passes = self.target.passes - passes
         best = _best(logits) if self.rows[0].plain else None
         self.stats.target_seconds += now(device) - start
         paths: list[list[int]] = [[] for _ in self.rows]
@@ -347,7 +351,8 @@ class _Run:
             paths[i] = walk(trees[i], self.rows[i], logits[i], None if best is None else best[i])
             self.stats.count(max(trees[i].depth), len(paths[i]) - 1, len(trees[i]))
             self.stats.lossless &= not trees[i].extra
-        self.stats.passes += 1
+        self.stats.passes += passes
+        self.stats.row_passes += (passes - 1) * len(live)  # those that caught up, with no tree to count
         if self.pace is not None and len(self.drafted) > max(1, drafts):  # the first one has read the prompt too
             read = [trees[i] for i in live]
             self.pace.saw(
@@ -355,7 +360,7 @@ class _Run:
                 sum(len(paths[i]) - 1 for i in live), self._draft_seconds(),
             )  # fmt: skip
         self.target.commit(paths)
-        self.live = [i for i in live if not self.batch.done(self.rows[i])]
+        self._rest()
         if self.live:
             start = time.perf_counter()
             taken = [torch.tensor(paths[i], device=device) for i in live]
@@ -367,19 +372,16 @@ class _Run:
 
     def finish_cache(self, sequences: Tensor) -> None:
         """Make the cache what ``generate`` would leave: every token but the last of all, each in its column."""
-        width = sequences.shape[1] - 1
-        lengths = self.target.columns.length.tolist()
-        # Rows that were done early lack their last token and the padding behind it.
-        missing = [sequences[i, length:width].tolist() for i, length in enumerate(lengths)]
-        while any(missing):
-            room, widest = self.target.room(), self.target.widest or width
-            most = [widest if room is None else min(widest, 1 + room[i]) for i in range(len(missing))]
-            now = [tokens[:some] for tokens, some in zip(missing, most, strict=True)]
-            chains = [Tree.chain(tokens) if tokens else _NOTHING for tokens in now]
-            self.target.read(pack(chains, sequences.device))
-            self.target.commit([range(len(tokens)) for tokens in now])
-            missing = [tokens[some:] for tokens, some in zip(missing, most, strict=True)]
-        self.target.lay_out(width)
+        self.target.finish(sequences)
+
+    def _rest(self) -> None:
+        """Rows that are done are live no longer."""
+        live, pad = self.live, self.batch.pad or 0
+        self.live = [i for i in live if not self.batch.done(self.rows[i])]
+        if self.kept:
+            for i in live:
+                if i not in self.live:
+                    self.target.rest(i, self.rows[i].last, pad)
 
     def _draft(self) -> list[Tree]:
         """A tree for each live row."""
@@ -400,7 +402,7 @@ class _Run:
                 f"{type(self.drafter).__name__}.draft must return a tree for each row with its last token as the root, "
                 f"got roots {[tree.tokens[0] for tree in trees]} for {last}"
             )
-        trees = [tree.cut(depth) for tree, depth in zip(trees, depths, strict=True)]
+        trees = [self.target.narrowed(tree).cut(depth) for tree, depth in zip(trees, depths, strict=True)]
         nodes = self.nodes
         if self.cost is not None:
             nodes = best_size([tree.prob for tree in trees], self.cost, self._draft_seconds())

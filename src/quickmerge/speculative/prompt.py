@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.models.columns import keeps_columns, seats, stored
-from quickmerge.models.compat import cache_argument, cache_name, given_cache, without_cache
+from quickmerge.models.compat import cache_argument, cache_name, fresh_cache, given_cache, without_cache
+from quickmerge.speculative.chains import Chains
 from quickmerge.speculative.target import Columns, Target, last_hidden, plain_cache
 
-__all__ = ["Prompt", "Room", "read_prompt"]
+__all__ = ["AnyTarget", "Prompt", "Room", "read_prompt"]
+
+AnyTarget = Target | Chains
+"""What reads drafts: trees, or one path of each."""
 
 
 class Room:
@@ -70,7 +75,7 @@ class Prompt:
     that the last block read: fewer of a prompt that was merged, and of a further turn its own tokens alone.
     """
 
-    target: Target
+    target: AnyTarget
     logits: Tensor
     ids: Tensor
     valid: Tensor
@@ -78,7 +83,9 @@ class Prompt:
     features: Tensor | None
 
 
-def read_prompt(model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any], features: bool = False) -> Prompt:
+def read_prompt(
+    model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any], features: bool = False, why: str = ""
+) -> Prompt:
     """Read ``ids (B, n)``, those that a given cache does not hold yet.
 
     Args:
@@ -86,13 +93,14 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any
         ids: the whole prompt, padding included.
         model_kwargs: what ``generate`` would give to the model.
         features: whether its last hidden states are wanted.
+        why: the trait for which the model reads chains, see `quickmerge.speculative.proof.check_target`; empty: trees.
 
     Raises:
         QuickmergeError: if the cache is not one whose columns can be moved, or does not go with ``ids``.
     """
     n = ids.shape[1]
-    cache = plain_cache(given_cache(model_kwargs))
-    past = cache.get_seq_length()
+    cache = _kept_cache(model, given_cache(model_kwargs)) if why else plain_cache(given_cache(model_kwargs))
+    past = _read_before(cache)
     mask = model_kwargs.get("attention_mask")
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
     positions = model_kwargs.get("position_ids")
@@ -106,7 +114,9 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any
         )
     if not bool(valid[:, -1].all()):
         raise QuickmergeError("attention_mask must end with 1 in every row: pad on the left")
-    given = {**without_cache(model_kwargs), "position_ids": positions, "use_cache": True}
+    given = {**without_cache(model_kwargs), "use_cache": True}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        given["position_ids"] = positions
     inputs = model.prepare_inputs_for_generation(
         ids,
         next_sequence_length=n - past if past else None,
@@ -116,21 +126,13 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any
     )
     with last_hidden(model, features) as found:
         out = model(**inputs, return_dict=True)
-    lengths = {stored(layer) for layer in cache.layers if layer.is_initialized}
-    odd = sorted({type(layer).__name__ for layer in cache.layers if not keeps_columns(layer)})
-    merged = not odd and (lengths != {n} or any(getattr(layer, "left", 0) for layer in cache.layers))
-    seen = seats(cache)
-    if odd or (merged and not any(getattr(layer, "prompt", None) for layer in cache.layers)):
-        raise QuickmergeError(
-            f"every block must keep keys and values of the {n} tokens of the prompt for speculative decoding, got "
-            f"{odd[0] if odd else sorted(lengths)}"
-        )
+    merged, seen = (False, None) if why else (_is_merged(cache, n), seats(cache))
     place = torch.arange(n, device=ids.device).expand(len(ids), -1)
     length = torch.full((len(ids),), n, device=ids.device)
     # Whatever a prompt of images counts, each token of text behind it counts one in every direction.
     offset = positions[..., -1] - (n - 1)
     columns = Columns(valid, place, length, offset, not bool(valid.all()), prompt=n if merged else 0)
-    target = Target(model, cache, columns, features)
+    target = Chains(model, cache, columns, features, why) if why else Target(model, cache, columns, features)
     # Where there are several directions the first is that of the text.
     first = positions.flatten(0, -3)[0] if positions.dim() > 2 else positions
     first = first.expand(len(ids), -1)
@@ -142,3 +144,51 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, model_kwargs: dict[str, Any
         at, valid = seen
         ids, first = ids.gather(1, at), first.gather(1, at)
     return Prompt(target, out.logits[:, -1], ids, valid, first, found[0] if features else None)
+
+
+def _is_merged(cache: Cache, n: int) -> bool:
+    """Whether fewer entries stand for a prompt of ``n`` tokens in some layers of a cache.
+
+    Raises:
+        QuickmergeError: if columns can't be moved, or some are missing otherwise.
+    """
+    lengths = {stored(layer) for layer in cache.layers if layer.is_initialized}
+    odd = sorted({type(layer).__name__ for layer in cache.layers if not keeps_columns(layer)})
+    merged = not odd and (lengths != {n} or any(getattr(layer, "left", 0) for layer in cache.layers))
+    if odd or (merged and not any(getattr(layer, "prompt", None) for layer in cache.layers)):
+        raise QuickmergeError(
+            f"every block must keep keys and values of the {n} tokens of the prompt for speculative decoding, got "
+            f"{odd[0] if odd else sorted(lengths)}"
+        )
+    return merged
+
+
+def _kept_cache(model: PreTrainedModel, cache: Any) -> Cache:
+    """The cache as ``generate`` made it, or a new one, for a model that reads chains.
+
+    Raises:
+        QuickmergeError: if it is of another kind.
+    """
+    if cache is None:
+        return fresh_cache(model)
+    if not isinstance(cache, DynamicCache) or cache.offloading:
+        raise QuickmergeError(
+            f"{cache_name()} must be a DynamicCache that stays on its device, got "
+            f"{'an offloaded one' if isinstance(cache, DynamicCache) else type(cache).__name__}: "
+            f"leave {cache_name()} and cache_implementation out"
+        )
+    return cache
+
+
+def _read_before(cache: Cache) -> int:
+    """How many tokens a cache holds already.
+
+    Raises:
+        QuickmergeError: if none of its layers tells.
+    """
+    try:
+        return int(cache.get_seq_length())
+    except ValueError as error:  # there are no blocks with attention
+        if any(any(getattr(layer, "has_previous_state", {}).values()) for layer in cache.layers):
+            raise QuickmergeError(f"{cache_name()} must tell how many tokens it holds, or be empty") from error
+        return 0

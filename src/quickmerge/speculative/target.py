@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from quickmerge.errors import QuickmergeError, UnsupportedModelError
-from quickmerge.models.attachment import aside
+from quickmerge.errors import QuickmergeError
 from quickmerge.models.columns import is_tight, keeps_columns, reading, room, slide, slide_table, take_tail, widest
 from quickmerge.models.compat import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    attention_implementation,
     cache_argument,
     cache_name,
-    takes_cache,
 )
-from quickmerge.models.decoder import IMPLEMENTATIONS, PREFIX, check_trees, layer_window
+from quickmerge.models.decoder import layer_window
 from quickmerge.speculative.tree import Packed, Tree, masks_by_window, pack
 
-__all__ = ["Columns", "Target", "check_target", "commit", "compact", "lay_out", "plain_cache", "select"]
+__all__ = ["Columns", "Target", "commit", "compact", "last_hidden", "lay_out", "plain_cache", "select"]
 
 
 WASTE = 4
@@ -206,9 +201,6 @@ def _in_place(path: Sequence[int], most: int) -> int:
 # The model whose text is written: one pass reads the trees of a whole batch behind a cache.
 
 
-_PROVEN: WeakSet[PreTrainedModel] = WeakSet()
-
-
 class Target:
     """A model, the cache of a batch that it has read, and what the columns of the cache hold.
 
@@ -219,10 +211,15 @@ class Target:
         features: whether passes also give the last hidden states.
 
     Attributes:
+        passes: of the model.
         widest: the most nodes of a tree; None for any number.
+        why: the trait for which it reads one path of each tree alone (`quickmerge.speculative.chains`); empty here.
     """
 
+    why = ""
+
     def __init__(self, model: PreTrainedModel, cache: Cache, columns: Columns, features: bool = False) -> None:
+        self.passes = 0
         self.model = model
         self.cache = cache
         self.columns = columns
@@ -264,6 +261,7 @@ class Target:
                 return_dict=True,
             )
         self._nodes = nodes
+        self.passes += 1
         return out.logits, found[0] if self.features else None
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
@@ -279,6 +277,28 @@ class Target:
     def room(self) -> list[int] | None:
         """For each row how deep a tree may be for what the cache holds; None for any depth."""
         return room(self.cache)
+
+    def narrowed(self, tree: Tree) -> Tree:
+        """What is read of a tree: all of it."""
+        return tree
+
+    def rest(self, row: int, last: int, pad: int) -> None:
+        """A row that is done stays in the cache; what is read behind it is moved away again."""
+
+    def finish(self, sequences: Tensor) -> None:
+        """Make the cache what ``generate`` would leave of ``sequences (B, L)``: every token but the last ones."""
+        width = sequences.shape[1] - 1
+        lengths = self.columns.length.tolist()
+        # Rows that were done early lack their last token and the padding behind it.
+        missing = [sequences[i, length:width].tolist() for i, length in enumerate(lengths)]
+        while any(missing):
+            left, most = self.room(), self.widest or width
+            steps = [most if left is None else min(most, 1 + left[i]) for i in range(len(missing))]
+            now = [tokens[:some] for tokens, some in zip(missing, steps, strict=True)]
+            self.read(pack([Tree.chain(tokens or [0]) for tokens in now], sequences.device))
+            self.commit([range(len(tokens)) for tokens in now])
+            missing = [tokens[some:] for tokens, some in zip(missing, steps, strict=True)]
+        self.lay_out(width)
 
     def lay_out(self, width: int) -> None:
         """Put every token in the column that ``generate`` would have put it in."""
@@ -337,65 +357,3 @@ def plain_cache(cache: Any) -> Cache:
     elif sliding:
         raise QuickmergeError(f"{cache_name()} must hold every token, got one with sliding layers: use DynamicCache()")
     return cache
-
-
-def check_target(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError unless ``model`` reads a tree as it reads text.
-
-    Whether it does is tried out once for each model: two siblings are read in one pass, and the second one's logits
-    must be those of reading it alone.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    name = type(model).__name__
-    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
-        raise UnsupportedModelError(f"speculative decoding needs a decoder with a language-model head, got a {name}")
-    config = model.config.get_text_config(decoder=True)
-    implementation = attention_implementation(config).removeprefix(PREFIX)
-    check_trees(model)
-    if implementation not in IMPLEMENTATIONS:
-        raise UnsupportedModelError(
-            f"{name} runs attention as {implementation!r}, which does not take the mask of a tree: "
-            f"set attn_implementation to one of {', '.join(IMPLEMENTATIONS)}"
-        )
-    for i in range(config.num_hidden_layers):
-        layer_window(config, i)
-    taken = inspect.signature(model.forward).parameters
-    missing = [w for w in ("attention_mask", "position_ids") if w not in taken]
-    missing += [] if takes_cache(model) else [cache_name()]
-    if missing:
-        raise UnsupportedModelError(f"{name} takes no {missing[0]}, which reading a tree needs")
-    if model not in _PROVEN:
-        with aside():  # what a run makes of a text is for the run to prove
-            _prove(model, config.vocab_size)
-        _PROVEN.add(model)
-
-
-@torch.no_grad()
-def _prove(model: PreTrainedModel, vocabulary: int) -> None:
-    text = (torch.arange(5, 12, device=model.device) % vocabulary)[None]
-    a, b, c = 1 % vocabulary, 2 % vocabulary, 3 % vocabulary
-    alone = torch.cat([text, text.new_tensor([[b, c]])], 1)
-    name = type(model).__name__
-    try:
-        wanted = model(input_ids=alone, use_cache=False).logits[0, -1].float()
-        cache = DynamicCache()
-        model(input_ids=text[:, :-1], **cache_argument(model, cache), use_cache=True)
-        width = text.shape[1] - 1
-        if any(type(layer) is not DynamicLayer or layer.get_seq_length() != width for layer in cache.layers):
-            raise UnsupportedModelError(f"{name} keeps no keys and values of every token, which reading a tree needs")
-        place = torch.arange(width, device=text.device)[None]
-        columns = Columns(place >= 0, place, text.new_tensor([width]), text.new_zeros(1), False)
-        tree = pack([Tree([int(text[0, -1]), a, b, c], [0, 0, 0, 2], [1.0] * 4)], text.device)
-        given = Target(model, cache, columns).read(tree)[0][0, -1].float()
-    except UnsupportedModelError:
-        raise
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        raise UnsupportedModelError(f"{name} can't read a tree with a mask of its own: {error}") from error
-    # Rounding differs between the two ways, but what is read wrongly differs by about as much as logits do.
-    scale = float((wanted - wanted.mean()).abs().mean())
-    if not float((given - wanted).abs().mean()) <= 0.1 * scale:
-        needed = "call eval() on it" if model.training else "it has to heed position_ids and a mask of four dimensions"
-        raise UnsupportedModelError(
-            f"{name} reads a tree otherwise than text, so speculation would change what it writes: {needed}"
-        )
