@@ -24,6 +24,7 @@ from multipole_tables import MULTIPOLE
 from recipe_tables import RECIPES
 from transplant_tables import TRANSPLANT
 from trust_tables import TRUST
+from vision_zoo_tables import vision_refused, vision_zoo
 
 from quickmerge.bench.stats import ratio_interval
 from quickmerge.bench.table import Cell, Column, Table, interval, number, plus_minus, text, unless
@@ -497,7 +498,7 @@ TABLES: dict[str, Callable[[], Table | None]] = {
     make.__name__: make
     for make in (
         matrix, families, prior_recovery, patch_merge, recognition_ways, recognition_ablation,
-        recognition_times, recognition_kinds, vlm_quality, vlm_mosaics, vlm_speed,
+        recognition_times, recognition_kinds, vlm_quality, vlm_mosaics, vlm_speed, vision_zoo, vision_refused,
     )
 }  # fmt: skip
 TABLES["prior_kinds"] = partial(kinds, "prior_recovery", 1)

@@ -105,6 +105,55 @@ def with_first(output: Any, tokens: Tensor) -> Any:
     return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
 
+HEADS = {
+    **{
+        family: name if isinstance(name, str) else name[0]
+        for family, name in compat.image_classification_names().items()
+    },
+    "videomae": "VideoMAEForVideoClassification",
+    "vivit": "VivitForVideoClassification",
+    "vjepa2": "VJEPA2ForVideoClassification",
+}
+
+
+@pytest.mark.parametrize("family", [family for family in there(HEADS) if family in PROVEN])
+def test_a_classifier_reads_every_patch(family: str) -> None:
+    """Its logits are those that it would make of the slots' features in the place of every original patch."""
+    config = zoo.tiny_config(family)
+    config.num_labels = 3
+    torch.manual_seed(0)
+    model = getattr(transformers, HEADS[family])(config).double().eval()
+    example = zoo.example_of(model)
+    seen: list[Tensor] = []
+    with torch.no_grad(), qm.reduce(model, qm.ToMe(keep=KEEP)) as run:
+        last = run.encoder.blocks[-1].module
+        handle = last.register_forward_hook(lambda module, args, output: seen.append(first(output)))
+        logits = model(**example.inputs).logits
+        handle.remove()
+    call = run.call
+    assert call is not None and call.last.size.shape[1] < call.tokens
+    whole = seen[0] if seen[0].shape[1] == call.tokens else full_length(seen[0], call.last)
+    handle = last.register_forward_hook(lambda module, args, output: with_first(output, whole))
+    torch.testing.assert_close(logits, zoo.read(model, example).logits, rtol=1e-9, atol=1e-9)
+    handle.remove()
+
+
+def test_a_head_that_reads_states_of_blocks_reads_every_patch() -> None:
+    config = zoo.tiny_config("beit")
+    config.out_indices = [1, 2, 3, 4]
+    model = transformers.BeitForSemanticSegmentation(config).eval()
+    x = zoo.pixels("beit")
+    with torch.no_grad():
+        plain = model(x)
+        with qm.reduce(model, qm.ToMe(keep=1.0)):
+            assert torch.equal(model(x).logits, plain.logits)
+        with qm.reduce(model, qm.ToMe(keep=KEEP)) as run:
+            merged = model(x, output_hidden_states=True)
+    assert merged.logits.shape == plain.logits.shape and not torch.equal(merged.logits, plain.logits)
+    assert run.summary().tokens_kept < run.summary().tokens_in
+    assert [state.shape[1] for state in merged.hidden_states] == [run.call.tokens] * (zoo.DEPTH + 1)
+
+
 @pytest.mark.parametrize("family", there(PROVEN))
 def test_rows_and_places(family: str) -> None:
     """A batch equals its rows; and tokens taken out are tokens that nobody attends to, wherever the others stand."""

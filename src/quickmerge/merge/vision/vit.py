@@ -251,12 +251,25 @@ class TransformersRun(VisionRun):
                 padded = nn.functional.pad(value, (0, 0, call.prefix, 0))
                 output[name] = self._handed_out(padded, level, call)[:, call.prefix :]
         output.last_hidden_state = self._handed_out(last, level, call)
+        states = getattr(output, "hidden_states", None)
+        if states is not None and self.encoder.model is not self.encoder.base:
+            output.hidden_states = tuple(_state(call, index, state) for index, state in enumerate(states))
         return output
 
     def _handed_out(self, slots: Tensor, level: Level, call: Call) -> Tensor:
         if self.unmerge:
             return full_length(slots, level)
         return slots if self.encoder.model is self.encoder.base else _pooled(slots, level, call)
+
+
+def _state(call: Call, index: int, state: Tensor | None) -> Tensor | None:
+    """What enters block ``index``, or leaves the last one, at full length: heads read it patch by patch."""
+    if state is None or index >= len(call.levels):
+        return state
+    for level in (call.arriving.get(index), call.levels[index]):
+        if level is not None and state.shape[1] == level.size.shape[1]:
+            return full_length(state, level)
+    return state
 
 
 def _pooled(slots: Tensor, level: Level, call: Call) -> Tensor:
