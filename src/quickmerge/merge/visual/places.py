@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.cache.evictor import Evictor
 from quickmerge.merge.place import POSITIONS, Merge
 from quickmerge.merge.reducers.base import Reducer
@@ -17,6 +17,7 @@ from quickmerge.merge.text.modes import BlockCausal, Prefix
 from quickmerge.merge.tokens.budget import ReadingBudget, Schedule, layers_of
 from quickmerge.merge.vision.run import schedule_for
 from quickmerge.merge.visual.merged_tower import TowerRun
+from quickmerge.merge.visual.tower import MEASURED
 from quickmerge.merge.visual.vlm import VlmRun
 from quickmerge.models.decoder import check_free
 from quickmerge.models.vlm import Vlm, find_vlm, tower_encoder
@@ -111,6 +112,13 @@ def _visual_layers(vlm: Vlm, reducer: Reducer, layer: Any, positions: str) -> tu
             f"positions must be 'kept' for {type(vlm.model).__name__}, whose visual tokens have places in a grid, "
             f"got {positions!r}"
         )
+    asks = reducer.needs.visual & MEASURED
+    if 0 in layers and asks and vlm.family.layout == "closed":
+        raise UnsupportedModelError(
+            f"reducer {reducer.name} asks what the vision tower attends to ({', '.join(sorted(asks))}), and that of "
+            f"{type(vlm.model).__name__} has no blocks with one attention module each: a method that asks nothing of "
+            "the tower would do, or a layer inside the language model"
+        )
     reducer.check(vlm.model, layers, "visual")
     return layers
 
@@ -118,7 +126,7 @@ def _visual_layers(vlm: Vlm, reducer: Reducer, layer: Any, positions: str) -> tu
 def _tower_run(vlm: Vlm, tower: Merge) -> TowerRun:
     """The run inside the tower."""
     encoder, given = tower_encoder(vlm), tower.layer
-    if not tower.unmerge and vlm.encoder is None:
+    if not tower.unmerge and vlm.family.layout != "patches":
         raise QuickmergeError(
             f"unmerge must be True in tower for {type(vlm.model).__name__}, whose visual tokens are squares of patches "
             "side by side: the language model reads as many as before, got False"
