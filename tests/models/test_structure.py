@@ -43,12 +43,6 @@ def test_qwen_slides_above_max_window_layers_when_told_to(family: str) -> None:
 @pytest.mark.parametrize(
     ("model", "config", "settings"),
     [
-        ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 16, "n_layer": 2, "n_head": 2}),
-        (
-            "OPTForCausalLM",
-            "OPTConfig",
-            {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
-        ),
         ("MambaForCausalLM", "MambaConfig", {"hidden_size": 16, "num_hidden_layers": 2}),
         (
             "T5ForConditionalGeneration",
@@ -84,6 +78,35 @@ def test_a_model_with_two_lists_of_blocks_is_refused() -> None:
     model.model.more = nn.ModuleList(nn.Identity() for _ in range(DEPTH))
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM has 2 lists of decoder blocks"):
         find_decoder(model)
+
+
+TRAITS = [
+    # What config and model a block is read from, and what it must be found to be.
+    ("GptOss", {"layer_types": ["sliding_attention", "full_attention"]}, {"sinks": True, "attention": "full"}),
+    ("Gemma2", {"head_dim": 8}, {"softcap": 50.0, "attention": "full"}),
+    ("Cohere", {}, {"parallel": True}),
+    ("GPT2", {}, {"positions": "learned", "attention": "full"}),
+    ("Lfm2", {"layer_types": ["full_attention", "conv"]}, {"attention": None, "memory": "a convolution"}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "expected"), TRAITS, ids=[name for name, _, _ in TRAITS])
+def test_the_traits_of_the_last_block_are_read(name: str, settings: dict[str, Any], expected: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    head = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    more = {"num_local_experts": 2} if name == "GptOss" else {}
+    heads = {} if name == "GPT2" else {"num_key_value_heads": 2}
+    traits = find_decoder(other(head, f"{name}Config", **sizes, **heads, **settings, **more)).traits
+    assert len(traits) == 2
+    for trait, value in expected.items():
+        assert getattr(traits[-1], trait) == value, trait
+
+
+def test_a_trait_that_can_not_be_served_is_named() -> None:
+    decoder = find_decoder(build("mistral"))
+    decoder.need("anything", lambda block: None)
+    with pytest.raises(UnsupportedModelError, match=r"^x can't be served for Mistral\w+, whose block 0 \(sliding"):
+        decoder.need("x", lambda block: block.attention)
 
 
 def test_a_kind_of_block_that_is_unknown_is_named() -> None:

@@ -71,6 +71,7 @@ __all__ = [
     "SynthIDTextWatermarkLogitsProcessor",
     "TikTokenConverter",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "asks_registry",
     "attention_function",
     "attention_implementation",
     "attention_names",
@@ -253,6 +254,13 @@ def attention_function(implementation: str, module: nn.Module) -> Callable[..., 
     if function is None:
         raise UnsupportedModelError(f"{type(module).__name__} has no eager_attention_forward beside it; use sdpa")
     return function  # type: ignore[no-any-return]
+
+
+def asks_registry(module: nn.Module) -> bool:
+    """Whether a module's ``forward`` looks its attention function up in transformers' registry."""
+    # What a decorator stands in front of, as those do that rename arguments.
+    forward = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
 def register_attention(name: str, function: Callable[..., Any], like: str) -> None:

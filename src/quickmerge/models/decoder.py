@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,10 +15,17 @@ from transformers import PreTrainedModel
 
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.models.attachment import aside, stands_aside
-from quickmerge.models.compat import attention_function, attention_implementation, make_mask, register_attention
+from quickmerge.models.compat import (
+    asks_registry,
+    attention_function,
+    attention_implementation,
+    make_mask,
+    register_attention,
+)
+from quickmerge.models.traits import SLIDING, BlockTraits, attention_of, block_traits, declared_type, window_of
 
 FAMILIES = ("gemma3_text", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
-"""``config.model_type`` of the families that the committed matrix (tests/merge/matrix.json) proves."""
+"""``config.model_type`` of families that the committed matrix (tests/merge/matrix.json) goes through cell by cell."""
 
 PREFIX = "quickmerge_"
 """How our names in transformers' attention registry begin."""
@@ -29,13 +36,24 @@ IMPLEMENTATIONS = ("eager", "sdpa")
 
 @dataclass(frozen=True)
 class Decoder:
-    """The base decoder of a causal LM: its blocks, their attention modules, and each block's sliding window."""
+    """The base decoder of a causal LM: its blocks, and what each of them is.
+
+    Attributes:
+        model: the language model, with its head.
+        base: the decoder in it.
+        layers: its blocks.
+        attentions: the self-attention module of each block; None for a block without attention, or with one that asks
+            no function of transformers' registry.
+        windows: the sliding window of each block in positions; None for every other kind of block, see ``traits``.
+        traits: what each block is.
+    """
 
     model: PreTrainedModel
     base: nn.Module
     layers: nn.ModuleList
-    attentions: tuple[nn.Module, ...]
+    attentions: tuple[nn.Module | None, ...]
     windows: tuple[int | None, ...]
+    traits: tuple[BlockTraits, ...]
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -55,6 +73,53 @@ class Decoder:
         """The attention implementation that the model runs, one of `IMPLEMENTATIONS`, whoever watches it."""
         return attention_implementation(self.config).removeprefix(PREFIX)
 
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The blocks with attention that can be watched, from the bottom up."""
+        return tuple(i for i, module in enumerate(self.attentions) if module is not None)
+
+    def attention_in(self, layer: int) -> nn.Module:
+        """The attention module of a block.
+
+        Raises:
+            UnsupportedModelError: if it has none that can be watched.
+        """
+        module = self.attentions[layer]
+        if module is None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has no attention in block {layer} ({self.traits[layer].declared}) that "
+                "asks a function of transformers' registry, one was looked for"
+            )
+        return module
+
+    def below(self, layer: int, count: int) -> tuple[int, ...]:
+        """The nearest ``count`` blocks with attention below a block, from the bottom up; fewer where there are fewer.
+
+        Blocks that borrow the keys and values of others have no statistics of their own and don't count.
+        """
+        if count <= 0:
+            return ()
+        return tuple(i for i in self.attending if i < layer and not self.traits[i].shares)[-count:]
+
+    def need(self, what: str, lacks: Callable[[BlockTraits], str | None], blocks: Iterable[int] | None = None) -> None:
+        """Refuse a model for the traits of its blocks.
+
+        Args:
+            what: that can't be, as in ``"multipole attention"``.
+            lacks: the trait of a block that is the reason, in words that go behind "has"; None where it will do.
+            blocks: that are asked; default: all.
+
+        Raises:
+            UnsupportedModelError: naming the model, the block and the trait.
+        """
+        for i in range(len(self)) if blocks is None else blocks:
+            why = lacks(self.traits[i])
+            if why is not None:
+                raise UnsupportedModelError(
+                    f"{what} can't be served for {type(self.model).__name__}, whose block {i} "
+                    f"({self.traits[i].declared}) has {why}"
+                )
+
 
 def find_decoder(model: PreTrainedModel, shared: bool = False) -> Decoder:
     """Find the decoder blocks of ``model`` by structure.
@@ -64,21 +129,28 @@ def find_decoder(model: PreTrainedModel, shared: bool = False) -> Decoder:
         shared: whether it may be inside a run already, whose attention another one may share.
 
     Raises:
-        UnsupportedModelError: naming the class and what was looked for, if the family is not one of `FAMILIES`,
-            the blocks or their attention can't be found, or the attention implementation is not one of
-            `IMPLEMENTATIONS`.
+        UnsupportedModelError: naming the class and what was looked for, if the model is no causal language model, its
+            blocks or their attention can't be found, or the attention implementation is not one of `IMPLEMENTATIONS`.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    name, base = type(model).__name__, model.base_model
-    kind = getattr(base.config, "model_type", None)
-    if base is model or not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+    name, base = type(model).__name__, _base_of(model)
+    if base is None or not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{name} has no language-model head on a base decoder, which merging needs")
-    if kind not in FAMILIES:
-        raise UnsupportedModelError(
-            f"{name} (model_type {kind!r}) is not supported: merging is proven for {', '.join(FAMILIES)}"
-        )
     return read_decoder(model, base, shared)
+
+
+def _base_of(model: PreTrainedModel) -> Any:
+    """The decoder inside of a language model: what holds a list of blocks; else the base model, or None."""
+    inner = [m for m in (model.base_model, model.get_decoder(), *model.children()) if isinstance(m, PreTrainedModel)]
+    inner = [m for m in inner if m is not model]
+    return next((m for m in inner if _stacks(m)), next(iter(inner), None))
+
+
+def _stacks(base: Any) -> list[nn.ModuleList]:
+    """The lists of as many modules as the decoder ``base`` has blocks."""
+    depth = getattr(base.config, "num_hidden_layers", None)
+    return [m for m in base.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
 
 
 def read_decoder(model: PreTrainedModel, base: Any, shared: bool = False) -> Decoder:
@@ -87,20 +159,50 @@ def read_decoder(model: PreTrainedModel, base: Any, shared: bool = False) -> Dec
     Raises:
         UnsupportedModelError: see `find_decoder`.
     """
-    name = type(model).__name__
-    stacks = [m for m in base.children() if isinstance(m, nn.ModuleList) and len(m) == base.config.num_hidden_layers]
+    name, config = type(model).__name__, base.config
+    stacks = _stacks(base)
     if len(stacks) != 1:
-        raise UnsupportedModelError(f"{name} has {len(stacks)} lists of decoder blocks, exactly one was looked for")
+        depth = getattr(config, "num_hidden_layers", None)
+        raise UnsupportedModelError(
+            f"{name} has {len(stacks)} lists of decoder blocks, exactly one was looked for, of "
+            f"num_hidden_layers={depth} modules: {_instead(base)}"
+        )
     layers = stacks[0]
-    attentions = []
-    for block in layers:
-        found = [m for m in block.children() if hasattr(m, "layer_idx")]
-        if len(found) != 1:
-            raise UnsupportedModelError(f"{name} has a block with {len(found)} attention modules, one was looked for")
-        attentions.append(found[0])
-    check_attention(name, base.config, shared)
-    windows = tuple(layer_window(base.config, i) for i in range(len(layers)))
-    return Decoder(model, base, layers, tuple(attentions), windows)
+    for i, block in enumerate(layers):
+        asking = [m for m in block.modules() if asks_registry(m) and hasattr(m, "layer_idx")]
+        if len(asking) > 1:
+            raise UnsupportedModelError(
+                f"{name} has {len(asking)} attention modules in block {i} "
+                f"({', '.join(type(m).__name__ for m in asking)}), one at most was looked for: attention to an encoder "
+                "and blocks of several attentions can't be served"
+            )
+    attentions = tuple(attention_of(block) for block in layers)
+    both = [m for m in attentions if m is not None and getattr(m, "is_causal", True) is False]
+    if both:
+        raise UnsupportedModelError(
+            f"{name} reads text in both directions ({type(both[0]).__name__} is not causal), a decoder was looked for"
+        )
+    if not any(attentions):
+        kinds = sorted({str(t.attention or t.memory) for t in block_traits(base, layers, attentions)})
+        raise UnsupportedModelError(
+            f"{name} has no block whose attention asks a function of transformers' registry, one at least was looked "
+            f"for, as merging goes by queries and keys: its blocks are of {', '.join(kinds)}"
+        )
+    check_attention(name, config, shared)
+    traits = tuple(block_traits(base, layers, attentions))
+    windows = tuple(t.window if t.attention == SLIDING else None for t in traits)
+    return Decoder(model, base, layers, attentions, windows, traits)
+
+
+def _instead(base: nn.Module) -> str:
+    """What there is where no list of decoder blocks was found, in words."""
+    inner = [m for m in base.modules() if asks_registry(m)]
+    if any(getattr(m, "is_causal", True) is False for m in inner):
+        return "it reads text in both directions, as encoders do"
+    lists = [
+        n for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and any(map(asks_registry, m.modules()))
+    ]
+    return f"its blocks stand in {', '.join(lists)}" if lists else "it is built otherwise"
 
 
 def check_attention(name: str, config: Any, shared: bool = False) -> None:
@@ -123,18 +225,13 @@ def layer_window(config: Any, layer: int) -> int | None:
     Raises:
         UnsupportedModelError: for a block type that is neither full nor sliding attention.
     """
-    types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if types is None:
-        return window
-    if types[layer] == "full_attention":
-        return None
-    if types[layer] == "sliding_attention":
-        return window
-    raise UnsupportedModelError(
-        f"{config.model_type} block {layer} is of type {types[layer]!r}; "
-        "full_attention and sliding_attention are allowed"
-    )
+    declared = declared_type(config, layer)
+    if declared not in ("full_attention", "sliding_attention"):
+        raise UnsupportedModelError(
+            f"{config.model_type} block {layer} is of type {declared!r}; "
+            "full_attention and sliding_attention are allowed"
+        )
+    return window_of(config, layer)
 
 
 # Standing in front of a model's attention function, through transformers' attention registry.
@@ -258,9 +355,9 @@ def check_trees(model: nn.Module) -> None:
                 raise UnsupportedModelError(f"{type(model).__name__} can't read draft trees here: {why}")
 
 
-def check_free(model: nn.Module, attentions: Sequence[nn.Module], watcher: Watcher | type[Watcher]) -> None:
+def check_free(model: nn.Module, attentions: Sequence[nn.Module | None], watcher: Watcher | type[Watcher]) -> None:
     """Raise UnsupportedModelError if a run that doesn't share the attention with this one is attached to a module."""
-    there = {id(other): other for module in attentions for other, _ in _WATCHED.get(module, ())}
+    there = {id(other): other for module in attentions if module is not None for other, _ in _WATCHED.get(module, ())}
     if not all(_together(watcher, other) for other in there.values()):
         both = any(computes(w) for w in (watcher, *there.values()))
         why = ", and only merging in prefix mode shares the attention with multipole attention" if both else ""
@@ -279,13 +376,13 @@ def watch(decoder: Decoder, watcher: Watcher) -> Callable[[], None]:
 
 
 def watch_modules(
-    model: PreTrainedModel, attentions: Sequence[nn.Module], watcher: Watcher, config: Any = None
+    model: PreTrainedModel, attentions: Sequence[nn.Module | None], watcher: Watcher, config: Any = None
 ) -> Callable[[], None]:
     """Route the attention of some modules of ``model`` through ``watcher``, the i-th as layer i.
 
     Args:
         model: what holds the modules and is told to use our function.
-        attentions: the modules that call the attention function, in order.
+        attentions: the modules that call the attention function, in order; None for a layer that calls none.
         watcher: what is called.
         config: the configuration that names the attention function; default: the model's.
 
@@ -301,15 +398,17 @@ def watch_modules(
         register_attention(PREFIX + each, _front(each), like=each)
     model.set_attn_implementation(Ours(PREFIX + implementation))
     for layer, module in enumerate(attentions):
+        if module is None:
+            continue
         others, own = _WATCHED.get(module, ()), ((watcher, layer),)
         _WATCHED[module] = others + own if computes(watcher) else own + others
 
     def undo() -> None:
-        for module in attentions:
+        for module in filter(None, attentions):
             left = tuple(pair for pair in _WATCHED.pop(module, ()) if pair[0] is not watcher)
             if left:
                 _WATCHED[module] = left
-        if not any(module in _WATCHED for module in attentions):
+        if not any(module in _WATCHED for module in filter(None, attentions)):
             model.set_attn_implementation(implementation)
 
     return undo

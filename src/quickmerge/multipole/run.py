@@ -25,6 +25,7 @@ from quickmerge.models.decoder import (
     watch,
 )
 from quickmerge.models.rotary import Rotary
+from quickmerge.models.traits import not_plain
 from quickmerge.models.vlm import check_kind, find_vlm_decoder, has_grid_places, holds_vlm, unwrapped
 from quickmerge.multipole.attend import attend_and_count
 from quickmerge.multipole.cache import MultipoleCache, MultipoleLayer, Tally, refresh
@@ -75,6 +76,7 @@ def multipole(model: PreTrainedModel, settings: Multipole | None = None, **optio
         raise UnsupportedModelError(
             f"space must be 'rotated' for {type(model).__name__}, whose visual tokens have places in a grid"
         )
+    decoder.need("multipole attention", not_plain)
     check_free(model, decoder.attentions, MultipoleRun)
     return MultipoleRun(decoder, told).warn_if_unused("quickmerge.multipole")
 
@@ -177,7 +179,7 @@ class MultipoleRun(Attachment):
             cache.layers.append(DynamicLayer())
         held: dict[int, MultipoleLayer] = {}
         for block in self.blocks:
-            layer = cache.layers[self.decoder.attentions[block].layer_idx]
+            layer = cache.layers[self.decoder.attention_in(block).layer_idx]
             if type(layer) is DynamicLayer and layer.get_seq_length() == 0:
                 layer = MultipoleLayer()
             if type(layer) is DynamicLayer:
@@ -193,7 +195,7 @@ class MultipoleRun(Attachment):
             layer.reading = self.settings
             held[block] = layer
         for block, layer in held.items():
-            cache.layers[self.decoder.attentions[block].layer_idx] = layer
+            cache.layers[self.decoder.attention_in(block).layer_idx] = layer
         return held
 
     # In place of the attention -----------------------------------------------------------------------------------
@@ -263,7 +265,7 @@ class MultipoleRun(Attachment):
 
 
 def _rotary_of(decoder: Decoder, layer: int) -> Rotary:
-    return Rotary.of(decoder.base, decoder.attentions[layer], layer, wanted="space must be 'rotated'")
+    return Rotary.of(decoder.base, decoder.attention_in(layer), layer, wanted="space must be 'rotated'")
 
 
 def _check_extras(kwargs: dict[str, Any]) -> None:

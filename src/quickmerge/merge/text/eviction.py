@@ -26,6 +26,7 @@ from quickmerge.merge.text.prefix_call import PrefixCall
 from quickmerge.models.compat import DynamicLayer, DynamicSlidingWindowLayer
 from quickmerge.models.decoder import Decoder
 from quickmerge.models.rotary import Rotary
+from quickmerge.models.traits import not_plain
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Eviction:
 
     def __init__(self, decoder: Decoder, evictor: Evictor, recent: int) -> None:
         self.decoder, self.evictor, self.recent = decoder, evictor, recent
+        decoder.need("eviction from the cache", not_plain)
         self._rotary: list[Rotary] = []
         if evictor.unrotates:
             wanted = f"cache must be another method than {evictor.name}"
@@ -67,8 +69,8 @@ class Eviction:
                 raise UnsupportedModelError(
                     f"{wanted} for {type(decoder.model).__name__}, whose visual tokens have places of their own"
                 )
-            for i, attention in enumerate(decoder.attentions):
-                self._rotary.append(Rotary.of(decoder.base, attention, i, wanted=wanted))
+            for i in range(len(decoder)):
+                self._rotary.append(Rotary.of(decoder.base, decoder.attention_in(i), i, wanted=wanted))
         elif evictor.replays and not decoder.alone:
             raise UnsupportedModelError(
                 f"cache must be another method than {evictor.name} for {type(decoder.model).__name__}: images can't be "
