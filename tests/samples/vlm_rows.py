@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quickmerge.models.compat import image_text_names
 
-BOS, EOS, IMAGE, VIDEO, START, END = 1, 2, 90, 91, 88, 89
+BOS, EOS, IMAGE, VIDEO, SOUND, START, END = 1, 2, 90, 91, 92, 88, 89
 WORDS = (3, 80)
 DEPTH = 4
 SIDE, PATCH, MERGE = 56, 7, 2
@@ -31,7 +31,7 @@ TEXT: dict[str, Any] = {
     "qk_head_dim": 8, "sliding_window": 64, "mlp_dim": 48, "n_shared_experts": 1, "first_k_dense_replace": 1,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "global_head_dim": 8,
-    "num_global_key_value_heads": 2, "moe_num_experts": 4, "moe_k": 2,
+    "num_global_key_value_heads": 2, "text_hidden_size": 32, "moe_num_experts": 4, "moe_k": 2,
 }  # fmt: skip
 """Settings of a language model, and of what has no other."""
 
@@ -62,7 +62,7 @@ def small(config: Any, table: dict[str, Any]) -> dict[str, Any]:
         elif key in IDS:
             out[key] = IDS[key]
         elif key.endswith("token_id") and isinstance(value, int) and value >= 97:
-            out[key] = END if "end" in key or key.startswith("eo") else START
+            out[key] = SOUND if "audio" in key else END if "end" in key or key.startswith("eo") else START
         elif key in table and value is not None and not isinstance(value, (list, tuple, dict)):
             out[key] = table[key]
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
@@ -102,6 +102,8 @@ def build(family: str, attn: str = "sdpa", seed: int = 0) -> Any:
             raise
         torch.manual_seed(seed)
         model = cls._from_config(config, attn_implementation="eager").eval()
+    if next(model.parameters()).is_meta:
+        return model
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # What begins at nothing, such as a newline or a gate, shall be seen.
@@ -157,7 +159,8 @@ def images(model: Any, family: str, which: list[int]) -> dict[str, Any]:
 def count(model: Any, family: str, i: int) -> int:
     """How many placeholders an image needs."""
     given = {k: v for k, v in images(model, family, [i]).items() if k in takes(model)}
-    made = model.base_model.get_image_features(**given).pooler_output
+    out = model.base_model.get_image_features(**given)
+    made = out.last_hidden_state if out.pooler_output is None else out.pooler_output
     each = [made] if isinstance(made, Tensor) else list(made)
     return sum(x.shape[:-1].numel() for x in each)
 
@@ -320,6 +323,18 @@ def _marked(model: Any, which: list[int], noise: torch.Generator) -> dict[str, A
     return {**_one_row(model, which, noise), "pixel_attention_mask": torch.ones(1, len(which), dtype=torch.bool)}
 
 
+def _flat(model: Any, which: list[int], noise: torch.Generator) -> dict[str, Any]:
+    """Flattened patches, without a tower."""
+    return {"pixel_values": torch.randn(3, 9, 3 * model.config.patch_size**2, generator=noise)[which]}
+
+
+def _asked(model: Any, which: list[int], noise: torch.Generator) -> dict[str, Any]:
+    """Images, and the question that a query transformer is told."""
+    side = model.config.vision_config.image_size
+    ids = torch.randint(*WORDS, (3, 5), generator=noise)
+    return {"pixel_values": torch.randn(3, 3, side, side, generator=noise)[which], "qformer_input_ids": ids[which]}
+
+
 def _row_tiles(model: Any, which: list[int], noise: torch.Generator) -> dict[str, Any]:
     side = model.config.vision_config.image_size
     pixels = torch.randn(3, 1, 3, side, side, generator=noise)[which]
@@ -333,6 +348,11 @@ _MOSAIC = {"pixels": _crops, "config": {"image_grid_pinpoints": _PINPOINTS}}
 _GLM = {"config": {**_grid_text(head_dim=8, rope_parameters={**ROPE, "partial_rotary_factor": 1.0})}}
 _QWEN3 = {"config": {**_grid_text(), "vision_config": {"deepstack_visual_indexes": [0, 1]}}}
 _SQUARES = {"vision_config": {"fullatt_block_indexes": [1], "window_size": 28}}
+_OMNI = {
+    "vision_start_token_id": START, "vision_end_token_id": END,
+    "audio_config": {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+                     "output_dim": 32, "downsample_hidden_size": 8},
+}  # fmt: skip
 _BOTH = {kind: dict(ROPE) for kind in ("full_attention", "sliding_attention")}
 _CODES = {"<image>": IMAGE, **{f"IMGIMG{chr(65 + i % 26)}{chr(65 + i // 26)}Z": 3 + i for i in range(64)}}
 _GEMMA4 = {
@@ -351,7 +371,7 @@ OWN |= {
     "deepseek_ocr2": {"config": {"text_config": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense"] * DEPTH}}},
     "deepseek_vl_hybrid": {"pixels": _twice},
     "dots3_note": {"config": {"text_config": {"num_key_value_heads": 4}}},
-    "emu3": {"config": {"vocabulary_map": _CODES}},
+    "emu3": {"config": {"vocabulary_map": _CODES, "vq_config": {"hidden_size": 128}}, "sizes": [(SIDE, SIDE)] * 3},
     "ernie4_5_vl_moe": {"config": {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]},
                                                    "moe_intermediate_size": [16, 16]}}},
     "exaone4_5": {"config": _SQUARES},
@@ -372,7 +392,9 @@ OWN |= {
     "hyperclovax_vision_v2": {"config": _SQUARES},
     "idefics2": {"pixels": _one_row, "group": _tiled},
     "idefics3": {"pixels": _one_row, "group": _tiled},
-    "kimi_k25": {"width": (3, PATCH, PATCH), "config": {"vision_config": {"projection_hidden_size": 32}}},
+    "kimi_k25": {"width": (3, PATCH, PATCH), "config": {"projection_hidden_size": 32}},
+    "fuyu": {"pixels": _flat},
+    "instructblip": {"pixels": _asked},
     "lighton_ocr": {"pixels": _varied}, "mistral3": {"pixels": _varied},
     "lfm2_vl": {"pixels": _shaped, "config": {"text_config": {"layer_types": ["full_attention"] * DEPTH}}},
     "llava": {"sizes": None},
@@ -385,10 +407,10 @@ OWN |= {
     "paligemma": {"config": {"projection_dim": 32, "vision_config": {"projection_dim": 32}}},
     "perception_lm": {"config": {"vision_config": {**_CLIP, "model_args": {"embed_dim": 32}}}, "pixels": _row_tiles},
     "qianfan_ocr": {},
-    "qwen2_5_omni_thinker": {"config": {**_grid_text(), **_SQUARES}},
+    "qwen2_5_omni_thinker": {"config": {**_grid_text(), **_SQUARES, **_OMNI}},
     "qwen2_5_vl": {"config": {**_grid_text(), **_SQUARES}},
     "qwen2_vl": {"config": _grid_text()},
-    "qwen3_omni_moe_thinker": _QWEN3,
+    "qwen3_omni_moe_thinker": {"config": {**_QWEN3["config"], **_OMNI}},
     "qwen3_vl": _QWEN3, "qwen3_vl_moe": _QWEN3,
     "qwen4_exp": {"config": {"text_config": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
                                              "indexer_budget": 16, "indexer_compress_ratio": 4}}},
@@ -400,3 +422,12 @@ OWN |= {
 
 
 FAMILIES = sorted(image_text_names())
+
+UNBUILT: dict[str, str] = {}
+"""Rows of which no small model can be built here, and why."""
+
+
+def reads_text_alone(model: Any) -> bool:
+    """Whether the model can be called without images."""
+    needed = [p.name for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty]
+    return not any(name.startswith(("pixel", "qformer")) for name in needed)

@@ -16,6 +16,7 @@ from quickmerge.errors import UnsupportedModelError
 from quickmerge.models.compat import is_timm
 from quickmerge.models.decoder import FAMILIES, Decoder, check_attention, read_decoder
 from quickmerge.models.encoder import VISION_FAMILIES, Encoder, find_encoder, holds_encoder, read_encoder
+from quickmerge.models.traits import not_plain
 
 SQUARES = ("scale_factor", "spatial_merge_size")
 """Settings that say how many patches a visual token spans in each direction."""
@@ -45,14 +46,12 @@ class Family:
 
     ``mrope`` is True where visual tokens have places in three directions, ``raster`` where the patches of a packed
     sequence are in the order of lines, not of squares, and ``mosaic`` where crops of an image are put together again.
-    ``separators`` says that the model may put vectors of its own, such as newlines, between those of an image.
     """
 
     layout: str
     mrope: bool = False
     raster: bool = False
     mosaic: bool = False
-    separators: bool = False
 
 
 class Seeing(NamedTuple):
@@ -134,12 +133,12 @@ def find_vlm(model: PreTrainedModel, shared: bool = False) -> Vlm:
     base, text = _parts(model)
     name = type(model).__name__
     decoder = read_decoder(model, text, shared)
+    decoder.need("reducing visual tokens", not_plain)
     towers = _towers(base, text)
     tower = towers[0] if towers else None
     mrope = hasattr(base, "get_rope_index")
-    separators = any(each is not None and each.ndim == 1 for each in base._parameters.values())
     if not any(True for each in towers for _ in _blocks(each)):
-        return Vlm(model, base, decoder, Family("closed", mrope, separators=separators), tower, None, -1, 1, None)
+        return Vlm(model, base, decoder, Family("closed", mrope), tower, None, -1, 1, None)
     for each in towers:
         check_attention(name, each.config)
     found = None
@@ -147,7 +146,7 @@ def find_vlm(model: PreTrainedModel, shared: bool = False) -> Vlm:
         found = _patches(model, base, decoder, tower, mrope) or _squares(model, base, decoder, tower, mrope)
     if found is not None:
         return found
-    family = Family("traced", mrope, separators=separators)
+    family = Family("traced", mrope)
     blocks = tuple(Seeing(each, *pair) for each in towers for pair in _blocks(each))
     return Vlm(model, base, decoder, family, tower, None, -1, 1, None, blocks)
 
@@ -203,14 +202,14 @@ def _parts(model: PreTrainedModel) -> tuple[Any, Any]:
         model.config.get_text_config(), "is_encoder_decoder", False
     ):
         raise _refuse(name, "it is an encoder-decoder model, whose encoder reads the image features")
-    crossing = next((each for each, _ in model.named_modules() if _crosses(each)), None)
+    words = model.get_input_embeddings()
+    crossing = next((each for each, _ in model.named_modules() if _crosses(model, each, words)), None)
     if crossing is not None and not hasattr(base, FEATURES):
         raise _refuse(name, f"its language model reads image features by cross-attention (in {crossing})")
     if not hasattr(base, FEATURES):
         raise _refuse(name, f"its base model has no {FEATURES}, which tells what takes the place of placeholders")
     if placeholder(model.config) is None:
         raise _refuse(name, "its configuration names no image_token_id, so there are no placeholders to be found by")
-    words = model.get_input_embeddings()
     for module in base.modules():
         if module is base or not isinstance(module, PreTrainedModel):
             continue
@@ -220,8 +219,13 @@ def _parts(model: PreTrainedModel) -> tuple[Any, Any]:
     raise _refuse(name, f"its base model {why}, and nothing can be taken out between image features and blocks")
 
 
-def _crosses(name: str) -> bool:
-    return any(part in name.rpartition(".")[2] for part in ("cross_attn", "crossattention", "encoder_attn"))
+def _crosses(model: nn.Module, name: str, words: nn.Module) -> bool:
+    """Whether a module attends to what is not in the text, inside of a part that reads words."""
+    if not any(part in name.rpartition(".")[2] for part in ("cross_attn", "crossattention", "encoder_attn")):
+        return False
+    outer = name.split(".")[:-1]
+    holders = [model.get_submodule(".".join(outer[: i + 1])) for i in range(len(outer))]
+    return any(each is words for holder in holders for each in holder.modules())
 
 
 def _stack(module: Any) -> bool:

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.visual.made_of import Making, made_of
 from quickmerge.merge.visual.tower import TRIED, Grid, Seen, TowerWatch, joined, layout_of, squares, window_order_of
-from quickmerge.models.attachment import stand_in
+from quickmerge.models.attachment import stand_in, stands_aside
 from quickmerge.models.vlm import Vlm
 
 OWN = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -82,6 +82,8 @@ class FeatureWatch:
 
         @functools.wraps(made)
         def features(*args: Any, **kwargs: Any) -> Any:
+            if stands_aside():
+                return made(*args, **kwargs)
             inputs = signature.bind_partial(*args, **kwargs).arguments
             for name in OWN:
                 own = getattr(self.vlm.config, name, None)
@@ -136,19 +138,19 @@ class FeatureWatch:
         tower.begin(self._making(inputs, make) if tower.layout in ("traced", "closed") else None)
 
     def _making(self, inputs: dict[str, Any], make: Callable[[], Any]) -> Making | None:
-        """How the patches at hand become visual tokens; None where nobody asks.
+        """How the patches at hand become visual tokens; None where it can't be told and nobody asks.
 
         It is found out once for images of the same shapes, at the price of encoding these twice.
 
         Raises:
-            UnsupportedModelError: saying why it can't be told.
+            UnsupportedModelError: saying why it can't be told, where somebody asks.
         """
-        if not self.tower.asks and not self.vlm.family.separators:
-            return None
         key = tuple((name, _shape(value)) for name, value in sorted(inputs.items()))
         if key not in self._makings:
             self._makings[key] = made_of([each.block for each in self.vlm.blocks], make)
         making = self._makings[key]
+        if making.why and not self.tower.asks:
+            return None
         if making.why:
             raise UnsupportedModelError(
                 f"reducer asks which patches the visual tokens of {type(self.vlm.model).__name__} are made of, and "
@@ -194,9 +196,9 @@ class FeatureWatch:
             known: list[Piece] = self._known[vectors]
             return known
         hands_on = self.tower.beside is not None and not self.tower.beside.unmerge
-        newlines = self.vlm.family.mosaic or self.vlm.family.separators
+        newlines = self.vlm.family.mosaic or self.tower.layout == "traced"
         if self.tower.asks or hands_on or newlines:
-            reason = "the reducer reads what the vision tower computes" if self.tower.asks else "they hold newlines too"
+            reason = "the reducer reads what the vision tower computes" if self.tower.asks else "which of them are newlines can't be told"
             reason = "they tell which patches were merged in the vision tower" if hands_on else reason
             raise QuickmergeError(
                 f"mm_encoder_outputs must come from the model's get_image_features inside the run, since {reason}; got "
