@@ -30,11 +30,13 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"num_hidden_layers|n_layers?|num_layers|num_blocks|(num_)?(en|de)coder_layers", DEPTH),
     (r"(num_)?(.*_)?attention_heads|n_heads?|num_heads", 4),
     (r"(.*_)?num_(key_value|kv)_heads|num_global_key_value_heads", 2),
-    (r"(.*_)?head_dim|kv_channels|d_head|dim_head|attention_head_size", 8),
     (r"kv_lora_rank|q_lora_rank|o_lora_rank", 16),
     (r"qk_rope_head_dim|rotary_dim", 4),
     (r"qk_nope_head_dim", 8),
     (r"v_head_dim", 6),
+    (r"mamba_n_heads|mamba_num_heads", 4),
+    (r"mamba_d_head|mamba_head_dim", 16),
+    (r"(.*_)?head_dim|kv_channels|d_head|dim_head|attention_head_size", 8),
     (r"(moe_)?num_(local_)?experts|n_routed_experts|zero_expert_num", 4),
     (r"num_experts_per_tok(en)?|moe_k|moe_topk", 2),
     (r"n_group|topk_group|num_expert_group", 1),
@@ -42,8 +44,6 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"attention_chunk_size", 16),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|model_max_length"
      r"|original_max_position_embeddings|max_target_positions", 512),
-    (r"mamba_n_heads|mamba_num_heads", 4),
-    (r"mamba_d_head|mamba_head_dim", 16),
     (r"mamba_d_ssm", 64),
     (r"(mamba_d_|ssm_)?state(_size)?", 8),
     (r"mamba_n_groups|n_groups", 1),
@@ -60,10 +60,62 @@ _RULES: tuple[tuple[str, Any], ...] = (
 )  # fmt: skip
 """What a setting becomes, by its name; the first that fits."""
 
+_LEFT_OUT = ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
+"""Settings that some classes have without a default that would do."""
+
 _TYPES = ("layer_types", "mlp_layer_types", "layers_block_type")
 """Settings that name the kind of each block: each kind that the default names, in turn."""
 
-EXCEPTIONS: dict[str, dict[str, Any]] = {}
+_FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
+_DECODER: dict[str, Any] = {"decoder_ffn_dim": 48, "decoder_attention_heads": 4, "encoder_attention_heads": 4}
+
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "blenderbot-small": {"decoder_layers": DEPTH},
+    "cohere_compass_text": {"rope_parameters": {_FULL: {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots1": {"n_shared_experts": 1},
+    "dory": {
+        "num_hidden_layers": 6,
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+        "layer_types": [_SLIDING, _FULL] * 3,
+    },
+    "dots3_note_text": {"per_layer_config": None},
+    "gemma3n_text": {
+        "num_hidden_layers": 6,
+        "layer_types": [_SLIDING, _FULL] * 3,
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 4,
+        "intermediate_size": 48,
+        "activation_sparsity_pattern": None,
+    },
+    "gemma4_text": {"num_hidden_layers": 6, "layer_types": [_SLIDING, _FULL] * 3, "num_kv_shared_layers": 2},
+    "gemma4_unified_text": {"num_hidden_layers": 6, "layer_types": [_SLIDING, _FULL] * 3, "num_kv_shared_layers": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], DEPTH // 2]]},
+    "granitemoehybrid": {"layer_types": [_LINEAR, _FULL] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "laguna": {"layer_types": [_SLIDING, _FULL] * 2},
+    "lfm2": {"layer_types": ["conv", _FULL] * 2},
+    "lfm2_moe": {"layer_types": ["conv", _FULL] * 2, "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8},
+    "mellum": {"layer_types": [_SLIDING, _FULL] * 2},
+    "minimax_m3_vl_text": {"layer_types": [_FULL, "minimax_m3_sparse"] * 2},
+    "nemotron_h": {"layers_block_type": [_LINEAR, _FULL, "moe", _LINEAR, _FULL, "mlp"]},
+    "qwen4_exp_text": {"indexer_compress_ratio": 2, "indexer_token_budget": 8},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "reformer": {"is_decoder": True},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_headdim": 8},
+    "zaya": {"num_experts_per_tok": 1},
+    **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "marian", "mbart", "mvp", "pegasus", "plbart"), _DECODER),
+    "whisper": _DECODER,
+}
 """What the rule doesn't find, by family."""
 
 
@@ -75,15 +127,17 @@ def _shrunk(default: Any, depth: int = DEPTH) -> dict[str, Any]:
             kinds = list(dict.fromkeys(value))
             told[name] = [kinds[i % len(kinds)] for i in range(depth)]
             continue
-        if value is None or isinstance(value, (bool, str, list, dict)):
+        if (value is None and name not in _LEFT_OUT) or isinstance(value, (bool, str, list, dict)):
             continue
         for pattern, size in _RULES:
             if re.fullmatch(pattern, name):
                 told[name] = size
                 break
     # In latent attention `head_dim` is what is rotated.
-    if "qk_rope_head_dim" in told and "head_dim" in told:
-        told["head_dim"] = told["qk_rope_head_dim"]
+    if "qk_rope_head_dim" in told:
+        told["num_key_value_heads"] = told["num_attention_heads"]
+        if "head_dim" in told:
+            told["head_dim"] = told["qk_rope_head_dim"]
     told |= {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0}
     return told
 
@@ -99,11 +153,14 @@ def config_of(family: str, **more: Any) -> Any:
     kind = CONFIG_MAPPING[family]
     default = kind()
     text = default.get_text_config(decoder=True)
+    # Of an encoder-decoder that is the same configuration under other names.
+    text = default if type(text) is kind else text
+    family = family if type(text) is kind else text.model_type
     return type(text)(**{**_shrunk(text), **EXCEPTIONS.get(family, {}), **more})
 
 
-def build(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0, **more: Any) -> Any:
-    """A random model of a family, in eval mode."""
+def build(family: str, attn: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0, **more: Any) -> Any:
+    """A random model of a family, in eval mode; with sdpa where its class has it, unless told otherwise."""
     config = config_of(family, **more)
     kind = getattr(transformers, causal_lm_names()[family])
     with torch.device("meta"):
@@ -111,6 +168,7 @@ def build(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, s
     if size > LARGEST:
         raise TooLargeError(f"{size / 1e6:.0f} million parameters")
     torch.manual_seed(seed)
+    attn = ("sdpa" if kind._supports_sdpa else "eager") if attn is None else attn
     model = kind._from_config(config, attn_implementation=attn)
     return model.to(dtype).eval()
 

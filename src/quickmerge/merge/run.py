@@ -16,7 +16,7 @@ from quickmerge.merge.cache.packed import column_bytes, packed_bytes
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.baselines import Uniform
 from quickmerge.models.attachment import Attachment, PerThread, counts, refuse_tracing, stands_aside
-from quickmerge.models.compat import given_cache, returned_cache, without_cache
+from quickmerge.models.compat import CacheLayerMixin, given_cache, returned_cache, without_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, find_decoder, watch
 from quickmerge.models.vlm import Vlm, find_vlm, holds_vlm
 
@@ -181,6 +181,9 @@ def cache_bytes(cache: Cache) -> int:
     """Bytes of all keys and values that a cache holds, and of what it has to know of each entry of a head."""
     total = 0
     for layer in cache.layers:
+        total += memory_bytes(layer)
+        if not isinstance(layer, CacheLayerMixin):
+            continue
         total += getattr(getattr(layer, "heads", None), "bytes", 0)
         if packed_bytes(layer):
             total += packed_bytes(layer)
@@ -191,6 +194,12 @@ def cache_bytes(cache: Cache) -> int:
     return total
 
 
+def memory_bytes(layer: Any) -> int:
+    """Bytes of what a layer of a cache holds of fixed size, however many tokens were read into it."""
+    held = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+    return sum(state.numel() * state.element_size() for state in held if isinstance(state, Tensor))
+
+
 def cache_bytes_full(cache: Cache, tokens: int, windows: tuple[int | None, ...]) -> int:
     """Bytes the same cache would hold with every one of ``tokens`` tokens in every layer.
 
@@ -198,6 +207,9 @@ def cache_bytes_full(cache: Cache, tokens: int, windows: tuple[int | None, ...])
     """
     total = 0
     for layer, window in zip(cache.layers, windows, strict=False):
+        total += memory_bytes(layer)
+        if not isinstance(layer, CacheLayerMixin):
+            continue
         limit = window if getattr(layer, "is_sliding", False) else None
         total += column_bytes(layer) * (tokens if limit is None else min(tokens, limit - 1))
     return total

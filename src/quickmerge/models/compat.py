@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from torch import Tensor, nn
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.cache_utils import (
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        LinearAttentionAndFullAttentionLayer,
+        LinearAttentionAndSlidingWindowAttentionLayer,
+    )
     from transformers.convert_slow_tokenizer import TikTokenConverter
     from transformers.generation import (
         AlternatingCodebooksLogitsProcessor,
@@ -65,6 +70,8 @@ __all__ = [
     "EncoderRepetitionPenaltyLogitsProcessor",
     "GenerateDecoderOnlyOutput",
     "GenerationMode",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
     "LlamaDecoderLayer",
     "ModelOutput",
     "PrefixConstrainedLogitsProcessor",
@@ -93,6 +100,7 @@ __all__ = [
     "make_mask",
     "own_model",
     "register_attention",
+    "reshapes_output",
     "returned_cache",
     "rotation",
     "sentencepiece_available",
@@ -110,7 +118,11 @@ CLASSES = {
     "BaseStreamer": "transformers.generation.streamers",
     "ClassifierFreeGuidanceLogitsProcessor": "transformers.generation",
     "Conv1D": "transformers.pytorch_utils",
+    "CacheLayerMixin": "transformers.cache_utils",
+    "DynamicIndexedLayer": "transformers.cache_utils",
     "DynamicLayer": "transformers.cache_utils",
+    "LinearAttentionAndFullAttentionLayer": "transformers.cache_utils",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "transformers.cache_utils",
     "DynamicSlidingWindowLayer": "transformers.cache_utils",
     "EncoderNoRepeatNGramLogitsProcessor": "transformers.generation",
     "EncoderRepetitionPenaltyLogitsProcessor": "transformers.generation",
@@ -261,6 +273,12 @@ def asks_registry(module: nn.Module) -> bool:
     # What a decorator stands in front of, as those do that rename arguments.
     forward = inspect.unwrap(type(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def reshapes_output(base: nn.Module) -> bool:
+    """Whether a decoder gives what its last block gives the shape of the tokens that entered, as GPT-2 does."""
+    forward = inspect.unwrap(type(base).forward)
+    return "output_shape" in getattr(getattr(forward, "__code__", None), "co_varnames", ())
 
 
 def register_attention(name: str, function: Callable[..., Any], like: str) -> None:

@@ -427,6 +427,11 @@ def proportional_attention(
     if isinstance(call, Watched) and computes(call.watcher):
         return call(module, *args, **kwargs, key_size=size)
     query, key, value = args[:3]
+    if kwargs.get("softcap") is not None:
+        # What bounds the scores would bound the sizes with them, so these go into the mask, which comes behind it.
+        masked = _with_sizes(kwargs.get("attention_mask") if len(args) < 4 else args[3], query, size)
+        rest = {name: value for name, value in kwargs.items() if name != "attention_mask"}
+        return call(module, query, key, value, masked, *args[4:], **rest)
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     precise = torch.promote_types(key.dtype, torch.float32)
@@ -439,6 +444,18 @@ def proportional_attention(
     )
     out, weights = call(module, *wide, *args[3:], **{**kwargs, "scaling": scaling})
     return out[..., :-1], weights
+
+
+def _with_sizes(mask: Tensor | None, query: Tensor, size: Tensor) -> Tensor:
+    """``mask``, ``(B or 1, 1, q, n)`` or None for causal order, with log(size) added as scores are."""
+    q, n = query.shape[2], size.shape[-1]
+    if mask is None:
+        mask = torch.ones(q, n, dtype=torch.bool, device=query.device).tril(n - q)[None, None]
+    if mask.dtype == torch.bool:
+        zero = torch.zeros((), dtype=query.dtype, device=query.device)
+        mask = zero.where(mask, torch.finfo(query.dtype).min)
+    bias = size.clamp_min(1).to(torch.promote_types(mask.dtype, torch.float32)).log().to(mask.dtype)
+    return mask[..., :n] + (bias[:, None, None] if bias.ndim == 2 else bias[:, :, None])
 
 
 def decoder_mask(decoder: Decoder, **settings: Any) -> Any:

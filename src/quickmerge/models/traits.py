@@ -48,6 +48,7 @@ _DECLARED: dict[str, tuple[str | None, str | None]] = {
 
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size")
 _STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
+_BIASES = ("alibi", "position_bias", "relative_distance")
 _SHARED = ("is_kv_shared_layer", "kv_shared_layer_index")
 
 
@@ -95,6 +96,11 @@ class BlockTraits:
     streams: int = 1
     per_layer_input: bool = False
     further: bool = True
+
+    @property
+    def owns(self) -> bool:
+        """Whether it writes keys and values of its own into the cache."""
+        return self.attention is not None and not self.shares
 
     @property
     def plain(self) -> bool:
@@ -226,7 +232,7 @@ def _parallel(block: nn.Module, config: Any) -> bool:
 
 def _positions(base: nn.Module, block: nn.Module) -> str:
     takes = inspect.signature(block.forward).parameters
-    if "alibi" in takes or "position_bias" in takes:
+    if any(name in takes for name in _BIASES):
         return "bias" if getattr(base.config, "alibi", True) else "rotary"
     if "position_embeddings" in takes or any("rotary" in name for name, _ in base.named_modules()):
         return "rotary"

@@ -17,8 +17,17 @@ from quickmerge.merge.cache.packed import Held, Packed, pack, shape_of, unpack
 from quickmerge.merge.run import RunStats
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.models.columns import slide_layer, slide_table, take_tail_of_layer, take_tail_of_table
-from quickmerge.models.compat import DynamicLayer, DynamicSlidingWindowLayer, cache_name
+from quickmerge.models.compat import (
+    CacheLayerMixin,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    cache_name,
+)
 from quickmerge.models.decoder import Decoder, decoder_mask
+from quickmerge.models.traits import CHUNKED, INDEXED
 
 FAR = 2**62
 """A position before and behind all others."""
@@ -119,16 +128,28 @@ class Segment:
             before = zero.where(before, torch.finfo(see.dtype).min)
         return torch.cat([before, see.expand(len(before), -1, -1, -1)], -1)
 
-    def mask(self, decoder: Decoder, layer: int, hidden: Tensor, cache: Cache | None) -> Any:
-        """The attention mask of a block for ``hidden (B, q, D)``, built by the model's own mask builder.
+    def mask(self, decoder: Decoder, layer: int, queries: int, hidden: Tensor, cache: Cache | None) -> Any:
+        """The attention mask of a block for ``queries`` tokens ``hidden``, built by the model's own mask builder.
 
-        Plain causal order over the cache's entries; a sliding window is measured in original positions, since
-        entries are fewer than positions above a merge.
+        Plain causal order over the cache's entries; a sliding window and chunks are measured in original positions,
+        since entries are fewer than positions above a merge.
         """
-        window, q = decoder.windows[layer], hidden.shape[1]
-        past = cache.get_seq_length(layer) if cache is not None else 0
-        kv, offset = cache.get_mask_sizes(q, layer) if cache is not None else (q, 0)
+        traits, q = decoder.traits[layer], queries
+        window, held = decoder.windows[layer], traits.entries or 0
+        past = cache.get_seq_length(held) if cache is not None else 0
+        kv, offset = cache.get_mask_sizes(q, held) if cache is not None else (q, 0)
         function, exotic = None, False
+        # An indexer adds its choice to the mask.
+        whole = traits.attention == INDEXED
+        if traits.attention == CHUNKED:
+            first = torch.where(self.valid, self.position, FAR).amin(-1, keepdim=True)
+            chunk = (self.position - first).div(traits.window or FAR, rounding_mode="floor")
+            exotic = bool((chunk != 0).any())
+            if exotic:
+
+                def function(b: Any, h: Any, i: Any, j: Any) -> Any:
+                    return (j <= i) & (chunk[b, i] == chunk[b, j])
+
         if window is not None:
             place = self.position
             span = torch.where(self.valid, place, place.amax()).amin()
@@ -140,14 +161,14 @@ class Segment:
 
         return decoder_mask(
             decoder,
-            rows=len(hidden),
+            rows=len(self.valid),
             queries=q,
             keys=kv,
             query_offset=past,
             key_offset=offset,
             sees=function,
             valid=self.valid if self.padded else None,
-            skip=not exotic,
+            skip=not (exotic or whole),
             dtype=hidden.dtype,
             device=hidden.device,
         )
@@ -405,6 +426,8 @@ MergedSlidingLayer = _carrying(DynamicSlidingWindowLayer, "MergedSlidingLayer")
 """A layer for sliding-window attention of a cache that a run has filled; its window counts entries."""
 
 _OURS: dict[type, Any] = {DynamicLayer: MergedLayer, DynamicSlidingWindowLayer: MergedSlidingLayer}
+_MORE = (DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+"""Layers that keep more than keys and values, and move that themselves: keys of an indexer, or a memory beside them."""
 
 
 def _ours(kind: type) -> Any:
@@ -412,13 +435,19 @@ def _ours(kind: type) -> Any:
 
     Besides transformers' own layers those can be whose class says so by ``fillable``, as that of multipole attention.
     """
-    if kind not in _OURS and getattr(kind, "fillable", False) and kind not in _OURS.values():
+    known = kind in _MORE or getattr(kind, "fillable", False)
+    if kind not in _OURS and known and kind not in _OURS.values():
         _OURS[kind] = _carrying(kind, "Merged" + kind.__name__)
     return _OURS.get(kind)
 
 
 def _carries(layer: Any) -> bool:
     return type(layer) in _OURS.values()
+
+
+def holding(cache: Cache) -> list[Any]:
+    """The layers of a cache that hold entries for tokens, and no memory of fixed size alone, nor nothing."""
+    return [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
 
 
 def check_fillable(cache: Any) -> None:
@@ -429,7 +458,7 @@ def check_fillable(cache: Any) -> None:
         raise QuickmergeError(
             f"{cache_name()} must be a DynamicCache inside a quickmerge run, got a {type(cache).__name__}"
         )
-    for layer in cache.layers:
+    for layer in holding(cache):
         if not _carries(layer) and _ours(type(layer)) is None:
             raise QuickmergeError(
                 f"{cache_name()} must be a DynamicCache inside a quickmerge run, got layers of type "
@@ -437,10 +466,11 @@ def check_fillable(cache: Any) -> None:
             )
 
 
-def fill(cache: Cache, index: int, state: PromptState, floor: int, gone: int = 0) -> None:
+def fill(cache: Cache, index: int, state: PromptState, floor: int, gone: int = 0, *, moves: bool) -> None:
     """Say that a layer is about to be given the first ``floor`` entries of a prompt, which ``state`` is of.
 
     ``gone`` tokens of the prompt have left in front of the first block, and this one is still of those that read it so.
+    ``moves``: whether it is the one layer that moves what all of them share.
 
     The layer stays the object that it is, since others may hold it too.
     """
@@ -449,7 +479,7 @@ def fill(cache: Cache, index: int, state: PromptState, floor: int, gone: int = 0
     layer = cache.layers[index]
     if not _carries(layer):
         layer.__class__ = _ours(type(layer))
-    layer.prompt, layer.floor, layer.gone, layer.moves, layer.expected = state, floor, gone, index == 0, True
+    layer.prompt, layer.floor, layer.gone, layer.moves, layer.expected = state, floor, gone, moves, True
 
 
 def expect(cache: Cache, index: int) -> None:
@@ -472,8 +502,8 @@ def extend_heads(cache: Cache, index: int, position: Tensor, valid: Tensor) -> H
 
 def state_of(cache: Cache) -> PromptState | None:
     """What a filled cache knows of its prompt; None if it was filled outside of any run in prefix mode."""
-    layers = getattr(cache, "layers", None) or [None]
-    if not all(map(_carries, layers)):
+    layers = holding(cache) if getattr(cache, "layers", None) else []
+    if not layers or not all(map(_carries, layers)):
         return None
     state: PromptState | None = layers[0].prompt
     return state
@@ -481,4 +511,4 @@ def state_of(cache: Cache) -> PromptState | None:
 
 def rows_in(cache: Cache) -> int:
     """How many rows a filled cache holds."""
-    return shape_of(cache.layers[0])[0]
+    return shape_of(holding(cache)[0])[0]

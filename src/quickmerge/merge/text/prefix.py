@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.cache.evictor import Evictor
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.baselines import Uniform
 from quickmerge.merge.run import Run, RunStats
+from quickmerge.merge.text.block_call import BlockArguments, Slots, in_streams, one_stream
+from quickmerge.merge.text.blocks import check_blocks, trace_of
 from quickmerge.merge.text.drafts import apart, joined
 from quickmerge.merge.text.eviction import Again, Eviction
 from quickmerge.merge.text.merged_cache import (
@@ -34,20 +36,18 @@ from quickmerge.merge.text.merged_cache import (
     expect,
     extend_heads,
     fill,
-    pick_columns,
     rows_in,
     state_of,
     tables_of,
 )
 from quickmerge.merge.text.modes import Prefix
-from quickmerge.merge.text.prefix_call import CALL, DRAFTS, PrefixCall, Reading
+from quickmerge.merge.text.prefix_call import CALL, PrefixCall, Reading
 from quickmerge.merge.text.rows import check_one_text, check_padding, plan_rows, protection, special_tokens
 from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.plan import MergePlan, anchors_of
-from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.tokens.view import Evidence, TokenView
 from quickmerge.models.attachment import PerThread, by_name, setting, stands_aside, uncounted, watch_generate
-from quickmerge.models.compat import cache_argument, cache_name, given_cache, returned_cache
+from quickmerge.models.compat import cache_argument, cache_name, given_cache, reshapes_output, returned_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, proportional_attention
 from quickmerge.models.spans import spans, tokenizer_of, within
 
@@ -63,6 +63,7 @@ class PrefixRun(Run):
     _own: PerThread[Reading | None] = PerThread(lambda: None)
     _generating = PerThread(bool)
     _again: PerThread[Again | None] = PerThread(lambda: None)
+    _drafts = PerThread(int)
 
     def __init__(
         self,
@@ -77,6 +78,14 @@ class PrefixRun(Run):
         """What makes the cache smaller when a prompt has been read."""
         self._merges = reducer is not None
         super().__init__(decoder, Uniform(keep=1.0) if reducer is None else reducer)
+        name = type(decoder.model).__name__
+        self.blocks = [
+            BlockArguments(block, traits, name) for block, traits in zip(decoder.layers, decoder.traits, strict=True)
+        ]
+        self._counting = next((t.entries for t in decoder.traits if t.entries is not None and not t.shares), None)
+        """The layer of the cache that tells how much of a text has been read."""
+        self._hands = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(decoder.base.forward).parameters.values())
+        self._reshapes = reshapes_output(decoder.base)
         self._place(self.reducer, schedule, mode)
         self._latest = Reading()
         self._head = inspect.signature(decoder.model.forward)
@@ -85,6 +94,7 @@ class PrefixRun(Run):
         """Set what is done to all tokens of a prompt, and what stays alone."""
         self.schedule = schedule
         stages = [] if schedule is None else schedule.stages(reducer.keep, len(self.decoder))
+        check_blocks(self.decoder, [stage.layer for stage in stages])
         self.stages = {s.layer: s.keep for s in stages}
         self.reducers = {s.layer: replace(reducer, keep=s.keep) for s in stages}
         """By block the method that merges a prompt as a whole in front of it, with its ``keep`` there."""
@@ -163,6 +173,8 @@ class PrefixRun(Run):
             self._tokenizer()  # read now, where nobody looks at the clock
         self._note(model.register_forward_pre_hook(self._check_head, with_kwargs=True))
         self._undo.append(watch_generate(model, self._around_generate))
+        if self._reshapes:
+            self._note(self.decoder.layers[-1].register_forward_hook(self._widen, with_kwargs=True))
 
     def _around_generate(self, given: dict[str, Any], call: Callable[[], Any]) -> Any:
         """Refuse what ``generate`` can't do inside, by the name of the argument."""
@@ -183,6 +195,7 @@ class PrefixRun(Run):
         if stands_aside():
             return None
         given = by_name(self._head, args, kwargs)
+        self._drafts = 0
         if given.get("labels") is not None:
             raise QuickmergeError(
                 "labels must be left out inside a quickmerge run, since there are logits for fewer tokens than there "
@@ -200,13 +213,13 @@ class PrefixRun(Run):
 
     def _tell_drafts(self, args: tuple[Any, ...], kwargs: dict[str, Any], drafts: int) -> Any:
         """Have the last tokens of a prompt, whose logits are asked for, read as what follows it."""
-        return args, {**kwargs, DRAFTS: drafts}
+        self._drafts = drafts
 
     # Reading ----------------------------------------------------------------------------------------------------
 
     def begin(self, prompt: bool, inputs: dict[str, Any]) -> dict[str, Any]:
         """Note what is read: a prompt to merge, or more tokens after one that was read here or in another run."""
-        cache, drafts = given_cache(inputs), inputs.pop(DRAFTS, 0)
+        cache, drafts, self._drafts = given_cache(inputs), self._drafts, 0
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         mask = inputs.get("attention_mask")
         see = None if prompt else self._seen(mask, ids.shape[1])
@@ -214,15 +227,11 @@ class PrefixRun(Run):
             raise QuickmergeError("attention_mask must be a 2-D padding mask inside a quickmerge run, got another kind")
         if not prompt:
             state = self._resume(cache, len(ids))
-            if see is not None:
-                new = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
-                self._now = PrefixCall(False, state, new, segments=dict(state.segments), see=see)
-                return {CALL: self._now}
             new = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
-            new = new if mask is None else mask[:, -ids.shape[1] :].bool()
-            self._check_seam(mask)
-            self._now = PrefixCall(False, state, new, segments=dict(state.segments))
-            return {CALL: self._now}
+            if see is None:
+                new = new if mask is None else mask[:, -ids.shape[1] :].bool()
+                self._check_seam(mask)
+            return self._begun(PrefixCall(False, state, new, segments=dict(state.segments), see=see), inputs, cache)
         check_fillable(cache)
         valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
         if valid.shape != ids.shape[:2]:
@@ -236,9 +245,30 @@ class PrefixRun(Run):
         if drafts and self._evicts(inputs):
             now, later = apart(inputs, drafts)
             valid, drafts = valid[:, :-drafts], 0
-        self._now = self._prompt(valid, now.get("input_ids", inputs.get("input_ids")), drafts)
-        self._now.later = later
-        return {**now, CALL: self._now}
+        call = self._prompt(valid, now.get("input_ids", inputs.get("input_ids")), drafts)
+        call.later = later
+        return {**now, **self._begun(call, {**inputs, **now}, cache)}
+
+    def _begun(self, call: PrefixCall, inputs: dict[str, Any], cache: Cache | None) -> dict[str, Any]:
+        """Note the state of a forward that begins; returns the arguments by which it travels with it, where it can."""
+        self._now = call
+        given = inputs.get("position_ids")
+        if isinstance(given, Tensor) and given.shape[-1] == call.valid.shape[1]:
+            # Of positions along several axes the first is that of the text.
+            call.places = given if given.ndim < 3 else given[0]
+        else:
+            read = 0 if cache is None else int(cache.get_seq_length())
+            call.places = torch.arange(read, read + call.valid.shape[1], device=call.valid.device)[None]
+        return {CALL: call} if self._hands else {}
+
+    def _of_thread(self) -> PrefixCall | None:
+        """The state of this thread's forward, where the model does not hand it on to its blocks."""
+        if self._now is not None and self._recomputes:
+            raise UnsupportedModelError(
+                f"gradient checkpointing must be off for {self._name}, whose blocks get no further arguments, so that "
+                "what was decided can't travel with them"
+            )
+        return self._now
 
     def _evicts(self, inputs: dict[str, Any]) -> bool:
         """Whether entries leave the cache that a prompt is about to fill."""
@@ -339,6 +369,8 @@ class PrefixRun(Run):
         if call is not None and call.fresh:
             reading = Reading(tuple(call.plans), tuple(call.plans.values()), tuple(call.composed), call.protected)
             self._own = self._latest = reading
+            if self._reshapes and call.segments:
+                output.last_hidden_state = output.last_hidden_state[:, -call.tokens(len(self.decoder)) :]
             cache = returned_cache(output)
             cache = given_cache(kwargs) if cache is None else cache
             if self.eviction is not None and cache is not None and call.stands is not None:
@@ -393,13 +425,12 @@ class PrefixRun(Run):
     def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Keep references to what the next merge will ask for; add log(size) where the method wants it."""
         now: PrefixCall | None = kwargs.pop(CALL, None)
+        now = self._of_thread() if now is None else now
         if now is None:
             return call(module, *args, **kwargs)
         query, key, value = args[:3]
         if now.fresh and self._probed(now, layer):
-            scaling = kwargs.get("scaling")
-            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            now.traces[layer] = AttentionTrace(query, key, value, scaling, self.decoder.windows[layer])
+            now.traces[layer] = trace_of(query, key, value, kwargs, self.decoder.traits[layer])
         segment, tables = now.segment(layer), now.heads.get(layer)
         votes: Tensor | None = getattr(segment if tables is None else tables, "votes", None)
         votes = None if votes is None else votes[..., -key.shape[2] :]
@@ -414,7 +445,9 @@ class PrefixRun(Run):
 
     def _probed(self, call: PrefixCall, layer: int) -> bool:
         """Whether a merge that is to come asks what the attention of this layer computed."""
-        return any(s - r.needs.layers <= layer < s and s not in call.plans for s, r in self.reducers.items())
+        return any(
+            s not in call.plans and layer in self.decoder.below(s, r.needs.layers) for s, r in self.reducers.items()
+        )
 
     def _reads(self, call: PrefixCall, layer: int) -> int | None:
         """The first block of the segment by which a block's arguments are changed; None leaves them as they are."""
@@ -422,8 +455,10 @@ class PrefixRun(Run):
 
     def _places(self, call: PrefixCall, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """``(B, q)``, where the tokens that enter the decoder stand in the original sequence."""
-        places: Tensor = kwargs["position_ids"].expand(len(hidden), -1)
-        return places
+        given = kwargs.get("position_ids")
+        given = call.places if given is None or given.ndim != 2 else given
+        assert given is not None
+        return given.expand(len(call.valid), -1)
 
     def _window_places(self, call: PrefixCall, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """``(B, q)``, the places by which the windows of a block tell how far tokens are from the prompt's entries."""
@@ -436,62 +471,87 @@ class PrefixRun(Run):
         return hook
 
     def _enter_block(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call: PrefixCall | None = kwargs.get(CALL)
+        block, traits = self.blocks[index], self.decoder.traits[index]
+        given = block.named(args, kwargs)
+        call: PrefixCall | None = given.get(CALL)
+        call = self._of_thread() if call is None else call
         if call is None:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        cache = given_cache(kwargs)
+        self._check_order(call, index)
+        hidden, cache = given[block.hidden], given_cache(given)
         if call.fresh and index in self.stages:
             # A reducer computes as it always does, also where the model runs under autocast.
             with torch.autocast(hidden.device.type, enabled=False):
-                hidden = self._merge(call, index, hidden, kwargs)
+                hidden = self._merge(call, index, hidden, given)
+        tokens = call.tokens(index + 1)
         if call.fresh and index in call.added:
             n = hidden.shape[1] - call.drafts
             hidden = torch.cat([hidden[:, :n] + call.added[index].to(hidden.dtype), hidden[:, n:]], 1)
         if index == 0 and call.fresh and self.eviction is not None:
-            self.eviction.begin(call, self._places(call, hidden, kwargs), cache)
+            self.eviction.begin(call, self._places(call, hidden, given), cache)
             if call.stands is not None and (unit := self.eviction.evictor.unit) is not None:
                 call.lines = self._spans(call, unit, "cache", self._ids(call, 0), call.valid, call.protected)
-        if call.fresh and cache is not None:
-            fill(cache, index, call.state, hidden.shape[1] - call.drafts, self._gone(call, index))
-        elif not call.fresh:
+        if call.fresh:
+            if cache is not None and traits.owns:
+                entries = traits.entries
+                assert entries is not None
+                fill(cache, entries, call.state, tokens - call.drafts, self._gone(call, index),
+                     moves=entries == self._counting)  # fmt: skip
+        elif traits.owns or index in call.state.segments:
             if cache is None:
                 raise QuickmergeError(
                     "gradient checkpointing must be off where text is read behind a prompt: it takes the cache away"
                 )
-            self._extend(call, index, hidden, cache, kwargs)
-            expect(cache, index)
-            if tables_of(cache, index) is not None:
-                call.heads[index] = extend_heads(
-                    cache, index, self._window_places(call, index, hidden, kwargs), call.valid
-                )
-                kwargs = {**kwargs, "attention_mask": self._mask_of_heads(call, index, hidden)}
-                return args, kwargs
+            self._extend(call, index, hidden, cache, given)
+            if traits.owns:
+                entries = traits.entries
+                assert entries is not None
+                expect(cache, entries)
+                if tables_of(cache, entries) is not None:
+                    call.heads[index] = extend_heads(
+                        cache, entries, self._window_places(call, index, hidden, given), call.valid
+                    )
+                    return block.call({**given, block.mask: self._mask_of_heads(call, index, hidden)})
         first = self._reads(call, index)
         if first is None:
             return None
-        kwargs = dict(kwargs)
+        segment = call.segments[first]
         if call.fresh:
-            source = call.source[first]
-            if kwargs.get("position_ids") is not None:
-                kwargs["position_ids"] = pick_columns(kwargs["position_ids"], source)
-            if kwargs.get("position_embeddings") is not None:
-                kwargs["position_embeddings"] = tuple(
-                    pick_columns(t, source, -2) for t in kwargs["position_embeddings"]
+            plan = call.composed[list(call.plans).index(first)]
+            slots = Slots(call.source[first], plan, call.valid.shape[1], call.drafts)
+            given = block.follow(given, slots, segment.valid, segment.padded)
+        if traits.attention is not None:
+            key = (first, self.decoder.windows[index], traits.attention)
+            if key not in call.masks:
+                call.masks[key] = (
+                    segment.mask(self.decoder, index, tokens, hidden, cache)
+                    if call.see is None
+                    else segment.tree_mask(call.see(index), self.decoder.windows[index])
                 )
-        key = (first, self.decoder.windows[index])
-        if key not in call.masks:
-            segment, window = call.segments[first], self.decoder.windows[index]
-            call.masks[key] = (
-                segment.mask(self.decoder, index, hidden, cache)
-                if call.see is None
-                else segment.tree_mask(call.see(index), window)
+            given[block.mask] = call.masks[key]
+        given[block.hidden] = hidden
+        return block.call(given)
+
+    def _check_order(self, call: PrefixCall, index: int) -> None:
+        """Refuse a model that runs through its blocks more than once, whose lower ones would read slots."""
+        if call.entered >= index and not self._recomputes:
+            raise UnsupportedModelError(
+                f"prefix merging can't be served for {self._name}, which runs block {index} again behind block "
+                f"{call.entered}: a merge lies in front of a block once"
             )
-        kwargs["attention_mask"] = call.masks[key]
-        if args:
-            return (hidden, *args[1:]), kwargs
-        kwargs["hidden_states"] = hidden
-        return args, kwargs
+        call.entered = index
+
+    def _widen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Give out slots as if they were as many as the tokens, for a model that gives its output their shape."""
+        call: PrefixCall | None = kwargs.get(CALL) or self._now
+        if stands_aside() or call is None or not call.fresh:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        gone = call.valid.shape[1] - hidden.shape[1]
+        if not gone:
+            return None
+        hidden = nn.functional.pad(hidden, (0, 0, gone, 0))
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _mask_of_heads(self, call: PrefixCall, index: int, hidden: Tensor) -> Tensor | None:
         """The mask of a block whose key heads hold entries of their own."""
@@ -504,25 +564,36 @@ class PrefixRun(Run):
         """Let the tables of the segment that begins at a block, if one does, go on with the tokens that are read."""
         segment = call.state.segments.get(index)
         if segment is not None:
+            holder = self._holder(index)
+            if holder is None:  # nothing above attends
+                return
             places = self._places(call, hidden, kwargs)
-            segment = segment.extended(places, call.valid, cache.get_seq_length(index))
+            segment = segment.extended(places, call.valid, cache.get_seq_length(holder))
             call.segments[index] = call.state.segments[index] = segment
+
+    def _holder(self, index: int) -> int | None:
+        """The layer of the cache that holds entries of the segment that begins with a block; None if none does."""
+        later = [layer for layer in self.stages if layer > index]
+        blocks = range(index, min(later, default=len(self.decoder)))
+        return next((self.decoder.traits[i].entries for i in blocks if self.decoder.traits[i].owns), None)
 
     # Merging ----------------------------------------------------------------------------------------------------
 
     def _merge(self, call: PrefixCall, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Decide in front of block ``index``, unless that is done already, and carry it out."""
-        n = hidden.shape[1] - call.drafts
+        tokens = call.tokens(index)
+        n = tokens - call.drafts
         if index not in call.plans:
             began = self.clock()
             places = self._places(call, hidden, kwargs)
             # Computed again for its gradient, a block must save what it saved before, and it won't decide again.
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self._recomputes):
-                self._decide(call, index, hidden[:, :n], places)
+                self._decide(call, index, one_stream(hidden, tokens)[:, :n], places)
             self.stats.reducer_seconds += self.clock() - began
         if index not in call.segments:
             return hidden
-        return torch.cat([call.plans[index].merge(hidden[:, :n]), hidden[:, n:]], 1)
+        plan = call.plans[index]
+        return in_streams(hidden, tokens, lambda x: torch.cat([plan.merge(x[:, :n]), x[:, n:]], 1))
 
     @property
     def _recomputes(self) -> bool:
@@ -535,10 +606,10 @@ class PrefixRun(Run):
         assert call.protected is not None and call.whole is not None
         below, n, reducer = call.segment(index - 1), hidden.shape[1], self.reducers[index]
         prompt = call.valid.shape[1] - call.drafts
-        wanted = [layer for layer in range(max(0, index - reducer.needs.layers), index) if layer in call.traces]
+        wanted = [layer for layer in self.decoder.below(index, reducer.needs.layers) if layer in call.traces]
         # A probe below an earlier merge saw more tokens than there are now, so it can't speak for them.
         traces = [
-            AttentionTrace(t.query[:, :, :n], t.key[:, :, :n], t.value[:, :, :n], t.scaling, t.window)
+            replace(t, query=t.query[:, :, :n], key=t.key[:, :, :n], value=t.value[:, :, :n])
             for t in (call.traces[layer] for layer in wanted)
             if t.query.shape[2] == n + call.drafts
         ]

@@ -20,9 +20,6 @@ from quickmerge.merge.tokens.saliency import AttentionTrace
 CALL = "quickmerge_prefix"
 """Keyword by which a forward hands its state to its blocks, and a block to its attention."""
 
-DRAFTS = "quickmerge_drafts"
-"""Keyword by which a model tells its decoder how many tokens at the end of a prompt are not of it."""
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -50,6 +47,8 @@ class PrefixCall:
     its cache is to be made smaller, ``lines (B, N)`` tell the span of each token, for methods that ask, ``scores`` are
     of the entries ``(B, G, n)`` of each block, and ``later`` are the arguments by which drafts are read behind what is
     left; ``heads`` are, behind such a prompt, the tables of each block, this forward's tokens among them.
+    ``places (1 or B, N)`` are where the tokens that enter the decoder stand, for blocks that aren't told;
+    ``entered`` is the last block that was.
     """
 
     fresh: bool
@@ -69,7 +68,7 @@ class PrefixCall:
     source: dict[int, Tensor] = field(default_factory=dict)
     added: dict[int, Tensor] = field(default_factory=dict)
     traces: dict[int, AttentionTrace] = field(default_factory=dict)
-    masks: dict[tuple[int, int | None], Any] = field(default_factory=dict)
+    masks: dict[tuple[int, int | None, str], Any] = field(default_factory=dict)
     see: Callable[[int], Tensor] | None = None
     given: Tensor | None = None
     stands: Tensor | None = None
@@ -77,6 +76,8 @@ class PrefixCall:
     scores: dict[int, Tensor] = field(default_factory=dict)
     heads: dict[int, HeadTables] = field(default_factory=dict)
     later: dict[str, Tensor] = field(default_factory=dict)
+    places: Tensor | None = None
+    entered: int = -1
 
     @property
     def plan(self) -> MergePlan | None:
@@ -92,6 +93,11 @@ class PrefixCall:
         """The segment a block belongs to; None below the first merge and where merging changed nothing."""
         first = self.first(layer)
         return None if first is None else self.segments[first]
+
+    def tokens(self, layer: int) -> int:
+        """How many tokens, slots among them, enter a block of this forward, in front of a merge there."""
+        below = self.segment(layer - 1) if self.fresh else None
+        return self.valid.shape[1] if below is None else below.valid.shape[1]
 
     def marked(self, layer: int, mask: Tensor | None) -> Tensor | None:
         """``(B, n)`` bool, which entries of a block hold a token that ``mask (B, N)`` marks; None: none."""

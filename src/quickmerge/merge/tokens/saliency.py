@@ -20,7 +20,8 @@ class AttentionTrace:
 
     ``query (B, H, N, d)``, ``key (B, G, N, d)``, ``value (B, G, N, e)`` with ``G`` key heads shared by ``H / G``
     query heads each; ``scaling``, the factor on the scores; ``window``, the layer's sliding window in positions,
-    or None.
+    or None. ``chunk``: how many positions a chunk has that sees itself alone, or None; ``sinks (H,)``: a logit of each
+    head that takes part in its softmax and reads nothing; ``softcap``: scores are bounded by it, or None.
     """
 
     query: Tensor
@@ -28,6 +29,9 @@ class AttentionTrace:
     value: Tensor
     scaling: float
     window: int | None = None
+    chunk: int | None = None
+    sinks: Tensor | None = None
+    softcap: float | None = None
 
 
 def _logits(trace: AttentionTrace, rows: Tensor, valid: Tensor, position: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,13 +53,23 @@ def _logits(trace: AttentionTrace, rows: Tensor, valid: Tensor, position: Tensor
     query = trace.query.gather(2, pick).to(dtype).view(b, g, (h // g) * rows.shape[1], d)
     scores = (query * trace.scaling) @ trace.key.to(dtype).transpose(-1, -2)
     scores = scores.view(b, g, h // g, rows.shape[1], n)
+    if trace.softcap is not None:
+        scores = trace.softcap * (scores / trace.softcap).tanh()
     if bias is not None:
         scores = scores + bias.to(dtype)[:, None, None, None]
     index = torch.arange(n, device=rows.device)
     seen = (index <= rows[..., None]) & valid[:, None, :]
     if trace.window is not None:
         seen = seen & (position.gather(1, rows)[..., None] - position[:, None, :] < trace.window)
+    if trace.chunk is not None:
+        first = torch.where(valid, position, torch.iinfo(torch.long).max).amin(-1, keepdim=True)
+        chunk = torch.div(position - first, trace.chunk, rounding_mode="floor")
+        seen = seen & (chunk.gather(1, rows)[..., None] == chunk[:, None, :])
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+    if trace.sinks is not None:
+        sink = trace.sinks.detach().to(scores).view(1, g, h // g, 1, 1).expand(*scores.shape[:-1], 1)
+        total = torch.cat([scores, sink], -1).logsumexp(-1, keepdim=True)
+        return scores - total.clamp_min(torch.finfo(dtype).min)
     # A padding row sees nothing: its log-sum-exp is -inf and its probabilities become zero, not NaN.
     return scores - scores.logsumexp(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)
 
