@@ -24,6 +24,7 @@ from multipole_tables import MULTIPOLE
 from recipe_tables import RECIPES
 from transplant_tables import TRANSPLANT
 from trust_tables import TRUST
+from vlm_zoo_tables import VLM_ZOO
 
 from quickmerge.bench.stats import ratio_interval
 from quickmerge.bench.table import Cell, Column, Table, interval, number, plus_minus, text, unless
@@ -489,7 +490,7 @@ TABLES: dict[str, Callable[[], Table | None]] = {
     )
 }  # fmt: skip
 TABLES["prior_kinds"] = partial(kinds, "prior_recovery", 1)
-TABLES |= BUDGETS
+TABLES |= BUDGETS | VLM_ZOO
 MADE = OWN | MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST | RECIPES
 TABLES |= {name: partial(made_of, *of) for name, of in MADE.items()}
 

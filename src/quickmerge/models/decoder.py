@@ -153,8 +153,10 @@ def _stacks(base: Any) -> list[nn.ModuleList]:
     return [m for m in base.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
 
 
-def read_decoder(model: PreTrainedModel, base: Any, shared: bool = False) -> Decoder:
+def read_decoder(model: PreTrainedModel, base: Any, shared: bool = False, *, both_ways: bool = False) -> Decoder:
     """The parts of the decoder ``base`` of ``model``; for ``shared`` see `find_decoder`.
+
+    With ``both_ways`` it may let tokens see later ones, by masks that are made for it.
 
     Raises:
         UnsupportedModelError: see `find_decoder`.
@@ -178,7 +180,7 @@ def read_decoder(model: PreTrainedModel, base: Any, shared: bool = False) -> Dec
             )
     attentions = tuple(attention_of(block) for block in layers)
     both = [m for m in attentions if m is not None and getattr(m, "is_causal", True) is False]
-    if both:
+    if both and not both_ways:
         raise UnsupportedModelError(
             f"{name} reads text in both directions ({type(both[0]).__name__} is not causal), a decoder was looked for"
         )

@@ -16,7 +16,7 @@ from quickmerge.errors import UnsupportedModelError
 from quickmerge.models.compat import is_timm
 from quickmerge.models.decoder import FAMILIES, Decoder, check_attention, read_decoder
 from quickmerge.models.encoder import VISION_FAMILIES, Encoder, find_encoder, holds_encoder, read_encoder
-from quickmerge.models.traits import not_plain
+from quickmerge.models.traits import CHUNKED, COMPRESSED, BlockTraits
 
 SQUARES = ("scale_factor", "spatial_merge_size")
 """Settings that say how many patches a visual token spans in each direction."""
@@ -132,8 +132,8 @@ def find_vlm(model: PreTrainedModel, shared: bool = False) -> Vlm:
     """
     base, text = _parts(model)
     name = type(model).__name__
-    decoder = read_decoder(model, text, shared)
-    decoder.need("reducing visual tokens", not_plain)
+    decoder = read_decoder(model, text, shared, both_ways=True)
+    decoder.need("reducing visual tokens", not_shortened)
     towers = _towers(base, text)
     tower = towers[0] if towers else None
     mrope = hasattr(base, "get_rope_index")
@@ -149,6 +149,18 @@ def find_vlm(model: PreTrainedModel, shared: bool = False) -> Vlm:
     family = Family("traced", mrope)
     blocks = tuple(Seeing(each, *pair) for each in towers for pair in _blocks(each))
     return Vlm(model, base, decoder, family, tower, None, -1, 1, None, blocks)
+
+
+def not_shortened(block: BlockTraits) -> str | None:
+    """The trait for which a block can't read a prompt that became shorter in front of the first; None if it can."""
+    if not block.registered:
+        return "attention that asks no function of transformers' registry"
+    if block.attention in (CHUNKED, COMPRESSED):
+        return f"{block.attention} attention, which counts places in the prompt"
+    if block.attention is not None and block.positions in ("bias", "learned"):
+        told = {"bias": "a bias on its attention by distance", "learned": "learned embeddings of places"}
+        return f"{told[block.positions]}, so that what stays can't keep its place"
+    return None
 
 
 def tower_encoder(vlm: Vlm) -> Encoder:

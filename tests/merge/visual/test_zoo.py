@@ -19,6 +19,8 @@ from torch import Tensor
 
 import quickmerge as qm
 from quickmerge.errors import UnsupportedModelError
+from quickmerge.merge.text.blocks import merge_range
+from quickmerge.merge.text.merged_cache import holding
 from quickmerge.merge.visual.places import reduce_vlm
 from quickmerge.models.columns import stored
 from quickmerge.models.compat import image_text_names
@@ -148,6 +150,7 @@ REASONS = {
     "no: blocks without one attention each": "no blocks with one attention",
     "no: image tokens see one another both ways": "both ways",
     "no: blocks are given more of each token": "given more of each token",
+    "no: several hidden streams": "hidden streams side by side",
 }
 """How the table says why not, by what an error says."""
 
@@ -167,7 +170,7 @@ def halves(model: Any, inputs: Any, rows: Any, alone: Any, text: Tensor) -> None
         gone = [sum(i.count - i.left for i in images if i.row == r) for r in range(len(rows))]
         left = [int(n) - g for n, g in zip(inputs["attention_mask"].sum(-1), gone, strict=True)]
         assert widths == [max(left)] and max(left) < inputs["input_ids"].shape[1]
-        assert max(map(stored, cache.layers)) == max(left)
+        assert max(map(stored, holding(cache))) == max(left)
         assert run.summary().visual_kept < run.summary().visual_in
         rows_equal(model, alone, out.logits)
         written, again = zoo.write(model, inputs), uncached(model, inputs)
@@ -196,7 +199,11 @@ def uncached(model: Any, inputs: Any) -> Tensor | None:
 
 
 def hidden_equals_gone(model: Any, family: str) -> None:
-    """A token that is gone is one that nobody sees: the dense model with those hidden computes the same."""
+    """A token that is gone is one that nobody sees: the dense model with those hidden computes the same.
+
+    A block that reads tokens into a memory of fixed size can't be hidden from; there the language model is given what
+    stays alone.
+    """
     decoder = find_vlm(model).decoder
     inputs = zoo.row_of(model, family, ROWS, 1)
     n = inputs["input_ids"].shape[1]
@@ -209,6 +216,9 @@ def hidden_equals_gone(model: Any, family: str) -> None:
     def hide(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         place = kwargs.get("position_ids")
         place = torch.arange(n)[None] if place is None else place
+        if any(block.memory is not None for block in decoder.traits):
+            short = {"inputs_embeds": kwargs["inputs_embeds"][:, columns], "position_ids": place[..., columns]}
+            return args, {**kwargs, **short, "attention_mask": torch.ones(1, len(columns), dtype=torch.long)}
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Mapping):
             mask = {kind: hidden(each, stays) for kind, each in mask.items()}
@@ -246,10 +256,11 @@ def placed(model: Any, family: str, rows: Any, order: str) -> None:
 
 def inside(model: Any, inputs: Any, alone: Any, plain: Tensor, text: Tensor) -> str:
     """In front of a block of the language model; or why not."""
+    layer = max(2, merge_range(find_vlm(model).decoder)[0])
     try:
-        with reduce_vlm(model, qm.Uniform(keep=1.0), 2):
+        with reduce_vlm(model, qm.Uniform(keep=1.0), layer):
             assert torch.equal(model(**inputs).logits, plain)
-        with reduce_vlm(model, qm.Uniform(keep=0.5), 2) as run:
+        with reduce_vlm(model, qm.Uniform(keep=0.5), layer) as run:
             out = model(**inputs)
             assert run.summary().visual_kept < run.summary().visual_in
             rows_equal(model, alone, out.logits)

@@ -22,7 +22,7 @@ from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.visual.made_of import Making, made_of
 from quickmerge.merge.visual.tower import TRIED, Grid, Seen, TowerWatch, joined, layout_of, squares, window_order_of
 from quickmerge.models.attachment import stand_in, stands_aside
-from quickmerge.models.vlm import Vlm
+from quickmerge.models.vlm import FEATURES, Vlm
 
 OWN = ("vision_feature_layer", "vision_feature_select_strategy")
 """Settings of a call that must be the model's own, since the tower is watched where they say."""
@@ -95,7 +95,7 @@ class FeatureWatch:
             within, self._within = self._within, True
             try:
                 if not within:
-                    self._prepare(inputs, lambda: tensors_of(made(*args, **kwargs)))
+                    self._prepare(inputs, lambda: made(*args, **kwargs))
                 output = made(*args, **kwargs)
             finally:
                 self._within = within
@@ -126,9 +126,19 @@ class FeatureWatch:
             found.append(mine)
         return found
 
-    def _prepare(self, inputs: dict[str, Any], make: Callable[[], Any]) -> None:
+    def _prepare(self, inputs: dict[str, Any], made: Callable[[], Any]) -> None:
         """Images are about to be encoded: find out what the tower must be told of them."""
         tower = self.tower
+
+        def make() -> list[Tensor]:
+            output = made()
+            if getattr(output, "pooler_output", None) is None:
+                raise UnsupportedModelError(
+                    f"{type(self.vlm.model).__name__} is not supported: its {FEATURES} gives no pooler_output, which "
+                    "would be what takes the place of placeholder tokens"
+                )
+            return tensors_of(output)
+
         if tower.layout in ("packed", "tiles") and tower.asks and self.vlm.base not in TRIED:
             making = made_of([each.block for each in self.vlm.blocks], make)
             wanted = _squares_of(self.vlm, inputs, len(making.token))
