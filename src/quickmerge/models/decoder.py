@@ -27,6 +27,9 @@ from quickmerge.models.traits import SLIDING, BlockTraits, attention_of, block_t
 FAMILIES = ("gemma3_text", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 """``config.model_type`` of families that the committed matrix (tests/merge/matrix.json) goes through cell by cell."""
 
+CHOSEN = "indices"
+"""Keyword by which a model hands the keys that an indexer chose to an attention function that can read them so."""
+
 PREFIX = "quickmerge_"
 """How our names in transformers' attention registry begin."""
 
@@ -314,6 +317,11 @@ def only_asked(watcher: Watcher) -> Iterator[None]:
 def _front(implementation: str) -> AttentionFunction:
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = attention_function(implementation, module)
+        if kwargs.get(CHOSEN) is not None:
+            # Under the plain implementation's name the model itself puts what its indexer chose into the mask.
+            mask = args[3] if len(args) > 3 else kwargs.pop("attention_mask")
+            args = (*args[:3], _only_chosen(mask, kwargs[CHOSEN], args[0], args[1]), *args[4:])
+            kwargs[CHOSEN] = None
         # A compiler of graphs can't look; what it makes is of the model as it is.
         alone = None if torch.compiler.is_compiling() else _ALONE.get()
         if alone is not None:
@@ -327,6 +335,13 @@ def _front(implementation: str) -> AttentionFunction:
         return call(module, *args, **kwargs)
 
     return attention
+
+
+def _only_chosen(mask: Tensor, chosen: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The mask ``(B, 1, q, n)``, without the keys that are not among ``chosen (B, q, k)`` of their query."""
+    hidden = torch.ones(*chosen.shape[:2], key.shape[2], dtype=torch.bool, device=chosen.device)
+    hidden = hidden.scatter(-1, chosen.long(), False)[:, None]
+    return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(query.dtype).min)
 
 
 def computes(watcher: object) -> bool:
@@ -445,7 +460,7 @@ def proportional_attention(
         torch.cat([value, torch.zeros_like(value[..., :1])], -1),
     )
     out, weights = call(module, *wide, *args[3:], **{**kwargs, "scaling": scaling})
-    return out[..., :-1], weights
+    return out[..., :-1].contiguous(), weights
 
 
 def _with_sizes(mask: Tensor | None, query: Tensor, size: Tensor) -> Tensor:

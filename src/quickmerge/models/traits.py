@@ -15,9 +15,11 @@ from torch import nn
 
 from quickmerge.models.compat import asks_registry
 
-FULL, SLIDING, CHUNKED, INDEXED, COMPRESSED = "full", "sliding", "chunked", "indexed", "compressed"
+FULL, SLIDING, CHUNKED, INDEXED, SPARSE, COMPRESSED = (
+    "full", "sliding", "chunked", "indexed", "block-sparse", "compressed",
+)  # fmt: skip
 """Kinds of attention: to all tokens before, to those in a window, to those of the same chunk, to those that an indexer
-picks for each query, to entries that each stand for several tokens."""
+picks for each query, to blocks of keys that it picks, to entries that each stand for several tokens."""
 
 LINEAR, STATE_SPACE, CONVOLUTION = "linear attention", "a state space", "a convolution"
 """Kinds of memory of a fixed size that a block may read tokens into, one after the other."""
@@ -32,7 +34,7 @@ _DECLARED: dict[str, tuple[str | None, str | None]] = {
     "indexed_attention": (INDEXED, None),
     "deepseek_sparse_attention": (INDEXED, None),
     "qwen_sparse_attention": (INDEXED, None),
-    "minimax_m3_sparse": (INDEXED, None),
+    "minimax_m3_sparse": (SPARSE, None),
     "compressed_sparse_attention": (COMPRESSED, None),
     "heavily_compressed_attention": (COMPRESSED, None),
     "linear_attention": (None, LINEAR),
@@ -58,7 +60,7 @@ class BlockTraits:
 
     Attributes:
         declared: the type that the configuration gives the block; inferred where it gives none.
-        attention: one of `FULL`, `SLIDING`, `CHUNKED`, `INDEXED`, `COMPRESSED`, or None for a block without attention.
+        attention: one of `FULL`, `SLIDING`, `CHUNKED`, `INDEXED`, `SPARSE`, `COMPRESSED`, or None for none.
         memory: one of `LINEAR`, `STATE_SPACE`, `CONVOLUTION`, where the block reads tokens into a memory of fixed size,
             beside attention or instead of it; else None.
         window: how many positions sliding attention sees, or how many a chunk has; None for full attention.
@@ -68,6 +70,7 @@ class BlockTraits:
         entries: the layer of the cache whose keys and values its attention reads; None without attention.
         shares: whether another block made those keys and values.
         lends: whether other blocks read the keys and values that it makes.
+        picks: whether it has an indexer of its own, and does not go by what that of another block chose.
         latent: whether keys and values are made of one latent vector (MLA), so that keys are wider than values.
         sinks: whether its heads have sinks, a learned logit that takes part in every softmax.
         softcap: the bound of its attention logits, or None.
@@ -88,6 +91,7 @@ class BlockTraits:
     entries: int | None = None
     shares: bool = False
     lends: bool = False
+    picks: bool = False
     latent: bool = False
     sinks: bool = False
     softcap: float | None = None
@@ -169,6 +173,9 @@ def block_traits(
         attention, memory = _DECLARED.get(declared, (declared, None))
         if memory == LINEAR and _holds(block, "mamba", "ssm"):
             memory = STATE_SPACE
+        indexer = getattr(module, "indexer", None)
+        if attention == INDEXED and getattr(indexer, "compress_ratio", 1) > 1:
+            attention = SPARSE
         if memory is None and attention is not None and module is None and _holds(block, "mamba", "mixer", "rwkv"):
             attention, memory = None, STATE_SPACE
         entries = getattr(module, "layer_idx", None) if attention is not None else None
@@ -188,6 +195,7 @@ def block_traits(
             entries=entries,
             shares=shares,
             lends=i in lent,
+            picks=isinstance(indexer, nn.Module),
             latent=getattr(module, "kv_lora_rank", None) is not None,
             sinks=module is not None and any("sink" in name for name, _ in module.named_parameters()),
             softcap=_softcap(module),
@@ -234,6 +242,8 @@ def _positions(base: nn.Module, block: nn.Module) -> str:
     takes = inspect.signature(block.forward).parameters
     if any(name in takes for name in _BIASES):
         return "bias" if getattr(base.config, "alibi", True) else "rotary"
+    if _holds(block, "relative"):
+        return "bias"
     if "position_embeddings" in takes or any("rotary" in name for name, _ in base.named_modules()):
         return "rotary"
     tables = [name for name, m in base.named_children() if isinstance(m, nn.Embedding) or "embed" in name]

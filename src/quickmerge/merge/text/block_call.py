@@ -28,8 +28,14 @@ _PAIRS = ("causal_mask", "attention_mask")
 _PADDING = ("attention_mask", "mamba_attention_mask", "conv_mask", "linear_attention_mask")
 """Arguments that tell padding ``(B, q)`` to what a block reads into its memory."""
 
+_MEMORY_KEYS = ("conv", "linear_attention", "mamba")
+"""What tells padding, among several masks in one argument."""
+
 _PLACED = ("position", "rotary", "freqs", "cos", "sin", "scaling")
 """What is made of positions has one of these in its name: slots have that of their anchor."""
+
+_CHOSEN = "prev_topk_indices"
+"""What the indexer of a block below chose, for blocks without one."""
 
 _LEFT = ("shared_kv_states", "past_key_values", "cache", "layer_past")
 """Arguments that hold no more than what blocks themselves have put there."""
@@ -40,19 +46,23 @@ class Slots:
     """What stands for a prompt's ``columns`` above a merge.
 
     ``source (B, K + drafts)``: the column of each. ``plan``: from the prompt's tokens to its K slots; ``drafts`` tokens
-    behind it stay single.
+    behind it stay single. At the block of a merge ``step`` is its own plan, for the ``entering`` tokens and slots that
+    were in front of it: what the block below has given besides hidden states.
     """
 
     source: Tensor
     plan: MergePlan
     columns: int
     drafts: int
+    step: MergePlan | None = None
+    entering: int = 0
 
     def merged(self, x: Tensor) -> Tensor:
-        """``x (B or 1, columns, ...)`` merged as the hidden states of the tokens were."""
-        n = self.columns - self.drafts
+        """``x (B or 1, columns or entering, ...)`` merged as the hidden states of the tokens were."""
+        plan = self.plan if x.shape[1] == self.columns or self.step is None else self.step
+        n = x.shape[1] - self.drafts
         x = x.expand(len(self.source), *x.shape[1:])
-        return torch.cat([self.plan.merge(x[:, :n]), x[:, n:]], 1)
+        return torch.cat([plan.merge(x[:, :n]), x[:, n:]], 1)
 
     def picked(self, x: Tensor, axis: int) -> Tensor:
         """The columns of the anchors of ``x``, whose columns lie along ``axis``, -1 or -2."""
@@ -87,6 +97,13 @@ class BlockArguments:
         """Positional and keyword arguments that say the same."""
         return (given[self.hidden],), {name: value for name, value in given.items() if name != self.hidden}
 
+    def masked(self, given: dict[str, Any], mask: Any) -> dict[str, Any]:
+        """The arguments with another mask of attention; a block may be given several masks in one argument."""
+        value = given.get(self.mask)
+        if isinstance(value, Mapping):
+            mask = {key: each if key in _MEMORY_KEYS else mask for key, each in value.items()}
+        return {**given, self.mask: mask}
+
     def follow(self, given: dict[str, Any], slots: Slots, valid: Tensor, padded: bool) -> dict[str, Any]:
         """The arguments as they are of slots, but for the hidden states and the mask of attention.
 
@@ -101,13 +118,26 @@ class BlockArguments:
         """
         changed = dict(given)
         for name, value in given.items():
-            if name in (self.hidden, *_LEFT) or (name == self.mask and self.traits.attention is not None):
+            if name in (self.hidden, *_LEFT):
                 continue
-            if name in _PADDING:
+            if name == self.mask and isinstance(value, Mapping):
+                changed[name] = {
+                    key: self._padding(key, each, valid, padded) if key in _MEMORY_KEYS else each
+                    for key, each in value.items()
+                }
+            elif name == self.mask and self.attends(value):
+                continue
+            elif name == _CHOSEN and slots.step is not None and self.traits.picks:
+                changed[name] = None  # what was chosen below a merge is of tokens, and nobody asks for it
+            elif name in _PADDING:
                 changed[name] = self._padding(name, value, valid, padded)
             else:
                 changed[name] = self._of_slots(name, value, slots)
         return changed
+
+    def attends(self, mask: Any) -> bool:
+        """Whether what the block is given as the mask is one of attention, also where it has none and looks at none."""
+        return self.traits.attention is not None or (isinstance(mask, Tensor) and mask.ndim == 4)
 
     def _padding(self, name: str, value: Any, valid: Tensor, padded: bool) -> Any:
         if self.traits.memory is None:
@@ -121,10 +151,16 @@ class BlockArguments:
             return type(value)(self._of_slots(name, each, slots) for each in value)
         if isinstance(value, Mapping):
             return {key: self._of_slots(name, each, slots) for key, each in value.items()}
-        if not isinstance(value, Tensor) or slots.columns not in value.shape:
-            return value
         rows, n = (1, len(slots.source)), slots.columns
+        if not isinstance(value, Tensor):
+            return value
+        if slots.step is not None and n not in value.shape and slots.entering in value.shape[1:2]:
+            n = slots.entering
+        if n not in value.shape:
+            return value
         if any(part in name for part in _PLACED):
+            if value.ndim == 4 and value.shape[2] == n and value.shape[0] in rows and value.shape[1] == 1:
+                return slots.picked(value[:, 0], -2)[:, None]
             if value.shape[-1] == n and (value.ndim == 1 or value.shape[-2] in rows):
                 return slots.picked(value, -1)
             if value.ndim > 1 and value.shape[-2] == n and (value.ndim == 2 or value.shape[-3] in rows):
@@ -132,8 +168,6 @@ class BlockArguments:
             if value.ndim == 4 and value.shape[1] == n and value.shape[0] in rows:  # (B, N, 1, d) or (B, N, 1, 1)
                 picked = slots.picked(value.flatten(2), -2)
                 return picked.reshape(*picked.shape[:2], *value.shape[2:])
-            if value.ndim == 4 and value.shape[2] == n and value.shape[0] in rows and value.shape[1] == 1:
-                return slots.picked(value[:, 0], -2)[:, None]
         elif value.ndim == 2 and value.shape[1] == n and not value.is_floating_point():
             return slots.picked(value, -1)
         elif value.ndim in (3, 4) and value.shape[1] == n and value.shape[0] in rows and value.is_floating_point():

@@ -10,7 +10,7 @@ from torch import Tensor
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.models.decoder import Decoder
-from quickmerge.models.traits import CHUNKED, COMPRESSED, SLIDING, BlockTraits
+from quickmerge.models.traits import CHUNKED, COMPRESSED, SLIDING, SPARSE, BlockTraits
 
 __all__ = ["check_blocks", "merge_range", "trace_of"]
 
@@ -27,8 +27,10 @@ def not_mergeable(block: BlockTraits) -> str | None:
         return "an attention module that knows no layer of the cache as its own"
     if block.attention == COMPRESSED:
         return "compressed attention, whose entries each stand for several tokens already"
+    if block.attention == SPARSE:
+        return "block-sparse attention, which goes by the numbers of tokens where there are slots"
     if block.attention is not None and block.positions == "bias":
-        return "a bias on its attention that is made of distances in front of the first block"
+        return "a bias on its attention by distances, which are counted in tokens and not in slots"
     return None
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.cache.heads import HeadTables
 from quickmerge.merge.cache.packed import Held, Packed, pack, shape_of, unpack
 from quickmerge.merge.run import RunStats
@@ -27,7 +27,7 @@ from quickmerge.models.compat import (
     cache_name,
 )
 from quickmerge.models.decoder import Decoder, decoder_mask
-from quickmerge.models.traits import CHUNKED, INDEXED
+from quickmerge.models.traits import CHUNKED
 
 FAR = 2**62
 """A position before and behind all others."""
@@ -128,19 +128,20 @@ class Segment:
             before = zero.where(before, torch.finfo(see.dtype).min)
         return torch.cat([before, see.expand(len(before), -1, -1, -1)], -1)
 
-    def mask(self, decoder: Decoder, layer: int, queries: int, hidden: Tensor, cache: Cache | None) -> Any:
+    def mask(
+        self, decoder: Decoder, layer: int, queries: int, hidden: Tensor, cache: Cache | None, skip: bool = True
+    ) -> Any:
         """The attention mask of a block for ``queries`` tokens ``hidden``, built by the model's own mask builder.
 
         Plain causal order over the cache's entries; a sliding window and chunks are measured in original positions,
-        since entries are fewer than positions above a merge.
+        since entries are fewer than positions above a merge. ``skip``: whether there may be none where it says no more
+        than causal order.
         """
         traits, q = decoder.traits[layer], queries
         window, held = decoder.windows[layer], traits.entries or 0
         past = cache.get_seq_length(held) if cache is not None else 0
         kv, offset = cache.get_mask_sizes(q, held) if cache is not None else (q, 0)
         function, exotic = None, False
-        # An indexer adds its choice to the mask.
-        whole = traits.attention == INDEXED
         if traits.attention == CHUNKED:
             first = torch.where(self.valid, self.position, FAR).amin(-1, keepdim=True)
             chunk = (self.position - first).div(traits.window or FAR, rounding_mode="floor")
@@ -168,7 +169,7 @@ class Segment:
             key_offset=offset,
             sees=function,
             valid=self.valid if self.padded else None,
-            skip=not (exotic or whole),
+            skip=skip and not exotic,
             dtype=hidden.dtype,
             device=hidden.device,
         )
@@ -446,8 +447,12 @@ def _carries(layer: Any) -> bool:
 
 
 def holding(cache: Cache) -> list[Any]:
-    """The layers of a cache that hold entries for tokens, and no memory of fixed size alone, nor nothing."""
-    return [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+    """The layers of a cache that are for entries of tokens, and not for a memory of fixed size alone, nor for nothing.
+
+    Of a cache that was filled those that hold some.
+    """
+    layers = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+    return [layer for layer in layers if layer.is_initialized] or layers
 
 
 def check_fillable(cache: Any) -> None:
@@ -478,7 +483,13 @@ def fill(cache: Cache, index: int, state: PromptState, floor: int, gone: int = 0
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
     if not _carries(layer):
-        layer.__class__ = _ours(type(layer))
+        ours = _ours(type(layer))
+        if ours is None:
+            raise UnsupportedModelError(
+                f"{cache_name()} must hold layers of full or sliding attention inside a quickmerge run, got a "
+                f"{type(layer).__name__} for block {index}"
+            )
+        layer.__class__ = ours
     layer.prompt, layer.floor, layer.gone, layer.moves, layer.expected = state, floor, gone, moves, True
 
 

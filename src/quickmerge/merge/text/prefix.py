@@ -484,9 +484,11 @@ class PrefixRun(Run):
             with torch.autocast(hidden.device.type, enabled=False):
                 hidden = self._merge(call, index, hidden, given)
         tokens = call.tokens(index + 1)
+        # Where keys and values are borrowed, a model may go on with the last tokens alone, which are no slots.
+        last = hidden.shape[1] if traits.shares and hidden.ndim == 3 and hidden.shape[1] < tokens else None
         if call.fresh and index in call.added:
-            n = hidden.shape[1] - call.drafts
-            hidden = torch.cat([hidden[:, :n] + call.added[index].to(hidden.dtype), hidden[:, n:]], 1)
+            added = nn.functional.pad(call.added[index].to(hidden.dtype), (0, 0, 0, call.drafts))
+            hidden = in_streams(hidden, tokens, lambda x: x + added[:, -x.shape[1] :])
         if index == 0 and call.fresh and self.eviction is not None:
             self.eviction.begin(call, self._places(call, hidden, given), cache)
             if call.stands is not None and (unit := self.eviction.evictor.unit) is not None:
@@ -511,24 +513,32 @@ class PrefixRun(Run):
                     call.heads[index] = extend_heads(
                         cache, entries, self._window_places(call, index, hidden, given), call.valid
                     )
-                    return block.call({**given, block.mask: self._mask_of_heads(call, index, hidden)})
+                    return block.call(block.masked(given, self._mask_of_heads(call, index, hidden)))
         first = self._reads(call, index)
         if first is None:
             return None
         segment = call.segments[first]
         if call.fresh:
             plan = call.composed[list(call.plans).index(first)]
-            slots = Slots(call.source[first], plan, call.valid.shape[1], call.drafts)
+            step = call.plans[index] if index == first else None
+            slots = Slots(
+                call.source[first], plan, call.valid.shape[1], call.drafts, step=step, entering=call.tokens(index)
+            )
             given = block.follow(given, slots, segment.valid, segment.padded)
-        if traits.attention is not None:
-            key = (first, self.decoder.windows[index], traits.attention)
+        was = given.get(block.mask)
+        if block.attends(was):
+            key = (first, self.decoder.windows[index], f"{traits.attention} {last}")
             if key not in call.masks:
+                # A model that makes a mask where none is needed reads it.
+                skip = was is None and last is None
                 call.masks[key] = (
-                    segment.mask(self.decoder, index, tokens, hidden, cache)
+                    segment.mask(self.decoder, index, tokens, hidden, cache if last is None else None, skip=skip)
                     if call.see is None
                     else segment.tree_mask(call.see(index), self.decoder.windows[index])
                 )
-            given[block.mask] = call.masks[key]
+                if last is not None:
+                    call.masks[key] = call.masks[key][..., -last:, :]
+            given = block.masked(given, call.masks[key])
         given[block.hidden] = hidden
         return block.call(given)
 
