@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quickmerge.models.compat import image_text_names
 
-BOS, EOS, IMAGE, VIDEO, SOUND, START, END = 1, 2, 90, 91, 92, 88, 89
+BOS, EOS, IMAGE, VIDEO, SOUND, FILM, START, END = 1, 2, 90, 91, 92, 93, 88, 89
 WORDS = (3, 80)
 DEPTH = 4
 SIDE, PATCH, MERGE = 56, 7, 2
@@ -28,7 +28,7 @@ TEXT: dict[str, Any] = {
     "moe_intermediate_size": 16, "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4,
     "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "shared_expert_intermediate_size": 16,
     "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
-    "qk_head_dim": 8, "sliding_window": 64, "mlp_dim": 48, "n_shared_experts": 1, "first_k_dense_replace": 1,
+    "qk_head_dim": 8, "sliding_window": 512, "mlp_dim": 48, "n_shared_experts": 1, "first_k_dense_replace": 1,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "global_head_dim": 8,
     "num_global_key_value_heads": 2, "text_hidden_size": 32, "moe_num_experts": 4, "moe_k": 2,
@@ -62,14 +62,15 @@ def small(config: Any, table: dict[str, Any]) -> dict[str, Any]:
         elif key in IDS:
             out[key] = IDS[key]
         elif key.endswith("token_id") and isinstance(value, int) and value >= 97:
-            out[key] = SOUND if "audio" in key else END if "end" in key or key.startswith("eo") else START
+            kinds = {"audio": SOUND, "video": FILM, "end": END, "eo": END, "": START}
+            out[key] = next(token for word, token in kinds.items() if word in key)
         elif key in table and value is not None and not isinstance(value, (list, tuple, dict)):
             out[key] = table[key]
-    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
-    if len(kinds) > 1:
+    types = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+    if len(types) > 1:
         deep = out.get("num_hidden_layers", DEPTH)
         # As many kinds of blocks as there are, the last kind last.
-        out["layer_types"] = [kinds[min(i * len(kinds) // deep, len(kinds) - 1)] for i in range(deep)]
+        out["layer_types"] = [types[min(i * len(types) // deep, len(types) - 1)] for i in range(deep)]
     return out
 
 
@@ -161,8 +162,8 @@ def count(model: Any, family: str, i: int) -> int:
     given = {k: v for k, v in images(model, family, [i]).items() if k in takes(model)}
     out = model.base_model.get_image_features(**given)
     made = out.last_hidden_state if out.pooler_output is None else out.pooler_output
-    if made is None:  # it has them elsewhere
-        return 4
+    if made is None:  # it has them elsewhere, by block
+        return sum(map(len, out.deepstack_features[0][1]))
     each = [made] if isinstance(made, Tensor) else list(made)
     return sum(x.shape[:-1].numel() for x in each)
 
@@ -337,6 +338,16 @@ def _asked(model: Any, which: list[int], noise: torch.Generator) -> dict[str, An
     return {"pixel_values": torch.randn(3, 3, side, side, generator=noise)[which], "qformer_input_ids": ids[which]}
 
 
+def _strip(model: Any, which: list[int], noise: torch.Generator) -> dict[str, Any]:
+    """Patches of all images side by side in one strip, and the sizes of the images."""
+    sizes = [(8, 4), (4, 8), (8, 8)]
+    strips = [torch.randn(3, PATCH, PATCH * h * w, generator=noise) for h, w in sizes]
+    return {
+        "pixel_values": torch.cat([strips[i] for i in which], -1)[None],
+        "target_sizes": torch.tensor([sizes[i] for i in which]),
+    }  # fmt: skip
+
+
 def _row_tiles(model: Any, which: list[int], noise: torch.Generator) -> dict[str, Any]:
     side = model.config.vision_config.image_size
     pixels = torch.randn(3, 1, 3, side, side, generator=noise)[which]
@@ -383,18 +394,21 @@ OWN |= {
     "shieldgemma2": {"config": {"mm_tokens_per_image": 16}},
     "glm46v": _GLM, "glm4v": _GLM, "glmga": _GLM, "glm_ocr": _GLM, "glm4v_moe": _GLM,
     "glm5_next": {"config": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0}}},
-    "gemma4_unified": {"config": {"vision_config": {"model_type": "gemma4_unified_vision", **VISION}, "audio_config": None}},
     "granite_docling": {"pixels": _marked, "group": _tiled},
     "granite4_vision": {"config": {"image_grid_pinpoints": _PINPOINTS, "downsample_rate": "1/2",
                                    "deepstack_layer_map": [[-2, 0]], "spatial_target_layers": [1, 1, 2, 2],
-                                   "vision_config": {"hidden_size": 64}, "qformer_config": {"hidden_size": 64, "encoder_hidden_size": 64}},
+                                   "vision_config": {"hidden_size": 64},
+                                   "qformer_config": {"hidden_size": 64, "encoder_hidden_size": 64}},
                         "pixels": _crops},
     "hunyuan_vl": {"config": _grid_text(head_dim=8)},
     "hy_v4_vl": {"config": _grid_text(qk_rope_head_dim=8)},
     "hyperclovax_vision_v2": {"config": _SQUARES},
     "idefics2": {"pixels": _one_row, "group": _tiled},
     "idefics3": {"pixels": _one_row, "group": _tiled},
-    "kimi_k25": {"width": (3, PATCH, PATCH), "config": {"projection_hidden_size": 32}},
+    "kimi_k25": {"width": (3, PATCH, PATCH), "config": {
+        "projection_hidden_size": 32, "text_config": {"head_dim": 4, "num_key_value_heads": 4}}},
+    "minicpm_ocr": {"pixels": _strip}, "minicpmv4_6": {"pixels": _strip}, "minicpmv4_7": {"pixels": _strip},
+    "mistral_large4": {"pixels": _varied, "config": {"text_config": {"head_dim": 4, "num_key_value_heads": 4}}},
     "fuyu": {"pixels": _flat},
     "instructblip": {"pixels": _asked},
     "lighton_ocr": {"pixels": _varied}, "mistral3": {"pixels": _varied},
@@ -404,7 +418,8 @@ OWN |= {
     "molmo2": {"pixels": _pooled, "config": {
         "vision_config": {"image_size": [SIDE, SIDE], "num_position_embeddings": (SIDE // PATCH) ** 2},
         "adapter_config": {"vision_feature_layer": [2, 1]}, "image_patch_id": IMAGE}},
-    "muse_glimmer": {"width": (2 * 3 * PATCH * PATCH,), "config": {"out_hidden_size": 128, "projector_hidden_size": 32}},
+    "muse_glimmer": {"width": (2 * 3 * PATCH * PATCH,),
+                     "config": {"out_hidden_size": 128, "projector_hidden_size": 32}},
     "paddleocr_vl": {"width": (3, PATCH, PATCH), "config": {"vision_config": {"image_size": 28}, **_grid_text()}},
     "paligemma": {"config": {"projection_dim": 32, "vision_config": {"projection_dim": 32}}},
     "perception_lm": {"config": {"vision_config": {**_CLIP, "model_args": {"embed_dim": 32}}}, "pixels": _row_tiles},
@@ -417,7 +432,7 @@ OWN |= {
     "qwen4_exp": {"config": {"text_config": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
                                              "indexer_budget": 16, "indexer_compress_ratio": 4}}},
     "smolvlm": {"pixels": _one_row, "group": _tiled},
-    "step3p7": {"config": {"text_config": {"sliding_window": 64}}},
+    "step3p7": {"config": {"text_config": {"sliding_window": 512}}},
     "video_llama_3": {"pixels": _merging},
     "vipllava": {"config": {"vision_feature_layers": [-2, -1]}},
 }  # fmt: skip
@@ -425,7 +440,18 @@ OWN |= {
 
 FAMILIES = sorted(image_text_names())
 
-UNBUILT: dict[str, str] = {}
+UNBUILT: dict[str, str] = {
+    "apertus1p5": "its audio tokenizer has one size",
+    "deepseek_ocr2": "its towers have sizes of their own",
+    "diffusion_gemma": "it writes by diffusion",
+    "dots3_note": "its tower's blocks have sizes of their own",
+    "emu3": "its images are codes of a tokenizer of one size",
+    "gemma3n": "its tower is one of timm",
+    "gemma4_unified": "its patches are joined in front of it",
+    "muse_spark": "its tower's blocks have sizes of their own",
+    "nemotron_h_omni": "its tower has sizes of its own",
+    "unlimited_ocr": "its towers have sizes of their own",
+}
 """Rows of which no small model can be built here, and why."""
 
 

@@ -208,7 +208,11 @@ class FeatureWatch:
         hands_on = self.tower.beside is not None and not self.tower.beside.unmerge
         newlines = self.vlm.family.mosaic or self.tower.layout == "traced"
         if self.tower.asks or hands_on or newlines:
-            reason = "the reducer reads what the vision tower computes" if self.tower.asks else "which of them are newlines can't be told"
+            reason = (
+                "the reducer reads what the vision tower computes"
+                if self.tower.asks
+                else "which of them are newlines can't be told"
+            )
             reason = "they tell which patches were merged in the vision tower" if hands_on else reason
             raise QuickmergeError(
                 f"mm_encoder_outputs must come from the model's get_image_features inside the run, since {reason}; got "
