@@ -418,13 +418,15 @@ def check_kind(model: Any, language: bool = False) -> None:
     kind = model_kind(model)
     if kind is None:
         return
-    text, visual = ", ".join(FAMILIES), ", ".join(VLM_FAMILIES)
+    if "vision" in kind and kind != INPUTS["pixel_values"]:
+        _parts(model)  # it says which trait is the reason
+    text, visual = ", ".join(FAMILIES), "vision-language models whose images take the place of placeholder tokens"
     if language:
-        would = f"language models of {text} and vision-language models of {visual} are"
+        would = f"language models of {text} and {visual} are"
     elif kind == INPUTS["pixel_values"]:
         would = f"vision transformers of {', '.join(VISION_FAMILIES)} and of timm are"
     elif "vision" in kind:
-        would = f"vision-language models of {visual} are"
+        would = f"{visual} are"
     else:
         would = f"decoder-only language models of {text} are"
     raise UnsupportedModelError(

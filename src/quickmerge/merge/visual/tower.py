@@ -223,7 +223,7 @@ class TowerWatch:
         """How the patches become visual tokens; that of the family, unless the first image has shown another."""
         every = [each.attention for each in vlm.blocks]
         self._watched: list[Any] = [vlm.attention] if vlm.family.layout == "patches" else every
-        self._own = self._watched.index(vlm.attention) if vlm.attention in self._watched else -1
+        self._own = next((i for i, each in enumerate(self._watched) if each is vlm.attention), -1)
 
     def attach(self) -> list[Callable[[], None]]:
         """Hook the tower; returns how to undo it."""
