@@ -28,6 +28,8 @@ from vlm_zoo_tables import VLM_ZOO
 
 from quickmerge.bench.stats import ratio_interval
 from quickmerge.bench.table import Cell, Column, Table, interval, number, plus_minus, text, unless
+from quickmerge.models.families import CAPABILITIES
+from quickmerge.models.families import rows as family_rows
 
 HERE = Path(__file__).parent
 PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
@@ -457,6 +459,16 @@ def matrix() -> Table:
     return Table(columns, [{"family": family} for family in sorted({key[0] for key in split})])
 
 
+def families() -> Table:
+    """What was proven of every family of language models, the most used first."""
+
+    def of(capability: str) -> Column:
+        return Column(capability.replace("_", "-"), text(capability))
+
+    found = [{"family": family, **cells} for family, cells in family_rows().items()]
+    return Table([Column("family", text("family")), *map(of, CAPABILITIES)], found)
+
+
 def made_of(result: str, make: Callable[[Sequence[Row]], Table], key: str = "rows") -> Table | None:
     """What ``make`` makes of the rows of a result file, or of another of its lists; None where it is missing."""
     return make(rows_of(result, key)) if (HERE / "results" / f"{result}.json").is_file() else None
@@ -485,7 +497,7 @@ OWN: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {
 TABLES: dict[str, Callable[[], Table | None]] = {
     make.__name__: make
     for make in (
-        matrix, prior_recovery, patch_merge, recognition_ways, recognition_ablation,
+        matrix, families, prior_recovery, patch_merge, recognition_ways, recognition_ablation,
         recognition_times, recognition_kinds, vlm_quality, vlm_mosaics, vlm_speed,
     )
 }  # fmt: skip

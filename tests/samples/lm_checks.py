@@ -58,6 +58,8 @@ def generated(model: Any, ids: Tensor, mask: Tensor, new: int = 3, **more: Any) 
 @torch.no_grad()
 def prefix(model: Any, layer: int) -> None:
     """Merging a prompt in front of a block; see `test_families`."""
+    with qm.reduce(model, REDUCERS[0](0.5), layer, **SETTINGS):
+        pass  # what can't be served is refused here
     ids, mask, position = padded()
     inputs = {"attention_mask": mask, "position_ids": position}
     depth = len(find_decoder(model))
@@ -145,5 +147,42 @@ def _beams(model: Any) -> None:
     assert abs(float(score) - float(out.sequences_scores[0])) < 1e-2, "the score of a beam is not that of its text"
 
 
-CHECKS: dict[str, Callable[[Any, int], None]] = {"prefix": prefix}
+CHUNKS: dict[str, Any] = {"mode": "block_causal", "sinks": 1, "chunk": 8, "window": 4}
+
+
+@torch.no_grad()
+def block_causal(model: Any, layer: int) -> None:
+    """Merging keys and values chunk by chunk; ``layer`` is of no account, all blocks with full attention are merged."""
+    with qm.reduce(model, REDUCERS[0](0.5), **CHUNKS):
+        pass  # what can't be served is refused here
+    ids = ids_of(2, LONG + 2, 4)
+    plain, itself = model(ids).logits, own_deviation(model)
+    traits = find_decoder(model).traits
+    for reducer in REDUCERS:
+        with qm.reduce(model, reducer(1.0), **CHUNKS):
+            close(model(ids).logits, plain, "keep=1")
+        with qm.reduce(model, reducer(0.5), **CHUNKS) as run:
+            whole = model(ids).logits
+            counts = run.summary().tokens_per_layer
+            assert any(n < ids.shape[1] for n in counts), "nothing was merged"
+            for traits_of, n in zip(traits, counts, strict=True):
+                assert n == ids.shape[1] or traits_of.attention == "full", "another kind of block was merged"
+            assert whole.shape == plain.shape and bool(whole.isfinite().all())
+            # What comes later changes nothing: a shorter text has the same logits.
+            close(model(ids[:, :LONG], use_cache=False).logits, whole[:, :LONG], "a shorter text")
+            if itself[0]:
+                _in_pieces(model, ids, whole, several=itself[1])
+        assert torch.equal(model(ids).logits, plain), "the model is not what it was"
+
+
+def _in_pieces(model: Any, ids: Tensor, whole: Tensor, several: bool) -> None:
+    """A text that is fed in pieces has the logits of the whole."""
+    first = model(ids[:, :LONG], use_cache=True)
+    cache = returned_cache(first)
+    pieces = [ids[:, LONG:]] if several else [ids[:, LONG + i : LONG + i + 1] for i in range(2)]
+    logits = [model(piece, use_cache=True, **cache_argument(model, cache)).logits for piece in pieces]
+    close(torch.cat([first.logits, *logits], 1), whole, "in pieces")
+
+
+CHECKS: dict[str, Callable[[Any, int], None]] = {"prefix": prefix, "block_causal": block_causal}
 """By capability."""

@@ -160,6 +160,27 @@ def _shrunk(default: Any, depth: int = DEPTH) -> dict[str, Any]:
     return told
 
 
+_PARTS = "a model of several parts, whose language model is a row of its own"
+_BESIDE = "a drafter, which reads the hidden states of another model"
+
+UNBUILT: dict[str, str] = {
+    "blt": "bytes, patched by a model of its own inside, for which there is no tiny configuration",
+    **dict.fromkeys(
+        ("fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "git", "got_ocr2", "moss_transcribe_diarize",
+         "phi4_multimodal"), _PARTS),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _BESIDE),
+}  # fmt: skip
+"""Families that can't be built tiny, and why."""
+
+LAYERS = {"hy_v4": 1}
+"""The block in front of which a family's prompt is merged in tests, where it can't be the third."""
+
+
+def layer_of(family: str) -> int:
+    """The block in front of which a family's prompt is merged in tests."""
+    return LAYERS.get(family, 2)
+
+
 @cache
 def families() -> tuple[str, ...]:
     """``model_type`` of every causal language model of the installed transformers, sorted."""

@@ -17,8 +17,9 @@ from hosts_zoo import BOS, EOS, ZOO, build, generate, pad, stored, tokens
 from PIL import Image
 
 import quickmerge as qm
-from quickmerge.models.compat import changes
+from quickmerge.models.compat import causal_lm_names, changes
 from quickmerge.models.decoder import FAMILIES
+from quickmerge.models.families import rows
 from quickmerge.training import TrainingConfig
 
 LONG, SHORT = 60, 41
@@ -26,6 +27,11 @@ LONG, SHORT = 60, 41
 
 def test_nothing_that_quickmerge_leans_on_has_changed() -> None:
     assert changes(FAMILIES) == []
+
+
+def test_every_family_of_language_models_has_a_row() -> None:
+    """A new release adds families: `tests/merge/test_families.py` says how they get their rows."""
+    assert sorted(set(causal_lm_names()) - set(rows())) == []
 
 
 @pytest.mark.parametrize("family", sorted(ZOO))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from quickmerge.console.options import JSON, check_output, write_json
+from quickmerge.errors import QuickmergeError
 
 if TYPE_CHECKING:
     from quickmerge.terminal import Terminal
@@ -13,17 +16,26 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: quickmerge ls --json inventory.json"
 
 
-def ls(json: JSON = None) -> None:
+WHAT = Annotated[
+    str | None, typer.Argument(metavar="[models]", help="models: the families of language models and what was proven.")
+]
+
+
+def ls(what: WHAT = None, json: JSON = None) -> None:
     """List the reducers, methods for the cache, the models that work, and the priors and draft heads that ship."""
+    if what == "models":
+        return models(json)
+    if what is not None:
+        raise QuickmergeError(f"what to list must be models, or be left out, got {what!r}")
     from rich.table import Table
 
     from quickmerge.data import GUMIHOS, PRIORS
     from quickmerge.merge.cache import EVICTORS
     from quickmerge.merge.reducers import PLACES, DynamicViT
     from quickmerge.models import MODELS, VISION_MODELS
-    from quickmerge.models.decoder import FAMILIES
     from quickmerge.models.embedded import SENTENCE_MODELS
     from quickmerge.models.encoder import VISION_FAMILIES
+    from quickmerge.models.families import proven, rows
     from quickmerge.models.vlm import VLM_FAMILIES
     from quickmerge.terminal import Terminal, plain
 
@@ -55,9 +67,11 @@ def ls(json: JSON = None) -> None:
                 table.add_row(plain(r["name"], "bold"), " ".join(str(r["about"]).split()), settings, str(r["source"]))
         console.print(table)
     console.print(f"  and {DynamicViT.name} ({DynamicViT.source}), which quickmerge train dynamicvit trains")
-    for models, families in ((MODELS, FAMILIES), (VISION_MODELS, VISION_FAMILIES)):
-        _tell(console, "Models", ", ".join(models) + ", or any folder or Hugging Face id of these families:")
+    texts = proven("prefix")
+    for names, families in ((MODELS, texts), (VISION_MODELS, VISION_FAMILIES)):
+        _tell(console, "Models", ", ".join(names) + ", or any folder or Hugging Face id of these families:")
         console.print("  " + ", ".join(families))
+    console.print(f"  quickmerge ls models tells more of {len(rows())} families of language models")
     _tell(console, "Vision-language models", "any folder or Hugging Face id of these families:")
     console.print("  " + ", ".join(VLM_FAMILIES))
     _tell(console, "Recognizers", "any folder that train recognizer wrote; compared by meaning with "
@@ -66,9 +80,30 @@ def ls(json: JSON = None) -> None:
     _tell(console, "Drafters", "(--drafter) lookup, " + ", ".join(GUMIHOS) + ", or any folder that train gumiho wrote")
     write_json(json, {
         "reducers": reducers, "models": [*MODELS, *VISION_MODELS, *SENTENCE_MODELS],
-        "families": [*FAMILIES, *VISION_FAMILIES, *VLM_FAMILIES], "priors": list(PRIORS),
+        "families": [*texts, *VISION_FAMILIES, *VLM_FAMILIES], "priors": list(PRIORS),
         "drafters": ["lookup", *GUMIHOS],
     })  # fmt: skip
+
+
+def models(json: JSON = None) -> None:
+    """Print what was proven of every family of language models that transformers registers."""
+    from rich.table import Table
+
+    from quickmerge.models.families import CAPABILITIES, WORKS, proven, rows
+    from quickmerge.terminal import Terminal, plain
+
+    check_output(json)
+    families, console = rows(), Terminal()
+    table = Table(
+        "family", *CAPABILITIES, title="Language models: what was proven on a tiny random model of each family"
+    )
+    for family, cells in families.items():
+        table.add_row(plain(family, "bold"), *(cells.get(capability, "") for capability in CAPABILITIES))
+    console.print(table)
+    counts = ", ".join(f"{capability} works for {len(proven(capability))}" for capability in CAPABILITIES)
+    console.print(f"Of {len(families)} families {counts}. {WORKS.capitalize()}: every law held; else the trait that is "
+                  "the reason. A family that is not listed is served if it is built like one that is.")  # fmt: skip
+    write_json(json, {"models": families})
 
 
 def _tell(console: Terminal, what: str, text: str) -> None:

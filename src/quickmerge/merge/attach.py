@@ -15,6 +15,7 @@ from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.reread import Reread
 from quickmerge.merge.run import Run
 from quickmerge.merge.text.block_causal import BlockCausalRun
+from quickmerge.merge.text.blocks import schedule_of
 from quickmerge.merge.text.modes import BlockCausal, Mode, ModeSettings, Prefix, as_mode
 from quickmerge.merge.text.prefix import PrefixRun
 from quickmerge.merge.text.reread import RereadRun
@@ -66,7 +67,7 @@ def reduce_lm(
                 )
             reducer.check(model, (), mode.name)
             return RereadRun(decoder, reducer, mode, cache)
-        schedule = layer if isinstance(layer, Schedule) else Schedule.of(layer, len(decoder))
+        schedule = schedule_of(decoder, layer)
         if isinstance(reducer.budget, ReadingBudget):
             raise ValueError(f"keep must be a budget for whole prompts in prefix mode, got {reducer.budget!r}")
         reducer.check(model, schedule.layers, mode.name)
@@ -172,7 +173,7 @@ def reduce(
     every tile of Idefics3 and SmolVLM is an image.
 
     Args:
-        model: a causal LM of one of the proven families (`quickmerge.models.decoder.FAMILIES`), or a vision transformer
+        model: a decoder-only causal LM (``quickmerge ls models`` lists the families), or a vision transformer
             of one (`quickmerge.models.encoder.VISION_FAMILIES`), or timm's ``VisionTransformer`` or a module that holds
             one, or a vision-language model, see `quickmerge.models.vlm.find_vlm`. It may be wrapped by PEFT,
             `torch.compile` (a language model then runs as it was written while it is inside), or

@@ -19,8 +19,9 @@ from quickmerge.data import demo_document
 from quickmerge.errors import QuickmergeError, whole_number
 from quickmerge.merge.attach import reduce
 from quickmerge.merge.reducers.base import Reducer
+from quickmerge.merge.text.blocks import schedule_of
 from quickmerge.merge.text.modes import Prefix
-from quickmerge.merge.tokens.budget import Entropy, Schedule, as_budget, effective_tokens
+from quickmerge.merge.tokens.budget import Entropy, as_budget, effective_tokens
 from quickmerge.merge.tokens.view import TokenView
 from quickmerge.models.decoder import find_decoder
 from quickmerge.models.spans import check_tokenizer
@@ -72,7 +73,7 @@ def spread_of(
     ids = check_tokenizer(tokenizer).encode(demo_document(), add_special_tokens=False)
     tokens = min(max(SHORTEST, whole_number("tokens", tokens)), len(ids))
     starts = sorted({(len(ids) - tokens) * i // max(1, WINDOWS - 1) for i in range(WINDOWS)})
-    first = _schedule(layer, len(find_decoder(model, shared=True))).layers[0]
+    first = schedule_of(find_decoder(model, shared=True), layer).layers[0]
     noting = _Noting()
     mode = Prefix(min_tokens=0, tokenizer=tokenizer)
     with torch.inference_mode(), reduce(model, replace(reducer, keep=noting), first, mode=mode):
@@ -82,10 +83,6 @@ def spread_of(
     if len(noting.found) != len(starts):
         raise QuickmergeError(f"reducer must ask its budget by a saliency, got {reducer.name}")
     return noting.found
-
-
-def _schedule(layer: Any, depth: int) -> Schedule:
-    return layer if isinstance(layer, Schedule) else Schedule.of(layer, depth)
 
 
 def calibrated(
@@ -108,8 +105,8 @@ def calibrated(
         QuickmergeError, ValueError: as `spread_of`.
     """
     as_budget(float(share))
-    depth = len(find_decoder(model, shared=True))
-    schedule = _schedule(layer, depth)
+    decoder = find_decoder(model, shared=True)
+    schedule, depth = schedule_of(decoder, layer), len(decoder)
     blocks = [b - a for a, b in pairwise((*schedule.layers, depth))]
     # Behind an entropy budget each later merge leaves the same share of what is there, whatever that is.
     first = min(1.0, share * sum(blocks) / sum(d * schedule.decay**s for s, d in enumerate(blocks)))

@@ -98,6 +98,7 @@ __all__ = [
     "is_users_cache",
     "library_logging",
     "make_mask",
+    "own_cache",
     "own_model",
     "register_attention",
     "reshapes_output",
@@ -188,6 +189,16 @@ def cache_argument(taker: Any, cache: Any) -> dict[str, Any]:
         One entry. A ``taker`` that names no cache is given the name of the installed transformers.
     """
     return {_name_in(taker) or cache_name(): cache}
+
+
+def own_cache(base: nn.Module) -> str | None:
+    """The class of cache that a decoder makes for itself, where it takes no other; None where any will do."""
+    parameters = inspect.signature(type(base).forward).parameters
+    told = [
+        str(getattr(p.annotation, "__args__", (p.annotation,))[0]) for n, p in parameters.items() if n in CACHE_NAMES
+    ]
+    found = told[0].strip("'<>").rsplit(".", 1)[-1].split(" |")[0] if told else "Cache"
+    return None if found in ("Cache", "DynamicCache", "_empty", "inspect._empty", "Any") else found
 
 
 def takes_cache(taker: Any) -> bool:

@@ -27,6 +27,8 @@ from quickmerge.models.traits import SLIDING, BlockTraits, attention_of, block_t
 FAMILIES = ("gemma3_text", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 """``config.model_type`` of families that the committed matrix (tests/merge/matrix.json) goes through cell by cell."""
 
+_BOTH = "{} reads text in both directions, as encoders do ({} is not causal), a decoder was looked for"
+
 CHOSEN = "indices"
 """Keyword by which a model hands the keys that an indexer chose to an attention function that can read them so."""
 
@@ -167,6 +169,9 @@ def read_decoder(model: PreTrainedModel, base: Any, shared: bool = False, *, bot
     name, config = type(model).__name__, base.config
     stacks = _stacks(base)
     if len(stacks) != 1:
+        asking = [m for m in base.modules() if asks_registry(m)]
+        if any(getattr(m, "is_causal", True) is False for m in asking):
+            raise UnsupportedModelError(_BOTH.format(name, type(base).__name__))
         depth = getattr(config, "num_hidden_layers", None)
         raise UnsupportedModelError(
             f"{name} has {len(stacks)} lists of decoder blocks, exactly one was looked for, of "
@@ -184,9 +189,7 @@ def read_decoder(model: PreTrainedModel, base: Any, shared: bool = False, *, bot
     attentions = tuple(attention_of(block) for block in layers)
     both = [m for m in attentions if m is not None and getattr(m, "is_causal", True) is False]
     if both and not both_ways:
-        raise UnsupportedModelError(
-            f"{name} reads text in both directions ({type(both[0]).__name__} is not causal), a decoder was looked for"
-        )
+        raise UnsupportedModelError(_BOTH.format(name, type(both[0]).__name__))
     if not any(attentions):
         kinds = sorted({str(t.attention or t.memory) for t in block_traits(base, layers, attentions)})
         raise UnsupportedModelError(
@@ -201,13 +204,8 @@ def read_decoder(model: PreTrainedModel, base: Any, shared: bool = False, *, bot
 
 def _instead(base: nn.Module) -> str:
     """What there is where no list of decoder blocks was found, in words."""
-    inner = [m for m in base.modules() if asks_registry(m)]
-    if any(getattr(m, "is_causal", True) is False for m in inner):
-        return "it reads text in both directions, as encoders do"
-    lists = [
-        n for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and any(map(asks_registry, m.modules()))
-    ]
-    return f"its blocks stand in {', '.join(lists)}" if lists else "it is built otherwise"
+    lists = [n for n, m in base.named_modules() if isinstance(m, nn.ModuleList)]
+    return f"its lists of modules are {', '.join(lists[:4])}" if lists else "it holds no list of modules"
 
 
 def check_attention(name: str, config: Any, shared: bool = False) -> None:

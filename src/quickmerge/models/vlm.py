@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.models.compat import is_timm
-from quickmerge.models.decoder import FAMILIES, Decoder, check_attention, read_decoder
+from quickmerge.models.decoder import Decoder, check_attention, read_decoder
 from quickmerge.models.encoder import VISION_FAMILIES, Encoder, find_encoder, holds_encoder, read_encoder
 from quickmerge.models.traits import CHUNKED, COMPRESSED, BlockTraits
 
@@ -420,15 +420,16 @@ def check_kind(model: Any, language: bool = False) -> None:
         return
     if "vision" in kind and kind != INPUTS["pixel_values"]:
         _parts(model)  # it says which trait is the reason
-    text, visual = ", ".join(FAMILIES), "vision-language models whose images take the place of placeholder tokens"
+    visual = "vision-language models whose image features take the place of placeholder tokens"
+    text = "decoder-only language models (`quickmerge ls models` lists their families)"
     if language:
-        would = f"language models of {text} and {visual} are"
+        would = f"{text} and {visual} are"
     elif kind == INPUTS["pixel_values"]:
         would = f"vision transformers of {', '.join(VISION_FAMILIES)} and of timm are"
     elif "vision" in kind:
         would = f"{visual} are"
     else:
-        would = f"decoder-only language models of {text} are"
+        would = f"{text} are"
     raise UnsupportedModelError(
         f"{name} (model_type {model.config.model_type!r}) is {kind}, which is not supported: {would}"
     )

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from quickmerge.errors import UnsupportedModelError
 from quickmerge.merge.cache.evictor import Evictor
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.reread import Reread
 from quickmerge.merge.tokens.budget import Count, Ratio, Remaining, Schedule, Stage, as_budget, round_half_up
+from quickmerge.models.traits import BlockTraits, not_plain
 
 
 @dataclass(frozen=True)
@@ -95,16 +97,29 @@ class Shape:
         return ratio if evictor is None else ratio + evictor.flops(self, tokens) / full
 
 
+def _uncounted(block: BlockTraits) -> str | None:
+    """The trait for which the FLOPs of a block aren't known; None if they are."""
+    return "keys that are wider than values" if block.latent else not_plain(block)
+
+
 def model_shape(model: nn.Module | Any) -> Shape:
     """The shape of a supported language model, or of that in a vision-language model; one on the meta device does.
 
     Raises:
-        UnsupportedModelError: for a model that no reducer can be attached to.
+        UnsupportedModelError: for a model that no reducer can be attached to, or whose blocks are not counted here:
+            those without plain attention, of latent attention, and with experts.
     """
     from quickmerge.models.decoder import find_decoder
     from quickmerge.models.vlm import find_vlm_decoder, holds_vlm
 
     decoder = find_vlm_decoder(model) if holds_vlm(model) else find_decoder(model, shared=True)
+    decoder.need("a count of FLOPs", _uncounted)
+    for i, block in enumerate(decoder.layers):
+        if any(p.ndim == 3 for p in block.parameters()):
+            raise UnsupportedModelError(
+                f"a count of FLOPs can't be served for {type(model).__name__}, whose block {i} has experts, of whose "
+                "weights a token reads a part"
+            )
     config = decoder.config
     heads = config.num_attention_heads
     weights = tuple(

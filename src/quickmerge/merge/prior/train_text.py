@@ -35,6 +35,7 @@ from quickmerge.models.compat import cache_argument
 from quickmerge.models.decoder import find_decoder
 from quickmerge.models.identity import model_hash
 from quickmerge.models.part import model_label
+from quickmerge.models.traits import not_plain
 from quickmerge.sampling import evenly
 from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
@@ -322,6 +323,7 @@ def train_prior_text(
         QuickmergeError, ValueError: for anything that does not fit; see `quickmerge.training.train`.
     """
     decoder = find_decoder(model)
+    decoder.need("training a prior", not_plain)
     schedule = Schedule.of(layer, len(decoder))
     settings = {"name": name, "hash": model_hash(model)}
     chosen = default_depths(schedule, len(decoder)) if depths is None else tuple(depths)

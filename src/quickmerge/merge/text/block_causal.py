@@ -6,7 +6,7 @@ rows picked, moved and repeated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -15,18 +15,26 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.run import Run
+from quickmerge.merge.text.blocks import not_chunked, not_mergeable, trace_of
 from quickmerge.merge.text.merged_cache import moving_rows
 from quickmerge.merge.text.modes import BlockCausal
 from quickmerge.merge.text.rows import check_one_text
 from quickmerge.merge.tokens.budget import ReadingBudget
-from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.tokens.view import Evidence, TokenView
 from quickmerge.models.attachment import PerThread, refuse_assisted, watch_generate
-from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache
+from quickmerge.models.compat import (
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    cache_argument,
+    cache_name,
+    given_cache,
+    own_cache,
+)
 from quickmerge.models.decoder import AttentionFunction, Decoder, decoder_mask, proportional_attention
+from quickmerge.models.traits import FULL, INDEXED
 
 
 @dataclass(frozen=True)
@@ -95,87 +103,100 @@ class Reader:
         return self.surprises[chunk - 1] if chunk else None
 
 
-class ChunkedLayer(moving_rows(DynamicLayer)):  # type: ignore[misc]
-    """A cache layer that stores slots of old chunks and then the tokens that no chunk has absorbed yet.
+def _chunked(kind: Any) -> Any:
+    """A class of cache layers of ``kind`` that store slots of old chunks, then tokens no chunk has absorbed yet.
 
     Its logical length counts every token it was ever given; what it stores is shorter. ``query`` keeps the queries
     of the unabsorbed tokens, from which a chunk's statistics are taken when it closes. A run that is about to have keys
-    and values written says so by ``expected``: outside of one, slots would be taken for tokens.
+    and values written says so by ``expected``: outside of one, slots would be taken for tokens. ``attended`` says that
+    this forward's attention was computed.
     """
 
-    is_croppable = False
+    class Chunked(moving_rows(kind)):  # type: ignore[misc]
+        """See `quickmerge.merge.text.block_causal`."""
 
-    def __init__(self, rules: Rules) -> None:
-        super().__init__()
-        self.rules = rules
-        self.absorbed = 0
-        self.slots = 0
-        self.query: Tensor | None = None
-        self.valid: Tensor | None = None
-        self.size: Tensor | None = None
-        self.reader: Reader | None = None
-        self.expected = False
+        is_croppable = False
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values ``(B, H, q, D)``; returns all of them.
+        def __init__(self, rules: Rules, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.rules = rules
+            self.absorbed = self.slots = 0
+            self.query: Tensor | None = None
+            self.valid: Tensor | None = None
+            self.size: Tensor | None = None
+            self.reader: Reader | None = None
+            self.expected = self.attended = False
 
-        Raises:
-            QuickmergeError: outside of a run in block-causal mode.
-        """
-        expected, self.expected = self.expected, False
-        if not expected:
-            raise QuickmergeError(
-                f"{cache_name()} holds chunks that were merged inside quickmerge.reduce(..., mode='block_causal'): go "
-                "on with it in such a block of the same settings, or start with an empty cache"
-            )
-        return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            """Append keys and values ``(B, H, q, D)``; returns all of them.
 
-    def get_seq_length(self) -> int:
-        """Tokens seen, merged or not."""
-        return int(super().get_seq_length()) - self.slots + self.absorbed
+            Raises:
+                QuickmergeError: outside of a run in block-causal mode.
+            """
+            expected, self.expected = self.expected, False
+            if not expected:
+                raise QuickmergeError(
+                    f"{cache_name()} holds chunks that were merged inside quickmerge.reduce(..., mode='block_causal'): "
+                    "go on with it in such a block of the same settings, or start with an empty cache"
+                )
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Stored entries plus the new ones; the offset makes logical and stored length agree."""
-        stored = super().get_seq_length()
-        return stored + query_length, self.get_seq_length() - stored
+        def get_seq_length(self) -> int:
+            """Tokens seen, merged or not."""
+            return int(super().get_seq_length()) - self.slots + self.absorbed
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Not possible: merged chunks can't be taken apart."""
-        raise QuickmergeError("a cache merged in block_causal mode can't be cropped; use prefix mode")
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            """Stored entries plus the new ones; the offset makes logical and stored length agree."""
+            stored = super().get_seq_length()
+            return stored + query_length, self.get_seq_length() - stored
 
-    def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Move what is kept besides keys and values."""
-        if self.reader is not None:
-            self.reader.each_row(change)
-        self.query = None if self.query is None else change(self.query)
-        self.valid = None if self.valid is None else change(self.valid)
-        self.size = None if self.size is None else change(self.size)
+        def crop(self, tokens_to_remove: int) -> None:
+            """Not possible: merged chunks can't be taken apart."""
+            raise QuickmergeError("a cache merged in block_causal mode can't be cropped; use prefix mode")
 
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self.absorbed = self.slots = 0
-        self.query = self.valid = self.size = None
-        if self.reader is not None:
-            self.reader = Reader(self.reader.budget, self.reader.chunk)
+        def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+            """Move what is kept besides keys and values."""
+            if self.reader is not None:
+                self.reader.each_row(change)
+            self.query = None if self.query is None else change(self.query)
+            self.valid = None if self.valid is None else change(self.valid)
+            self.size = None if self.size is None else change(self.size)
+
+        def reset(self) -> None:
+            """Forget everything."""
+            super().reset()
+            self.absorbed = self.slots = 0
+            self.query = self.valid = self.size = None
+            if self.reader is not None:
+                self.reader = Reader(self.reader.budget, self.reader.chunk)
+
+    return Chunked
 
 
-def chunked_layers(cache: Cache, blocks: Sequence[int], rules: Rules) -> dict[int, ChunkedLayer]:
-    """The layers of a filled cache that can be read on by ``rules`` in these blocks, by block.
+ChunkedLayer = _chunked(DynamicLayer)
+"""A layer of attention alone."""
+
+ChunkedHybridLayer = _chunked(LinearAttentionAndFullAttentionLayer)
+"""A layer of attention beside a memory of fixed size, which reads every token as it always does."""
+
+
+def chunked_layers(cache: Cache, blocks: Mapping[int, int], rules: Rules) -> dict[int, Any]:
+    """The layers of a filled cache that can be read on by ``rules``, by block; ``blocks`` tells the layer of each.
 
     Raises:
         QuickmergeError: if the cache was filled elsewhere, or by other settings.
     """
-    found = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, ChunkedLayer)}
-    if not found:
+    there = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, (ChunkedLayer, ChunkedHybridLayer))}
+    if not there:
         raise QuickmergeError(
             f"{cache_name()} was filled outside of block_causal mode; start it with an empty cache inside the run"
         )
-    if tuple(found) != tuple(blocks):
+    if sorted(there) != sorted(blocks.values()):
         raise QuickmergeError(
-            f"{cache_name()} was merged from block {min(found)} on, and layer={min(blocks)} was asked for: give "
+            f"{cache_name()} was merged from block {min(there)} on, and layer={min(blocks)} was asked for: give "
             "reduce(...) the same layer, or start with an empty cache"
         )
+    found = {block: there[layer] for block, layer in blocks.items()}
     for layer in found.values():
         if wrong := rules.differences(layer.rules):
             raise QuickmergeError(
@@ -194,18 +215,32 @@ def chunked_layers(cache: Cache, blocks: Sequence[int], rules: Rules) -> dict[in
 
 
 class BlockCausalRun(Run):
-    """See `quickmerge.reduce`. Sliding-window blocks bound their cache themselves and are left alone."""
+    """See `quickmerge.reduce`.
+
+    Blocks whose attention is not full bound what they read themselves and are left alone, and so are those whose keys
+    and values other blocks borrow, and those without attention.
+    """
 
     mode = "block_causal"
     no_trees = "block_causal mode merges what it has read for good, drafted tokens too; use prefix mode"
-    _layers: PerThread[dict[int, ChunkedLayer]] = PerThread(dict)
+    _layers: PerThread[dict[int, Any]] = PerThread(dict)
 
     def __init__(self, decoder: Decoder, reducer: Reducer, first: int, mode: BlockCausal) -> None:
         super().__init__(decoder, reducer)
         self.rules = Rules(reducer, mode.sinks, mode.chunk, mode.window)
-        self.merged = tuple(i for i in range(first, len(decoder)) if decoder.windows[i] is None)
+        decoder.need("block_causal merging", not_mergeable)
+        own = own_cache(decoder.base)
+        if own is not None:
+            raise UnsupportedModelError(
+                f"block_causal merging can't be served for {self._name}, which keeps its past in a {own} of its own"
+            )
+        self.merged = tuple(i for i in range(first, len(decoder)) if not_chunked(decoder.traits[i]) is None)
+        if not self.merged and not any(not_chunked(block) is None for block in decoder.traits):
+            decoder.need("block_causal merging", not_chunked)
         if not self.merged:
             raise QuickmergeError(f"layer {first} and above hold sliding-window attention only, nothing to merge")
+        self._at = {i: int(decoder.traits[i].entries or 0) for i in self.merged}
+        """The layer of the cache of each of them."""
         budget = self.reducer.budget
         self.reading = budget if isinstance(budget, ReadingBudget) else None
         if self.reading is not None and self.merged[0] != self.reading.layer:
@@ -244,9 +279,9 @@ class BlockCausalRun(Run):
         cache = given_cache(inputs)
         check_one_text(inputs, None, cache is not None)
         if not prompt and cache is not None:
-            self._layers = chunked_layers(cache, self.merged, self.rules)
+            self._layers = chunked_layers(cache, self._at, self.rules)
             for layer in self._layers.values():
-                layer.expected = True
+                layer.expected, layer.attended = True, False
             return {}
         self.stats.rows, self.stats.tokens_in = ids.shape[0], float(ids.shape[1])
         self._layers = {i: ChunkedLayer(self.rules) for i in self.merged}
@@ -262,7 +297,12 @@ class BlockCausalRun(Run):
         while len(cache.layers) < len(self.decoder):
             cache.layers.append(DynamicLayer())
         for i, layer in self._layers.items():
-            cache.layers[i] = layer
+            there = cache.layers[self._at[i]]
+            if isinstance(there, LinearAttentionAndFullAttentionLayer):
+                layer = ChunkedHybridLayer(self.rules, number_of_states=there.number_of_states)
+                layer.reader = self._layers[i].reader
+                self._layers[i] = layer
+            cache.layers[self._at[i]] = layer
             layer.expected = True
         return cache_argument(self.decoder.base, cache)
 
@@ -270,8 +310,25 @@ class BlockCausalRun(Run):
         """Attend block by block, absorbing each chunk when it closes."""
         held = self._layers.get(layer)
         if held is None:
+            if self.decoder.traits[layer].attention in (FULL, INDEXED) and layer > self.merged[0]:
+                # The model makes one mask for all such blocks, by how much the lowest of them holds.
+                args, kwargs = self._unmerged(args, kwargs)
             return call(module, *args, **kwargs)
+        if held.attended:
+            raise UnsupportedModelError(
+                f"block_causal merging can't be served for {self._name}, which computes attention twice in block "
+                f"{layer}"
+            )
+        held.attended = True
         query, key, value = args[:3]
+        # The mask is made here, for each part.
+        kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
+        if held.keys is not None and held.keys.shape[1::2] != key.shape[1::2]:
+            raise UnsupportedModelError(
+                f"block_causal merging can't be served for {self._name}, whose block {layer} keeps keys of "
+                f"{held.keys.shape[1]} heads of {held.keys.shape[3]} in its cache and attends to others, of "
+                f"{key.shape[1]} heads of {key.shape[3]}"
+            )
         q, chunk, whole = query.shape[2], self.rules.chunk, self.rules.chunk + self.rules.window
         began = key.shape[2] - q - held.slots  # unabsorbed tokens that were there before
         held.query = query if held.query is None else torch.cat([held.query, query], 2)
@@ -293,11 +350,23 @@ class BlockCausalRun(Run):
             if began + done >= whole:
                 clock = self.clock()
                 with torch.autocast(key.device.type, enabled=False):
-                    key, value = self._absorb(held, layer, key, value, kwargs.get("scaling"))
+                    key, value = self._absorb(held, layer, key, value, kwargs)
                 began -= chunk
                 self.stats.reducer_seconds += self.clock() - clock
         held.keys, held.values, held.is_initialized = key, value, True
         return (out[0] if len(out) == 1 else torch.cat(out, 1)), None
+
+    def _unmerged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of an attention that reads every token, with a mask over all of them."""
+        was = args[3] if len(args) > 3 else kwargs.get("attention_mask")
+        query, n = args[0], args[1].shape[2]
+        mask = decoder_mask(
+            self.decoder, rows=len(query), queries=query.shape[2], keys=n, query_offset=n - query.shape[2],
+            key_offset=0, skip=was is None, dtype=query.dtype, device=query.device,
+        )  # fmt: skip
+        if len(args) > 3:
+            return (*args[:3], mask, *args[4:]), kwargs
+        return args, {**kwargs, "attention_mask": mask}
 
     def _block_hook(self, index: int) -> Callable[..., Any] | None:
         if self.reading is None or index != self.reading.layer:
@@ -314,7 +383,7 @@ class BlockCausalRun(Run):
 
         return hook
 
-    def _mask(self, held: ChunkedLayer, query: Tensor, end: int) -> Any:
+    def _mask(self, held: Any, query: Tensor, end: int) -> Any:
         q = query.shape[2]
         valid = held.valid
         if valid is not None:
@@ -333,7 +402,7 @@ class BlockCausalRun(Run):
         )
 
     def _absorb(
-        self, held: ChunkedLayer, layer: int, key: Tensor, value: Tensor, scaling: float | None
+        self, held: Any, layer: int, key: Tensor, value: Tensor, kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Replace the oldest unabsorbed chunk by its slots.
 
@@ -346,11 +415,8 @@ class BlockCausalRun(Run):
         start, c, n = held.slots, self.rules.chunk, self.rules.chunk + self.rules.window
         inside = slice(start, start + n)
         index = torch.arange(n, device=key.device).expand(len(key), -1)
-        trace = AttentionTrace(
-            held.query[:, :, :n],
-            key[:, :, inside],
-            value[:, :, inside],
-            held.query.shape[-1] ** -0.5 if scaling is None else scaling,
+        trace = trace_of(
+            held.query[:, :, :n], key[:, :, inside], value[:, :, inside], kwargs, self.decoder.traits[layer]
         )
         view = TokenView(
             hidden=value[:, :, inside].transpose(1, 2).flatten(2),

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from quickmerge.errors import UnsupportedModelError
+from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.models.decoder import Decoder
-from quickmerge.models.traits import CHUNKED, COMPRESSED, SLIDING, SPARSE, BlockTraits
+from quickmerge.models.traits import CHUNKED, COMPRESSED, FULL, INDEXED, SLIDING, SPARSE, BlockTraits
 
-__all__ = ["check_blocks", "merge_range", "trace_of"]
+__all__ = ["check_blocks", "mergeable", "not_chunked", "not_mergeable", "schedule_of", "trace_of"]
 
 _WHAT = "prefix merging"
 
@@ -34,16 +35,46 @@ def not_mergeable(block: BlockTraits) -> str | None:
     return None
 
 
-def merge_range(decoder: Decoder) -> tuple[int, int]:
-    """The lowest and the highest block in front of which all tokens of a prompt can be merged.
+def not_chunked(block: BlockTraits) -> str | None:
+    """The trait for which the cache of a block can't be merged chunk by chunk; None if it can."""
+    if block.attention != FULL:
+        return (
+            f"{block.attention} attention" if block.attention else f"{block.memory or 'nothing'} in place of attention"
+        )
+    if block.shares or block.lends:
+        return "keys and values that several blocks read"
+    return None
+
+
+def mergeable(decoder: Decoder) -> list[int]:
+    """The blocks in front of which all tokens of a prompt can be merged.
 
     The lowest block with attention reads every token: its layer of the cache tells how long the text is, and its
-    attention what matters. A block that borrows the keys and values of another one reads what that one read.
+    attention what matters. A block that borrows the keys and values of another one reads what that one read, and one
+    that goes by what the indexer of a block below chose can't be the first to read slots.
     """
     own = [i for i in decoder.attending if decoder.traits[i].owns]
     lent = {t.entries for t in decoder.traits if t.shares}
     lenders = [i for i in own if decoder.traits[i].entries in lent]
-    return own[0] + 1, min([len(decoder) - 1, *lenders])
+    high = min([len(decoder) - 1, *lenders])
+    blocks = range(own[0] + 1, high + 1)
+    return [i for i in blocks if decoder.traits[i].attention != INDEXED or decoder.traits[i].picks]
+
+
+def schedule_of(decoder: Decoder, layer: int | Sequence[int] | Schedule | None) -> Schedule:
+    """The schedule a user means by ``layer``; the default one is moved to blocks that can be merged in front of.
+
+    Raises:
+        ValueError: if a block lies outside 1..depth-1.
+        UnsupportedModelError: if there is none.
+    """
+    if layer is not None:
+        return layer if isinstance(layer, Schedule) else Schedule.of(layer, len(decoder))
+    found, blocks = Schedule.of(None, len(decoder)), mergeable(decoder)
+    if not blocks:
+        check_blocks(decoder, found.layers)
+    moved = [min(blocks, key=lambda i, wanted=wanted: (abs(i - wanted), i)) for wanted in found.layers]  # type: ignore[misc]
+    return Schedule(tuple(dict.fromkeys(moved)), found.decay) if tuple(moved) != found.layers else found
 
 
 def check_blocks(decoder: Decoder, layers: Sequence[int]) -> None:
@@ -53,19 +84,19 @@ def check_blocks(decoder: Decoder, layers: Sequence[int]) -> None:
         UnsupportedModelError: naming the block and the trait.
     """
     decoder.need(_WHAT, not_mergeable)
-    low, high = merge_range(decoder)
-    name = type(decoder.model).__name__
+    blocks, name = mergeable(decoder), type(decoder.model).__name__
     for layer in layers:
-        if layer < low:
-            raise UnsupportedModelError(
-                f"layer must be at least {low} for {name}, whose block {low - 1} is the lowest with attention, which "
-                f"reads every token (block 0 is {decoder.traits[0].declared}), got {layer}"
-            )
-        if layer > high:
-            raise UnsupportedModelError(
-                f"layer must be at most {high} for {name}, since blocks above read the keys and values that block "
-                f"{high} made, and must read as many tokens, got {layer}"
-            )
+        if layer in blocks:
+            continue
+        traits = decoder.traits[layer]
+        if layer <= decoder.attending[0]:
+            why = f"block {decoder.attending[0]} is the lowest with attention and must read every token"
+        elif traits.attention == INDEXED and not traits.picks:
+            why = f"block {layer} goes by the keys that the indexer of a block below chose"
+        else:
+            why = "a block above it reads the keys and values of one below it, and must read as many tokens"
+        allowed = ", ".join(map(str, blocks)) or "nowhere"
+        raise UnsupportedModelError(f"layer can't be {layer} for {name}, since {why}; it can be {allowed}")
 
 
 def trace_of(

@@ -263,6 +263,8 @@ class PrefixRun(Run):
 
     def _of_thread(self) -> PrefixCall | None:
         """The state of this thread's forward, where the model does not hand it on to its blocks."""
+        if stands_aside():
+            return None
         if self._now is not None and self._recomputes:
             raise UnsupportedModelError(
                 f"gradient checkpointing must be off for {self._name}, whose blocks get no further arguments, so that "

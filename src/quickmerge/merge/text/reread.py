@@ -7,15 +7,17 @@ the prompt, and a cache that tells the prompt's length goes on behind them.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.cache.evictor import Evictor
 from quickmerge.merge.reducers.reread import Reread
+from quickmerge.merge.text.blocks import trace_of
 from quickmerge.merge.text.merged_cache import Segment, check_fillable, pick_columns, state_of
 from quickmerge.merge.text.modes import Prefix
 from quickmerge.merge.text.prefix_call import CALL
@@ -27,6 +29,7 @@ from quickmerge.merge.tokens.view import Evidence, TokenView
 from quickmerge.models.attachment import PerThread
 from quickmerge.models.compat import given_cache, without_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, only_asked
+from quickmerge.models.traits import not_plain
 
 __all__ = ["RereadRun"]
 
@@ -58,6 +61,12 @@ class RereadRun(ShortenedRun):
     _scout: PerThread[_Scout | None] = PerThread(lambda: None)
 
     def __init__(self, decoder: Decoder, reducer: Reread, mode: Prefix, cache: Evictor | None = None) -> None:
+        decoder.need("a prompt that is read twice", not_plain)
+        if "position_ids" not in inspect.signature(decoder.base.forward).parameters:
+            raise UnsupportedModelError(
+                f"a prompt that is read twice can't be served for {type(decoder.model).__name__}, which takes no "
+                "position_ids, by which what is kept stands where it stood"
+            )
         super().__init__(decoder, reducer, None, mode, cache)
 
     # Reading ----------------------------------------------------------------------------------------------------
@@ -181,9 +190,7 @@ class RereadRun(ShortenedRun):
             return super().attend(layer, call, module, args, kwargs)
         if layer >= scout.first:
             query, key, value = args[:3]
-            scaling = kwargs.get("scaling")
-            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            scout.traces.append(AttentionTrace(query, key, value, scaling, self.decoder.windows[layer]))
+            scout.traces.append(trace_of(query, key, value, kwargs, self.decoder.traits[layer]))
         if layer == scout.last:
             raise _Seen
         return call(module, *args, **kwargs)
