@@ -171,7 +171,7 @@ def reduce(
     Args:
         model: a decoder-only causal LM (``quickmerge ls models`` lists the families), or a vision transformer
             of one (`quickmerge.models.encoder.VISION_FAMILIES`), or timm's ``VisionTransformer`` or a module that holds
-            one, or a vision-language model of one of `quickmerge.models.vlm.VLM_FAMILIES`. It may be wrapped by PEFT,
+            one, or a vision-language model, see `quickmerge.models.vlm.find_vlm`. It may be wrapped by PEFT,
             `torch.compile` (a language model then runs as it was written while it is inside), or
             `DistributedDataParallel`.
         reducer: the method, with its ``keep``; or one of `quickmerge.merge.cache`, which is then the ``cache``; or None

@@ -158,8 +158,10 @@ def _stacks(base: Any) -> list[nn.ModuleList]:
     return [m for m in base.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
 
 
-def read_decoder(model: PreTrainedModel, base: Any, shared: bool = False) -> Decoder:
+def read_decoder(model: PreTrainedModel, base: Any, shared: bool = False, *, both_ways: bool = False) -> Decoder:
     """The parts of the decoder ``base`` of ``model``; for ``shared`` see `find_decoder`.
+
+    With ``both_ways`` it may let tokens see later ones, by masks that are made for it.
 
     Raises:
         UnsupportedModelError: see `find_decoder`.
@@ -186,7 +188,7 @@ def read_decoder(model: PreTrainedModel, base: Any, shared: bool = False) -> Dec
             )
     attentions = tuple(attention_of(block) for block in layers)
     both = [m for m in attentions if m is not None and getattr(m, "is_causal", True) is False]
-    if both:
+    if both and not both_ways:
         raise UnsupportedModelError(_BOTH.format(name, type(both[0]).__name__))
     if not any(attentions):
         kinds = sorted({str(t.attention or t.memory) for t in block_traits(base, layers, attentions)})

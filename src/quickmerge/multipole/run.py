@@ -34,7 +34,7 @@ from quickmerge.models.decoder import (
 )
 from quickmerge.models.rotary import Rotary
 from quickmerge.models.traits import FULL, BlockTraits
-from quickmerge.models.vlm import VLM_FAMILIES, check_kind, find_vlm_decoder, holds_vlm, unwrapped
+from quickmerge.models.vlm import check_kind, find_vlm_decoder, has_grid_places, holds_vlm, unwrapped
 from quickmerge.multipole.attend import attend, attend_and_count
 from quickmerge.multipole.cache import MultipoleCache, MultipoleLayer, Tally, refresh
 from quickmerge.multipole.positions import Sizes, Space
@@ -63,8 +63,7 @@ def multipole(model: PreTrainedModel, settings: Multipole | None = None, **optio
 
     Args:
         model: a causal LM with full attention in some block, found by structure (`quickmerge.models.traits`), or a
-            vision-language model of one of `quickmerge.models.vlm.VLM_FAMILIES`; it may be wrapped as for
-            `quickmerge.reduce`.
+            vision-language model, see `quickmerge.models.vlm.find_vlm`; it may be wrapped as for `quickmerge.reduce`.
         settings: of the method. Default: ``Multipole()``.
         **options: settings by name, in place of those: ``multipole(model, budget=128)``.
 
@@ -86,7 +85,7 @@ def multipole(model: PreTrainedModel, settings: Multipole | None = None, **optio
     told = replace(settings or Multipole(), **options)
     check_kind(model, language=True)
     decoder = find_vlm_decoder(model) if holds_vlm(model) else find_decoder(model, shared=True)
-    if told.space == "windowed" and holds_vlm(model) and VLM_FAMILIES[model.config.model_type].mrope:
+    if told.space == "windowed" and holds_vlm(model) and has_grid_places(model):
         raise UnsupportedModelError(
             f"space must be 'rotated' for {type(model).__name__}, whose visual tokens have places in a grid"
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.merge.text.merged_cache import PromptState
+from quickmerge.merge.text.merged_cache import PromptState, holding
 from quickmerge.merge.text.prefix import PrefixRun
 from quickmerge.merge.text.prefix_call import CALL, PrefixCall
 from quickmerge.merge.tokens.plan import MergePlan
@@ -170,7 +170,7 @@ class ShortenedRun(PrefixRun):
         """Read tokens behind a prompt that see of one another what ``see`` says, by block."""
         cache, (rows, new) = given_cache(inputs), embeds.shape[:2]
         state = self._short(cache, rows)
-        held, places = stored(cache.layers[0]), places_read()
+        held, places = stored(holding(cache)[0]), places_read()
         if places is None:
             behind = state.width + held - state.valid.shape[1]
             places = torch.arange(behind, behind + new, device=embeds.device).expand(rows, -1)
@@ -199,7 +199,7 @@ class ShortenedRun(PrefixRun):
         cache = given_cache(inputs)
         rows, new = embeds.shape[:2]
         state = self._short(cache, rows)
-        changed, valid, places = state.follow(stored(cache.layers[0]), new, mask, given)
+        changed, valid, places = state.follow(stored(holding(cache)[0]), new, mask, given)
         self._now = ShortCall(False, state, valid, segments=dict(state.segments), places=places)
         return {**changed, CALL: self._now}
 

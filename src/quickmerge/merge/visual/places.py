@@ -8,17 +8,20 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.cache.evictor import Evictor
 from quickmerge.merge.place import POSITIONS, Merge
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.reread import Reread
+from quickmerge.merge.text.blocks import check_blocks
 from quickmerge.merge.text.modes import BlockCausal, Prefix
 from quickmerge.merge.tokens.budget import Schedule, layers_of
 from quickmerge.merge.vision.run import schedule_for
 from quickmerge.merge.visual.merged_tower import TowerRun
+from quickmerge.merge.visual.tower import MEASURED
 from quickmerge.merge.visual.vlm import VlmRun
 from quickmerge.models.decoder import check_free
+from quickmerge.models.traits import BlockTraits
 from quickmerge.models.vlm import Vlm, find_vlm, tower_encoder
 
 
@@ -111,14 +114,28 @@ def _visual_layers(vlm: Vlm, reducer: Reducer, layer: Any, positions: str) -> tu
             f"positions must be 'kept' for {type(vlm.model).__name__}, whose visual tokens have places in a grid, "
             f"got {positions!r}"
         )
+    if inner := [x for x in layers if x > 0]:
+        check_blocks(vlm.decoder, inner)
+        vlm.decoder.need("reducing visual tokens inside the language model", _inside, [min(inner)])
+    asks = reducer.needs.visual & MEASURED
+    if 0 in layers and asks and vlm.family.layout == "closed":
+        raise UnsupportedModelError(
+            f"reducer {reducer.name} asks what the vision tower attends to ({', '.join(sorted(asks))}), and that of "
+            f"{type(vlm.model).__name__} has no blocks with one attention module each: a method that asks nothing of "
+            "the tower would do, or a layer inside the language model"
+        )
     reducer.check(vlm.model, layers, "visual")
     return layers
+
+
+def _inside(block: BlockTraits) -> str | None:
+    return f"{block.streams} hidden streams side by side" if block.streams > 1 else None
 
 
 def _tower_run(vlm: Vlm, tower: Merge) -> TowerRun:
     """The run inside the tower."""
     encoder, given = tower_encoder(vlm), tower.layer
-    if not tower.unmerge and vlm.encoder is None:
+    if not tower.unmerge and vlm.family.layout != "patches":
         raise QuickmergeError(
             f"unmerge must be True in tower for {type(vlm.model).__name__}, whose visual tokens are squares of patches "
             "side by side: the language model reads as many as before, got False"

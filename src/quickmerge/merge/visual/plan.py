@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.tokens.plan import MergePlan, anchors_of
 from quickmerge.merge.tokens.saliency import AttentionTrace, attention_from, times_value_norm
 from quickmerge.merge.tokens.view import Evidence, TokenView
-from quickmerge.merge.visual.tower import FeatureWatch, Grid, Seen, tensors_of
+from quickmerge.merge.visual.features import FeatureWatch, Piece, tensors_of
+from quickmerge.merge.visual.tower import Grid, Seen
 from quickmerge.models.vlm import Vlm
 
 KINDS = ("image", "video")
+PIXELS = {"image": ("pixel_values",), "video": ("pixel_values_videos",)}
+"""Arguments by which they are given."""
 
 
 @dataclass
@@ -51,16 +55,18 @@ class Image:
         return self.count if self.plan is None else self.plan.slots
 
 
-def read_images(vlm: Vlm, inputs: dict[str, Any], features: FeatureWatch) -> list[Image]:
+def read_images(vlm: Vlm, inputs: dict[str, Any], features: FeatureWatch, embeds: Tensor) -> list[Image]:
     """Every image and video of a prompt, in the order in which their features fill the placeholders.
 
     Args:
         vlm: the model.
         inputs: what its base was called with, by name.
         features: knows what the features were made from.
+        embeds: ``(B, N, D)``, what the language model is given.
 
     Raises:
         QuickmergeError: if there are no ids to find placeholders by, or what is given does not fit together.
+        UnsupportedModelError: if features don't stand where the placeholders did.
     """
     ids, given = inputs.get("input_ids"), inputs.get("mm_encoder_outputs") or {}
     if isinstance(given, Tensor):
@@ -69,22 +75,64 @@ def read_images(vlm: Vlm, inputs: dict[str, Any], features: FeatureWatch) -> lis
     for kind in KINDS:
         output = given.get(kind) or features.outputs.get(kind)
         if output is None:
+            if any(value is not None for name, value in inputs.items() if name in PIXELS[kind]):
+                raise _elsewhere(vlm, kind, "made none by the method that tells them")
             continue
         if ids is None:
             raise QuickmergeError("input_ids must be given with images inside a quickmerge run, to find them by")
         rows, columns = (ids == vlm.token(kind)).nonzero(as_tuple=True)
-        pieces = [piece for each in tensors_of(output) for piece in features.pieces(each)]
+        vectors = tensors_of(output)
+        pieces = [piece for each in vectors for piece in features.pieces(each)]
         sizes = [piece.tokens for piece in pieces]
         if sum(sizes) != len(rows):
             raise QuickmergeError(
                 f"input_ids must hold {sum(sizes)} {kind} placeholders, one for each feature, got {len(rows)}"
             )
+        whole = torch.cat([each.flatten(0, -2) for each in vectors]).to(embeds.device, embeds.dtype)
+        if not _stand_there(vlm, kind, embeds[rows, columns], whole):
+            raise _elsewhere(vlm, kind, "are not what stands there in front of its language model")
         for piece, mine, places in zip(pieces, rows.split(sizes), columns.split(sizes), strict=True):
+            if piece.runs:
+                images.extend(_in_runs(piece, kind, mine, places))
+                continue
             if bool((mine != mine[0]).any()):
                 raise QuickmergeError(f"input_ids must hold the {kind} placeholders of an image in one row, got two")
             places = places if piece.apart is None else places[~piece.apart.to(places.device)]
             images.append(Image(int(mine[0]), places, kind, piece.grid, piece.seen, now=places))
     return images
+
+
+@torch.no_grad()
+def _stand_there(vlm: Vlm, kind: str, found: Tensor, features: Tensor) -> bool:
+    """Whether features ``(n, D)`` are what stands at their placeholders, or what was added to these."""
+    if found.shape != features.shape:
+        return False
+    words, token = vlm.model.get_input_embeddings(), vlm.token(kind)
+    if torch.equal(found, features):
+        return True
+    known = isinstance(token, int) and token < getattr(words, "num_embeddings", 0)
+    own = words(torch.tensor([token], device=found.device)) if known else None
+    return own is not None and torch.equal(found, own.to(found.dtype) + features)
+
+
+def _elsewhere(vlm: Vlm, kind: str, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(vlm.model).__name__} is not supported: the features of its {kind}s must take the place of placeholder "
+        f"tokens, and {what}"
+    )
+
+
+def _in_runs(piece: Piece, kind: str, rows: Tensor, columns: Tensor) -> Iterator[Image]:
+    """The images in a piece of several: each is of placeholders that stand side by side."""
+    seam = (rows[1:] != rows[:-1]) | (columns[1:] != columns[:-1] + 1)
+    ends = [*(seam.nonzero().flatten() + 1).tolist(), len(rows)]
+    there = torch.ones_like(rows, dtype=torch.bool) if piece.apart is None else ~piece.apart.to(rows.device)
+    number = there.long().cumsum(0) - 1
+    for a, b in pairwise([0, *ends]):
+        stays, places = there[a:b], columns[a:b]
+        seen = None if piece.seen is None else piece.seen.at(number[a:b][stays])
+        if bool(stays.any()):
+            yield Image(int(rows[a]), places[stays], kind, None, seen, now=places[stays])
 
 
 def special_ids(vlm: Vlm) -> set[int]:

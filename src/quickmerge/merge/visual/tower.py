@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import UnsupportedModelError
 from quickmerge.merge.tokens.plan import to_members
 from quickmerge.merge.tokens.saliency import AttentionTrace, bidirectional_attention, times_value_norm
 from quickmerge.merge.vision.run import Level
+from quickmerge.merge.visual.made_of import Making
 from quickmerge.merge.visual.merged_tower import TowerRun
-from quickmerge.models.attachment import stand_in
+from quickmerge.models.attachment import stands_aside
 from quickmerge.models.decoder import AttentionFunction, watch_modules
 from quickmerge.models.encoder import pixels_of, prefix_of
 from quickmerge.models.vlm import Vlm
@@ -163,6 +162,28 @@ def _leaders_among(leader: Tensor, index: Tensor) -> Tensor:
     return torch.where(slot < 0, -1, torch.where(found >= 0, found, first[slot.clamp_min(0)]))
 
 
+def _of_slots(x: Tensor | None, level: Level | None) -> Tensor | None:
+    """What was measured of slots ``(B, K, ...)`` as each patch's own, ``(B, N, ...)``."""
+    return x if x is None or level is None else to_members(x, level.slot)
+
+
+def window_order_of(vlm: Vlm, grid: Grid) -> Tensor | None:
+    """The `window_order` of an image in a model's tower; None where it reads no windows."""
+    window = getattr(vlm.tower.config, "window_size", None)
+    if window is None or vlm.family.layout != "packed":
+        return None
+    return window_order(grid, vlm.merge, window // vlm.merge // vlm.tower.config.patch_size)
+
+
+TRIED: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+"""The layouts of base models with squares of patches whose first image has been looked at, by `made_of`."""
+
+
+def layout_of(vlm: Vlm) -> str:
+    """The layout of a model, as far as it is known."""
+    return TRIED.get(vlm.base, vlm.family.layout)
+
+
 # Measuring the visual tokens while the vision tower makes them: attention, keys and features, as they are asked for.
 #
 # One row of the class token's attention, or the sums over the columns of the whole map, come from the queries and keys
@@ -193,15 +214,39 @@ class TowerWatch:
         """What was seen in the last forward."""
         self.seconds = self.own_seconds = 0.0
         """Seconds of the tower that nobody has taken into account yet, and those of them spent measuring."""
+        self.making: Making | None = None
+        """How the patches at hand become visual tokens, where that is found out image by image."""
         self._parts: list[tuple[Tensor | None, Tensor | None]] = []
+        self._states: list[Tensor] = []
         self._began = 0.0
+        self.layout = layout_of(vlm)
+        """How the patches become visual tokens; that of the family, unless the first image has shown another."""
+        every = [each.attention for each in vlm.blocks]
+        self._watched: list[Any] = [vlm.attention] if vlm.family.layout == "patches" else every
+        self._own = next((i for i, each in enumerate(self._watched) if each is vlm.attention), -1)
 
     def attach(self) -> list[Callable[[], None]]:
         """Hook the tower; returns how to undo it."""
-        undo = [watch_modules(self.vlm.tower, [self.vlm.attention], self, self.vlm.tower.config)]
-        undo.append(self.vlm.tower.register_forward_pre_hook(self._before).remove)
-        undo.append(self.vlm.tower.register_forward_hook(self._after, with_kwargs=True).remove)
+        tower = self.vlm.tower
+        if tower is None:
+            return []
+        undo: list[Callable[[], None]] = []
+        others = {id(each.tower): each.tower for each in self.vlm.blocks if each.tower is not tower}
+        if self.vlm.blocks or self.vlm.attention is not None:
+            undo.append(watch_modules(tower, self._watched, self, tower.config))
+            # Where several towers look, all of them are watched, with one numbering.
+            undo.extend(watch_modules(other, [], self, other.config) for other in others.values())
+        if "tower" in self.asks:
+            for index, each in enumerate(self.vlm.blocks):
+                undo.append(each.block.register_forward_hook(functools.partial(self._state, index)).remove)
+        for each in (tower, *others.values()):
+            undo.append(each.register_forward_pre_hook(self._before).remove)
+            undo.append(each.register_forward_hook(self._after, with_kwargs=True).remove)
         return undo
+
+    def begin(self, making: Making | None) -> None:
+        """Images are about to be encoded, whose patches become visual tokens as ``making`` says."""
+        self.making, self._parts, self._states = making, [], []
 
     def account(self) -> tuple[float, float]:
         """Both seconds, and begin anew."""
@@ -212,11 +257,49 @@ class TowerWatch:
     def forget(self) -> None:
         """Drop everything that was seen."""
         self.account()
-        self.seen, self._parts = [], []
+        self.seen = []
+        self.begin(None)
+
+    def _state(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        if self.making is not None and index == self.making.block and not stands_aside():
+            self._states.append((output[0] if isinstance(output, tuple) else output).detach())
+
+    def traced(self) -> Seen:
+        """What was seen of all visual tokens of the images at hand, one after another.
+
+        Raises:
+            UnsupportedModelError: if the block that is read didn't call the attention function for all of its tokens.
+        """
+        assert self.making is not None
+        making, patches = self.making, len(self.making.token)
+        told: dict[str, Tensor | None] = {"features": None, "saliency": None, "key": None}
+        if self._states:
+            told["features"] = torch.cat([state.flatten(0, -2) for state in self._states])
+        for name, parts in zip(("saliency", "key"), zip(*self._parts, strict=True), strict=False):
+            if all(part is not None for part in parts):
+                told[name] = torch.cat([part.flatten(0, 1) for part in parts])
+        wanted = {"features": "tower", "saliency": "attention", "key": "key"}
+        for name, asked in wanted.items():
+            part = told[name]
+            asks = asked in self.asks or (name == "saliency" and "norm" in self.asks)
+            if asks and (part is None or len(part) != patches):
+                raise UnsupportedModelError(
+                    f"reducer asks what the vision tower of {type(self.vlm.model).__name__} attends to, and its blocks "
+                    f"called transformers' attention function for {0 if part is None else len(part)} of {patches} "
+                    "tokens: a method that asks nothing of the tower would do, or a layer inside the language model"
+                )
+        features, saliency, key = told["features"], told["saliency"], told["key"]
+        return Seen(
+            making.count, None,
+            None if features is None else making.means(features),
+            None if saliency is None else making.sums(saliency),
+            None if key is None else making.means(key),
+        )  # fmt: skip
 
     def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Called for every attention of the layer that is measured; a packed tower calls it image by image."""
-        if self.asks & {"attention", "norm", "key"}:
+        measured = self._own if self.layout != "traced" or self.making is None else self.making.block
+        if layer == measured and self.asks & {"attention", "norm", "key"}:
             began = self.clock()
             with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
                 self._parts.append(self._measure(args, kwargs))
@@ -231,24 +314,34 @@ class TowerWatch:
         kind = next(iter(self.asks & {"attention", "norm"}), None)
         if kind is None:
             return None, keys
-        # A tower of another layout than "patches" has no class token.
-        first = self.vlm.encoder is not None and self._has_class_token()
+        # A tower that makes squares of its patches has no class token.
+        first = self.layout in ("patches", "traced") and self._has_class_token()
         return received(AttentionTrace(query, key, value, scaling), kind, class_token=first, mask=mask), keys
 
     def _has_class_token(self) -> bool:
-        return bool(self.vlm.tower.config.model_type != "siglip_vision_model")
+        names = (name.rpartition(".")[2] for name, _ in self.vlm.tower.named_parameters())
+        return any(name in ("cls_token", "class_token", "class_embedding") for name in names)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._parts, self._began = [], self.clock()
+        if stands_aside():
+            return
+        self._began = self.clock()
+        if self.layout != "traced":
+            self._parts = []
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if stands_aside():
+            return
         ended = self.clock()
+        if self.layout in ("traced", "closed"):
+            self.seconds += ended - self._began
+            return
         with torch.no_grad():
             if self.beside is not None:
                 level = self.beside.seen_by(self.vlm.block)
                 self._parts = [(_of_slots(votes, level), _of_slots(keys, level)) for votes, keys in self._parts]
             read = {"patches": self._patches, "tiles": self._tiles, "packed": self._packed}
-            self.seen = read[self.vlm.family.layout](args, kwargs, output)
+            self.seen = read[self.layout](args, kwargs, output)
         self._parts = []
         self.own_seconds += self.clock() - ended
         self.seconds += self.clock() - self._began
@@ -293,172 +386,13 @@ class TowerWatch:
         told = list(zip(*self._parts, strict=True)) if self._parts else [(None,), (None,)]
         saliency, key = (None if parts[0] is None else torch.cat(parts, 1)[0] for parts in told)
         sizes = [t * h * w for t, h, w in grids]
+        joined_already = None
+        if features is not None and len(features) * merge * merge == sum(sizes) and merge > 1:
+            # What the tower hands out last is of squares already.
+            joined_already, features = features.split([n // merge**2 for n in sizes]), None
         split = [[None] * len(grids) if x is None else x.split(sizes) for x in (features, saliency, key)]
-        window = getattr(self.vlm.tower.config, "window_size", None)
         seen = []
-        for grid, vectors, votes, keys in zip(grids, *split, strict=True):
-            order = None
-            if window is not None:
-                order = window_order(grid, merge, window // merge // self.vlm.tower.config.patch_size)
-            seen.append(seen_of(grid, merge, raster, vectors, votes, keys, order))
+        for i, (grid, vectors, votes, keys) in enumerate(zip(grids, *split, strict=True)):
+            what = seen_of(grid, merge, raster, vectors, votes, keys, window_order_of(self.vlm, grid))
+            seen.append(what if joined_already is None else replace(what, features=joined_already[i]))
         return seen
-
-
-# Knowing of every feature that fills a placeholder which image it was made from.
-#
-# ``generate`` encodes images before anything else and then hands on features alone, so what they were made from has
-# to be noted where they are made: a run stands in front of the model's ``get_image_features`` and
-# ``get_video_features`` while it is attached.
-
-
-OWN = ("vision_feature_layer", "vision_feature_select_strategy")
-"""Settings of a call that must be the model's own, since the tower is watched where they say."""
-
-
-def _of_slots(x: Tensor | None, level: Level | None) -> Tensor | None:
-    """What was measured of slots ``(B, K, ...)`` as each patch's own, ``(B, N, ...)``."""
-    return x if x is None or level is None else to_members(x, level.slot)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Placeholders of one image: how many, which of them are ``apart``, no visual tokens, and what is known."""
-
-    tokens: int
-    apart: Tensor | None = None
-    grid: Grid | None = None
-    seen: Seen | None = None
-
-
-class FeatureWatch:
-    """Notes, for every tensor of features that is made while it is attached, what it was made from.
-
-    Args:
-        vlm: the model.
-        tower: watches its tower.
-    """
-
-    def __init__(self, vlm: Vlm, tower: TowerWatch) -> None:
-        self.vlm, self.tower = vlm, tower
-        self._within = False
-        self.outputs: dict[str, Any] = {}
-        """What was made since `start`, by kind."""
-        # Features may be handed over again, and several times where beams are searched.
-        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    def attach(self) -> list[Callable[[], None]]:
-        """Stand in front of what makes features; returns how to undo it."""
-        undo: list[Callable[[], None]] = []
-        for kind in ("image", "video"):
-            name = f"get_{kind}_features"
-            made = getattr(self.vlm.base, name, None)
-            if made is not None:
-                undo.append(stand_in(self.vlm.base, name, self._in_front(kind, made)))
-        return undo
-
-    def start(self) -> None:
-        """A forward begins."""
-        self.outputs = {}
-
-    def forget(self) -> None:
-        """Drop everything that was noted."""
-        self.start()
-        self._known = WeakIdKeyDictionary()
-
-    def _in_front(self, kind: str, made: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(made)
-
-        @functools.wraps(made)
-        def features(*args: Any, **kwargs: Any) -> Any:
-            inputs = signature.bind_partial(*args, **kwargs).arguments
-            for name in OWN:
-                own = getattr(self.vlm.config, name, None)
-                if inputs.get(name) not in (None, own):
-                    raise QuickmergeError(
-                        f"{name} must be the model's own inside a quickmerge run, {own!r}, got {inputs[name]!r}"
-                    )
-            # Some models make the features of a video by the function for images.
-            within, self._within = self._within, True
-            try:
-                output = made(*args, **kwargs)
-            finally:
-                self._within = within
-            if getattr(output, "pooler_output", None) is not None and not within:
-                vectors = tensors_of(output)
-                for tensor, pieces in zip(vectors, self._made_from(inputs, vectors), strict=True):
-                    self._known[tensor] = pieces
-                self.outputs[kind] = output
-            return output
-
-        return features
-
-    def _made_from(self, inputs: dict[str, Any], vectors: Any) -> list[list[Piece]]:
-        seen = self.tower.seen
-        if self.vlm.name == "llava_next":
-            return [[piece] for piece in mosaics(self.vlm, inputs["image_sizes"], seen)]
-        pieces = [Piece(each.count, None, each.grid, each) for each in seen]
-        if self.vlm.family.layout != "tiles":
-            return [[piece] for piece in pieces]
-        # All tiles of a row of the batch come as one tensor.
-        found: list[list[Piece]] = []
-        for tensor in vectors:
-            mine: list[Piece] = []
-            while sum(piece.tokens for piece in mine) < tensor.shape[:-1].numel():
-                mine.append(pieces.pop(0))
-            found.append(mine)
-        return found
-
-    def pieces(self, vectors: Tensor) -> list[Piece]:
-        """What a tensor of features was made from.
-
-        Args:
-            vectors: the features of some images.
-
-        Raises:
-            QuickmergeError: if it was made elsewhere and something must be known of it.
-        """
-        if vectors in self._known:
-            known: list[Piece] = self._known[vectors]
-            return known
-        hands_on = self.tower.beside is not None and not self.tower.beside.unmerge
-        if self.tower.asks or hands_on or self.vlm.name == "llava_next":
-            reason = "the reducer reads what the vision tower computes" if self.tower.asks else "they hold newlines too"
-            reason = "they tell which patches were merged in the vision tower" if hands_on else reason
-            raise QuickmergeError(
-                f"mm_encoder_outputs must come from the model's get_image_features inside the run, since {reason}; got "
-                "features from elsewhere"
-            )
-        if self.vlm.family.layout == "tiles":
-            size = int(self.vlm.base.image_seq_len)
-            return [Piece(size)] * (vectors.shape[:-1].numel() // size)
-        return [Piece(len(vectors))]
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """The features that a model has made, a tensor for each row or image; some give those of all tiles as one."""
-    vectors = output.pooler_output
-    return [vectors] if isinstance(vectors, Tensor) else list(vectors)
-
-
-def mosaics(vlm: Vlm, image_sizes: Any, seen: list[Seen]) -> list[Piece]:
-    """LLaVA-NeXT: an image as a whole and cut into crops, without what padded them, a newline behind every line.
-
-    The model's own packing is run on numbers instead of features; so it is known which token of which crop went where.
-    All of an image is one set of tokens with one budget, and newlines stay as they are.
-    """
-    config, base = vlm.config, vlm.base
-    code: Any = sys.modules[type(base).__module__]
-    crops = [
-        code.image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-        for size in image_sizes
-    ]
-    numbers = [torch.arange(n * seen[0].count, dtype=torch.float64).view(n, -1, 1) for n in crops]
-    newline = torch.tensor([-1.0], dtype=torch.float64)
-    packed, _ = base.pack_image_features(numbers, image_sizes, config.vision_feature_select_strategy, newline)
-    found, start = [], 0
-    for picture, n in zip(packed, crops, strict=True):
-        index = picture[:, 0].long()
-        what = joined(seen[start : start + n], index[index >= 0])
-        found.append(Piece(len(index), index < 0, None, what))
-        start += n
-    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.cache.evictor import Evictor
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.run import VisualStats
@@ -24,6 +24,14 @@ from quickmerge.merge.text.shortened import ShortCall, ShortenedRun, next_positi
 from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.view import Evidence, TokenView
+from quickmerge.merge.visual.features import FeatureWatch
+from quickmerge.merge.visual.handed import (
+    both_ways,
+    further_arguments,
+    lowest_block,
+    shorter_arguments,
+    shorter_masks,
+)
 from quickmerge.merge.visual.merged_tower import TowerRun
 from quickmerge.merge.visual.plan import (
     KINDS,
@@ -36,8 +44,8 @@ from quickmerge.merge.visual.plan import (
     special_ids,
     told_inside,
 )
-from quickmerge.merge.visual.prompt import VisualPrompt, deepstack
-from quickmerge.merge.visual.tower import FeatureWatch, Seen, TowerWatch
+from quickmerge.merge.visual.prompt import VisualPrompt
+from quickmerge.merge.visual.tower import Seen, TowerWatch
 from quickmerge.models.attachment import PerThread, stands_aside
 from quickmerge.models.compat import cache_name, given_cache
 from quickmerge.models.vlm import Vlm
@@ -176,15 +184,28 @@ class VlmRun(ShortenedRun):
 
     def begin(self, prompt: bool, inputs: dict[str, Any]) -> dict[str, Any]:
         """Shorten a prompt behind the projector, or fit what is read after one to its cache."""
-        mask, embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
+        embeds = inputs.get("inputs_embeds")
         embeds = inputs["input_ids"] if embeds is None else embeds
+        # Some models make the masks themselves, in front of their language model; the one that was given is meant.
+        made = inputs.get("attention_mask")
+        mask = self._call.get("attention_mask") if self._call and is_made(made) else made
         see = None if prompt else self._seen(mask, embeds.shape[1])
         if see is not None:
             return self._read_tree(inputs, embeds, see)
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise QuickmergeError("attention_mask must be a 2-D padding mask inside a quickmerge run, got another kind")
+        own = is_made(made) and made is not mask
         if not prompt:
-            return self._read_on(inputs, embeds, mask, self._call.get("position_ids"))
+            if own and both_ways(made):
+                raise UnsupportedModelError(
+                    f"{self._name} lets the tokens of an image see one another both ways, and an image of a later turn "
+                    "can't be read like that behind a shortened prompt: begin anew, with all images in the first one"
+                )
+            further = self._read_on(inputs, embeds, mask, self._call.get("position_ids"))
+            state = None if self._now is None else self._now.state
+            if own and isinstance(state, VisualPrompt) and state.shortened:
+                further.setdefault("attention_mask", None)
+            return further
         cache = given_cache(inputs)
         check_fillable(cache)
         shape, device = embeds.shape[:2], embeds.device
@@ -196,7 +217,13 @@ class VlmRun(ShortenedRun):
         if self.reducers or self.eviction is not None:
             check_padding(valid)
             check_one_text(inputs, valid, cache is not None)
-        images = read_images(self.vlm, self._call, self.features) if self._call and self._finds_images else []
+        if own and both_ways(made) and (above := [layer for layer in self.stages if layer > 0]):
+            raise UnsupportedModelError(
+                f"layer must be 0 for {self._name}, got {above}: it lets the tokens of an image see one another both "
+                "ways, by masks that are made in front of its language model"
+            )
+        self._check_lower(inputs)
+        images = read_images(self.vlm, self._call, self.features, embeds) if self._call and self._finds_images else []
         text = [] if ids is None or not images else instruction(ids, valid, self._special, images)
         stats, length = self.stats, valid.sum(-1)
         state = VisualPrompt(
@@ -224,10 +251,26 @@ class VlmRun(ShortenedRun):
         changed: dict[str, Any] = {}
         if (self._hands_on or 0 in self.visual_stages) and images:
             with torch.autocast(device.type, enabled=False):
-                changed = self._shorten(inputs, embeds, call, state)
+                changed = self._shorten(inputs, embeds, call, state, made if own else None)
         return {**changed, CALL: call}
 
-    def _shorten(self, inputs: dict[str, Any], embeds: Tensor, call: VisualCall, state: VisualPrompt) -> dict[str, Any]:
+    def _check_lower(self, inputs: dict[str, Any]) -> None:
+        """Refuse to merge in front of a block that is still given features of the tower for its visual tokens."""
+        lowest, below = lowest_block(inputs), [layer for layer in self.stages if layer > 0]
+        if below and min(below) < lowest:
+            raise UnsupportedModelError(
+                f"layer must be 0 or from {lowest} for {self._name}, got {min(below)}: blocks below that are given "
+                "features of the vision tower for each visual token"
+            )
+        if below and (handed := further_arguments(inputs)):
+            raise UnsupportedModelError(
+                f"layer must be 0 for {self._name}, got {below}: its blocks are given more of each token than its "
+                f"hidden state ({', '.join(handed)})"
+            )
+
+    def _shorten(
+        self, inputs: dict[str, Any], embeds: Tensor, call: VisualCall, state: VisualPrompt, masks: Any
+    ) -> dict[str, Any]:
         view, segment = self._view(call, 0, embeds, None), None
         decision = hand_on(view, call.images) if self._hands_on else None
         plan = MergePlan.identity(view) if decision is None else decision.plan
@@ -256,10 +299,13 @@ class VlmRun(ShortenedRun):
             count = plan.valid.long().cumsum(-1)
             state.next_position = count[:, -1]
             changed["position_ids"] = torch.where(plan.valid, count - 1, 0)
-        if inputs.get("deepstack_visual_embeds") is not None:
-            changed |= deepstack(plan, inputs["visual_pos_masks"], inputs["deepstack_visual_embeds"])
+        changed |= shorter_arguments(self._name, inputs, plan, seat)
         # Without any mask, jumps in the positions would be taken for the seams of packed texts.
         changed["attention_mask"] = plan.valid.long()
+        if masks is not None and both_ways(masks):
+            types = getattr(self.decoder.config, "layer_types", None) or []
+            windows = dict(zip(types, self.decoder.windows, strict=False))
+            changed["attention_mask"] = shorter_masks(self._name, masks, seat, plan.valid, windows)
         state.masked = state.masked or not bool(plan.valid.all())
         call.valid = state.valid = plan.valid
         call.places, call.source[0] = plan.position, seat
@@ -367,6 +413,11 @@ class VlmRun(ShortenedRun):
         self._call = {}
         self.tower.forget()
         self.features.forget()
+
+
+def is_made(mask: Any) -> bool:
+    """Whether a mask is more than one of padding: what each token sees, or that for each type of block."""
+    return isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.ndim == 4)
 
 
 def told_by_tower(image: Image) -> Seen | None:
