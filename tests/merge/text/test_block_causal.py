@@ -146,16 +146,13 @@ def slow_logits(model: Any, ids: Tensor, reducer: Any, chunk: int, window: int, 
                 features,
                 position=place,
                 protected=guard,
+                latest=False,
                 evidence=Evidence(attention=(trace,) if reducer.needs.layers else ()),
             )
             saliency = reducer.saliency(view)[:, :chunk] if hasattr(reducer, "saliency") else None
-            if isinstance(reducer, qm.QuickMerge):  # no token of a finished chunk is recent
-                reducer = replace(reducer, recency=0.0)
             alone = TokenView(features[:, :chunk], position=place[:, :chunk], protected=guard[:, :chunk])
             kept = int(reducer.budget.count(alone, saliency))
-            # What follows a chunk is newer than all of it.
-            settings = {"recency": 0.0} if hasattr(reducer, "recency") else {}
-            plan = replace(reducer, keep=Count(kept + window), **settings).plan(view)
+            plan = replace(reducer, keep=Count(kept + window)).plan(view)
             plan.check(view)
             plans[-1].append(plan)
     out = torch.zeros(rows, n, q.shape[1], attention.head_dim, dtype=h.dtype)
