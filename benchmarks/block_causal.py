@@ -27,6 +27,7 @@ from quickmerge.console.options import quiet, write_json
 from quickmerge.merge.attach import reduce
 from quickmerge.merge.reducers import make_reducer
 from quickmerge.models import cache_folder, load
+from quickmerge.sampling import evenly
 
 HERE = Path(__file__).parent
 
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1216)
     parser.add_argument("--chunk", type=int, default=128)
     parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--each", type=int, default=6, help="documents of each kind")
     parser.add_argument("--skip", type=int, default=640, help="first positions, which don't count")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "block_causal.json")
@@ -70,7 +72,9 @@ def main() -> None:
     quiet()
     folder = args.documents or cache_folder(None) / "documents"
     files = sorted((folder / "test").rglob("*.txt"))
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, dtype=torch.bfloat16)
+    kinds = sorted({path.parent.name for path in files})
+    files = [path for kind in kinds for path in evenly([p for p in files if p.parent.name == kind], args.each)]
     skip = args.skip
     nll: dict[tuple[str, float], list[float]] = {}
     held: dict[tuple[str, float], float] = {}
@@ -101,6 +105,7 @@ def main() -> None:
         })  # fmt: skip
     write_json(args.out, {"rows": rows, "environment": environment(), "settings": {
         "model": args.model, "tokens": args.tokens, "chunk": args.chunk, "window": args.window, "skipped": skip,
+        "dtype": "bfloat16",
     }})  # fmt: skip
     tables.block_causal(rows).print(Console())
 

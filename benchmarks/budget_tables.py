@@ -53,7 +53,7 @@ COST = (
 
 def is_merge(row: Row) -> bool:
     """Whether a way merges or drops tokens, and leaves what is cached alone."""
-    return row["way"].split(" ")[0] in MERGES and "cache" not in row["way"]
+    return row["way"].split(" ")[0].rstrip(",") in MERGES and "cache" not in row["way"]
 
 
 def merging(model: str = MODEL) -> Table | None:

