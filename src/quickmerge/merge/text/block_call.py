@@ -37,8 +37,8 @@ _PLACED = ("position", "rotary", "freqs", "cos", "sin", "scaling")
 _CHOSEN = "prev_topk_indices"
 """What the indexer of a block below chose, for blocks without one."""
 
-_LEFT = ("shared_kv_states", "past_key_values", "cache", "layer_past")
-"""Arguments that hold no more than what blocks themselves have put there."""
+_LEFT = ("shared_kv_states", "past_key_values", "cache", "layer_past", "cache_position")
+"""Arguments that hold what blocks themselves have put there, or the numbers of the columns of a cache."""
 
 
 @dataclass(frozen=True)
