@@ -19,10 +19,10 @@ from lm_checks import CHECKS
 
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.models.compat import NEWEST, cache_name
-from quickmerge.models.families import CAPABILITIES, NOT_TRIED, TABLE, WORKS, order, proven, rows
+from quickmerge.models.families import CAPABILITIES, NOT_TRIED, TABLE, USAGE, WORKS, order, proven, rows
 
 WRITE = os.environ.get("QUICKMERGE_WRITE_FAMILIES") == "1"
-OFTEN = 30
+OFTEN = len(USAGE)
 """Families that are tried in every run of the tests; the others are slow."""
 
 FAMILIES = sorted(lm_zoo.families(), key=order)
