@@ -51,6 +51,7 @@ Model = TypeVar("Model")
 
 __all__ = [
     "CACHE_NAMES",
+    "COLUMN_NUMBERS",
     "CONFIG_NOTES",
     "CONFIG_PLACES",
     "CONFIG_TABLE",
@@ -165,6 +166,9 @@ def _take(module: str, name: str) -> Any:
 
 TOKEN_AXES = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "token_type_ids": 1}
 """Along which axis of a decoder's arguments tokens lie."""
+
+COLUMN_NUMBERS = "cache_position"
+"""What some releases call the numbers of the columns of a cache that tokens are written to."""
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 """What the cache is called as an argument: from transformers 5.24 on, before it, and in some blocks still."""
