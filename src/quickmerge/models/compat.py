@@ -97,6 +97,7 @@ __all__ = [
     "image_text_names",
     "is_timm",
     "is_users_cache",
+    "keeps_past",
     "library_logging",
     "make_mask",
     "own_cache",
@@ -203,6 +204,11 @@ def own_cache(base: nn.Module) -> str | None:
     ]
     found = told[0].strip("'<>").rsplit(".", 1)[-1].split(" |")[0] if told else "Cache"
     return None if found in ("Cache", "DynamicCache", "_empty", "inspect._empty", "Any") else found
+
+
+def keeps_past(base: nn.Module) -> bool:
+    """Whether a decoder keeps what it read in modules of its own, and not in the cache that it is given."""
+    return not takes_cache(base) or any(hasattr(module, "_setup_cache") for module in base.modules())
 
 
 def takes_cache(taker: Any) -> bool:
