@@ -209,14 +209,22 @@ def test_bad_input_is_one_sentence_and_exit_2(case, run, tiny_folder, text, tmp_
 
 
 def test_an_unsupported_architecture_is_named(run, tmp_path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import MambaConfig, MambaForCausalLM
 
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64)).save_pretrained(
-        tmp_path / "g"
-    )
+    MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)).save_pretrained(tmp_path / "g")
     code, _, err = run("plan", "--model", tmp_path / "g")
-    assert code == 2 and "GPT2LMHeadModel" in err and "not supported" in err
+    assert code == 2 and "MambaForCausalLM" in err and "its blocks are of a state space" in " ".join(err.split())
+
+
+def test_linear_layers_of_any_class_are_counted(run, tmp_path) -> None:
+    """GPT-2's are no `nn.Linear`, so their weights would be missed by their class."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from quickmerge.merge.bench.cost import model_shape
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64))
+    assert model_shape(model).weights == (12 * 32 * 32,) * 2
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:

@@ -51,6 +51,7 @@ Model = TypeVar("Model")
 
 __all__ = [
     "CACHE_NAMES",
+    "COLUMN_NUMBERS",
     "CONFIG_NOTES",
     "CONFIG_PLACES",
     "CONFIG_TABLE",
@@ -100,6 +101,7 @@ __all__ = [
     "image_text_names",
     "is_timm",
     "is_users_cache",
+    "keeps_past",
     "library_logging",
     "make_mask",
     "model_types",
@@ -171,6 +173,9 @@ def _take(module: str, name: str) -> Any:
 TOKEN_AXES = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "token_type_ids": 1}
 """Along which axis of a decoder's arguments tokens lie."""
 
+COLUMN_NUMBERS = "cache_position"
+"""What some releases call the numbers of the columns of a cache that tokens are written to."""
+
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 """What the cache is called as an argument: from transformers 5.24 on, before it, and in some blocks still."""
 
@@ -204,6 +209,11 @@ def own_cache(base: nn.Module) -> str | None:
     ]
     found = told[0].strip("'<>").rsplit(".", 1)[-1].split(" |")[0] if told else "Cache"
     return None if found in ("Cache", "DynamicCache", "_empty", "inspect._empty", "Any") else found
+
+
+def keeps_past(base: nn.Module) -> bool:
+    """Whether a decoder keeps what it read in modules of its own, and not in the cache that it is given."""
+    return not takes_cache(base) or any(hasattr(module, "_setup_cache") for module in base.modules())
 
 
 def takes_cache(taker: Any) -> bool:

@@ -19,6 +19,7 @@ from quickmerge.models.compat import (
     asks_registry,
     attention_function,
     attention_implementation,
+    keeps_past,
     make_mask,
     register_attention,
 )
@@ -196,6 +197,8 @@ def read_decoder(model: PreTrainedModel, base: Any, shared: bool = False, *, bot
             f"{name} has no block whose attention asks a function of transformers' registry, one at least was looked "
             f"for, as merging goes by queries and keys: its blocks are of {', '.join(kinds)}"
         )
+    if keeps_past(base):
+        raise UnsupportedModelError(f"{name} keeps what it has read in modules of its own, a cache was looked for")
     check_attention(name, config, shared)
     traits = tuple(block_traits(base, layers, attentions))
     windows = tuple(t.window if t.attention == SLIDING else None for t in traits)

@@ -51,7 +51,7 @@ _DECLARED: dict[str, tuple[str | None, str | None]] = {
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size")
 _STREAMS = ("altup_num_inputs", "hc_mult", "hc_count")
 _BIASES = ("alibi", "position_bias", "relative_distance")
-_SHARED = ("is_kv_shared_layer", "kv_shared_layer_index")
+_SHARED = ("is_kv_shared_layer", "kv_shared_layer_index", "store_full_length_kv")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,9 @@ def declared_type(config: Any, layer: int) -> str:
     for name in ("layer_types", "layers_block_type", "attention_layers"):
         types = getattr(config, name, None)
         if isinstance(types, (list, tuple)) and layer < len(types):
-            return str(types[layer])
+            # Some say only that a block has attention, and how far it sees elsewhere.
+            narrow = types[layer] == "attention" and getattr(config, "attention_window_size", None)
+            return "sliding_attention" if narrow else str(types[layer])
     own = _own(config, layer)
     if getattr(own, "sliding_window", None) is not None:
         return "sliding_attention"
@@ -166,7 +168,7 @@ def block_traits(
     config: Any = base.config
     shared = getattr(config, "kv_sharing_modes", None) or [None] * len(layers)
     makers: dict[str, int] = {}
-    lent = {i for i, module in enumerate(attentions) if module is not None and shared[i] == "store"}
+    lent = {i for i, module in enumerate(attentions) if shared[i] == "store" or getattr(module, _SHARED[2], False)}
     lent |= {borrowed for module in attentions if (borrowed := _borrowed(module)) is not None}
     for i, (block, module) in enumerate(zip(layers, attentions, strict=True)):
         declared = declared_type(config, i)
@@ -179,7 +181,7 @@ def block_traits(
         if memory is None and attention is not None and module is None and _holds(block, "mamba", "mixer", "rwkv"):
             attention, memory = None, STATE_SPACE
         entries = getattr(module, "layer_idx", None) if attention is not None else None
-        shares = shared[i] == "reuse" or _borrowed(module) is not None
+        shares = shared[i] == "reuse" or bool(getattr(module, _SHARED[0], False))
         if shares:
             borrowed = _borrowed(module)
             entries = makers.get(declared) if borrowed is None else borrowed

@@ -122,9 +122,8 @@ def model_shape(model: nn.Module | Any) -> Shape:
             )
     config = decoder.config
     heads = config.num_attention_heads
-    weights = tuple(
-        sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear)) for block in decoder.layers
-    )
+    # Of whatever class a linear layer is, its weights are the matrices of a block.
+    weights = tuple(sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in decoder.layers)
     return Shape(
         weights=weights,
         width=config.hidden_size,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.merge.text.merged_cache import pick_columns
 from quickmerge.merge.tokens.plan import MergePlan
+from quickmerge.models.compat import CACHE_NAMES, COLUMN_NUMBERS
 from quickmerge.models.traits import BlockTraits
 
 __all__ = ["BlockArguments", "Slots", "in_streams", "one_stream"]
@@ -37,8 +38,8 @@ _PLACED = ("position", "rotary", "freqs", "cos", "sin", "scaling")
 _CHOSEN = "prev_topk_indices"
 """What the indexer of a block below chose, for blocks without one."""
 
-_LEFT = ("shared_kv_states", "past_key_values", "cache", "layer_past")
-"""Arguments that hold no more than what blocks themselves have put there."""
+_LEFT = ("shared_kv_states", *CACHE_NAMES, COLUMN_NUMBERS)
+"""Arguments that hold what blocks themselves have put there, or the numbers of the columns of a cache."""
 
 
 @dataclass(frozen=True)

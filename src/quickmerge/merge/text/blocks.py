@@ -41,6 +41,8 @@ def not_chunked(block: BlockTraits) -> str | None:
         return (
             f"{block.attention} attention" if block.attention else f"{block.memory or 'nothing'} in place of attention"
         )
+    if block.latent:
+        return "keys and values of one latent vector in the cache, which can't be merged each in its own way"
     if block.shares or block.lends:
         return "keys and values that several blocks read"
     return None
