@@ -59,7 +59,8 @@ def doubled(model: Any) -> Any:
     model.generation_config.eos_token_id = None
     model = model.double()
     try:
-        model(torch.arange(3, 9)[None])
+        ids, mask = torch.arange(3, 9)[None], torch.tensor([[0, 0, 1, 1, 1, 1]])
+        model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
     except RuntimeError:  # some part of it is made in float32 whatever the others are
         model = model.float()
     return model
