@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import lm_decoding
 import torch
 from torch import Tensor
 
@@ -184,5 +185,9 @@ def _in_pieces(model: Any, ids: Tensor, whole: Tensor, several: bool) -> None:
     close(torch.cat([first.logits, *logits], 1), whole, "in pieces")
 
 
-CHECKS: dict[str, Callable[[Any, int], None]] = {"prefix": prefix, "block_causal": block_causal}
+CHECKS: dict[str, Callable[[Any, int], None]] = {
+    "prefix": prefix,
+    "block_causal": block_causal,
+    **lm_decoding.CHECKS,
+}
 """By capability."""

@@ -17,6 +17,7 @@ import quickmerge as qm
 from quickmerge.models.attachment import aside
 from quickmerge.models.compat import cache_argument, returned_cache
 from quickmerge.speculative import PromptLookup, SpeculativeDecoding
+from quickmerge.speculative.proof import check_target
 
 CLUSTERED: dict[str, Any] = {"sink": 2, "interval": 4, "block": 16, "ratio": 1 / 4, "queries": 8}
 """Settings with which a prompt of some twenty tokens has clusters that are updated while it is gone on with."""
@@ -59,8 +60,9 @@ def doubled(model: Any) -> Any:
     model.generation_config.eos_token_id = None
     model = model.double()
     try:
-        model(torch.arange(3, 9)[None])
-    except RuntimeError:  # some part of it is made in float32 whatever the others are
+        ids, mask = torch.arange(3, 9)[None], torch.tensor([[0, 0, 1, 1, 1, 1]])
+        model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    except (RuntimeError, ValueError):  # some part of it is made in float32 whatever the others are
         model = model.float()
     return model
 
@@ -120,6 +122,7 @@ def _agree(found: Any, wanted: Any, what: str) -> None:
 def speculation(model: Any, layer: int = 0) -> None:
     """Drafts change no text, right or wrong ones, and what the cache holds behind it is what it would hold."""
     model = doubled(model)
+    check_target(model)  # what is refused is refused here
     inputs = prompts(model, (14, 9))
     plain = write(model, inputs)
     for drafter in (PromptLookup(), Scripted(plain.sequences, 0.8)):

@@ -19,7 +19,7 @@ WORKS = "works"
 NOT_TRIED = "not tried: "
 """How a cell begins whose family can't be built as a tiny model."""
 
-CAPABILITIES = ("prefix", "block_causal")
+CAPABILITIES = ("prefix", "block_causal", "multipole", "speculation")
 """The columns of the table."""
 
 USAGE = (
