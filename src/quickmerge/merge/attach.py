@@ -173,7 +173,7 @@ def reduce(
 
     Args:
         model: a causal LM of one of the proven families (`quickmerge.models.decoder.FAMILIES`), or a vision transformer
-            of one (`quickmerge.models.encoder.VISION_FAMILIES`), or timm's ``VisionTransformer`` or a module that holds
+            (see `quickmerge.models.encoder.find_encoder`), or timm's ``VisionTransformer`` or a module that holds
             one, or a vision-language model of one of `quickmerge.models.vlm.VLM_FAMILIES`. It may be wrapped by PEFT,
             `torch.compile` (a language model then runs as it was written while it is inside), or
             `DistributedDataParallel`.
