@@ -170,7 +170,7 @@ def reduce(
 
     Args:
         model: a decoder-only causal LM (``quickmerge ls models`` lists the families), or a vision transformer
-            of one (`quickmerge.models.encoder.VISION_FAMILIES`), or timm's ``VisionTransformer`` or a module that holds
+            (see `quickmerge.models.encoder.find_encoder`), or timm's ``VisionTransformer`` or a module that holds
             one, or a vision-language model, see `quickmerge.models.vlm.find_vlm`. It may be wrapped by PEFT,
             `torch.compile` (a language model then runs as it was written while it is inside), or
             `DistributedDataParallel`.

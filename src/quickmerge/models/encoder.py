@@ -111,7 +111,14 @@ def find_encoder(model: PreTrainedModel) -> Encoder:
         held = ", ".join(type(tower).__name__ for tower in found)
         raise UnsupportedModelError(f"{name} holds {len(found)} vision transformers, {held}: give one of them")
     if not found:
-        _refuse(model, model, why_no_tower(model))
+        visual = [part for part in model.modules() if isinstance(part, PreTrainedModel) and is_visual(part)]
+        if not visual:
+            kind = model.config.model_type
+            raise UnsupportedModelError(
+                f"{name} (model_type {kind!r}) holds 0 vision transformers, exactly one was looked for: a part that "
+                "reads pixels, with a list of blocks of attention"
+            )
+        _refuse(model, visual[0], why_no_tower(visual[0]))
     return _read(model, found[0])
 
 

@@ -355,6 +355,18 @@ def test_a_model_of_two_towers_is_told_so() -> None:
         find_encoder(Two(zoo.tiny_config("vit")))
 
 
+def test_a_tower_without_such_attention_is_told_inside_a_pair() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    model = transformers.BlipModel(
+        transformers.BlipConfig(text_config={**sizes, "vocab_size": 9}, vision_config=vision)
+    )
+    with pytest.raises(UnsupportedModelError, match=r"BlipModel.* holds a BlipVisionModel, .*attention of its own"):
+        qm.reduce(model, qm.ToMe())
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM .* holds 0 vision transformers"):
+        find_encoder(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=9)))
+
+
 def test_blocks_of_another_build_merge_behind() -> None:
     """A block whose halves work side by side is no pre-norm block, and is merged behind."""
     from transformers.models.vit import modeling_vit

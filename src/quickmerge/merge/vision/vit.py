@@ -347,7 +347,7 @@ def encode_frames(
     frames is always in the same set, and never merges.
 
     Args:
-        model: a vision transformer for images of one of the proven families, without a head.
+        model: a vision transformer for images, without a head, see `quickmerge.models.encoder.find_encoder`.
         pixels: ``(B, T, C, H, W)``.
         across: the method that merges the patches of all frames, with its ``keep``, a share of all T H W patches; a
             `GridMerge` heeds their places in space and time.
