@@ -32,8 +32,9 @@ VLM_FAMILIES = (
     "idefics2", "idefics3", "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llava",
     "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl",
     "mistral3", "molmo2", "muse_glimmer", "ovis2", "paddleocr_vl", "paligemma", "perception_lm", "pp_chart2table",
-    "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_omni_moe_thinker", "qwen3_vl",
-    "qwen3_vl_moe", "shieldgemma2", "smolvlm", "step3p7", "video_llama_3", "video_llava", "vipllava",
+    "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe",
+    "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "shieldgemma2", "smolvlm", "step3p7", "video_llama_3",
+    "video_llava", "vipllava",
 )  # fmt: skip
 """``config.model_type`` of the families that the committed table (tests/merge/visual/zoo.json) proves, to be told of.
 Nothing is decided by it."""
