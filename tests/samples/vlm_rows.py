@@ -448,6 +448,8 @@ UNBUILT: dict[str, str] = {
     "emu3": "its images are codes of a tokenizer of one size",
     "gemma3n": "its tower is one of timm",
     "gemma4_unified": "its patches are joined in front of it",
+    "glm5_next": "its placeholders are told by two numbers",
+    "mistral_large4": "the plain model does not read a padded batch as its rows",
     "muse_spark": "its tower's blocks have sizes of their own",
     "nemotron_h_omni": "its tower has sizes of its own",
     "unlimited_ocr": "its towers have sizes of their own",

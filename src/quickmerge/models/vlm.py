@@ -26,7 +26,15 @@ FEATURES = "get_image_features"
 
 
 VLM_FAMILIES = (
-    "idefics3", "llava", "llava_next", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm",
+    "aria", "aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni", "deepseek_vl",
+    "deepseek_vl_hybrid", "ernie4_5_vl_moe", "exaone4_5", "fast_vlm", "gemma3", "gemma4", "glm46v", "glm4v",
+    "glm4v_moe", "glm_ocr", "glmga", "got_ocr2", "granite_docling", "hunyuan_vl", "hy_v4_vl", "hyperclovax_vision_v2",
+    "idefics2", "idefics3", "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llava",
+    "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl",
+    "mistral3", "molmo2", "muse_glimmer", "ovis2", "paddleocr_vl", "paligemma", "perception_lm", "pp_chart2table",
+    "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe",
+    "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "shieldgemma2", "smolvlm", "step3p7", "video_llama_3",
+    "video_llava", "vipllava",
 )  # fmt: skip
 """``config.model_type`` of the families that the committed table (tests/merge/visual/zoo.json) proves, to be told of.
 Nothing is decided by it."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import quickmerge as qm
 from quickmerge.errors import UnsupportedModelError
-from quickmerge.merge.text.blocks import merge_range
+from quickmerge.merge.text.blocks import mergeable
 from quickmerge.merge.text.merged_cache import holding
 from quickmerge.merge.visual.places import reduce_vlm
 from quickmerge.models.columns import stored
@@ -266,7 +266,7 @@ def placed(model: Any, family: str, rows: Any, order: str) -> None:
 
 def inside(model: Any, inputs: Any, alone: Any, plain: Tensor, text: Tensor) -> str:
     """In front of a block of the language model; or why not."""
-    layer = max(2, merge_range(find_vlm(model).decoder)[0])
+    layer = next((block for block in mergeable(find_vlm(model).decoder) if block > 1), 2)
     try:
         with reduce_vlm(model, qm.Uniform(keep=1.0), layer):
             assert torch.equal(model(**inputs).logits, plain)
