@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,24 @@ MODEL = "smollm2-135m"
 MERGES = ("quickmerge", "truncate", "attention", "random", "tome")
 
 
-def _rows(model: str = MODEL) -> list[Row]:
-    data = json.loads((RESULTS / "budgets.json").read_text(encoding="utf-8"))
-    return [row for row in data["rows"] if row["model"] == model]
+SECOND = "gemma3-270m"
 
 
-def _records(model: str = MODEL) -> list[Row]:
-    data = json.loads((RESULTS / "budgets.json").read_text(encoding="utf-8"))
-    return [row for row in data["documents"] if row["model"] == model]
+def _file(part: str, model: str) -> Path:
+    return RESULTS / (f"{part}.json" if model == MODEL else f"{part}-{model}.json")
 
 
-def _there() -> bool:
-    return (RESULTS / "budgets.json").is_file()
+def _rows(model: str = MODEL, what: str = "rows") -> list[Row]:
+    found: list[Row] = json.loads(_file("budgets", model).read_text(encoding="utf-8"))[what]
+    return found
+
+
+def _records() -> list[Row]:
+    return _rows(what="documents")
+
+
+def _there(model: str = MODEL) -> bool:
+    return _file("budgets", model).is_file()
 
 
 def _bold(row: Row) -> str:
@@ -51,17 +58,17 @@ def is_merge(row: Row) -> bool:
 
 def merging(model: str = MODEL) -> Table | None:
     """Recovery of ways to read fewer tokens, best first at each keep."""
-    if not _there():
+    if not _there(model):
         return None
-    rows = [row for row in _rows(model) if is_merge(row)]
+    rows = [row for row in _rows(model) if is_merge(row) or model != MODEL]
     return Table([WAY, RECOVERY, *COST], sorted(rows, key=lambda r: (round(r["cache_ratio"], 1), -r["recovery"])))
 
 
-def caches(low: float, high: float, model: str = MODEL) -> Table | None:
+def caches(low: float, high: float) -> Table | None:
     """Recovery of everything that holds such a share of the cache, best first."""
     if not _there():
         return None
-    rows = [row for row in _rows(model) if low <= row["cache_ratio"] <= high]
+    rows = [row for row in _rows() if low <= row["cache_ratio"] <= high]
     paired = Column("less quickmerge 0.42", interval("paired", "+.3f"))
     return Table([WAY, RECOVERY, *COST, paired], sorted(rows, key=lambda r: -r["recovery"]))
 
@@ -136,8 +143,8 @@ def short() -> Table | None:
 
 
 def _tasks(model: str = MODEL) -> list[Row]:
-    data = json.loads((RESULTS / "budget_tasks.json").read_text(encoding="utf-8"))
-    return [row for row in data["rows"] if row["model"] == model]
+    found: list[Row] = json.loads(_file("budget_tasks", model).read_text(encoding="utf-8"))["rows"]
+    return found
 
 
 def _share(row: Row | None, name: str) -> str:
@@ -146,17 +153,17 @@ def _share(row: Row | None, name: str) -> str:
     return f"{100 * row[name]:.0f} % ({100 * row[f'{name}_low']:.0f} to {100 * row[f'{name}_high']:.0f})"
 
 
-def asked() -> Table | None:
+def asked(model: str = MODEL) -> Table | None:
     """Exact answers, of those that the plain model gives, by way and by how is asked."""
-    if not (RESULTS / "budget_tasks.json").is_file():
+    if not _file("budget_tasks", model).is_file():
         return None
-    whole = [row for row in _tasks() if row["task"] is None and row["mode"] != "later"]
+    whole = [row for row in _tasks(model) if row["task"] is None and row["mode"] != "later"]
     found = {(row["name"], row["mode"], row["format"]): row for row in whole}
     kinds = list(dict.fromkeys((row["mode"], row["format"]) for row in whole))
     names = [name for name in dict.fromkeys(row["name"] for row in whole) if name != "plain"]
 
     def of(mode: str, format: str) -> Column:
-        title = f"question {mode}, {format}"
+        title = f"question {'first and last' if mode == 'both' else mode}, {format}"
         return Column(title, lambda r: _share(found.get((r["way"], mode, format)), "exact_solvable"))
 
     def cost(name: str) -> Callable[[Row], str]:
@@ -222,6 +229,7 @@ def between(low: float, high: float) -> Callable[[], Table | None]:
 BUDGETS: dict[str, Callable[[], Table | None]] = {
     "recovery": merging, "paired": paired, "kinds": by_kind, "short": short,
     "cache_41": between(0.2, 0.44), "cache_57": between(0.5, 0.6),
+    "second_recovery": partial(merging, SECOND), "second_asked": partial(asked, SECOND),
     "asked": asked, "each_task": each_task, "later": later, "cache_memory": memory,
 }  # fmt: skip
 """By the name in the docs."""

@@ -4,9 +4,14 @@
 
 Two parts, ``--part recovery`` and ``--part tasks``; all of them if none is named. Recovery is that of text that goes
 on, on 18 of the held-out documents, six of each kind. Tasks are those that SmolLM2-135M can do (see docs/tasks.md),
-with new seeds: the question last in three formats, first, and later. All of it in bfloat16. Every measurement is
-written down as it comes, so that a run goes on where it was stopped, and ``--shard 0/2`` and ``--shard 1/2`` may run
-side by side; a run without ``--shard`` joins them. Writes benchmarks/results/budgets.json and budget_tasks.json.
+with new seeds: the question last in three formats, first, in both places, and later. All of it in bfloat16. Every
+measurement is written down as it comes, so that a run goes on where it was stopped, and ``--shard 0/2`` and ``--shard
+1/2`` may run side by side; a run without ``--shard`` joins them. Writes benchmarks/results/budgets.json and
+budget_tasks.json.
+
+A second model, such as the folder that second_model.py makes, is measured on the main rows alone and written beside:
+
+    python benchmarks/budgets.py --model FOLDER --name gemma3-270m
 """
 
 from __future__ import annotations
@@ -44,6 +49,9 @@ OLD: dict[str, Any] = {"window": 64, "recency": 0.85, "spans": "none"}
 """What QuickMerge was before it kept whole lines."""
 ALL: dict[str, Any] = {"min_tokens": 0}
 TASKS = ("needle", "needles4", "copy", "people", "pairs12", "constant", "labels")
+MAIN = ("quickmerge 0.42", "quickmerge before spans 0.42", "quickmerge 0.2", "quickmerge before spans 0.2",
+        "quickmerge 0.42, cache 0.3", "norm 0.41", "snapkv 0.41")  # fmt: skip
+"""Rows of tasks that a second model is asked for."""
 LATER = ("needle", "needles4", "copy", "people", "pairs12")
 SEEDS = range(100, 105)
 """None that settings were chosen on."""
@@ -115,7 +123,8 @@ def task_ways(mode: str) -> dict[str, qm.Recipe]:
     found = {}
     for keep in (0.42, 0.2):
         found[f"quickmerge {keep:g}"] = text(qm.QuickMerge(keep=keep))
-        found[f"quickmerge before spans {keep:g}"] = text(qm.QuickMerge(keep=keep, **OLD))
+        if mode != "both":
+            found[f"quickmerge before spans {keep:g}"] = text(qm.QuickMerge(keep=keep, **OLD))
         if mode == "last":
             found[f"quickmerge as published {keep:g}"] = text(qm.QuickMerge.paper(keep=keep))
             found[f"gemfilter {keep:g}"] = text(qm.GemFilter(keep=keep))
@@ -150,7 +159,7 @@ def measure_recovery(
             watch = observe(model)
             full = float(document_nll(model, document, watch).mean())
             seconds = [watch.summary().prefill_seconds]
-            none = float(continuation_nll(model, None, document.target, observe(model)).mean())
+            none = float(continuation_nll(model, document.nothing, document.target, observe(model)).mean())
             found = []
             for name in todo:
                 recipe = recipes[name]
@@ -198,27 +207,26 @@ def recovery_rows(
 
 def run_recovery(args: argparse.Namespace) -> None:
     """Measure, and write what all shards have measured."""
-    rows: list[Row] = []
-    each: list[Row] = []
-    for name in args.model.split(","):
-        model, tokenizer = load(name, dtype=torch.bfloat16)
-        folder = (args.documents or cache_folder(None) / "documents") / "test"
-        paths = sorted(folder.rglob("*.txt"))
-        documents = [_document(tokenizer, path) for path in paths]
-        documents = _some(documents, 6 if name == "smollm2-135m" else 4)
-        recipes = ways(model.config.num_hidden_layers, main=name != "smollm2-135m")
-        settings = {"model": name, "context": CONTEXT, "target": TARGET, "dtype": "bfloat16"}
-        mine = Records(args.work / f"recovery-{args.shard.replace('/', '-')}.jsonl", settings, ("document", "way"))
-        if args.shard == "all":
-            for other in sorted(args.work.glob("recovery-*-*.jsonl")):
-                _join(mine, other, settings)
-        part = _shard(documents, args.shard)
-        measure_recovery(model, part, recipes, mine)
-        rows += recovery_rows(name, part, recipes, mine)
-        each += [{"model": name, **(mine.get(d.name, way) or {})} for d in part for way in recipes]
+    name, main = args.name or args.model, bool(args.name)
+    model, tokenizer = load(args.model, dtype=torch.bfloat16)
+    folder = (args.documents or cache_folder(None) / "documents") / "test"
+    paths = sorted(folder.rglob("*.txt"))
+    documents = [_document(tokenizer, path) for path in paths]
+    documents = _some(documents, 4 if main else 6)
+    recipes = ways(model.config.num_hidden_layers, main=main)
+    settings = {"model": name, "context": CONTEXT, "target": TARGET, "dtype": "bfloat16"}
+    shard = args.shard.replace("/", "-")
+    mine = Records(args.work / f"recovery{args.suffix}-{shard}.jsonl", settings, ("document", "way"))
     if args.shard == "all":
+        for other in sorted(args.work.glob(f"recovery{args.suffix}-*-*.jsonl")):
+            _join(mine, other, settings)
+    part = _shard(documents, args.shard)
+    measure_recovery(model, part, recipes, mine)
+    if args.shard == "all":
+        rows = recovery_rows(name, part, recipes, mine)
+        each = [{"model": name, **(mine.get(d.name, way) or {})} for d in part for way in recipes]
         told = {"environment": environment(), "dtype": "bfloat16", "context": CONTEXT, "target": TARGET}
-        write_json(RESULTS / "budgets.json", {"rows": rows, "documents": each, **told})
+        write_json(RESULTS / f"budgets{args.suffix}.json", {"rows": rows, "documents": each, **told})
 
 
 def _some(documents: Sequence[Document], each: int) -> list[Document]:
@@ -255,32 +263,32 @@ def run_tasks(args: argparse.Namespace) -> None:
     """Ask, and write what was answered."""
     rows: list[Row] = []
     torch.manual_seed(0)
-    for name in args.model.split(","):
-        model, tokenizer = load(name, dtype=torch.bfloat16)
-        settings = [("last", format) for format in FORMATS] + [("first", "cue"), ("later", "cue")]
-        for mode, format in settings:
-            if args.only and f"{mode}-{format}" not in args.only.split(","):
-                continue
-            later = mode == "later"
-            maker = TaskMaker(tokenizer, CONTEXT, queries=4 if later else 1)
-            recipes = task_ways(mode)
-            tasks = [
-                t for t in (LATER if later else TASKS) if mode == "last" or t not in ("copy", "constant", "labels")
-            ]
-            if format != "cue":
-                tasks = [t for t in tasks if t not in ("copy", "constant", "labels")]
-            seeds = SEEDS[:2] if later else SEEDS
-            with progress() as bar:
-                task = bar.add_task(f"{mode} {format}", total=len(tasks) * len(seeds) * (1 + len(recipes)))
-                found = bench_tasks(
-                    model, tokenizer, maker, recipes, tasks=tasks, seeds=seeds, format=format, mode=mode,
-                    records=args.work / f"tasks-{mode}-{format}.jsonl", about={"model": name},
-                    advance=lambda label, task=task: bar.update(task, advance=1, description=label),
-                )  # fmt: skip
-            rows += [{"model": name, **row} for row in found.rows]
+    name, main = args.name or args.model, bool(args.name)
+    model, tokenizer = load(args.model, dtype=torch.bfloat16)
+    settings = [("last", format) for format in FORMATS] + [("first", "cue"), ("both", "cue"), ("later", "cue")]
+    for mode, format in settings[:2] if main else settings:
+        if args.only and f"{mode}-{format}" not in args.only.split(","):
+            continue
+        later = mode == "later"
+        maker = TaskMaker(tokenizer, CONTEXT, queries=4 if later else 1)
+        recipes = task_ways(mode)
+        if main:
+            recipes = {way: recipe for way, recipe in recipes.items() if way in MAIN}
+        tasks = [t for t in (LATER if later else TASKS) if mode == "last" or t not in ("copy", "constant", "labels")]
+        if format != "cue":
+            tasks = [t for t in tasks if t not in ("copy", "constant", "labels")]
+        seeds = SEEDS[:2] if later else SEEDS
+        with progress() as bar:
+            task = bar.add_task(f"{mode} {format}", total=len(tasks) * len(seeds) * (1 + len(recipes)))
+            found = bench_tasks(
+                model, tokenizer, maker, recipes, tasks=tasks, seeds=seeds, format=format, mode=mode,
+                records=args.work / f"tasks{args.suffix}-{mode}-{format}.jsonl", about={"model": name},
+                advance=lambda label, task=task: bar.update(task, advance=1, description=label),
+            )  # fmt: skip
+        rows += [{"model": name, **row} for row in found.rows]
     if not args.only:
-        write_json(RESULTS / "budget_tasks.json", {"rows": rows, "environment": environment(), "tokens": CONTEXT,
-                                                   "seeds": [SEEDS[0], SEEDS[-1]]})  # fmt: skip
+        told = {"environment": environment(), "tokens": CONTEXT, "seeds": [SEEDS[0], SEEDS[-1]]}
+        write_json(RESULTS / f"budget_tasks{args.suffix}.json", {"rows": rows, **told})
 
 
 def main() -> None:
@@ -292,9 +300,11 @@ def main() -> None:
         "--only", default="", help="tasks of these modes and formats alone, such as last-chat,later-cue"
     )
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--name", default="", help="of a second model, for its main rows and in its results")
     parser.add_argument("--documents", type=Path, default=None)
     parser.add_argument("--work", type=Path, default=cache_folder(None) / "budgets", help="where measurements are kept")
     args = parser.parse_args()
+    args.suffix = f"-{args.name}" if args.name else ""
     quiet()
     torch.set_num_threads(1)
     if args.part in (None, "recovery"):

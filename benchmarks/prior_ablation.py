@@ -81,7 +81,7 @@ def main() -> int:
     found: dict[tuple[str, float], list[float]] = {}
     for document in track(documents, "measuring", transient=True, console=say):
         full.append(float(document_nll(model, document).mean()))
-        none.append(float(continuation_nll(model, None, document.target, nullcontext()).mean()))
+        none.append(float(continuation_nll(model, document.nothing, document.target, nullcontext()).mean()))
         for keep in args.keep:
             ways: dict[str, Any] = {"no prior": qm.QuickMerge(keep=keep)}
             ways |= {name: QuickMergePrior.from_prior(prior, keep=keep) for name, prior in priors.items()}

@@ -89,6 +89,24 @@ def test_a_long_document_is_cut_where_asked() -> None:
     assert document.context.shape == (1, 700) and document.target.shape == (1, 100)
 
 
+class BeginsText(Words):
+    """One that puts a BOS in front of every text."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        ids = super().__call__(text, add_special_tokens=False)["input_ids"]
+        return {"input_ids": [1, *ids] if add_special_tokens else ids}
+
+
+def test_a_text_begins_as_its_tokenizer_begins_texts_with_and_without_context() -> None:
+    document = split_document(BeginsText(), "ab" * 3000, "d", context=700, target=100)
+    plain = split_document(Words(), "ab" * 3000, "d", context=700, target=100)
+    assert torch.equal(document.context[:, 1:], plain.context) and torch.equal(document.target, plain.target)
+    assert document.nothing is not None and document.nothing.tolist() == [[1]]
+    assert plain.nothing is None
+
+
 def test_a_short_document_gives_the_context_it_has() -> None:
     document = split_document(Words(), "a" * 1000, "d", context=1024, target=192)
     assert document.context.shape == (1, 808) and document.target.shape == (1, 192)

@@ -150,7 +150,7 @@ def test_a_prompt_holds_document_question_and_answer_in_its_order(task: str, for
         if mode == "first":
             assert asked in before and asked not in behind
         else:
-            assert asked not in before and (asked in behind or behind == query.begun)
+            assert (asked in before) == (mode == "both") and (asked in behind or behind == query.begun)
         if format == "chat":
             assert before.startswith("<user>") and behind.endswith("<end>\n<assistant>")
             assert lead[1:] == query.lead[1:] and lead[0].isupper() == query.lead[0].isalpha()
@@ -175,7 +175,7 @@ def test_formats_and_modes_that_there_are_not_are_named() -> None:
     sample = maker().make("needle", 0)
     with pytest.raises(QuickmergeError, match=r"^format must be one of cue, bare, chat, got 'chatt'"):
         lay_out(byte_level(), sample, sample.queries[0], "chatt")
-    with pytest.raises(QuickmergeError, match=r"^mode must be one of last, first, later, got 'later on'"):
+    with pytest.raises(QuickmergeError, match=r"^mode must be one of last, first, both, later, got 'later on'"):
         lay_out(byte_level(), sample, sample.queries[0], "cue", "later on")
 
 

@@ -63,7 +63,7 @@ def alone(model: Any, record: dict[str, Any], mode: str) -> tuple[bool, float]:
     return bool((told.argmax(-1) == answer).all()), float(cross_entropy(told, answer))
 
 
-@pytest.mark.parametrize("mode", ["last", "first", "later"])
+@pytest.mark.parametrize("mode", ["last", "first", "both", "later"])
 def test_what_is_shared_changes_no_answer(mode: str) -> None:
     model = tiny()
     found = asked(model, mode=mode, format="bare")

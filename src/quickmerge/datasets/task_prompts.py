@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quickmerge.datasets.tasks import Query, Sample
+from quickmerge.datasets.text import start_of
 from quickmerge.errors import QuickmergeError, near_match
 from quickmerge.models.chat import around_document
 
@@ -19,8 +20,9 @@ __all__ = ["FORMATS", "MODES", "TaskPrompt", "lay_out"]
 
 FORMATS = ("cue", "bare", "chat")
 """How a prompt ends: in the begun answer, in ``Answer:``, or in the chat template."""
-MODES = ("last", "first", "later")
-"""Where the question stands: behind the document, in front of it, or behind one that was read before anyone asked."""
+MODES = ("last", "first", "both", "later")
+"""Where the question stands: behind the document, in front of it, in both places, or behind a document that was read
+before anyone asked."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,12 @@ def lay_out(tokenizer: Any, sample: Sample, query: Query, format: str = "cue", m
         raise QuickmergeError("format must be cue or bare for a tokenizer without a chat template, got 'chat'")
     asked = query.question[0].upper() + query.question[1:]
     if format == "chat":
-        before, behind = around_document(tokenizer, asked, first=mode == "first")
+        before, behind = around_document(tokenizer, asked, first=mode in ("first", "both"))
+        behind = f"\n\n{asked}{behind}" if mode == "both" else behind
         lead = query.lead[0].upper() + query.lead[1:]
     else:
-        before = f"Question: {query.question} The answer is in the following text.\n\n" if mode == "first" else ""
+        asks = f"Question: {query.question} The answer is in the following text.\n\n"
+        before = asks if mode in ("first", "both") else ""
         behind = "\n\nAnswer:" if mode == "first" else f"\n\nQuestion: {query.question}\nAnswer:"
         lead = f" {query.lead}"
         if format == "cue" and mode != "first":
@@ -85,4 +89,6 @@ def lay_out(tokenizer: Any, sample: Sample, query: Query, format: str = "cue", m
     def ids(text: str) -> tuple[int, ...]:
         return tuple(int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
 
-    return TaskPrompt(ids(before), sample.document, ids(behind), ids(lead), ids(query.answer))
+    # A chat template brings its own.
+    start = () if format == "chat" else tuple(start_of(tokenizer))
+    return TaskPrompt(start + ids(before), sample.document, ids(behind), ids(lead), ids(query.answer))

@@ -224,18 +224,38 @@ LEAST = 1000
 
 @dataclass(frozen=True)
 class Document:
-    """``context (1, N)`` and ``target (1, M)`` token ids of one document; ``kind`` groups documents in tables."""
+    """``context (1, N)`` and ``target (1, M)`` token ids of one document; ``kind`` groups documents in tables.
+
+    ``start`` is the number of tokens that the context begins with because every text of the tokenizer does, such as a
+    BOS: a model that was always given one is at a loss without.
+    """
 
     name: str
     context: Tensor
     target: Tensor
     kind: str | None = None
+    start: int = 0
+
+    @property
+    def nothing(self) -> Tensor | None:
+        """``(1, start)``, what is read in place of the context where there is none."""
+        return self.context[:, : self.start] if self.start else None
+
+
+def start_of(tokenizer: Any) -> list[int]:
+    """The BOS, where a tokenizer puts it in front of every text: a model that always had one is at a loss without."""
+    if getattr(tokenizer, "bos_token_id", None) is None:
+        return []
+    ids: list[int] = tokenizer("a")["input_ids"]
+    return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
 
 
 def split_document(
     tokenizer: Any, text: str, name: str, *, context: int = 1024, target: int = 192, kind: str | None = None
 ) -> Document:
     """Cut a text into ``context`` tokens and the ``target`` tokens that follow, from its start.
+
+    Where the tokenizer puts a BOS in front of every text, the context has it besides.
 
     A document shorter than ``context + target`` gives what is left of it before the last ``target`` tokens.
 
@@ -251,5 +271,7 @@ def split_document(
     length = min(context, len(ids) - target)
     if length < 2:
         raise QuickmergeError(f"target must leave some context in {name} ({len(ids)} tokens), got {target}")
-    row = torch.tensor([ids[: length + target]])
-    return Document(name, row[:, :length], row[:, length:], kind)
+    start = start_of(tokenizer)
+    row = torch.tensor([start + ids[: length + target]])
+    length += len(start)
+    return Document(name, row[:, :length], row[:, length:], kind, len(start))

@@ -153,8 +153,7 @@ def reduce(
     depth: blocks below read every token, blocks above read the slots, and so do their caches. ``block_causal`` mode
     merges keys and values of every finished chunk once it has left the recent window. Its budget comes from the chunk
     alone and its saliency from the chunk and the window that follows, all read before the merge is first seen; it is
-    exact for scoring. There ``QuickMerge(pool=1, merge=0)`` predicts better than its defaults, which are made for
-    prompts.
+    exact for scoring.
 
     In a vision transformer each block of the schedule takes tokens out between its attention and its feed-forward part
     (ToMe, arXiv 2210.09461), or in front of it where the method says so. Class, distillation and register tokens stay

@@ -85,7 +85,7 @@ def bench_recipes(
     for place, document in enumerate(documents):
         own = found[0][place]
         with torch.inference_mode():
-            none = float(continuation_nll(model, None, document.target, observe(model)).mean())
+            none = float(continuation_nll(model, document.nothing, document.target, observe(model)).mean())
         for mine in (each[place] for each in found):
             ids = mine.pop("ids") if mine is not own else mine["ids"]
             records.append({**mine, "nll_full": own["nll"], "nll_none": none, "same": ids == own["ids"]})

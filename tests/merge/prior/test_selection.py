@@ -55,6 +55,22 @@ def test_exactly_the_budget_is_kept_and_noise_off_is_plain_choice(
     assert torch.equal(plain, select(score, count, view)) and torch.equal(gate, plain.float())
 
 
+@given(seed=seeds)
+@prop(30)
+def test_a_span_is_drawn_as_a_whole(seed: int) -> None:
+    """Tokens of one span and one score are kept or left together, but for the one span that the count cuts."""
+    draws = generator(seed)
+    span = torch.randint(0, 2, (3, 40), generator=draws).cumsum(-1)
+    span = span - span[:, :1]
+    score = torch.randn(3, 41, generator=draws).gather(1, span)
+    view = TokenView(hidden=torch.zeros(3, 40, 1))
+    torch.manual_seed(seed)
+    anchor, _ = noisy_select(score, torch.tensor([5, 11, 23]), view, torch.zeros(3, 40).bool(), 1.0, spans=span)
+    for row in range(3):
+        parted = [number for number in span[row].unique() if len(anchor[row, span[row] == number].unique()) > 1]
+        assert len(parted) <= 1
+
+
 def test_soft_choice_gradient_is_that_of_finite_differences() -> None:
     draws = generator(1)
     score = torch.randn(3, 9, generator=draws, dtype=torch.float64, requires_grad=True)

@@ -148,10 +148,14 @@ def test_of_tokens_kept_for_being_recent_the_newest_win(view: TokenView, keep: A
 @given(views(attention=1, exempt=True), plain_budgets)
 def test_nothing_is_kept_for_being_recent_where_text_follows(view: TokenView, keep: Any) -> None:
     inside = replace(view, latest=False)
-    want = QuickMerge(keep=keep, layers=1, window=64, recency=0.0).plan(view)
-    assert_same_plan(QuickMerge(keep=keep, layers=1, window=64, recency=0.9).plan(inside), want)
-    # Nobody knows a question there, so that as many vote as ever may.
+    plain = QuickMerge(keep=keep, layers=1, window=64, recency=0.0, pool=1, merge=0)
+    want = plain.plan(view)
+    assert_same_plan(replace(plain, recency=0.9).plan(inside), want)
+    # Nobody knows a question there, so that as many vote as ever may, and each token stands for itself.
     assert_same_plan(QuickMerge(keep=keep, layers=1).plan(inside), want)
+    # What is asked for is done there too.
+    wide = replace(plain, pool=15, merge=0.1)
+    assert_same_plan(wide.plan(inside), wide.plan(view))
 
 
 @prop(40)

@@ -97,7 +97,7 @@ def bench(
         watch = observe(model)
         full = float(document_nll(model, document, watch).mean())
         before = watch.summary().prefill_seconds
-        none = float(continuation_nll(model, None, document.target, nullcontext()).mean())
+        none = float(continuation_nll(model, document.nothing, document.target, nullcontext()).mean())
         here = [record for (record,) in interleave(arms, [document], measured, first=order)]
         document_nll(model, document, watch)
         for record in here:

@@ -81,7 +81,7 @@ def _quality(lm: Any, tokenizer: Any, document: str, method: Any, depth: Any, sa
     say("predicting the end of the document: with fewer tokens")
     reduced = float(document_nll(lm, piece, reduce(lm, method, depth, min_tokens=0)).mean())
     say("predicting the end of the document: with nothing before it")
-    none = float(continuation_nll(lm, None, piece.target, nullcontext()).mean())
+    none = float(continuation_nll(lm, piece.nothing, piece.target, nullcontext()).mean())
     return {"full": full, "reduced": reduced, "none": none, "recovery": (none - reduced) / (none - full)}
 
 

@@ -54,6 +54,9 @@ def prior(
     ] = True,
     context: Annotated[int, typer.Option("--context", help="Text: tokens that are merged.")] = 1024,
     target: Annotated[int, typer.Option("--target", help="Text: tokens that are predicted.")] = 192,
+    questions: Annotated[
+        float, typer.Option("--questions", help="Text: share of the windows that end in a question, in [0, 1].")
+    ] = 0.0,
     held_out: Annotated[
         list[Path] | None, typer.Option("--held-out", help="Texts that training must share no passage with.")
     ] = None,
@@ -79,7 +82,7 @@ def prior(
             _train_text(
                 found, out, model=model, keeps=keeps, layer=parse_layer(layer), depths=blocks, config=settings,
                 resume=training.resume, shape={**shape, "saliency": saliency}, context=context, target=target,
-                held_out=[read_text(path) for path in held_out or []], column=column, half=half,
+                held_out=[read_text(path) for path in held_out or []], column=column, half=half, questions=questions,
             )  # fmt: skip
         else:
             _train_images(
@@ -117,8 +120,9 @@ def _train_text(
     held_out: list[str],
     column: str | None,
     half: bool,
+    questions: float,
 ) -> None:
-    from quickmerge.datasets import TextWindows, from_disk
+    from quickmerge.datasets import AskedWindows, TextWindows, from_disk
     from quickmerge.merge.prior.train_text import train_prior_text
     from quickmerge.terminal import Terminal
 
@@ -132,8 +136,9 @@ def _train_text(
     left = f"; {windows.overlapping} share a passage with a held-out text" if windows.overlapping else ""
     short = f"; {windows.skipped} documents are shorter than that" if windows.skipped else ""
     say.print(f"{count} windows of {context + target} tokens{short}{left}", highlight=False)
+    data = AskedWindows(windows, tokenizer, context=context, share=questions) if questions else windows
     result = train_prior_text(
-        lm, windows, config, out, name=model, keeps=keeps, layer=layer, depths=depths, context=context,
+        lm, data, config, out, name=model, keeps=keeps, layer=layer, depths=depths, context=context,
         resume=resume, half=half, **shape,
     )  # fmt: skip
     tell(result, out)

@@ -324,7 +324,14 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 
 def noisy_select(
-    score: Tensor, count: Tensor, view: TokenView, fixed: Tensor, temperature: float
+    score: Tensor,
+    count: Tensor,
+    view: TokenView,
+    fixed: Tensor,
+    temperature: float,
+    *,
+    spans: Tensor | None = None,
+    choose: Callable[[TokenView, Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gumbel-top-k: a draw of ``count`` tokens without replacement, likelier the higher they score.
 
@@ -334,14 +341,21 @@ def noisy_select(
         view: the tokens.
         fixed: ``(B, N)`` bool, tokens that are kept in any case and neither compete nor get a gradient.
         temperature: of the noise and of the gate; 0 for none of either.
+        spans: ``(B, N)`` long, the spans of each row counted from 0, whose tokens share one draw of the noise, so that
+            those of one score stay together. Default: every token is drawn for itself.
+        choose: of the tokens, a score and the count, which are kept. Default: `select`.
 
     Returns:
         ``(B, N)`` bool, exactly ``count`` tokens a row; and the gate ``(B, N)``, 1 where a token is kept and 0
         elsewhere, whose gradient is that of `soft_top_k`.
     """
     free = view.free & ~fixed
-    noisy = score + temperature * gumbel(score) if temperature > 0 else score
-    anchor = select(torch.where(fixed, torch.inf, noisy), count, view)
+    noisy = score
+    if temperature > 0:
+        noise = gumbel(score)
+        noisy = score + temperature * (noise if spans is None else noise.gather(1, spans))
+    wanted = torch.where(fixed, torch.inf, noisy)
+    anchor = select(wanted, count, view) if choose is None else choose(view, wanted, count)
     if temperature <= 0:
         return anchor, anchor.to(score.dtype)
     rest = count - (anchor & ~free).sum(-1)

@@ -14,6 +14,7 @@ from quickmerge.merge.prior.model import Prior
 from quickmerge.merge.reducers.base import moved
 from quickmerge.merge.reducers.quickmerge import QuickMerge
 from quickmerge.merge.tokens.plan import MergePlan
+from quickmerge.merge.tokens.saliency import lift
 from quickmerge.merge.tokens.view import TokenView
 from quickmerge.models.identity import check_model
 
@@ -23,7 +24,7 @@ class QuickMergePrior(QuickMerge):
     """QuickMerge++ with a trained prior; see `Prior` and `quickmerge.QuickMerge`.
 
     Use `from_prior`, which takes over the settings that the prior was trained with. Where these say nothing, they are
-    those that priors are trained with: many voters, a large share for recent tokens, and no spans.
+    those that priors were once trained with: many voters, a large share for recent tokens, and no spans.
 
     Args:
         prior: the trained prior.
@@ -85,12 +86,20 @@ class QuickMergePrior(QuickMerge):
 
     def saliency(self, view: TokenView) -> Tensor:
         """``(B, N)`` attention norm times ``exp h(x)``, with the learned term h at the merge it was trained for."""
-        plain = super().saliency(view)
+        with torch.no_grad():
+            return self.learned(view, super().saliency(view))
+
+    def learned(self, view: TokenView, plain: Tensor) -> Tensor:
+        """`saliency`, with its gradient: ``s_j exp h(x_j)``, and where spans are known the largest in each."""
         if self.prior.saliency is None or not self.first(view):
             return plain
-        with torch.no_grad():
-            learned: Tensor = plain * self.prior.saliency(view.hidden).to(plain.dtype).exp()
-        return learned
+        product: Tensor = plain * self.prior.saliency(view.hidden).to(plain.dtype).exp()
+        spans = self.whole(view)
+        return product if spans is None else lift(product, spans, view.valid)
+
+    def whole(self, view: TokenView) -> Tensor | None:
+        """``(B, N)``, the spans of the text that are kept or merged as a whole; None where there are none."""
+        return None if self.spans == "none" else view.group
 
     def first(self, view: TokenView) -> bool:
         """Whether the tokens stand at the first merge, the one that the prior was trained for."""

@@ -29,12 +29,14 @@ from quickmerge.merge.prior.model import (
 from quickmerge.merge.prior.network import noisy_select
 from quickmerge.merge.prior.reducer import QuickMergePrior
 from quickmerge.merge.tokens.budget import Schedule
-from quickmerge.merge.tokens.plan import MergePlan
+from quickmerge.merge.tokens.plan import MergePlan, within_width
+from quickmerge.merge.tokens.saliency import numbered
 from quickmerge.merge.tokens.view import TokenView
 from quickmerge.models.compat import cache_argument
 from quickmerge.models.decoder import find_decoder
 from quickmerge.models.identity import model_hash
 from quickmerge.models.part import model_label
+from quickmerge.models.spans import tokenizer_of
 from quickmerge.sampling import evenly
 from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
@@ -43,6 +45,10 @@ from quickmerge.training.objective import Dataset, Objective
 DRAWS = 2
 """Keeps that each step trains at, drawn from those that are trained for."""
 
+
+TRAINED: Mapping[str, Any] = {"window": 16, "recency": 0.7, "spans": "auto", "width": 64}
+"""Settings that a prior is trained with unless others are asked for: those of `QuickMerge`, whole lines where a
+tokenizer is known, with slots of bounded width, so that there are some to correct."""
 
 CHUNK = 128
 """Tokens per chunk whose usual surprise is measured, as many as a chunk has by default in ``block_causal`` mode."""
@@ -89,13 +95,21 @@ class LearningMerge(QuickMergePrior):
         if not self.first(view):
             return super().plan(view)
         plain = super(QuickMergePrior, self).saliency(view)
-        score = plain.clamp_min(torch.finfo(plain.dtype).tiny).log()
-        if self.prior.saliency is not None:
-            score = score + self.prior.saliency(view.hidden).to(score.dtype)
+        saliency = self.learned(view, plain)
+        score = saliency.clamp_min(torch.finfo(plain.dtype).tiny).log()
         count = self.budget.count(view, plain)
-        anchor, gate = noisy_select(score, count, view, self.recent(view, count), self.temperature)
+        spans = self.whole(view)
+        anchor, gate = noisy_select(
+            score, count, view, self.recent(view, count), self.temperature,
+            spans=None if spans is None else numbered(spans),
+            choose=None if self.width is None else self._choose,
+        )  # fmt: skip
         self.notes["gate"] = gate
-        return self.merge_into(view, anchor)
+        return self.merge_into(view, anchor, saliency.detach())
+
+    def _choose(self, view: TokenView, score: Tensor, count: Tensor) -> Tensor:
+        assert self.width is not None
+        return within_width(view, score, count, self.width)
 
     def align(self, view: TokenView, plan: MergePlan) -> Mapping[int, Tensor]:
         """Corrections with their gradients, and the losses of the prior itself."""
@@ -310,7 +324,7 @@ def train_prior_text(
         context: tokens of a window that are merged; the others are predicted.
         layer: where to merge, as in `quickmerge.reduce`.
         depths: blocks in front of which slots are corrected; default `default_depths`, an empty list for none.
-        reducer: settings of `QuickMergePrior` that are not its defaults.
+        reducer: settings of `QuickMergePrior`, in place of `TRAINED`; they are stored with the prior.
         weights: of the losses.
         temperature: of the Gumbel noise, at the start and at the end.
         resume: go on from the newest checkpoint.
@@ -321,6 +335,9 @@ def train_prior_text(
     Raises:
         QuickmergeError, ValueError: for anything that does not fit; see `quickmerge.training.train`.
     """
+    reducer = dict(TRAINED if reducer is None else reducer)
+    if reducer.get("spans") == "auto":  # said as it was, so that nothing else is used with another tokenizer
+        reducer["spans"] = "none" if tokenizer_of(model) is None else "line"
     decoder = find_decoder(model)
     schedule = Schedule.of(layer, len(decoder))
     settings = {"name": name, "hash": model_hash(model)}
@@ -332,7 +349,7 @@ def train_prior_text(
             )
     trained_for = {
         "model": model_label(settings["name"]), "hash": settings["hash"], "layers": list(schedule.layers),
-        "decay": schedule.decay, "keeps": list(keeps), "context": context, "reducer": dict(reducer or {}),
+        "decay": schedule.decay, "keeps": list(keeps), "context": context, "reducer": reducer,
     }  # fmt: skip
     torch.manual_seed(config.seed)
     prior = Prior(PriorConfig(features=decoder.config.hidden_size, depths=chosen, trained_for=trained_for, **shape))

@@ -36,6 +36,10 @@ VOTERS = 16
 VOTERS_BEHIND = 64
 """Voters of a chunk in ``block_causal`` mode, where no question is known and all of the window behind it may ask."""
 
+POOL, SHARE = 15, 0.1
+"""Neighbourhood and share of a merged token in a prompt. In a chunk, which chooses for itself in every block, pooling
+and merging do harm (docs/quickmerge.md): there it is each token for itself, and what is not kept is dropped."""
+
 SPANS = ("auto", "line", "word", "none")
 
 MEASURES = ("norm", "entropy", "focus")
@@ -81,9 +85,11 @@ class QuickMerge(Reducer):
         nearest: votes count only for tokens at least this far before the voter (but at most an eighth of the row).
             Attention is mostly to close tokens, which are kept for being recent anyway; without the limit it would
             spend the rest of the budget on them too.
-        pool: neighbourhood, in tokens, that a salient token lifts with it; odd.
+        pool: neighbourhood, in tokens, that a salient token lifts with it; odd. None: 15 in a prompt, and in
+            ``block_causal`` mode 1.
         recency: share of the kept tokens that are kept for being the most recent, in [0, 1].
-        merge: share of a merged token against its anchor's 1; 0 drops instead of merging.
+        merge: share of a merged token against its anchor's 1; 0 drops instead of merging. None: 0.1 in a prompt, and in
+            ``block_causal`` mode 0.
             ``"mass"``: the members of a slot, its anchor too, weigh as much as their saliency.
         spans: ``"line"`` (a line or sentence, of about 32 tokens at most), ``"word"`` or ``"none"``; ``"auto"``: lines,
             where a tokenizer tells the text of the tokens, in prefix mode.
@@ -100,9 +106,9 @@ class QuickMerge(Reducer):
     layers: int = 2
     window: int | str | None = None
     nearest: int = 64
-    pool: int = 15
+    pool: int | None = None
     recency: float = 0.7
-    merge: float | str = 0.1
+    merge: float | str | None = None
     spans: str = "auto"
     cache: float | None = None
     measure: str = "norm"
@@ -114,13 +120,18 @@ class QuickMerge(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = ["window"] * (self.window not in (None, "all")) + ["width"] * (self.width is not None)
-        for name in ("layers", "pool", *given):
+        said = {
+            "window": self.window not in (None, "all"),
+            "pool": self.pool is not None,
+            "width": self.width is not None,
+        }
+        given = [name for name, there in said.items() if there]
+        for name in ("layers", *given):
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         object.__setattr__(self, "nearest", whole_number("nearest", self.nearest, 0))
-        if self.pool % 2 == 0:
+        if self.pool is not None and self.pool % 2 == 0:
             raise ValueError(f"pool must be odd, got {self.pool}")
-        for name in ("recency", *(["merge"] if self.merge != MASS else [])):
+        for name in ("recency", *(["merge"] if self.merge not in (None, MASS) else [])):
             value = getattr(self, name)
             if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 <= value <= 1):
                 raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
@@ -179,7 +190,8 @@ class QuickMerge(Reducer):
         else:
             plain = mean_attention(view, partial(attention_entropy, bias=bias))
             plain = plain if self.measure == "entropy" else 1 - plain
-        pooled = pool(plain, view.valid, self.pool)
+        wide = (POOL if view.latest else 1) if self.pool is None else self.pool
+        pooled = pool(plain, view.valid, wide)
         return pooled if self.spans == "none" or view.group is None else lift(pooled, view.group, view.valid)
 
     def _window(self, usual: int) -> int:
@@ -205,13 +217,14 @@ class QuickMerge(Reducer):
 
         ``saliency (B, N)`` is what members weigh with ``merge="mass"``.
         """
-        if self.merge == 0:
+        merge = (SHARE if view.latest else 0) if self.merge is None else self.merge
+        if merge == 0:
             return MergePlan.from_anchors(view, anchor)
-        if isinstance(self.merge, str):
+        if isinstance(merge, str):
             saliency = self.saliency(view) if saliency is None else saliency
             share = relative_mass(saliency)
         else:
-            share = torch.where(anchor, 1.0, float(self.merge))
+            share = torch.where(anchor, 1.0, float(merge))
         return MergePlan.from_anchors(view, anchor, next_anchor(view, anchor), share)
 
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102

@@ -59,8 +59,8 @@ class BlockCausal:
     """Merges keys and values of every finished chunk once it has left the recent window.
 
     The budget comes from the chunk alone, its saliency from the chunk and the window that follows, all read before the
-    merge is first seen: the mode is exact for scoring. ``QuickMerge(pool=1, merge=0)`` predicts better here than its
-    defaults, which are made for prompts.
+    merge is first seen: the mode is exact for scoring. `QuickMerge` neither pools nor merges here
+    unless it is told to, since both do harm.
 
     Args:
         sinks: tokens at the start of every sequence that stay alone.

@@ -290,6 +290,14 @@ def pool(score: Tensor, valid: Tensor, width: int, kind: str = "mean") -> Tensor
     return torch.where(valid, pooled[:, 0], 0.0)
 
 
+def numbered(group: Tensor) -> Tensor:
+    """``(B, N)`` long: the spans of each row counted from 0, see `TokenView.group`."""
+    begins = torch.ones_like(group, dtype=torch.bool)
+    begins[:, 1:] = group[:, 1:] != group[:, :-1]
+    # Counted anew, so that no number has to be looked up to know how many spans there are.
+    return begins.long().cumsum(-1) - 1
+
+
 def lift(score: Tensor, group: Tensor, valid: Tensor) -> Tensor:
     """Give every token the largest score in its span, so that a span is kept or merged as a whole.
 
@@ -303,10 +311,7 @@ def lift(score: Tensor, group: Tensor, valid: Tensor) -> Tensor:
     Returns:
         ``(B, N)``, zero for padding.
     """
-    begins = torch.ones_like(valid)
-    begins[:, 1:] = group[:, 1:] != group[:, :-1]
-    # Counted anew, so that no number has to be looked up to know how many spans there are.
-    span = begins.long().cumsum(-1) - 1
+    span = numbered(group)
     masked = torch.where(valid, score, 0.0)
     largest = torch.zeros_like(masked).scatter_reduce(1, span, masked, "amax")
     return torch.where(valid, largest.gather(1, span), 0.0)
