@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from quickmerge.bench.harness import now
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, near_match
 from quickmerge.models.attachment import Attachment, PerThread, counts, refuse_tracing, stands_aside
-from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache, without_cache
+from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, cache_trait, given_cache, without_cache
 from quickmerge.models.decoder import (
     AttentionFunction,
     Decoder,
@@ -173,8 +173,9 @@ class MultipoleRun(Attachment):
     def _adopt(self, cache: Cache) -> dict[int, MultipoleLayer]:
         """The layers of the cache that hold clusters, by block; those of an empty cache are made such."""
         if not isinstance(cache, DynamicCache) or cache.offloading:
-            what = "offloaded one" if isinstance(cache, DynamicCache) else type(cache).__name__
-            raise QuickmergeError(f"{cache_name()} must be a DynamicCache that stays on its device, got {what}")
+            raise QuickmergeError(
+                f"{cache_name()} must be a DynamicCache that stays on its device, got {cache_trait(cache)}"
+            )
         while len(cache.layers) < len(self.decoder):
             cache.layers.append(DynamicLayer())
         held: dict[int, MultipoleLayer] = {}

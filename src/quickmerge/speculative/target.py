@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.models.adapters import check_adapters, check_rows, generating_wrapper
 from quickmerge.models.attachment import aside
 from quickmerge.models.columns import is_tight, keeps_columns, reading, room, slide, slide_table, take_tail, widest
 from quickmerge.models.compat import (
@@ -23,9 +24,12 @@ from quickmerge.models.compat import (
     attention_implementation,
     cache_argument,
     cache_name,
+    cache_trait,
+    device_of,
     takes_cache,
 )
 from quickmerge.models.decoder import IMPLEMENTATIONS, PREFIX, check_trees, layer_window
+from quickmerge.models.quantized import reads_together
 from quickmerge.speculative.tree import Packed, Tree, masks_by_window, pack
 
 __all__ = ["Columns", "Target", "check_target", "commit", "compact", "lay_out", "plain_cache", "select"]
@@ -327,9 +331,9 @@ def plain_cache(cache: Any) -> Cache:
     sliding = [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
     odd = sorted({type(layer).__name__ for layer in layers if layer not in sliding and not keeps_columns(layer)})
     if not isinstance(cache, DynamicCache) or cache.offloading or odd:
-        what = odd[0] if odd else type(cache).__name__
+        what = f"{cache_trait(cache)} ({odd[0]})" if odd else cache_trait(cache)
         raise QuickmergeError(
-            f"{cache_name()} must be a DynamicCache with keys and values of every token, got one with {what}: "
+            f"{cache_name()} must be a DynamicCache with keys and values of every token, got {what}: "
             f"leave {cache_name()} and cache_implementation out"
         )
     if cache.get_seq_length() == 0:
@@ -365,6 +369,14 @@ def check_target(model: PreTrainedModel) -> None:
     missing += [] if takes_cache(model) else [cache_name()]
     if missing:
         raise UnsupportedModelError(f"{name} takes no {missing[0]}, which reading a tree needs")
+    wrapper = generating_wrapper(model)
+    check_adapters(model if wrapper is None else wrapper)
+    check_rows(model, "speculative decoding")
+    if (why := reads_together(model)) is not None:
+        raise UnsupportedModelError(
+            f"speculative decoding can't be served for {name}, which reads a token otherwise beside others than alone, "
+            f"so that it would write another text: {why}"
+        )
     if model not in _PROVEN:
         with aside():  # what a run makes of a text is for the run to prove
             _prove(model, config.vocab_size)
@@ -373,7 +385,7 @@ def check_target(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _prove(model: PreTrainedModel, vocabulary: int) -> None:
-    text = (torch.arange(5, 12, device=model.device) % vocabulary)[None]
+    text = (torch.arange(5, 12, device=device_of(model)) % vocabulary)[None]
     a, b, c = 1 % vocabulary, 2 % vocabulary, 3 % vocabulary
     alone = torch.cat([text, text.new_tensor([[b, c]])], 1)
     name = type(model).__name__

@@ -25,7 +25,7 @@ from quickmerge.merge.tokens.budget import ReadingBudget
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.tokens.view import Evidence, TokenView
 from quickmerge.models.attachment import PerThread, refuse_assisted, watch_generate
-from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, given_cache
+from quickmerge.models.compat import DynamicLayer, cache_argument, cache_name, cache_trait, given_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, decoder_mask, proportional_attention
 
 
@@ -257,8 +257,10 @@ class BlockCausalRun(Run):
             cache = DynamicCache(config=self.decoder.config)
         if cache is None:
             return {}
-        if not isinstance(cache, DynamicCache):
-            raise QuickmergeError(f"{cache_name()} must be a DynamicCache, got {type(cache).__name__}")
+        if not isinstance(cache, DynamicCache) or cache.offloading:
+            raise QuickmergeError(
+                f"{cache_name()} must be a DynamicCache that stays on its device, got {cache_trait(cache)}"
+            )
         while len(cache.layers) < len(self.decoder):
             cache.layers.append(DynamicLayer())
         for i, layer in self._layers.items():
