@@ -218,7 +218,7 @@ def test_every_capability_reads_fewer_tokens_and_generates(way: tuple[str, Any])
             assert told.decode_steps == 2, name
 
 
-SAME = {"partly on disk": 0.0, "wholly on disk": 0.0, "compiled": 1e-5, 
+SAME = {"partly on disk": 0.0, "wholly on disk": 0.0, "compiled": 1e-5,
         "compiled blocks": 1e-5}  # fmt: skip
 """Ways in which the model is the very same, and how far its logits may be off."""
 

@@ -331,7 +331,7 @@ def plain_cache(cache: Any) -> Cache:
     sliding = [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
     odd = sorted({type(layer).__name__ for layer in layers if layer not in sliding and not keeps_columns(layer)})
     if not isinstance(cache, DynamicCache) or cache.offloading or odd:
-        what = f"{cache_trait(cache)} ({odd[0]})" if odd else cache_trait(cache)
+        what = f"one with {odd[0]} in a {cache_trait(cache)}" if odd else cache_trait(cache)
         raise QuickmergeError(
             f"{cache_name()} must be a DynamicCache with keys and values of every token, got {what}: "
             f"leave {cache_name()} and cache_implementation out"
