@@ -439,6 +439,15 @@ def recognition_kinds() -> Table:
     return Table(columns, [r for r in found.values() if r["way"] == "one-shot"])
 
 
+def how_models_come(rows: Sequence[Row]) -> Table:
+    """Recovery of one model in several forms, each beside its own NLL."""
+    columns = [
+        Column("comes as", text("form")), KEEP, RECOVERY, Column("NLL reduced", number("nll", ".3f")),
+        Column("all tokens", number("nll_full", ".3f")), Column("no context", number("nll_none", ".3f")),
+    ]  # fmt: skip
+    return Table(columns, rows)
+
+
 def matrix() -> Table:
     """The support matrix that the tests hold: families down, attention and cache across."""
     cells: dict[str, str] = json.loads((HERE.parent / "tests" / "merge" / "matrix.json").read_text(encoding="utf-8"))
@@ -479,6 +488,7 @@ OWN: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {
     "speed": ("prefill_speed", speed, "rows"),
     "prior_needle": ("prior_needle", needle, "rows"),
     "block_causal": ("block_causal", block_causal, "rows"),
+    "how_models_come": ("how_models_come", how_models_come, "rows"),
     "prior_ablation": ("prior_ablation", prior_ablation, "rows"),
     "prior_cost": ("prior_cost", prior_cost, "rows"),
     "prior_budget": ("prior_budget", prior_budget, "rows"),

@@ -16,9 +16,9 @@ from quickmerge.merge.cache.packed import column_bytes, packed_bytes
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.baselines import Uniform
 from quickmerge.models.attachment import Attachment, PerThread, counts, refuse_tracing, stands_aside
-from quickmerge.models.compat import CacheLayerMixin, given_cache, returned_cache, without_cache
+from quickmerge.models.compat import CacheLayerMixin, device_of, given_cache, returned_cache, without_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, find_decoder, watch
-from quickmerge.models.vlm import Vlm, find_vlm, holds_vlm
+from quickmerge.models.vlm import Vlm, find_vlm, holds_vlm, unwrapped
 
 
 @dataclass
@@ -236,7 +236,7 @@ class Run(Attachment):
     def __init__(self, decoder: Decoder, reducer: Reducer) -> None:
         super().__init__(decoder.model)
         self.decoder = decoder
-        self.reducer = reducer.on(next(decoder.base.parameters()).device)
+        self.reducer = reducer.on(device_of(decoder.base))
         self._last = self._stats()
         self._signature = inspect.signature(decoder.base.forward)
 
@@ -330,8 +330,7 @@ class Run(Attachment):
 
     def clock(self) -> float:
         """Seconds, after the device has finished what it was given."""
-        device: Any = self.decoder.base.device
-        return now(device)
+        return now(device_of(self.decoder.base))
 
     def summary(self) -> RunStats:
         """Tokens in and kept per layer, seconds and cache bytes of the last prompt; prints as a few lines."""
@@ -410,4 +409,4 @@ def observe(model: PreTrainedModel) -> ObserveRun:
     Raises:
         UnsupportedModelError: for a model that could not be reduced either.
     """
-    return ObserveRun(model)
+    return ObserveRun(unwrapped(model))

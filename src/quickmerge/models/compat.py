@@ -23,6 +23,7 @@ from quickmerge.errors import QuickmergeError, UnsupportedModelError
 if TYPE_CHECKING:
     from types import ModuleType
 
+    import torch
     from torch import Tensor, nn
     from transformers.cache_utils import (
         DynamicLayer,
@@ -86,10 +87,12 @@ __all__ = [
     "bare_model_class",
     "cache_argument",
     "cache_name",
+    "cache_trait",
     "calls_attention",
     "causal_lm_names",
     "changes",
     "choose_attention",
+    "device_of",
     "either_cache",
     "fresh_cache",
     "generate_merges",
@@ -266,6 +269,18 @@ def fresh_cache(model: Any) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
+
+
+def cache_trait(cache: Any) -> str:
+    """What a cache is, in words: its kind, and the trait for which columns can't be merged, moved or dropped in it."""
+    kind, layers = type(cache).__name__, getattr(cache, "layers", [])
+    if getattr(cache, "offloading", False):
+        return "offloaded one, whose entries leave the device between blocks"
+    if any(getattr(layer, "max_cache_len", None) is not None for layer in layers):
+        return f"{kind}, whose size is fixed before a prompt is read"
+    if any(hasattr(layer, "nbits") for layer in layers):
+        return f"{kind}, which packs entries into a few bits"
+    return kind
 
 
 def is_users_cache(cache: Any) -> bool:
@@ -567,6 +582,26 @@ def hear_generate(hearing: Hearing) -> None:
 
     setattr(mixin, name, sort_and_tell)
     _HEARING.append(hearing)
+
+
+# Where weights are ----------------------------------------------------------------------------------------------------
+
+
+def device_of(model: Any) -> torch.device:
+    """The device that a model of transformers, or a part of one, computes on; where it is spread, that of its inputs.
+
+    Weights that accelerate has moved to a disk are on the meta device, and come to another one for a forward.
+    """
+    import torch
+
+    found: torch.device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    if found.type != "meta":
+        return found
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return found
 
 
 # timm ---------------------------------------------------------------------------------------------------------------

@@ -54,14 +54,26 @@ def check_model_folder(folder: Path) -> None:
     complete(folder)
     check_files(folder)
     if not (folder / CONFIG).is_file():
-        raise UnknownModelError(f"the folder {folder} is not a model folder: it has no config.json")
+        raise UnknownModelError(f"the folder {folder} is not a model folder: it has no config.json{_gguf(folder)}")
     config = read_json(folder / CONFIG)
     held = held_by(folder, config)
     if held is None:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         found = f"; {pickles[0]} may hold a program and is not read: convert it to safetensors" if pickles else ""
+        found = found or _gguf(folder)
         raise UnknownModelError(f"the folder {folder} has a config.json but no weights (model.safetensors){found}")
     check_integers(str(folder / CONFIG), config, held)
+
+
+def _gguf(folder: Path) -> str:
+    """How a GGUF file in a folder is opened, in words; nothing where there is none."""
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        return ""
+    return (
+        f"; {files[0].name} is opened by transformers, AutoModelForCausalLM.from_pretrained(folder, gguf_file=...), "
+        "whose model quickmerge.reduce takes as it is"
+    )
 
 
 def check_files(folder: Path) -> None:

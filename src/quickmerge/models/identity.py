@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.models.quantized import packed
 
 RULE = "2"
 """The rule of the hashes that are made now."""
@@ -40,7 +41,8 @@ def model_hash(model: nn.Module) -> str:
     model; 135 million weights take about half a second.
 
     Raises:
-        QuickmergeError: if parameters hold no values, on the meta device.
+        QuickmergeError: if parameters hold no values, on the meta device, or weights are quantised: what is packed
+            beside the parameters would not be looked at.
     """
     return _hash(model, RULE)
 
@@ -49,7 +51,8 @@ def hash_like(model: nn.Module, given: object) -> str:
     """The hash of ``model`` by the rule that the hash ``given`` was made by, to compare the two.
 
     Raises:
-        QuickmergeError: if ``given`` was made by a rule that is not known here, or parameters hold no values.
+        QuickmergeError: if ``given`` was made by a rule that is not known here, or parameters hold no values or
+            are quantised.
     """
     rule, colon, _ = str(given).partition(":")
     if colon and rule != RULE:
@@ -74,7 +77,15 @@ def check_model(model: Any, trained_for: dict[str, Any], what: str) -> None:
 def _hash(model: nn.Module, rule: str) -> str:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise QuickmergeError(f"model must hold its weights to be told from others, got {name} on the meta device")
+            raise QuickmergeError(
+                f"model must hold its weights to be told from others, got {name} on the meta device: load the model "
+                "without offloading to disk"
+            )
+    if (held := packed(model)) is not None:
+        raise QuickmergeError(
+            f"model must hold its weights as floating point numbers to be told from others, got {held}: load the model "
+            "in float32 or bfloat16, without quantisation"
+        )
     state = _state(model)
     if model not in _KNOWN or _KNOWN[model][0] != state:
         _KNOWN[model] = (state, {})

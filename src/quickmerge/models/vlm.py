@@ -13,6 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
 from quickmerge.errors import UnsupportedModelError
+from quickmerge.models.adapters import check_adapters
 from quickmerge.models.compat import is_timm
 from quickmerge.models.decoder import Decoder, check_attention, read_decoder
 from quickmerge.models.encoder import VISION_FAMILIES, Encoder, find_encoder, holds_encoder, read_encoder
@@ -378,7 +379,8 @@ def unwrapped(model: Any) -> Any:
     in none of these is given back as it is.
 
     Raises:
-        UnsupportedModelError: for a `DataParallel` over several devices, whose copies of the model a run can't follow.
+        UnsupportedModelError: for a `DataParallel` over several devices, whose copies of the model a run can't follow,
+            and for active adapters that act on places in a text.
     """
     for _ in range(16):  # wraps don't lie in circles, but who knows
         if not isinstance(model, nn.Module):
@@ -393,6 +395,7 @@ def unwrapped(model: Any) -> Any:
         elif isinstance(model._modules.get("_orig_mod"), nn.Module):
             model = model._modules["_orig_mod"]
         elif not isinstance(model, PreTrainedModel) and callable(inner := getattr(model, "get_base_model", None)):
+            check_adapters(model)
             model = inner()
         else:
             return model

@@ -20,6 +20,7 @@ from quickmerge.models.compat import (
     DynamicLayer,
     cache_argument,
     cache_name,
+    cache_trait,
     given_cache,
     own_cache,
     without_cache,
@@ -191,8 +192,9 @@ class MultipoleRun(Attachment):
     def _adopt(self, cache: Cache) -> dict[int, MultipoleLayer]:
         """The layers of the cache that hold clusters, by block; those of an empty cache are made such."""
         if not isinstance(cache, DynamicCache) or cache.offloading:
-            what = "offloaded one" if isinstance(cache, DynamicCache) else type(cache).__name__
-            raise QuickmergeError(f"{cache_name()} must be a DynamicCache that stays on its device, got {what}")
+            raise QuickmergeError(
+                f"{cache_name()} must be a DynamicCache that stays on its device, got {cache_trait(cache)}"
+            )
         while len(cache.layers) < len(self.decoder) and cache.layer_class_to_replicate is DynamicLayer:
             cache.layers.append(DynamicLayer())
         held: dict[int, MultipoleLayer] = {}

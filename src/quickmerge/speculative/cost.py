@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quickmerge.bench.harness import seconds_of
 from quickmerge.models.attachment import aside, uncounted
-from quickmerge.models.compat import cache_argument, fresh_cache
+from quickmerge.models.compat import cache_argument, device_of, fresh_cache
 from quickmerge.models.decoder import watchers
 from quickmerge.speculative.chains import Chains
 from quickmerge.speculative.proof import check_target
@@ -105,7 +105,7 @@ def measure(model: PreTrainedModel, most: int) -> Cost:
     It is done once for each model, place, number of threads and ``most``. Runs that the model is inside of stand aside:
     what they do to a prompt is none of its business, and `measure_behind` is for those that change what a pass takes.
     """
-    key = (model.device, model.dtype, torch.get_num_threads(), most)
+    key = (device_of(model), model.dtype, torch.get_num_threads(), most)
     known = _KNOWN.setdefault(model, {})
     if key not in known:
         most, why = min(most, SIZES[-1]), check_target(model)
@@ -128,7 +128,7 @@ def measure_behind(target: Target | Chains, most: int) -> Cost | None:
     if most < 2 or (room is not None and min(room) < 1):
         return None
     model, length = target.model, target.columns.width.bit_length()
-    key = (model.device, model.dtype, torch.get_num_threads(), most, watchers(model), rows, length)
+    key = (device_of(model), model.dtype, torch.get_num_threads(), most, watchers(model), rows, length)
     known = _KNOWN.setdefault(model, {})
     if key not in known:
         sizes = [size for size in SIZES if size < most] + [most]
@@ -142,10 +142,10 @@ def _measure(model: PreTrainedModel, sizes: list[int], why: str) -> Cost:
     room = getattr(config, "max_position_embeddings", None) or CONTEXT + sizes[-1]
     context = max(1, min(CONTEXT, room - sizes[-1]))
     sizes = [size for size in sizes if context + size <= room] or [1]
-    ids = torch.arange(context, device=model.device)[None] % config.vocab_size
+    ids = torch.arange(context, device=device_of(model))[None] % config.vocab_size
     cache = fresh_cache(model) if why else DynamicCache()
     model(input_ids=ids, **cache_argument(model, cache), use_cache=True)
-    place = torch.arange(context, device=model.device)[None]
+    place = torch.arange(context, device=device_of(model))[None]
     columns = Columns(place >= 0, place, ids.new_tensor([context]), ids.new_zeros(1), False)
     if not why:
         plain = Target(model, cache, columns)
@@ -163,7 +163,7 @@ def _time(target: Target | Chains, sizes: list[int], undo: Callable[[], None]) -
     for turn in range(REPEATS + 1):
         for size, taken in zip(sizes, times, strict=True):
             tree = Tree.chain([token] * size) if target.why else Tree([token] * size, [0] * size, [1.0] * size)
-            seconds = seconds_of(partial(target.read, pack([tree] * rows, model.device)), model.device)
+            seconds = seconds_of(partial(target.read, pack([tree] * rows, device_of(model))), device_of(model))
             if turn:  # the first one of each size warms up
                 taken.append(seconds)
             undo()

@@ -30,6 +30,7 @@ from quickmerge.models.compat import (
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
     cache_name,
+    device_of,
     given_cache,
     hear_generate,
     is_users_cache,
@@ -303,7 +304,7 @@ class _Run:
         """Read the prompt and take the first token of each row."""
         start = time.perf_counter()
         wanted = self.drafter.needs_features
-        prompt = read_prompt(model, ids.to(model.device), model_kwargs, wanted, self.why)
+        prompt = read_prompt(model, ids.to(device_of(model)), model_kwargs, wanted, self.why)
         self.target: AnyTarget = prompt.target
         self.kept = kept
         self.room = Room(model.config.get_text_config(decoder=True))

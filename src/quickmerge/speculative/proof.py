@@ -10,16 +10,19 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
+from quickmerge.models.adapters import check_adapters, check_rows, generating_wrapper
 from quickmerge.models.attachment import aside
 from quickmerge.models.compat import (
     DynamicLayer,
     attention_implementation,
     cache_argument,
     cache_name,
+    device_of,
     fresh_cache,
     takes_cache,
 )
 from quickmerge.models.decoder import IMPLEMENTATIONS, PREFIX, check_chains, check_trees, layer_window
+from quickmerge.models.quantized import reads_together
 from quickmerge.speculative.chains import Chains, behind
 from quickmerge.speculative.target import Columns, Target
 from quickmerge.speculative.tree import Tree, pack
@@ -64,6 +67,14 @@ def check_target(model: PreTrainedModel) -> str:
         raise UnsupportedModelError(
             f"{name} runs attention as {implementation!r}, which does not take the mask of a tree: "
             f"set attn_implementation to one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    wrapper = generating_wrapper(model)
+    check_adapters(model if wrapper is None else wrapper)
+    check_rows(model, "speculative decoding")
+    if (together := reads_together(model)) is not None:
+        raise UnsupportedModelError(
+            f"speculative decoding can't be served for {name}, which reads a token otherwise beside others than alone, "
+            f"so that it would write another text: {together}"
         )
     if model not in _PROVEN:
         with aside():  # what a run makes of a text is for the run to prove
@@ -155,7 +166,7 @@ def _prove_chains(model: PreTrainedModel, vocabulary: int, why: str) -> None:
 
 
 def _text(model: PreTrainedModel, length: int, vocabulary: int) -> Tensor:
-    return (torch.arange(5, 5 + length, device=model.device) % vocabulary)[None]
+    return (torch.arange(5, 5 + length, device=device_of(model)) % vocabulary)[None]
 
 
 def _read(model: PreTrainedModel, cache: Cache, ids: Tensor) -> Columns:

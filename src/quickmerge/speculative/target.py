@@ -19,6 +19,7 @@ from quickmerge.models.compat import (
     DynamicSlidingWindowLayer,
     cache_argument,
     cache_name,
+    cache_trait,
 )
 from quickmerge.models.decoder import layer_window
 from quickmerge.speculative.tree import Packed, Tree, masks_by_window, pack
@@ -347,9 +348,9 @@ def plain_cache(cache: Any) -> Cache:
     sliding = [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
     odd = sorted({type(layer).__name__ for layer in layers if layer not in sliding and not keeps_columns(layer)})
     if not isinstance(cache, DynamicCache) or cache.offloading or odd:
-        what = odd[0] if odd else type(cache).__name__
+        what = f"one with {odd[0]} in a {cache_trait(cache)}" if odd else cache_trait(cache)
         raise QuickmergeError(
-            f"{cache_name()} must be a DynamicCache with keys and values of every token, got one with {what}: "
+            f"{cache_name()} must be a DynamicCache with keys and values of every token, got {what}: "
             f"leave {cache_name()} and cache_implementation out"
         )
     if cache.get_seq_length() == 0:

@@ -411,7 +411,7 @@ def test_caches_from_elsewhere_are_refused() -> None:
     with attach(model, qm.Uniform(keep=0.5)):
         with pytest.raises(QuickmergeError, match="was filled outside of block_causal mode"):
             model(tokens(1, 1), **past(outside))
-        with pytest.raises(QuickmergeError, match="must be a DynamicCache, got StaticCache"):
+        with pytest.raises(QuickmergeError, match="must be a DynamicCache that stays on its device, got StaticCache"):
             model(tokens(1, 20), **past(StaticCache(config=model.config, max_cache_len=64)))
 
 

@@ -28,6 +28,7 @@ from quickmerge.models.compat import (
     LinearAttentionAndFullAttentionLayer,
     cache_argument,
     cache_name,
+    cache_trait,
     given_cache,
     own_cache,
 )
@@ -234,8 +235,10 @@ class BlockCausalRun(Run):
             cache = DynamicCache(config=self.decoder.config)
         if cache is None:
             return {}
-        if not isinstance(cache, DynamicCache):
-            raise QuickmergeError(f"{cache_name()} must be a DynamicCache, got {type(cache).__name__}")
+        if not isinstance(cache, DynamicCache) or cache.offloading:
+            raise QuickmergeError(
+                f"{cache_name()} must be a DynamicCache that stays on its device, got {cache_trait(cache)}"
+            )
         while len(cache.layers) < len(self.decoder):
             cache.layers.append(DynamicLayer())
         for i, layer in self._layers.items():

@@ -25,6 +25,7 @@ from quickmerge.models.compat import (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     cache_name,
+    cache_trait,
 )
 from quickmerge.models.decoder import Decoder, decoder_mask
 from quickmerge.models.traits import CHUNKED
@@ -459,16 +460,20 @@ def check_fillable(cache: Any) -> None:
     """Raise QuickmergeError unless an empty cache is of a kind that a run can fill; None is."""
     if cache is None:
         return
-    if not isinstance(cache, Cache):
+    if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
         raise QuickmergeError(
-            f"{cache_name()} must be a DynamicCache inside a quickmerge run, got a {type(cache).__name__}"
+            f"{cache_name()} must be a DynamicCache inside a quickmerge run, got {_one(cache_trait(cache))}"
         )
     for layer in holding(cache):
         if not _carries(layer) and _ours(type(layer)) is None:
             raise QuickmergeError(
                 f"{cache_name()} must be a DynamicCache inside a quickmerge run, got layers of type "
-                f"{type(layer).__name__}"
+                f"{type(layer).__name__} in {_one(cache_trait(cache))}"
             )
+
+
+def _one(what: str) -> str:
+    return f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
 
 
 def fill(cache: Cache, index: int, state: PromptState, floor: int, gone: int = 0, *, moves: bool) -> None:

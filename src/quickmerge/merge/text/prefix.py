@@ -468,7 +468,7 @@ class PrefixRun(Run):
 
     def _block_hook(self, index: int) -> Callable[..., Any] | None:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._enter_block(index, args, kwargs)
+            return None if stands_aside() else self._enter_block(index, args, kwargs)
 
         return hook
 
