@@ -54,15 +54,13 @@ def prior(
     ] = True,
     context: Annotated[int, typer.Option("--context", help="Text: tokens that are merged.")] = 1024,
     target: Annotated[int, typer.Option("--target", help="Text: tokens that are predicted.")] = 192,
-    questions: Annotated[
-        float, typer.Option("--questions", help="Text: share of the windows that end in a question, in [0, 1].")
-    ] = 0.0,
+    questions: Annotated[float, typer.Option("--questions", help="Text: share of windows that ask (0 to 1).")] = 0.0,
     held_out: Annotated[
         list[Path] | None, typer.Option("--held-out", help="Texts that training must share no passage with.")
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store the weights in float16.", hidden=True)] = False,
     column: Annotated[str | None, typer.Option("--column", help="Column of a dataset on disk.", hidden=True)] = None,
-    size: Annotated[int, typer.Option("--size", help="Images and video: side of the square that is read.")] = 128,
+    size: Annotated[int, typer.Option("--size", help="Images and video: side of the square.")] = 128,
     patch: Annotated[int, typer.Option("--patch", help="Images and video: side of a patch.", hidden=True)] = 8,
     frames: Annotated[int, typer.Option("--frames", help="Video: frames per clip.", hidden=True)] = 8,
     *,
