@@ -20,7 +20,7 @@ import quickmerge as qm
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.models.identity import model_hash
 from quickmerge.models.vlm import unwrapped
-from quickmerge.speculative.target import check_target
+from quickmerge.speculative.proof import check_target
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",  # PEFT asks models for what transformers deprecates

@@ -183,7 +183,7 @@ WRONG: list[tuple[Callable[[], Any], Callable[[], qm.Recipe], str]] = [
     (
         lambda: build("mistral"),
         lambda: qm.Recipe(attention=qm.Multipole()),
-        "has sliding-window attention in every block",
+        "needs full attention in some block",
     ),
 ]
 

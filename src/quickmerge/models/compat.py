@@ -111,6 +111,7 @@ __all__ = [
     "own_cache",
     "own_model",
     "register_attention",
+    "replays_hooks",
     "reshapes_output",
     "returned_cache",
     "rotation",
@@ -326,6 +327,12 @@ def asks_registry(module: nn.Module) -> bool:
     # What a decorator stands in front of, as those do that rename arguments.
     forward = inspect.unwrap(type(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def replays_hooks(block: nn.Module) -> bool:
+    """Whether the hooks of a block run again when checkpointing computes it again: older releases wrap its call."""
+    own = [cls for cls in type(block).__mro__ if cls.__module__.startswith("transformers.")]
+    return any("__call__" in vars(cls) for cls in own)
 
 
 def reshapes_output(base: nn.Module) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from operator import index
 from typing import Any
 
@@ -19,7 +19,7 @@ from quickmerge.merge.tokens.plan import MergePlan, follow
 from quickmerge.merge.tokens.removal import Removal, removal_for
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.tokens.view import Evidence, TokenView
-from quickmerge.models.attachment import Attachment, PerThread
+from quickmerge.models.attachment import Attachment, PerThread, stands_aside
 from quickmerge.models.encoder import Block, Encoder, prefix_of
 
 
@@ -229,6 +229,17 @@ def schedule_for(
     return layer if isinstance(layer, Removal) else blocks or None
 
 
+def unless_aside(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that does nothing while runs stand aside, as the attention functions in front of a model's do."""
+
+    @wraps(hook)
+    def heard(*args: Any) -> Any:
+        # A compiler of graphs can't look; what it compiles is what the run makes of the model.
+        return None if not torch.compiler.is_compiling() and stands_aside() else hook(*args)
+
+    return heard
+
+
 class VisionRun(Attachment):
     """One attachment of a reducer to a vision transformer.
 
@@ -252,15 +263,21 @@ class VisionRun(Attachment):
 
     def _hook_second_half(self, index: int, block: Block) -> None:
         if block.second_norm is None or block.feed_forward is None:
-            self._note(block.module.register_forward_hook(partial(self._merge_behind, index), prepend=True))
+            self._note(
+                block.module.register_forward_hook(unless_aside(partial(self._merge_behind, index)), prepend=True)
+            )
             return
-        self._note(block.second_norm.register_forward_pre_hook(partial(self._before_second_norm, index)))
+        self._note(block.second_norm.register_forward_pre_hook(unless_aside(partial(self._before_second_norm, index))))
         if block.adds_residual:
-            self._note(block.feed_forward.register_forward_pre_hook(partial(self._before_residual, index)))
+            self._note(
+                block.feed_forward.register_forward_pre_hook(unless_aside(partial(self._before_residual, index)))
+            )
         else:
-            self._note(block.feed_forward.register_forward_hook(partial(self._after_feed_forward, index)))
+            self._note(block.feed_forward.register_forward_hook(unless_aside(partial(self._after_feed_forward, index))))
             # In front of whatever records the blocks' outputs.
-            self._note(block.module.register_forward_hook(partial(self._after_block, index), prepend=True))
+            self._note(
+                block.module.register_forward_hook(unless_aside(partial(self._after_block, index)), prepend=True)
+            )
 
     # One forward ------------------------------------------------------------------------------------------------
 

@@ -29,10 +29,12 @@ from quickmerge.merge.vision.run import (
     schedule_for,
     spread,
     tokens_of,
+    unless_aside,
     with_tokens,
 )
 from quickmerge.merge.vision.run import VisionRun as VisionRun
 from quickmerge.models.attachment import refuse_tracing
+from quickmerge.models.compat import replays_hooks
 from quickmerge.models.decoder import AttentionFunction, watch_modules
 from quickmerge.models.encoder import Encoder, find_encoder, pixels_of
 from quickmerge.models.encoder_places import Layout, at_places
@@ -79,20 +81,22 @@ class TransformersRun(VisionRun):
     def _attach(self) -> None:
         encoder = self.encoder
         self._undo.append(watch_modules(encoder.base, [block.attention for block in encoder.blocks], self))
-        self._note(encoder.base.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        self._note(encoder.base.register_forward_hook(self._after_model))
+        self._note(encoder.base.register_forward_pre_hook(unless_aside(self._before_model), with_kwargs=True))
+        self._note(encoder.base.register_forward_hook(unless_aside(self._after_model)))
         embeddings = getattr(encoder.base, "embeddings", None)
         if isinstance(embeddings, nn.Module):
-            self._note(embeddings.register_forward_pre_hook(self._before_embeddings, with_kwargs=True))
+            self._note(embeddings.register_forward_pre_hook(unless_aside(self._before_embeddings), with_kwargs=True))
         if encoder.pooler is not None:
-            self._note(encoder.pooler.register_forward_pre_hook(self._before_pooler, with_kwargs=True))
+            self._note(encoder.pooler.register_forward_pre_hook(unless_aside(self._before_pooler), with_kwargs=True))
         for index, block in enumerate(encoder.blocks):
-            before = partial(self._before_block, index)
+            before = unless_aside(partial(self._before_block, index))
             self._note(block.module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
-            self._note(block.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+            self._note(
+                block.attention.register_forward_pre_hook(unless_aside(self._before_attention), with_kwargs=True)
+            )
             self._hook_second_half(index, block)
         if encoder.whole and self.gives_whole:
-            self._note(encoder.blocks[-1].module.register_forward_hook(self._after_blocks))
+            self._note(encoder.blocks[-1].module.register_forward_hook(unless_aside(self._after_blocks)))
 
     # One forward ------------------------------------------------------------------------------------------------
 
@@ -165,10 +169,11 @@ class TransformersRun(VisionRun):
         self._active = call
         if self._carries[index]:
             kwargs[CALL] = call
-        if given is None and _recomputes(module):
+        # What tells a block computed again which forward it is of is a keyword, that its checkpoint has to hold.
+        if _recomputes(module) and not (self._carries[index] and (given is not None or not replays_hooks(module))):
             raise UnsupportedModelError(
-                f"{self._name} must not recompute its blocks inside a quickmerge run, since it hands no keywords on to "
-                "them: call gradient_checkpointing_disable() first"
+                f"{self._name} must not recompute its blocks inside a quickmerge run, since no keywords are handed "
+                "on to them: call gradient_checkpointing_disable() first"
             )
         if not args:
             args = (kwargs.pop(first_argument(module)),)

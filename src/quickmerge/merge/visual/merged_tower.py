@@ -17,7 +17,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.tokens.plan import follow, to_members
 from quickmerge.merge.tokens.removal import Removal
-from quickmerge.merge.vision.run import Call, Level
+from quickmerge.merge.vision.run import Call, Level, unless_aside
 from quickmerge.merge.vision.vit import TransformersRun
 from quickmerge.models.encoder import Encoder
 from quickmerge.models.vlm import Vlm
@@ -54,7 +54,7 @@ class TowerRun(TransformersRun):
     def _attach(self) -> None:
         super()._attach()
         # In front of whatever else looks at what the tower gives.
-        self._note(self.vlm.tower.register_forward_hook(self._hand_out, prepend=True))
+        self._note(self.vlm.tower.register_forward_hook(unless_aside(self._hand_out), prepend=True))
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mask = kwargs.get("patch_attention_mask")
