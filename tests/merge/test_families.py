@@ -16,7 +16,7 @@ import lm_zoo
 import pytest
 import transformers
 from lm_checks import CHECKS
-from lm_decoding import PlainFails
+from lm_decoding import PlainError
 
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.models.compat import NEWEST, cache_name
@@ -65,7 +65,7 @@ def result_of(family: str, capability: str) -> str:
     except UnsupportedModelError as error:
         # The table names the cache as the newest transformers does.
         return str(error).replace(f"{cache_name()} must", "cache must")
-    except PlainFails as error:
+    except PlainError as error:
         return NOT_TRIED + str(error)
     return WORKS
 

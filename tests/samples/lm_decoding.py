@@ -29,7 +29,7 @@ NEW = 12
 """Tokens that are written: more than a window, and than the interval of clusters."""
 
 
-class PlainFails(Exception):
+class PlainError(Exception):
     """The model itself, outside of any run, can't read what a law would be tried on."""
 
 
@@ -88,7 +88,7 @@ def multipole(model: Any, layer: int = 0) -> None:
         inputs = prompts(model, (26, 17))
         plain = write(model, inputs)
     except RuntimeError as error:
-        raise PlainFails(f"the tiny model itself can't write behind a padded prompt ({error})") from error
+        raise PlainError(f"the tiny model itself can't write behind a padded prompt ({error})") from error
     with qm.multipole(model, budget=EVERYTHING, **CLUSTERED) as run:
         full = write(model, inputs)
     assert run.summary().clusters > 0 and run.summary().updates > 0, "nothing was clustered"
