@@ -150,7 +150,7 @@ def why_no_tower(model: nn.Module) -> str:
         told.append("relative position bias table")
     config: Any = getattr(model, "config", None)
     lists = [part for part in parts if isinstance(part, nn.ModuleList) and len(part)]
-    depths = getattr(config, "depths", None) or getattr(config, "stage_names", None) or ()
+    depths = getattr(config, "depths", None) or ()
     if len(depths) > 1 or any("stage" in type(part[0]).__name__.lower() for part in lists):
         told.append("pooling between stages of blocks")
     if own:
