@@ -19,7 +19,8 @@ FLOORS = (
     {"console"},
     {"calm", "merge", "multipole", "recognition", "speculative", "transplant"},
     {"recipe"},
-    {"cli"},
+    {"serve"},
+    {"cli", "lm_eval"},
 )
 """From the ground up. A room imports from its own floor, if that is not one of capabilities, and from those below."""
 

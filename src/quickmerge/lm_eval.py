@@ -1,0 +1,1 @@
+"""``python -m quickmerge.lm_eval`` is lm-eval's own command line, which then knows ``--model quickmerge``."""
