@@ -14,7 +14,9 @@ from quickmerge.calm.chunks import real_chunks
 from quickmerge.calm.config import CalmAutoencoderConfig
 from quickmerge.errors import QuickmergeError, whole_number
 from quickmerge.models.compat import ModelOutput, own_model
+from quickmerge.models.kinds import KINDS
 from quickmerge.models.part import Signed
+from quickmerge.models.share import HubModel
 
 __all__ = [
     "CalmAutoencoder",
@@ -235,13 +237,14 @@ def _initialise(module: nn.Module) -> None:
 
 
 @own_model(_initialise)
-class CalmAutoencoder(Signed, PreTrainedModel):  # type: ignore[misc]
+class CalmAutoencoder(HubModel, Signed, PreTrainedModel):  # type: ignore[misc]
     """Autoencoder of CALM (arXiv 2510.27688): K tokens to one vector and back, whatever stands around them.
 
     The embeddings of the tokens are the output matrix too. A token that training hides from the encoder is
     represented by a vector of its own, not by another token.
     """
 
+    hub_kind = KINDS["calm_autoencoder"]
     config_class = CalmAutoencoderConfig
     base_model_prefix = "calm_autoencoder"
     main_input_name = "input_ids"

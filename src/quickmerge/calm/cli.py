@@ -51,6 +51,18 @@ def is_calm(model: str | None) -> bool:
     return isinstance(config, dict) and config.get("model_type") == KIND
 
 
+def located(model: str) -> str:
+    """The folder of a CALM that is named by its id on the hub; any other model as it was named."""
+    from quickmerge.models.kinds import KINDS, looks_like_id
+
+    if not looks_like_id(model):
+        return model
+    from quickmerge.models.load import hub_folder
+    from quickmerge.models.share import fetched
+
+    return str(fetched(model, KINDS["calm"])) if is_calm(str(hub_folder(model, weights=False))) else model
+
+
 def parse_method(text: str | None) -> dict[str, Any]:
     """``--temperature-method``: ``exact``, ``batch``, or ``batch:400`` for so many draws; as arguments of generate."""
     if text is None:
@@ -71,7 +83,7 @@ def parse_method(text: str | None) -> dict[str, Any]:
 
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="What to go on with, behind the file.")],
-    model: Annotated[str, typer.Option("--model", help="A folder of train calm.")],
+    model: Annotated[str, typer.Option("--model", help="A folder of train calm, or a hub id.")],
     file: Annotated[Path | None, typer.Argument(help="UTF-8 text that stands before the prompt.")] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Longest text.", rich_help_panel=WRITING)
@@ -166,7 +178,7 @@ def parse_models(text: str) -> dict[str, str]:
 def bench(
     text: Annotated[list[Path], typer.Argument(help="Held-out UTF-8 texts.", metavar="FILES")],
     model: Annotated[
-        str, typer.Option("--model", help="Folders of train calm, name=FOLDER too; models of the same tokenizer.")
+        str, typer.Option("--model", help="Folders of train calm or hub ids, name=FOLDER too; models of one tokenizer.")
     ],
     context: Annotated[int, typer.Option("--context", help="Tokens of a window.")] = 256,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Places of the texts that are measured.")] = 2000,
@@ -189,6 +201,7 @@ def bench(
 
     check_output(json, out / "report.html" if out is not None else None)
     folders, sizes, temperatures = parse_models(model), parse_batches(batch), parse_temperatures(temperature)
+    folders = {name: located(folder) for name, folder in folders.items()}
     if not any(is_calm(folder) for folder in folders.values()):
         raise QuickmergeError(f"--model must name at least one CALM (a folder of train calm), got {model}")
     documents = [read_text(path) for path in text]

@@ -274,8 +274,8 @@ def calm(
         typer.Option("--stage", help="autoencoder, model, both, or discrete (ordinary)."),
     ] = "both",
     autoencoder: Annotated[
-        Path | None,
-        typer.Option("--autoencoder", help="model, discrete: a folder. Default: OUT/autoencoder."),
+        str | None,
+        typer.Option("--autoencoder", help="model, discrete: a folder, a hub id. Default: OUT/autoencoder."),
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -386,7 +386,7 @@ def calm(
         if stage in ENCODES:
             first = _first_config(training, ae_config, _given(own) if stage == "both" else None)
         texts = Texts(text_documents(data, column), [read_text(path) for path in held_out or []])
-        found = Sources(out, autoencoder, tokenizer, vocabulary, patch)
+        found = Sources(out, _fetched(autoencoder), tokenizer, vocabulary, patch)
         if stage in SPEAKS:
             check_speaking(_given(drawing), _given(reading), chunks)
         if first is not None:
@@ -435,3 +435,13 @@ def _refuse(stage: str, stages: tuple[str, ...], options: dict[str, Any]) -> Non
     for name in _given(options):
         if stage not in stages:
             raise QuickmergeError(f"--{name} has no meaning with --stage {stage}: it belongs to {' and '.join(stages)}")
+
+
+def _fetched(autoencoder: str | None) -> Path | None:
+    """The folder that ``--autoencoder`` names, fetched if it is an id of the hub."""
+    if autoencoder is None:
+        return None
+    from quickmerge.models.kinds import KINDS
+    from quickmerge.models.share import fetched
+
+    return Path(fetched(autoencoder, KINDS["calm_autoencoder"])).expanduser()

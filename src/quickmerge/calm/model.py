@@ -20,8 +20,10 @@ from quickmerge.calm.heads import SamplingHead, make_head
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, door
 from quickmerge.models.compat import ModelOutput, cache_argument, either_cache, own_model, returned_cache
 from quickmerge.models.folder import check_model_folder
+from quickmerge.models.kinds import KINDS
 from quickmerge.models.part import Signed
 from quickmerge.models.read import damaged, read_config, read_weights, transformers_silenced, tried
+from quickmerge.models.share import HubModel, HubOptions, fetched
 
 if TYPE_CHECKING:
     from quickmerge.models.compat import BaseStreamer
@@ -86,7 +88,7 @@ class CalmOutput(ModelOutput):  # type: ignore[misc]
 
 # The embedding and the head stay as they make themselves; backbone and autoencoder have their own rules.
 @own_model(attention=True)
-class CalmForCausalLM(Signed, PreTrainedModel):  # type: ignore[misc]
+class CalmForCausalLM(HubModel, Signed, PreTrainedModel):  # type: ignore[misc]
     """Continuous autoregressive language model (arXiv 2510.27688).
 
     A causal transformer reads one vector for every K tokens. Of its output at chunk i a head draws, from noise, the
@@ -100,6 +102,7 @@ class CalmForCausalLM(Signed, PreTrainedModel):  # type: ignore[misc]
         config: its settings. The autoencoder is made anew, untrained: give its weights to ``model.autoencoder``.
     """
 
+    hub_kind = KINDS["calm"]
     config_class = CalmConfig
     config: CalmConfig
     base_model_prefix = "calm"
@@ -368,8 +371,9 @@ def load_calm(folder: Path | str, **options: Any) -> tuple[CalmForCausalLM, Any]
     """Open a CALM and its tokenizer, ready to generate.
 
     Args:
-        folder: where `quickmerge train calm` saved it.
-        **options: of transformers' ``from_pretrained``, such as ``dtype``. Default: float32.
+        folder: where `quickmerge train calm` saved it, or an id of the hub such as ``"owner/name"``.
+        **options: of transformers' ``from_pretrained``, such as ``dtype``, by default float32; and how it is taken from
+            the hub, see `quickmerge.models.share.HubOptions`.
 
     Returns:
         The model in evaluation mode, and its tokenizer, which pads on the left.
@@ -377,7 +381,8 @@ def load_calm(folder: Path | str, **options: Any) -> tuple[CalmForCausalLM, Any]
     Raises:
         QuickmergeError: there is none, it is another model, or its files are damaged or incomplete.
     """
-    folder = Path(folder).expanduser()
+    hub = {name: options.pop(name) for name in HubOptions.__annotations__ if name in options}
+    folder = Path(fetched(folder, CalmForCausalLM.hub_kind, **hub)).expanduser()
     if not folder.is_dir():
         raise QuickmergeError(f"model must be a folder that holds a CALM, but there is no folder {folder}")
     check_model_folder(folder)

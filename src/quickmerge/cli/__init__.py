@@ -55,7 +55,7 @@ def options(
 def _register() -> None:
     from quickmerge.calm import cli as calm
     from quickmerge.cli import bench as texts
-    from quickmerge.cli import generate, ls, tasks, train
+    from quickmerge.cli import generate, ls, push, tasks, train
     from quickmerge.merge.cli import bench, demo, plan, show
     from quickmerge.recipe import cli as recipe
     from quickmerge.recipe.options import record_ingredients
@@ -96,6 +96,7 @@ def _register() -> None:
     add(app, "recognize", recognition.recognize, recognition.EXAMPLE)
     add(app, "transplant", transplant.transplant, transplant.EXAMPLE)
     add(app, "plan", plan.plan, plan.EXAMPLE)
+    add(app, "push", push.push, push.EXAMPLE)
     add(app, "ls", ls.ls, ls.EXAMPLE)
     app.add_typer(train.app)
 

@@ -55,7 +55,9 @@ MIN_TOKENS = Annotated[
 ]
 PRIOR = Annotated[
     str | None,
-    typer.Option("--prior", help="A trained prior for quickmerge: smollm2-135m, a folder.", rich_help_panel=FEWER),
+    typer.Option(
+        "--prior", help="A trained prior for quickmerge: smollm2-135m, a folder, a hub id.", rich_help_panel=FEWER
+    ),
 ]
 MAX_NEW_TOKENS = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Longest answer.", rich_help_panel=WRITING)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +23,7 @@ from quickmerge.models.compat import attention_names
 from quickmerge.models.download import cache_folder
 from quickmerge.models.embedded import EMBEDDED, MODELS, SENTENCE_MODELS, VISION_MODELS
 from quickmerge.models.folder import CONFIG, check_files, check_model_folder
+from quickmerge.models.kinds import HUB_ID
 from quickmerge.models.read import check_causal, read, read_config, saying, transformers_silenced
 from quickmerge.models.weights import check_build, local_path, shown
 
@@ -137,9 +137,6 @@ def hub_folder(name: str, *, weights: bool = True) -> Path:
 
 
 T = TypeVar("T")
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-"""Owner and name of a model on the hub."""
 
 
 def load(

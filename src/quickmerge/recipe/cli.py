@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SHOW_EXAMPLE = "Example: quickmerge recipe show runs/recipe --model smollm2-135m --tokens 4096"
 CHECK_EXAMPLE = "Example: quickmerge recipe check runs/recipe --model smollm2-135m"
 
-RECIPE = Annotated[str, typer.Argument(help="A folder of Recipe.save_pretrained, or a .json or .yaml file.")]
+RECIPE = Annotated[str, typer.Argument(help="A folder of Recipe.save_pretrained, a .json or .yaml file, or a hub id.")]
 MODEL = Annotated[
     str, typer.Option("--model", help="A language, vision or vision-language model: a name, a folder, or a hub id.")
 ]
@@ -35,7 +35,7 @@ def show(
     """Tokens by layer, FLOPs, cache, what is lossless, and from what length each ingredient pays: from shapes alone."""
     check_output(json)
     given = load_recipe(recipe)
-    lm = _load(model, given, shapes=True)
+    lm = load_for(model, given, shapes=True)
     with one_sentence():
         told = given.told(lm, tokens, visual=visual)
     print(told)
@@ -46,14 +46,14 @@ def check(recipe: RECIPE, model: MODEL = "smollm2-135m", json: JSON = None) -> N
     """Whether all of a recipe can be done to a model together; it is loaded, since trained parts are made for one."""
     check_output(json)
     given = load_recipe(recipe)
-    lm = _load(model, given, shapes=False)
+    lm = load_for(model, given, shapes=False)
     with one_sentence():
         given.check(lm)
     print(f"{clean_name(recipe)} fits {clean_name(model)}: {given.label}")
     write_json(json, {"model": model, "recipe": given.as_dict(), "fits": True})
 
 
-def _load(name: str, recipe: Recipe, *, shapes: bool) -> Any:
+def load_for(name: str, recipe: Recipe, *, shapes: bool) -> Any:
     """A model of whatever kind it is; without weights where shapes do and such a model can be had so."""
     from quickmerge.models import VISION_MODELS, load_shape_only, load_vision, load_vlm
 

@@ -20,7 +20,7 @@ from quickmerge.recipe.speculation import Speculation
 from quickmerge.speculative.drafter import Drafter
 from quickmerge.speculative.engine import SpeculativeDecoding
 
-__all__ = ["NAMES", "PLACES", "Ingredients"]
+__all__ = ["NAMES", "PLACES", "Ingredients", "shown_ingredient"]
 
 PLACES: dict[str, Place] = {"merge": "text", "visual": "visual", "tower": "tower"}
 """The arguments that name a place where tokens become fewer, and that place."""
@@ -137,8 +137,8 @@ class Ingredients:
         return " + ".join(told) or "nothing"
 
     def __repr__(self) -> str:
-        given = {name: getattr(self, name) for name in NAMES}
-        return f"{type(self).__name__}({', '.join(f'{k}={_shown(v)}' for k, v in given.items() if v is not None)})"
+        given = {name: getattr(self, name) for name in NAMES if getattr(self, name) is not None}
+        return f"{type(self).__name__}({', '.join(f'{k}={shown_ingredient(v)}' for k, v in given.items())})"
 
     def __eq__(self, other: object) -> bool:
         return self._key() == other._key() if isinstance(other, Ingredients) else NotImplemented
@@ -164,7 +164,7 @@ def _print_of(where: str, part: Held) -> str:
     return digest.hexdigest()
 
 
-def _shown(value: Any) -> str:
+def shown_ingredient(value: Any) -> str:
     """An ingredient as one would write it, a `Merge` or a `Speculation` without settings as what it holds."""
     if isinstance(value, Merge) and value == Merge(value.reducer):
         return shown(value.reducer)

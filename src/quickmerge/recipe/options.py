@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +24,9 @@ __all__ = [
 
 RECIPE = Annotated[
     str | None,
-    typer.Option("--recipe", help="All that is done, in a folder of --save-recipe or a file.", rich_help_panel=FEWER),
+    typer.Option(
+        "--recipe", help="All that is done: a folder of --save-recipe, a file, a hub id.", rich_help_panel=FEWER
+    ),
 ]
 SAVE_RECIPE = Annotated[
     Path | None,
@@ -47,7 +50,9 @@ IMAGE_CACHE = Annotated[str | None, typer.Option("--cache", help=_CACHE_HELP, ri
 DRAFTER = Annotated[
     str | None,
     typer.Option(
-        "--drafter", help="lookup, smollm2-135m (its heads), or a folder of train gumiho.", rich_help_panel=CHEAPER
+        "--drafter",
+        help="lookup, smollm2-135m (its heads), a folder of train gumiho, a hub id.",
+        rich_help_panel=CHEAPER,
     ),
 ]
 TREE = Annotated[
@@ -89,7 +94,7 @@ def load_recipe(given: str) -> Recipe:
     from quickmerge.recipe import Recipe
 
     with one_sentence():
-        return Recipe.from_pretrained(Path(given).expanduser())
+        return Recipe.from_pretrained(os.path.expanduser(given))
 
 
 def make_recipe(

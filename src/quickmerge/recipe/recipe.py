@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.models.card import Section
+from quickmerge.models.kinds import KINDS, Kind, looks_like_id
+from quickmerge.models.share import HubMixin, HubOptions, fetched
 from quickmerge.models.vlm import unwrapped
+from quickmerge.recipe.card import card_sections
 from quickmerge.recipe.ingredients import NAMES, Ingredients
 from quickmerge.recipe.parts import parts
 from quickmerge.recipe.run import RecipeRun
@@ -19,7 +23,7 @@ __all__ = ["Recipe", "apply"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Recipe(Ingredients):
+class Recipe(HubMixin, Ingredients):
     """What is done to a model: every ingredient that makes it predict with fewer tokens, or with cheaper ones.
 
     Give it to `quickmerge.apply`. It holds settings and trained weights and no state, so one object may serve many
@@ -38,6 +42,8 @@ class Recipe(Ingredients):
     Raises:
         QuickmergeError: naming the argument, what was given and what is allowed.
     """
+
+    hub_kind: ClassVar[Kind] = KINDS["recipe"]
 
     def as_dict(self) -> dict[str, Any]:
         """What `save_pretrained` would write into recipe.json, for rows of results: JSON's own types alone.
@@ -63,22 +69,52 @@ class Recipe(Ingredients):
         write(self._given(), Path(folder))
 
     @classmethod
-    def from_pretrained(cls, given: str | os.PathLike[str]) -> Recipe:
+    def from_pretrained(cls, given: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> Recipe:
         """Read what `save_pretrained` wrote, or a file by hand.
 
         Args:
             given: a folder with recipe.json; or a .json, .yaml, .yml or .toml file of the same content, in which
-                settings that are left out are the defaults.
+                settings that are left out are the defaults; or an id of the hub such as ``"owner/name"``.
+            **hub: how it is taken from there, see `quickmerge.models.share.HubOptions`.
 
         Raises:
             QuickmergeError: there is none, it is damaged, written by a newer quickmerge or out of range, or a trained
                 part is missing or altered.
         """
-        found = read(Path(given))
+        folder = Path(fetched(given, cls.hub_kind, **hub))
+        # In the hub's cache a repository's files are links to one folder of it, blobs.
+        home = folder.parent.parent / "blobs" if looks_like_id(given) else None
+        found = read(folder, home)
         try:
             return cls(**found)
         except QuickmergeError as error:
             raise QuickmergeError(f"{given}: {error}") from error
+
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, *, model: Any = None, tokens: int = 4096, results: Any = None, command: str | None = None,
+        license: str | None = None, base_model: str | None = None, **options: Any,
+    ) -> str:  # fmt: skip
+        """Save this on the Hugging Face hub, with a card that tells each ingredient.
+
+        Args:
+            repo_id: an id such as ``"owner/name"``.
+            model: whose shapes the card tells the recipe's effect on, see `told`; None leaves that out.
+            tokens: length of the prompt of which that is told.
+            results: for the card, as are ``command``, ``license`` and ``base_model``; see `HubMixin.push_to_hub`.
+            **options: ``private``, ``token``, ``commit_message``, ``revision`` and ``create_pr``.
+
+        Returns:
+            The address of the commit, or of the proposal.
+
+        Raises:
+            QuickmergeError: as `HubMixin.push_to_hub`, and as `told`.
+        """
+        told = {"results": results, "command": command, "license": license, "base_model": base_model}
+        return self._push(repo_id, {**told, "sections": self.hub_sections(model, tokens)}, **options)
+
+    def hub_sections(self, model: Any = None, tokens: int = 4096) -> list[Section]:
+        """What the card says of the ingredients, and of what they do to a model if one is given."""
+        return card_sections(self, None if model is None else self.told(model, tokens))
 
     # On a model -----------------------------------------------------------------------------------------------------
 

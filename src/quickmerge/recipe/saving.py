@@ -147,11 +147,12 @@ def _hashes(folder: Path) -> dict[str, str]:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def read(given: Path | str) -> dict[str, Any]:
+def read(given: Path | str, home: Path | None = None) -> dict[str, Any]:
     """The ingredients that a folder, or a file of settings, holds, by name.
 
     Args:
         given: a folder with recipe.json, or a .json, .yaml, .yml or .toml file; parts lie beside it.
+        home: a folder to which links of the recipe's may lead too: where a cache keeps the files of its repository.
 
     Raises:
         QuickmergeError: there is none, it is damaged or of a newer version, or a part is missing or altered.
@@ -167,15 +168,16 @@ def read(given: Path | str) -> dict[str, Any]:
                               "none")  # fmt: skip
     elif path.suffix.lower() not in SETTINGS:
         raise QuickmergeError(f"recipe must be a folder with {RECIPE}, or a .json or .yaml file, got {path}")
-    return from_data(read_settings(path), path)
+    return from_data(read_settings(path), path, home)
 
 
-def from_data(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def from_data(data: Mapping[str, Any], path: Path, home: Path | None = None) -> dict[str, Any]:
     """The ingredients that the content of a recipe.json says, by name; raises as `read`.
 
     Args:
         data: the content.
         path: the file that it is of, which messages name and beside which the parts lie.
+        home: as for `read`.
     """
     _check_size(data, path)
     data = dict(data)
@@ -197,7 +199,7 @@ def from_data(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
             hint = near_match(name, NAMES)
             raise QuickmergeError(f"{path} has the unknown entry {clean_name(name)[:80]!r}{hint}{other}")
         try:
-            out[name] = decode(value, name, lambda where, kind, spec: _load_part(where, kind, spec, path.parent))
+            out[name] = decode(value, name, lambda where, kind, spec: _load_part(where, kind, spec, path.parent, home))
         except UnknownEntryError as error:
             raise QuickmergeError(f"{path}: {error}{other}") from error
         except QuickmergeError as error:
@@ -217,7 +219,7 @@ def _check_size(data: Any, path: Path) -> None:
             waiting.extend(value.values() if isinstance(value, dict) else value)
 
 
-def _load_part(where: str, kind: type, spec: Any, parent: Path) -> Any:
+def _load_part(where: str, kind: type, spec: Any, parent: Path, home: Path | None) -> Any:
     """Load what has weights, having seen that it lies where it may and is what it was."""
     held: type[Held] = DynamicViT if kind is DynamicViT else GumihoNetwork if kind is Gumiho else Prior
     if not isinstance(spec, dict) or len({"folder", "shipped"} & set(spec)) != 1 or set(spec) - {
@@ -229,7 +231,7 @@ def _load_part(where: str, kind: type, spec: Any, parent: Path) -> Any:
     if "shipped" in spec:
         folder = _find_shipped(where, held, spec["shipped"])
     else:
-        folder = _find_folder(where, spec["folder"], parent)
+        folder = _find_folder(where, spec["folder"], parent, home)
     _check_hashes(where, folder, spec.get("sha256"), "shipped" in spec)
     return _load(held, folder)
 
@@ -256,7 +258,7 @@ def _find_shipped(where: str, held: type[Held], name: Any) -> Path:
     return found
 
 
-def _find_folder(where: str, name: Any, parent: Path) -> Path:
+def _find_folder(where: str, name: Any, parent: Path, home: Path | None) -> Path:
     """A folder below the recipe's own; a name that leads anywhere else is refused."""
     if not isinstance(name, str) or len(name) > 200 or not _FOLDER.fullmatch(name):
         raise QuickmergeError(f"{where} must lie in a folder beside the recipe, named by small letters and hyphens, "
@@ -264,9 +266,9 @@ def _find_folder(where: str, name: Any, parent: Path) -> Path:
     folder = parent / name
     if not folder.is_dir():
         raise QuickmergeError(f"{where} is missing: there is no folder {folder}")
-    inside = Path(os.path.realpath(parent))
+    inside = {Path(os.path.realpath(place)) for place in (parent, home) if place is not None}
     for path in (folder, *(folder / file for file in FILES)):
-        if inside not in Path(os.path.realpath(path)).parents:
+        if inside.isdisjoint(Path(os.path.realpath(path)).parents):
             raise QuickmergeError(f"{where} must lie beside the recipe, but {path} is a link to elsewhere")
     complete(folder)
     for file in FILES:

@@ -32,7 +32,9 @@ KEEP = 0.5
 
 def recognize(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    model: Annotated[Path, typer.Option("--model", help="The folder that quickmerge train recognizer wrote.")],
+    model: Annotated[
+        str, typer.Option("--model", help="The folder that quickmerge train recognizer wrote, or a hub id.")
+    ],
     labels: Annotated[
         Path | None, typer.Option("--labels", help="A file with one label a line: only these are scored.")
     ] = None,
@@ -96,7 +98,7 @@ def recognize(
     for path, row in zip(images, rows, strict=True):
         show(path, row, raw=raw)
     write_json(json, {
-        "model": model.name, "method": "closed set" if given else method, "labels": given, "reducer": reducer,
+        "model": Path(model).name, "method": "closed set" if given else method, "labels": given, "reducer": reducer,
         "keep": None if less is None else KEEP if keep is None else keep, "minimum": minimum,
         "images": [{"image": path.name, "labels": row} for path, row in zip(images, rows, strict=True)],
     })  # fmt: skip

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, Unpack
 
 import torch
 from torch import Tensor
 
 from quickmerge.errors import near_match, whole_number
 from quickmerge.merge.reducers.base import Reducer
+from quickmerge.models.kinds import KINDS
+from quickmerge.models.share import HubMixin, HubOptions, fetched
 from quickmerge.recognition import decode
 from quickmerge.recognition.guess import Guess
 from quickmerge.recognition.network import Network
@@ -21,7 +23,7 @@ __all__ = ["METHODS", "Recognizer"]
 METHODS = ("one_shot", "best_first", "greedy", "beam")
 
 
-class Recognizer(Network):
+class Recognizer(HubMixin, Network):
     """Object recognition as next-token prediction (arXiv 2312.02142), from any encoder and causal language model.
 
     Trained are the projector, the boundary token, the blocks of the language model, its norm and its output matrix. The
@@ -29,6 +31,8 @@ class Recognizer(Network):
 
     `Recognizer.new` makes one of pretrained models, `from_pretrained` loads one.
     """
+
+    hub_kind = KINDS["recognizer"]
 
     # Saying -----------------------------------------------------------------------------------------------------
 
@@ -83,10 +87,14 @@ class Recognizer(Network):
         save(self, folder)
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> Self:
+    def from_pretrained(cls, folder: Path | str, **hub: Unpack[HubOptions]) -> Self:
         """Load a recognizer for inference.
 
+        Args:
+            folder: where `save_pretrained` wrote, or an id of the hub such as ``"owner/name"``.
+            **hub: how it is taken from there, see `quickmerge.models.share.HubOptions`.
+
         Raises:
-            QuickmergeError: if the folder holds no recognizer, or what it holds is damaged.
+            QuickmergeError: if the folder holds no recognizer, or what it holds is damaged; or the hub has no such one.
         """
-        return load(cls, folder)
+        return load(cls, fetched(folder, cls.hub_kind, **hub))

@@ -122,7 +122,7 @@ def drafter_name(given: str) -> str:
 
 
 def load_drafter(given: str) -> Drafter:
-    """A drafter by what ``--drafter`` says: ``lookup``, shipped heads by their model, or a folder of ``train gumiho``.
+    """A drafter as ``--drafter`` names it: ``lookup``, shipped heads by their model, a folder of heads, a hub id.
 
     Settings may follow: ``lookup:ngram=2``, ``runs/gumiho:beam=4:fta=duplicate``.
 
@@ -136,12 +136,14 @@ def load_drafter(given: str) -> Drafter:
     if source == LOOKUP:
         with one_sentence():
             return PromptLookup(**_settings(source, PromptLookup, parts))
-    folder = shipped_gumiho(source) or Path(source).expanduser()
-    if not folder.is_dir():
+    from quickmerge.models.kinds import looks_like_id
+
+    folder = source if looks_like_id(source) else shipped_gumiho(source) or Path(source).expanduser()
+    if isinstance(folder, Path) and not folder.is_dir():
         known = [LOOKUP, *GUMIHOS]
         raise QuickmergeError(
-            f"--drafter must be {LOOKUP}, {', '.join(GUMIHOS)} (the heads that ship) or a folder of train gumiho, got "
-            f"{source!r}{near_match(source, known)}"
+            f"--drafter must be {LOOKUP}, {', '.join(GUMIHOS)} (the heads that ship), a folder of train gumiho or a "
+            f"hub id, got {source!r}{near_match(source, known)}"
         )
     from quickmerge.speculative.gumiho import Gumiho
 
@@ -173,7 +175,7 @@ def _settings(source: str, drafter: type, parts: list[str]) -> dict[str, Any]:
 def decode(
     drafter: Annotated[
         str,
-        typer.Option("--drafter", help="lookup, smollm2-135m, folders of train gumiho; with commas."),
+        typer.Option("--drafter", help="lookup, smollm2-135m, folders of train gumiho, hub ids; with commas."),
     ] = LOOKUP,
     model: MODEL = "smollm2-135m",
     prompts: Annotated[

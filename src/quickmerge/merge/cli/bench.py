@@ -147,7 +147,7 @@ def image(
     limit: IMAGES = 64,
     rounds: ROUNDS = 5,
     dynamicvit: Annotated[
-        Path | None, typer.Option("--dynamicvit", help="Measure this folder of train dynamicvit too.")
+        str | None, typer.Option("--dynamicvit", help="Measure this folder of train dynamicvit too, or hub id.")
     ] = None,
     reducer: REDUCERS = "quickmerge,random",
     flops: Annotated[
@@ -234,11 +234,13 @@ def _model(name: str, labels: list[str] | None) -> tuple[Any, Any, list[str] | N
     return model, processor, None
 
 
-def _trained(folder: Path) -> tuple[Any, Any]:
+def _trained(given: str) -> tuple[Any, Any]:
     """A trained DynamicViT and the model that was trained with it, None where that is the one that is measured."""
     from quickmerge.merge.reducers import DynamicViT
     from quickmerge.models.load_vision import load_vision
+    from quickmerge.models.share import fetched
 
+    folder = Path(fetched(given, DynamicViT.hub_kind)).expanduser()
     backbone = folder / "backbone"
     return DynamicViT.from_pretrained(folder), load_vision(backbone, task="classify")[0] if backbone.is_dir() else None
 

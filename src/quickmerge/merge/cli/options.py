@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quickmerge.console.options import check_keep, one_sentence
@@ -67,7 +66,7 @@ def parse_cache(given: str | None) -> Evictor | None:
 
 
 def add_prior(method: Reducer, prior: str) -> Reducer:
-    """QuickMerge with a trained prior, which is given as a folder or by the name of a shipped one.
+    """QuickMerge with a trained prior, which is given as a folder, as a hub id or by the name of a shipped one.
 
     Settings that were given with the reducer's name stay; the others are those that the prior was trained with.
     """
@@ -80,6 +79,6 @@ def add_prior(method: Reducer, prior: str) -> Reducer:
     if type(method) is not QuickMerge:
         raise QuickmergeError(f"--prior belongs to the reducer quickmerge, got {method.name}")
     given = {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
-    trained = Prior.from_pretrained(shipped_prior(prior) or Path(prior))
+    trained = Prior.from_pretrained(shipped_prior(prior) or prior)
     with one_sentence():
         return QuickMergePrior.from_prior(trained, **{"keep": method.keep, **given})

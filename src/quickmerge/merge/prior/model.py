@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from quickmerge.merge.prior.config import PriorConfig
 from quickmerge.merge.prior.network import SaliencyHead, SlotEncoder, SlotTransformer, spans
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.view import TokenView
+from quickmerge.models.kinds import KINDS
 from quickmerge.models.part import CONFIG, WEIGHTS, open_part, save_part
+from quickmerge.models.share import HubMixin, HubOptions, fetched
 
 COLLAPSED = 0.05
 """A sequence is called collapsed when its slots spread less than this share of what they should."""
@@ -82,7 +85,7 @@ NEARNESS = (0.25, 4.0, 4.0, 0.02)
 """Where training begins: a cell aside costs what four frames do. The best of sixteen pairs on ten training clips."""
 
 
-class Prior(nn.Module):
+class Prior(HubMixin, nn.Module):
     """A light autoregressive model over merged slots (QuickMerge++, arXiv 2508.13204).
 
     A causal transformer reads the slots in order of position. What it has read up to slot k serves two ends: a
@@ -94,6 +97,7 @@ class Prior(nn.Module):
         config: its shape.
     """
 
+    hub_kind = KINDS["prior"]
     mean: Tensor
     std: Tensor
 
@@ -220,12 +224,18 @@ class Prior(nn.Module):
         save_part(folder, json.loads(self.config.to_json()), state, write_bytes)
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> Prior:
+    def from_pretrained(cls, folder: Path | str, **hub: Unpack[HubOptions]) -> Prior:
         """Load a prior, in float32 and for inference.
 
+        Args:
+            folder: with config.json and model.safetensors, or an id of the hub such as ``"owner/name"``.
+            **hub: how it is taken from there, see `quickmerge.models.share.HubOptions`.
+
         Raises:
-            QuickmergeError: if the folder holds no prior, or its weights are damaged or do not fit its config.
+            QuickmergeError: if the folder holds no prior, or its weights are damaged or do not fit its config; or the
+                hub has no such prior.
         """
+        folder = fetched(folder, cls.hub_kind, **hub)
         part = open_part("prior", folder, f"prior must be a folder with {CONFIG} and {WEIGHTS}")
         config = PriorConfig.from_data(part.config, part.folder / CONFIG)
         return part.fill(lambda: cls(config))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.saliency import lift
 from quickmerge.merge.tokens.view import TokenView
 from quickmerge.models.identity import check_model
+from quickmerge.models.share import HubOptions
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,32 @@ class QuickMergePrior(QuickMerge):
             **settings: replace those that the prior was trained with.
         """
         return cls(keep=keep, prior=prior, **{**prior.config.trained_for.get("reducer", {}), **settings})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        keep: Any = 0.4,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        **hub: Unpack[HubOptions],
+    ) -> QuickMergePrior:
+        """As `from_prior`, with the prior in a folder or on the hub.
+
+        Args:
+            folder: see `Prior.from_pretrained`, as is ``hub``.
+            keep: share of the tokens kept, or a budget.
+            settings: replace those that the prior was trained with.
+            **hub: how it is taken from the hub.
+
+        Raises:
+            QuickmergeError: as `Prior.from_pretrained`.
+        """
+        return cls.from_prior(Prior.from_pretrained(folder, **hub), keep, **(settings or {}))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Save the prior on the hub, see `Prior.push_to_hub`; settings of your own belong into a `Recipe`."""
+        return self.prior.push_to_hub(repo_id, **options)
 
     @property
     def label(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.removal import kept_mean
 from quickmerge.merge.tokens.selection import keep_best
 from quickmerge.merge.tokens.view import TokenView
+from quickmerge.models.kinds import KINDS, Kind
 from quickmerge.models.part import CONFIG, WEIGHTS, open_part, save_part
+from quickmerge.models.share import HubMixin, HubOptions, fetched
 
 
 class Predictor(nn.Module):
@@ -70,7 +72,7 @@ KIND = "quickmerge-dynamicvit"
 
 
 @dataclass(frozen=True)
-class DynamicViT(Reducer):
+class DynamicViT(HubMixin, Reducer):
     """DynamicViT (arXiv 2106.02034): in front of a few blocks the patches drop out that a trained predictor gives up.
 
     Of N patches stage s leaves the ``int(N keep^s)``, one at least, that are kept with the highest probability, in
@@ -95,6 +97,7 @@ class DynamicViT(Reducer):
     source: ClassVar[str] = "arXiv 2106.02034"
     places: ClassVar[tuple[str, ...]] = ("vision",)
     before: ClassVar[bool] = True
+    hub_kind: ClassVar[Kind] = KINDS["dynamicvit"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -215,19 +218,22 @@ class DynamicViT(Reducer):
         save_part(folder, config, self.predictors.state_dict())
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, keep: Any = None) -> DynamicViT:
+    def from_pretrained(cls, folder: Path | str, keep: Any = None, **hub: Unpack[HubOptions]) -> DynamicViT:
         """Load trained predictors, in float32 and for inference.
 
         The model that they belong to lies beside them in ``backbone/`` if it was trained with them; otherwise
         ``trained_for`` says which it is.
 
         Args:
-            folder: where `save_pretrained` or ``quickmerge train dynamicvit`` wrote.
+            folder: where `save_pretrained` or ``quickmerge train dynamicvit`` wrote, or an id of the hub such as
+                ``"owner/name"``.
             keep: replaces the share that they were trained at.
+            **hub: how it is taken from the hub, see `quickmerge.models.share.HubOptions`.
 
         Raises:
             QuickmergeError: if the folder holds none, or the files are damaged or do not fit each other.
         """
+        folder = fetched(folder, cls.hub_kind, **hub)
         part = open_part("dynamicvit", folder, f"dynamicvit must be a folder with {CONFIG} and {WEIGHTS}")
         config, path = part.config, part.folder / CONFIG
         if config.get("kind") != KIND:

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, near_match, whole_number
 from quickmerge.models.identity import hash_like, model_hash
+from quickmerge.models.kinds import KINDS
 from quickmerge.models.part import CONFIG, WEIGHTS, open_part, save_part
+from quickmerge.models.share import HubMixin, HubOptions, fetched
 from quickmerge.speculative.drafter import Drafter
 from quickmerge.speculative.gumiho.config import GumihoConfig
 from quickmerge.speculative.gumiho.draft import Start, full_tree, levels, ranked
@@ -60,7 +62,7 @@ CHUNK = 1024
 """Pairs of a prompt that the serial head reads at once, since a mask has a place for each two of them."""
 
 
-class Gumiho(Drafter):
+class Gumiho(HubMixin, Drafter):
     """Drafts with heads on the target's last hidden state (Gumiho, arXiv 2503.10135).
 
     The first ``serial`` tokens come one after the other from a small transformer, and ``heads`` more all at once from
@@ -82,6 +84,7 @@ class Gumiho(Drafter):
     """
 
     needs_features: ClassVar[bool] = True
+    hub_kind = KINDS["gumiho"]
 
     def __init__(
         self, network: GumihoNetwork, *, dtype: torch.dtype | str | None = None, beam: int = 8, fta: str = "off"
@@ -123,13 +126,16 @@ class Gumiho(Drafter):
         """Load heads that were trained.
 
         Args:
-            folder: with config.json and model.safetensors.
-            **settings: ``dtype``, ``beam`` and ``fta``.
+            folder: with config.json and model.safetensors, or an id of the hub such as ``"owner/name"``.
+            **settings: ``dtype``, ``beam`` and ``fta``; and how it is taken from the hub, see
+                `quickmerge.models.share.HubOptions`.
 
         Raises:
-            QuickmergeError: if the folder holds no draft heads, or its weights are damaged or do not fit its config.
+            QuickmergeError: if the folder holds no draft heads, or its weights are damaged or do not fit its config; or
+                the hub has no such heads.
         """
-        return cls(load(folder), **settings)
+        hub = {name: settings.pop(name) for name in HubOptions.__annotations__ if name in settings}
+        return cls(load(fetched(folder, cls.hub_kind, **hub)), **settings)
 
     def save_pretrained(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors into ``folder``; nothing of the target is among them.
