@@ -86,7 +86,7 @@ def push(
         address = push_folder(
             folder, repo, kind, card, private=private, commit_message=message, revision=revision, create_pr=create_pr
         )
-    say(f"sent {len(files)} files of {kind.name} and its card")
+    say(f"sent {kind.name}: {len(files)} {'file' if len(files) == 1 else 'files'} and a card")
     print(clean_name(address))
 
 

@@ -102,6 +102,8 @@ def _made_for(made_for: Mapping[str, Any], base_model: str | None) -> str:
     """The model, its weights' hash, layers and settings that a trained part belongs to."""
     rows = {"base model": base_model, **made_for}
     told = [f"- {_plain(key)}: {_value(value)}" for key, value in rows.items() if value is not None]
+    if made_for.get("model") in SOURCES:
+        told.append("\nThe model is the one of that name that quickmerge embeds, and the hash is that of its weights.")
     return "\n".join(told)
 
 

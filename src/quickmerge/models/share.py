@@ -66,7 +66,7 @@ def fetched(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
-) -> str | os.PathLike[str]:
+) -> Path | str:
     """The folder that was given, or that of an id of the hub, fetched if need be.
 
     Args:
@@ -84,7 +84,7 @@ def fetched(
         if revision is not None or force_download:
             option = "force_download" if revision is None else "revision"
             raise QuickmergeError(f"{option} is for ids of the hub such as owner/name, got the folder {given}")
-        return given
+        return given if isinstance(given, str) else Path(os.fsdecode(given))
     name = os.fspath(given)
     options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only,
                                "force_download": force_download}  # fmt: skip
@@ -101,7 +101,7 @@ def fetched(
 
 def _download(name: str, files: Sequence[str] | set[str], revision: str | None, options: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import are_progress_bars_disabled
+    from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 
     with saying(f"fetching {name}", progress=are_progress_bars_disabled(), only_on_terminal=True):
         deeper = "*/" * (1 + max(each.count("/") for each in files)) + "*"  # a star of the hub's goes through slashes
@@ -368,7 +368,7 @@ class HubModel(HubMixin):
     What comes from the hub is checked here; the Auto classes of transformers come this way too.
     """
 
-    def push_to_hub(  # type: ignore[override]
+    def push_to_hub(
         self, repo_id: str, *, tokenizer: Any = None, results: Any = None, command: str | None = None,
         license: str | None = None, base_model: str | None = None, **options: Any,
     ) -> str:  # fmt: skip

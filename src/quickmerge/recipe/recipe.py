@@ -90,7 +90,7 @@ class Recipe(HubMixin, Ingredients):
         except QuickmergeError as error:
             raise QuickmergeError(f"{given}: {error}") from error
 
-    def push_to_hub(  # type: ignore[override]
+    def push_to_hub(
         self, repo_id: str, *, model: Any = None, tokens: int = 4096, results: Any = None, command: str | None = None,
         license: str | None = None, base_model: str | None = None, **options: Any,
     ) -> str:  # fmt: skip
