@@ -106,7 +106,7 @@ def test_weights_of_another_training_are_refused(kind: str, hub: Hub) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_of_another_kind_is_told_before_its_weights_are_fetched(kind: str, hub: Hub) -> None:
-    other = {name: after for name, after in zip(KINDS, [*list(KINDS)[1:], "recipe"], strict=True)}[kind]
+    other = dict(zip(KINDS, [*list(KINDS)[1:], "recipe"], strict=True))[kind]
     settings = json.dumps(dict([KINDS[other].mark]))
     hub.add("ann/thing", {KINDS[other].settings: settings.encode(), "model.safetensors": b"x" * 999})
     with pytest.raises(QuickmergeError) as caught:

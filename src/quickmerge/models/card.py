@@ -15,6 +15,7 @@ from typing import Any
 
 from quickmerge._version import __version__
 from quickmerge.errors import QuickmergeError, clean_name
+from quickmerge.models.compat import CONFIG_PLACES
 from quickmerge.models.kinds import HUB_ID, Kind
 from quickmerge.models.part import HASH
 from quickmerge.models.weights import read_json
@@ -32,8 +33,8 @@ SOURCES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 MOST_RESULTS = 2**26
 """Bytes of a file of results: a benchmark's own have a few million."""
 MOST_ROWS, MOST_SETTINGS = 64, 48
-UNSAID = ("architectures", "transformers_version", "auto_map", "_name_or_path", "quickmerge", "version", "type", "kind",
-          "trained_for", HASH)  # fmt: skip
+UNSAID = ("architectures", "transformers_version", "auto_map",  "quickmerge", "version", "type", "kind",
+          "trained_for", HASH, *CONFIG_PLACES)  # fmt: skip
 """Entries of settings that stand elsewhere on the card, or say nothing to its reader."""
 ENDS = ("_low", "_high")
 
