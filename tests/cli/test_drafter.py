@@ -143,7 +143,7 @@ def wrong(tmp_path: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
     lookup: list[object] = [*generate, "--drafter", "lookup"]
     (tmp_path / "bad.jsonl").write_text('{"kind": "no prompt"}')
     return {
-        "unknown folder": ([*generate, "--drafter", "runs/deep/nowhere"], "a folder of train gumiho or a hub id, got 'runs/n"),
+        "unknown folder": ([*generate, "--drafter", "runs/deep/nowhere"], "or a hub id, got 'runs/deep/"),
         "near": ([*generate, "--drafter", "lokup"], r"got 'lokup' \(did you mean 'lookup'\?\)"),
         "no heads": ([*generate, "--drafter", folder], "must belong to draft heads"),
         "other model": ([*generate, "--drafter", tmp_path / "others"], "were trained for .* with other weights"),
