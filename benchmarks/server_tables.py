@@ -13,7 +13,8 @@ Row = dict[str, Any]
 def server(rows: Sequence[Row]) -> Table:
     """What was lost or mixed, and what a client waited for."""
     columns = [
-        Column("server", text("server")), Column("clients", number("clients")), Column("requests", number("requests")),
+        Column("server", text("server")), Column("tokens read", number("read", ".0f")),
+        Column("clients", number("clients")), Column("requests", number("requests")),
         Column("lost", number("lost")), Column("mixed", number("mixed")),
         Column("same text as alone", lambda r: f"{r['same']} of {r['requests']}"),
         Column("first token", number("first_seconds", ".2f", unit=" s")),

@@ -137,7 +137,7 @@ def test_threads_write_what_each_writes_alone(model: Path, plain: Any, tmp_path:
     found: list[list[list[int]]] = [[] for _ in prompts]
 
     def ask(at: int) -> None:
-        for _ in range(4):
+        for _ in range(2):
             found[at].append(written(lm, prompts[at], keep=keeps[at]))
 
     threads = [threading.Thread(target=ask, args=(at,)) for at in range(len(prompts))]
@@ -145,7 +145,7 @@ def test_threads_write_what_each_writes_alone(model: Path, plain: Any, tmp_path:
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert found == [[each] * 4 for each in alone]
+    assert found == [[each] * 2 for each in alone]
     assert_detached(lm, "sdpa")
 
 

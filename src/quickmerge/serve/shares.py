@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, first_sentence
 from quickmerge.merge.place import Merge
 from quickmerge.recipe import Recipe
 from quickmerge.recipe.ingredients import PLACES
@@ -25,6 +25,17 @@ def keeping(recipe: Recipe, keep: float) -> Recipe:
     Raises:
         QuickmergeError: it makes nothing fewer, or its method does not take this share.
     """
+    try:
+        return _keeping(recipe, keep)
+    except QuickmergeError:
+        raise
+    except ValueError as error:  # a method that checks its own settings
+        raise QuickmergeError(
+            f"keep can't be {keep:g} for the recipe {recipe.label}: {first_sentence(error)}"
+        ) from error
+
+
+def _keeping(recipe: Recipe, keep: float) -> Recipe:
     for name in PLACES:
         merge = getattr(recipe, name)
         if isinstance(merge, Merge):
