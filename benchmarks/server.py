@@ -1,6 +1,6 @@
 """A packaged model behind ``transformers serve`` beside the plain one: writes benchmarks/results/server.json.
 
-    python benchmarks/server.py [--clients 4] [--requests 200] [--plain 80] [--prompts 40]
+    python benchmarks/server.py [--clients 4] [--requests 200] [--plain 60] [--prompts 20]
 
 Two servers run on two ports. First each prompt is asked of both alone, one after the other, in an order that turns;
 what comes is the text that the same prompt must get later. Then the clients ask at once, in turns of one server and of
@@ -52,10 +52,10 @@ def main() -> int:
     parser.add_argument("--keep", type=float, default=0.4)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--requests", type=int, default=200, help="to the packaged server")
-    parser.add_argument("--plain", type=int, default=80, help="requests to the plain server")
-    parser.add_argument("--prompts", type=int, default=40, help="different ones")
-    parser.add_argument("--tokens", type=int, default=1800, help="of a prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=8)
+    parser.add_argument("--plain", type=int, default=60, help="requests to the plain server")
+    parser.add_argument("--prompts", type=int, default=20, help="different ones")
+    parser.add_argument("--tokens", type=int, default=1536, help="of a prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1, help="of each server")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "server.json")
     args = parser.parse_args()

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,15 @@ def said(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
+@cache
+def opened(folder: Path) -> tuple[Any, Any]:
+    """The plain model in a folder, and its tokenizer."""
+    return hf.AutoModelForCausalLM.from_pretrained(folder), hf.AutoTokenizer.from_pretrained(folder)
+
+
 def by_itself(folder: Path, messages: Any, recipe: quickmerge.Recipe | None = None, new: int = 12, **more: Any) -> str:
     """What the model in a folder answers in this process, greedily, by a recipe or alone: no door is in between."""
-    model, tokenizer = hf.AutoModelForCausalLM.from_pretrained(folder), hf.AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = opened(folder)
     if isinstance(messages, str):
         inputs = tokenizer(messages, return_tensors="pt")
     else:

@@ -87,6 +87,14 @@ def test_completions_and_responses(server: Stock, folder: Path, model: Path) -> 
     assert answer.output_text == by_itself(model, said(text(500, 4)), RECIPE)
 
 
+def test_stop_strings_and_sampling(server: Stock, folder: Path, model: Path) -> None:
+    words = by_itself(model, said(text(500)), RECIPE).split()
+    stopped = chat(server, folder, said(text(500)), stop=[words[4]]).split()
+    assert stopped == words[: words.index(words[4]) + 1]
+    drawn = [chat(server, folder, said(text(500)), temperature=1.5, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_a_prompt_too_short_to_gain_passes_unreduced_and_says_so(server: Stock, folder: Path, model: Path) -> None:
     before = len(server.lines())
     assert chat(server, folder, said(text(60))) == by_itself(model, said(text(60)))
@@ -109,7 +117,8 @@ def test_a_request_has_a_share_of_its_own_and_1_is_the_plain_model(server: Stock
     assert "leave num_beams" in refused.value.response.json()["detail"]
 
 
-def test_parallel_clients_get_what_each_gets_alone(server: Stock, folder: Path, model: Path) -> None:
+@pytest.mark.parametrize("count", [16, pytest.param(200, marks=pytest.mark.slow)])
+def test_parallel_clients_get_what_each_gets_alone(count: int, server: Stock, folder: Path, model: Path) -> None:
     lengths = [60, 300, 420, 500, 640, 700]
     alone = [by_itself(model, said(text(n, n)), RECIPE) for n in lengths]
     plain = by_itself(model, said(text(500, 500)))
@@ -121,7 +130,6 @@ def test_parallel_clients_get_what_each_gets_alone(server: Stock, folder: Path, 
             return chat(server, folder, said(text(500, 500)), extra_body=config(keep=1.0, do_sample=False))
         return chat(server, folder, said(text(length, length)))
 
-    count = 16
     with ThreadPoolExecutor(4) as clients:
         found = list(clients.map(ask, range(count)))
     assert found == [plain if n % 5 == 4 else alone[n % len(lengths)] for n in range(count)]
