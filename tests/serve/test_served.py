@@ -91,7 +91,10 @@ def test_stop_strings_and_sampling(server: Stock, folder: Path, model: Path) -> 
     words = by_itself(model, said(text(500)), RECIPE).split()
     stopped = chat(server, folder, said(text(500)), stop=[words[4]]).split()
     assert stopped == words[: words.index(words[4]) + 1]
-    drawn = [chat(server, folder, said(text(500)), temperature=1.5, seed=seed) for seed in (1, 1, 2)]
+    drawn = [
+        chat(server, folder, said(text(500)), temperature=2, seed=seed, extra_body=config(do_sample=True))
+        for seed in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
