@@ -22,6 +22,7 @@ from calm_tables import CALM
 from gumiho_tables import GUMIHO
 from multipole_tables import MULTIPOLE
 from recipe_tables import RECIPES
+from server_tables import SERVER
 from transplant_tables import TRANSPLANT
 from trust_tables import TRUST
 from vision_zoo_tables import vision_refused, vision_zoo
@@ -514,7 +515,7 @@ TABLES: dict[str, Callable[[], Table | None]] = {
 }  # fmt: skip
 TABLES["prior_kinds"] = partial(kinds, "prior_recovery", 1)
 TABLES |= BUDGETS | VLM_ZOO
-MADE = OWN | MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST | RECIPES
+MADE = OWN | MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST | RECIPES | SERVER
 TABLES |= {name: partial(made_of, *of) for name, of in MADE.items()}
 
 

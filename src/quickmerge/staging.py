@@ -168,8 +168,8 @@ def sync_all(stage: Stage) -> None:
     file_mode = stat.S_IMODE(stage.mark.stat().st_mode)
     folder_mode = stat.S_IMODE(stage.folder.stat().st_mode)
     for path in [*stage.new.rglob("*"), stage.new]:
-        if path.is_symlink():
-            continue
+        if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
+            continue  # it is somebody else's file, too, on the disk already, and its mode is not ours to change
         path.chmod(folder_mode if path.is_dir() else file_mode)
         sync(path)
 

@@ -84,10 +84,12 @@ __all__ = [
     "attention_function",
     "attention_implementation",
     "attention_names",
+    "bad_request",
     "bare_model_class",
     "cache_argument",
     "cache_name",
     "cache_trait",
+    "cached_commit",
     "calls_attention",
     "causal_lm_names",
     "changes",
@@ -116,9 +118,12 @@ __all__ = [
     "returned_cache",
     "rotation",
     "sentencepiece_available",
+    "served_names",
+    "serves_models",
     "takes_cache",
     "timm_grid",
     "torchvision_available",
+    "watch_continuous_batching",
     "without_cache",
 ]
 
@@ -458,6 +463,11 @@ def image_text_names() -> Mapping[str, str]:
     return _take(_AUTO, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")  # type: ignore[no-any-return]
 
 
+def served_names() -> Mapping[str, str]:
+    """Class that ``transformers serve`` opens whatever a config names, by ``model_type``; none in older releases."""
+    return getattr(import_module(_AUTO), "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})
+
+
 def model_types() -> list[str]:
     """Every ``model_type`` that has a configuration, sorted."""
     return sorted(_take(CONFIG_TABLE, "CONFIG_MAPPING_NAMES"))
@@ -591,6 +601,53 @@ def hear_generate(hearing: Hearing) -> None:
     _HEARING.append(hearing)
 
 
+# Serving -------------------------------------------------------------------------------------------------------------
+
+
+def serves_models() -> bool:
+    """Whether this process is transformers' own command line, in which models are loaded to be served."""
+    return "transformers.cli.serve" in sys.modules
+
+
+def bad_request(sentence: str) -> Exception:
+    """What ``transformers serve`` answers a client with as status 400 and this sentence."""
+    from fastapi import HTTPException
+
+    return HTTPException(400, sentence)
+
+
+def cached_commit(model: Any) -> str | None:
+    """The commit of the hub's repository that a model was loaded from, None for a folder."""
+    return getattr(model.config, "_commit_hash", None)
+
+
+_WATCHING: list[Callable[[Any], None]] = []
+"""Who looks at models that are about to be batched continuously."""
+
+
+def watch_continuous_batching(look: Callable[[Any], None]) -> None:
+    """Let ``look`` see every model before it is batched continuously, which never calls its ``generate``.
+
+    Args:
+        look: is given the model, and may raise. It is asked once, however often it is given here.
+
+    Raises:
+        ImportError: the installed transformers starts that elsewhere.
+    """
+    if look in _WATCHING:
+        return
+    mixin = _take("transformers", "GenerationMixin")
+    begin = mixin.init_continuous_batching
+
+    @wraps(begin)
+    def look_and_begin(self: Any, *args: Any, **kwargs: Any) -> Any:
+        look(self)
+        return begin(self, *args, **kwargs)
+
+    mixin.init_continuous_batching = look_and_begin
+    _WATCHING.append(look)
+
+
 # Where weights are ----------------------------------------------------------------------------------------------------
 
 
@@ -661,6 +718,7 @@ CALLED = {
     },
     "transformers.generation": {
         "GenerationMixin.generate": "inputs generation_config custom_generate streamer logits_processor",
+        "GenerationMixin.init_continuous_batching": "generation_config continuous_batching_config",
         "GenerationMixin.prepare_inputs_for_generation": "input_ids next_sequence_length is_first_iteration",
         "GenerateDecoderOnlyOutput": "sequences",
     },

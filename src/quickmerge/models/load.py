@@ -42,6 +42,7 @@ __all__ = [
     "load",
     "load_from",
     "load_shape_only",
+    "model_folder",
     "noted_tokenizer",
     "verify",
 ]
@@ -233,6 +234,25 @@ def noted_tokenizer(model: Any) -> Any:
     """The tokenizer that a model was loaded with by `load` or the like; None for any other model."""
     found = _NOTED.get(model)
     return found if callable(getattr(found, "convert_ids_to_tokens", None)) else None
+
+
+def model_folder(name: str, *, progress: bool = True) -> Path:
+    """The folder that holds a model's files, made or fetched if need be, and looked at.
+
+    Args:
+        name: an embedded language model, a folder of any kind of model, or a hub id.
+        progress: whether to show on stderr what goes on.
+
+    Raises:
+        UnknownModelError: there is no such model, or the hub cannot be reached.
+        UnsupportedModelError: it is an embedded model of another kind.
+        DamagedWeightsError: its weights are truncated or garbled.
+        CacheFolderError, FetchError: as `load`.
+    """
+    if name in MODELS:
+        return EMBEDDED[name].prepare(cache_folder(None), progress=progress)
+    found = find_model(name)
+    return Path(found) if Path(found).is_dir() else Path(_fetched(found, progress))
 
 
 def _fetched(name: str, progress: bool) -> str:
