@@ -60,6 +60,7 @@ def _register() -> None:
     from quickmerge.recipe import cli as recipe
     from quickmerge.recipe.options import record_ingredients
     from quickmerge.recognition import cli as recognition
+    from quickmerge.serve.batch import cli as batch
     from quickmerge.speculative import cli as speculative
     from quickmerge.transplant import cli as transplant
 
@@ -93,6 +94,7 @@ def _register() -> None:
     add(tells, "check", recipe.check, recipe.CHECK_EXAMPLE)
     app.add_typer(tells, help="What a recipe does to a model, and whether it can.")
 
+    add(app, "batch", batch.batch, batch.EXAMPLE)
     add(app, "recognize", recognition.recognize, recognition.EXAMPLE)
     add(app, "transplant", transplant.transplant, transplant.EXAMPLE)
     add(app, "plan", plan.plan, plan.EXAMPLE)
