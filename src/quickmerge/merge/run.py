@@ -34,8 +34,8 @@ class RunStats:
     ``evictor`` is what makes the cache smaller when the prompt has been read, if anything does; ``evicted_none`` rows
     had fewer tokens than its ``min_tokens``, so that they keep all.
     ``spans`` is what was kept or merged as a whole, ``"line"`` or ``"word"``, or why nothing was; empty where no method
-    asked. ``entries_by_row`` says of each row how many entries of its prompt a layer's cache holds, mean over layers (and
-    heads, where they differ); of a batch it tells what the other counts are the mean of, and `as_dict` leaves it out.
+    asked. ``entries_by_row`` says of each row how many entries of its prompt a layer of the cache holds, mean over
+    layers and their heads: of a batch what the other counts are the mean of. `as_dict` leaves it out.
     """
 
     mode: str = "prefix"

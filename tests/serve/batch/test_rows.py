@@ -104,7 +104,7 @@ def test_what_can_not_be_a_job_is_refused(tmp_path: Path, content: str | None, c
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a,b")
-    with pytest.raises(QuickmergeError, match="must be a .jsonl or .parquet file"):
+    with pytest.raises(QuickmergeError, match=r"must be a .jsonl or .parquet file"):
         read_rows(tmp_path / "a.csv", Columns())
     (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "x"}))
     with pytest.raises(QuickmergeError, match="files of both kinds"):

@@ -73,7 +73,7 @@ def test_another_input_is_refused_and_a_longer_one_taken(tmp_path: Path) -> None
 
 def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(QuickmergeError, match="it holds 'mine.txt' and no manifest.json"):
+    with pytest.raises(QuickmergeError, match=r"it holds 'mine.txt' and no manifest.json"):
         Store(tmp_path, settings())
     with pytest.raises(QuickmergeError, match="must be a folder, got a file"):
         Store(tmp_path / "mine.txt", settings())
@@ -83,10 +83,10 @@ def test_damage_is_told(tmp_path: Path) -> None:
     store = Store(tmp_path / "out", settings())
     store.add([result(ROWS[0])])
     store.parts[0].write_bytes(store.parts[0].read_bytes()[:50])
-    with pytest.raises(QuickmergeError, match="results-000001.parquet is damaged .*its rows are done again"):
+    with pytest.raises(QuickmergeError, match=r"results-000001.parquet is damaged .*its rows are done again"):
         store.done(ROWS)
     (tmp_path / "out" / "manifest.json").write_text("{")
-    with pytest.raises(QuickmergeError, match="manifest.json is damaged"):
+    with pytest.raises(QuickmergeError, match=r"manifest.json is damaged"):
         Store(tmp_path / "out", settings())
 
 
@@ -99,7 +99,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_of_a_part(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(QuickmergeError, match="can't be written .No space left on device"):
+    with pytest.raises(QuickmergeError, match=r"can't be written .No space left on device"):
         store.add([result(ROWS[0])])
     monkeypatch.undo()
     assert store.parts == []

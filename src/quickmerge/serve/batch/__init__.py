@@ -1,4 +1,4 @@
-"""Batch jobs on Ray: a file of prompts in, a folder of answers out, killed and resumed without one lost or done twice."""
+"""Batch jobs on Ray: a file of prompts in, a folder of answers out; killed and resumed, none is lost or done twice."""
 
 from __future__ import annotations
 

@@ -172,9 +172,10 @@ def batch(
     else:
         made = _recipe(reducer, keep, layer, prior, min_tokens, cache, attention, budget, drafter, tree, merged)
     cluster = Cluster(workers, ray_address, cpus, 1 if device == "cuda" else 0)
+    known = str(Path(model).resolve()) if Path(model).is_dir() else model
     _go(
-        rows, out, made, cluster, {"batch": batch_size, "save_seconds": save_seconds}, model=str(Path(model).resolve()) if Path(model).is_dir() else model,
-        mode=mode, documents=question is not None or prompt is not None, max_new_tokens=max_new_tokens, sample=sample,
+        rows, out, made, cluster, {"batch": batch_size, "save_seconds": save_seconds}, model=known, mode=mode,
+        documents=question is not None or prompt is not None, max_new_tokens=max_new_tokens, sample=sample,
         temperature=temperature, seed=seed, dtype=dtype, device=device, format=format,
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Sampling in which every row of a batch draws from a generator of its own.
 
-`generate` draws for all rows of a batch from one generator, so what a row is given depends on who stands beside it. Here
-the last of the logits processors draws, for each row from its own generator, and leaves only what was drawn; greedy
-decoding then takes it.
+`generate` draws for all rows of a batch from one generator, so what a row is given depends on who stands beside it.
+Here the last of the logits processors draws, for each row from its own generator, and leaves only what was drawn;
+greedy decoding then takes it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A batch job on Ray Data: rows go to a pool of workers as they are free, and this process alone writes what comes back.
+"""A batch job on Ray Data: rows go to workers as these are free, and this process alone writes what comes back.
 
 Ray restarts a worker that dies and gives its rows to another one. What this process has written is done; a job that is
 killed and begun again asks for the rest, so no row is lost and none is there twice.
@@ -148,12 +148,13 @@ def run_job(
     if not good:
         return progress
     held: list[dict[str, Any]] = []
-    with _ray(cluster) as ray, _terminable():
+    with _ray(cluster), _terminable():
         try:
             saved = time.monotonic()
-            for result in _results(ray, good, settings, cluster, batch):
-                held.append(result)
-                progress.add(result)
+            for results in _results(good, settings, cluster, batch):
+                held += results
+                for result in results:
+                    progress.add(result)
                 tell(progress)
                 if time.monotonic() - saved > save_seconds or len(held) >= SAVE_ROWS:
                     _save(store, held)
@@ -173,9 +174,9 @@ def _save(store: Store, held: list[dict[str, Any]]) -> None:
 
 
 def _results(
-    ray: Any, rows: Sequence[Row], settings: WriterSettings, cluster: Cluster, batch: int
-) -> Iterator[dict[str, Any]]:
-    """What workers answer, each row once, in the order in which they do."""
+    rows: Sequence[Row], settings: WriterSettings, cluster: Cluster, batch: int
+) -> Iterator[list[dict[str, Any]]]:
+    """What workers answer, batch by batch, each row once, in the order in which they do."""
     import json
 
     import pyarrow  # type: ignore[import-untyped]
@@ -197,11 +198,10 @@ def _results(
     seen: set[int] = set()
     with _workers_told():
         for table in asked.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for line in table["result"].to_pylist():
-                result = json.loads(line)
-                if result["index"] not in seen:
-                    seen.add(result["index"])
-                    yield result
+            results = [json.loads(line) for line in table["result"].to_pylist()]
+            new = [result for result in results if result["index"] not in seen]
+            seen.update(result["index"] for result in new)
+            yield new
 
 
 class _Worker:

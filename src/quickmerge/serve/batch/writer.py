@@ -111,7 +111,8 @@ class Writer:
         Returns:
             For each row a dict with ``index``, ``id`` and ``hash``; and with ``error``, or with ``text``,
             ``tokens_read`` of the prompt, ``tokens_kept`` in the cache (mean over layers), ``tokens_written``,
-            ``seconds`` from the start of its batch to its last token, and ``finish_reason``, ``"stop"`` or ``"length"``.
+            ``seconds`` from the start of its batch to its last token, and ``finish_reason``: ``"stop"`` or
+            ``"length"``.
         """
         found: list[dict[str, Any]] = []
         read: list[tuple[Row, list[int], list[bool]]] = []
