@@ -296,9 +296,9 @@ def _ray(cluster: Cluster) -> Iterator[Any]:
     with _output_aside():
         if cluster.address is None:
             folder = _new_folder()
-            ray.init(
-                address="local", num_cpus=cluster.workers * cluster.cores, include_dashboard=False,
-                object_store_memory=STORE_BYTES, _temp_dir=str(folder), **quiet,
+            _start(
+                ray, folder, num_cpus=cluster.workers * cluster.cores, include_dashboard=False,
+                object_store_memory=STORE_BYTES, **quiet,
             )  # fmt: skip
         else:
             _answers(cluster.address)
@@ -314,6 +314,24 @@ def _ray(cluster: Cluster) -> Iterator[Any]:
             ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+STARTS = 3
+"""How often Ray's start is tried: it gives its processes half a minute, which a busy machine may need longer for."""
+
+
+def _start(ray: Any, folder: Path, **settings: Any) -> None:
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(address="local", _temp_dir=str(folder), **settings)
+            return
+        except Exception as error:  # of many kinds, bare ones among them
+            ray.shutdown()
+            if not left:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise QuickmergeError(
+                    f"Ray can't be started on this machine ({first_sentence(error)}): the same command tries it again"
+                ) from error
 
 
 def _check_size(ray: Any, cluster: Cluster) -> None:
