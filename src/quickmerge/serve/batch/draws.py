@@ -38,7 +38,7 @@ def row_seed(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "big") >> 1
 
 
-class Draws(LogitsProcessor):
+class Draws(LogitsProcessor):  # type: ignore[misc]
     """Leaves in each row of the scores one token, drawn from the softmax of the row by the row's own generator.
 
     Args:

@@ -197,7 +197,8 @@ def _results(
     )
     seen: set[int] = set()
     with _workers_told():
-        for table in asked.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        tables: Iterator[Any] = iter(asked.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+        for table in tables:
             results = [json.loads(line) for line in table["result"].to_pylist()]
             new = [result for result in results if result["index"] not in seen]
             seen.update(result["index"] for result in new)
