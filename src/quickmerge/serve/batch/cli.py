@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,7 +57,22 @@ SOME_FAILED = 3
 """The exit code where all is done but some rows can't be answered."""
 MODES, DTYPES, DEVICES = ("chat", "completion"), ("float32", "bfloat16", "float16"), ("cpu", "cuda")
 
-ROWS, MACHINES = "Rows", "Machines"
+MACHINES = "Machines"
+
+
+def _rare(option: Any) -> Any:
+    """An option of other commands, which here --help-all alone shows."""
+    info = copy(option.__metadata__[0])
+    info.hidden = True
+    return Annotated[option.__origin__, info]
+
+
+if TYPE_CHECKING:
+    _RARE_LAYER, _RARE_PRIOR, _RARE_MIN_TOKENS = LAYER, PRIOR, MIN_TOKENS
+    _RARE_ATTENTION, _RARE_DRAFTER, _RARE_SEED = ATTENTION, DRAFTER, SAMPLE_SEED
+else:
+    _RARE_LAYER, _RARE_PRIOR, _RARE_MIN_TOKENS = _rare(LAYER), _rare(PRIOR), _rare(MIN_TOKENS)
+    _RARE_ATTENTION, _RARE_DRAFTER, _RARE_SEED = _rare(ATTENTION), _rare(DRAFTER), _rare(SAMPLE_SEED)
 
 
 def batch(
@@ -67,24 +83,18 @@ def batch(
     model: MODEL = "smollm2-135m",
     column: Annotated[
         str | None,
-        typer.Option(
-            "--column", help="Where a prompt stands: a text, or messages. Default: prompt, ...", rich_help_panel=ROWS
-        ),
+        typer.Option("--column", help="Where a prompt stands: a text, or messages. Default: prompt, ..."),
     ] = None,
     question: Annotated[
         str | None,
-        typer.Option("--question", help="Column of a question about the text in --column.", rich_help_panel=ROWS),
+        typer.Option("--question", help="Column of a question about the text in --column."),
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", help="One question about each text, never reduced.", rich_help_panel=ROWS),
+        typer.Option("--prompt", help="One question about each text, never reduced."),
     ] = None,
-    id: Annotated[
-        str | None, typer.Option("--id", help="Column of the rows' names. Default: id.", rich_help_panel=ROWS)
-    ] = None,
-    mode: Annotated[
-        str, typer.Option("--mode", help="chat: by the chat template; completion.", rich_help_panel=ROWS)
-    ] = MODES[0],
+    id: Annotated[str | None, typer.Option("--id", help="Column of the rows' names. Default: id.", hidden=True)] = None,
+    mode: Annotated[str, typer.Option("--mode", help="chat: by the chat template; completion.")] = MODES[0],
     reducer: Annotated[
         str | None,
         typer.Option(
@@ -95,19 +105,19 @@ def batch(
         float | None,
         typer.Option("--keep", help=f"Share of the tokens kept, in (0, 1]. Default: {SHARE:g}.", rich_help_panel=FEWER),
     ] = None,
-    layer: LAYER = None,
-    prior: PRIOR = None,
-    min_tokens: MIN_TOKENS = None,
+    layer: _RARE_LAYER = None,
+    prior: _RARE_PRIOR = None,
+    min_tokens: _RARE_MIN_TOKENS = None,
     cache: CACHE = None,
-    attention: ATTENTION = None,
+    attention: _RARE_ATTENTION = None,
     budget: BUDGET = None,
-    drafter: DRAFTER = None,
+    drafter: _RARE_DRAFTER = None,
     tree: TREE = None,
     recipe: RECIPE = None,
     max_new_tokens: MAX_NEW_TOKENS = 128,
     sample: SAMPLE = False,
     temperature: TEMPERATURE = None,
-    seed: SAMPLE_SEED = 0,
+    seed: _RARE_SEED = 0,
     format: Annotated[
         str, typer.Option("--format", help="Of the results: parquet or jsonl.", rich_help_panel=WRITING)
     ] = FORMATS[0],
@@ -125,7 +135,8 @@ def batch(
         str, typer.Option("--device", help="Of the workers: cpu or cuda.", rich_help_panel=MACHINES)
     ] = DEVICES[0],
     dtype: Annotated[
-        str, typer.Option("--dtype", help=f"Of the weights: {', '.join(DTYPES)}.", rich_help_panel=MACHINES)
+        str,
+        typer.Option("--dtype", help=f"Of the weights: {', '.join(DTYPES)}.", rich_help_panel=MACHINES, hidden=True),
     ] = DTYPES[0],
     cpus: Annotated[
         int | None, typer.Option("--cpus", min=1, help="Cores of a worker.", rich_help_panel=MACHINES, hidden=True)
