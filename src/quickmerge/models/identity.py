@@ -13,7 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate.utils import align_module_device  # type: ignore[import-untyped]
+from accelerate.utils import align_module_device, has_offloaded_params  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from quickmerge.errors import QuickmergeError
@@ -104,7 +104,7 @@ def _aside(model: nn.Module) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for place, module in model.named_modules():
         names = [name for name, parameter in module.named_parameters(recurse=False) if parameter.is_meta]
-        if not names:
+        if not names or not has_offloaded_params(module):
             continue
         with align_module_device(module, torch.device("cpu")):
             for name, parameter in module.named_parameters(recurse=False):
