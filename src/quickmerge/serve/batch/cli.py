@@ -68,8 +68,12 @@ def _rare(option: Any) -> Any:
 
 
 if TYPE_CHECKING:
-    _RARE_LAYER, _RARE_PRIOR, _RARE_MIN_TOKENS = LAYER, PRIOR, MIN_TOKENS
-    _RARE_ATTENTION, _RARE_DRAFTER, _RARE_SEED = ATTENTION, DRAFTER, SAMPLE_SEED
+    from quickmerge.console.options import LAYER as _RARE_LAYER
+    from quickmerge.console.options import MIN_TOKENS as _RARE_MIN_TOKENS
+    from quickmerge.console.options import PRIOR as _RARE_PRIOR
+    from quickmerge.console.options import SAMPLE_SEED as _RARE_SEED
+    from quickmerge.recipe.options import ATTENTION as _RARE_ATTENTION
+    from quickmerge.recipe.options import DRAFTER as _RARE_DRAFTER
 else:
     _RARE_LAYER, _RARE_PRIOR, _RARE_MIN_TOKENS = _rare(LAYER), _rare(PRIOR), _rare(MIN_TOKENS)
     _RARE_ATTENTION, _RARE_DRAFTER, _RARE_SEED = _rare(ATTENTION), _rare(DRAFTER), _rare(SAMPLE_SEED)
