@@ -13,7 +13,7 @@ import torch
 
 from quickmerge.cli import app
 
-COMMANDS = ["demo", "recognize", "transplant", "plan", "ls"]
+COMMANDS = ["demo", "batch", "recognize", "transplant", "plan", "ls"]
 CHOICES = {
     "generate": ["text", "image", "calm"], "bench": ["text", "tasks", "image", "vlm", "decode", "calm"],
     "show": ["text", "image", "video"], "recipe": ["show", "check"],
@@ -42,7 +42,7 @@ def test_every_command_has_help_with_an_example(run, monkeypatch, command: str) 
     monkeypatch.setenv("COLUMNS", "100")
     code, out, _ = run(*command.split(), "--help")
     assert code == 0 and f"Example: quickmerge {command}" in re.sub(r"\s+", " ", out)
-    assert ("--out" if command.startswith("train") else "--json") in out
+    assert ("--out" if command.startswith(("train", "batch")) else "--json") in out
 
 
 @pytest.mark.parametrize(

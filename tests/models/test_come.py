@@ -332,12 +332,23 @@ def test_trained_parts_know_an_adapted_model_for_another_one() -> None:
     [
         ("dynamic int8", r"got model\.layers\.0\.self_attn\.q_proj as Linear.*without quantisation"),
         ("int8 weights", r"got model\.layers\.0\.self_attn\.q_proj\.weight as .*Tensor.*without quantisation"),
-        ("partly on disk", r"on the meta device: load the model without offloading to disk"),
     ],
 )
 def test_weights_that_cannot_be_told_from_others_are_refused(name: str, why: str, tmp_path: Path) -> None:
     with pytest.raises(QuickmergeError, match=f"model must hold its weights .*{why}"):
         model_hash(WAYS[name](tmp_path))
+
+
+@pytest.mark.parametrize("name", ["partly on disk", "wholly on disk"])
+def test_weights_on_a_disk_are_known_for_what_they_are(name: str, tmp_path: Path) -> None:
+    model = WAYS[name](tmp_path)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert model_hash(model) == model_hash(build("llama"))
+    assert any(parameter.is_meta for parameter in model.parameters())
+    with torch.device("meta"):
+        bare = type(model)(model.config)
+    with pytest.raises(QuickmergeError, match="on the meta device"):
+        model_hash(bare)
 
 
 def test_weights_in_integer_buffers_are_not_looked_over() -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from training_samples import Points, Small, lines, run_script, saved, settings
 
-from quickmerge.errors import QuickmergeError
 from quickmerge.training import train
 from quickmerge.training.checkpoint import MODEL, load
 
@@ -69,12 +68,6 @@ def test_a_full_disk_stops_both(pairs: Path) -> None:
 def test_a_signal_to_one_process_ends_both_with_a_checkpoint(pairs: Path) -> None:
     assert told(pairs / "terminated") == ["SystemExit: 143", "SystemExit: 143"]
     assert saved(pairs / "terminated") == ["step-000003"]
-
-
-def test_sharding_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(QuickmergeError, match="asks for FSDP"):
-        train(Small(), Points(), settings(), tmp_path)
 
 
 @pytest.mark.slow

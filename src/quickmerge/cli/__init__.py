@@ -61,6 +61,7 @@ def _register() -> None:
     from quickmerge.recipe.options import record_ingredients
     from quickmerge.recognition import cli as recognition
     from quickmerge.serve import cli as serve
+    from quickmerge.serve.batch import cli as batch
     from quickmerge.speculative import cli as speculative
     from quickmerge.transplant import cli as transplant
 
@@ -95,6 +96,7 @@ def _register() -> None:
     app.add_typer(tells, help="What a recipe does to a model, and whether it can.")
 
     add(app, "package", serve.package, serve.EXAMPLE)
+    add(app, "batch", batch.batch, batch.EXAMPLE)
     add(app, "recognize", recognition.recognize, recognition.EXAMPLE)
     add(app, "transplant", transplant.transplant, transplant.EXAMPLE)
     add(app, "plan", plan.plan, plan.EXAMPLE)

@@ -34,7 +34,8 @@ class RunStats:
     ``evictor`` is what makes the cache smaller when the prompt has been read, if anything does; ``evicted_none`` rows
     had fewer tokens than its ``min_tokens``, so that they keep all.
     ``spans`` is what was kept or merged as a whole, ``"line"`` or ``"word"``, or why nothing was; empty where no method
-    asked.
+    asked. ``entries_by_row`` says of each row how many entries of its prompt a layer of the cache holds, mean over
+    layers and their heads: of a batch what the other counts are the mean of. `as_dict` leaves it out.
     """
 
     mode: str = "prefix"
@@ -57,6 +58,7 @@ class RunStats:
     spans: str = ""
     evictor: str = ""
     evicted_none: int = 0
+    entries_by_row: list[float] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def tokens_kept(self) -> float:
@@ -71,7 +73,7 @@ class RunStats:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        out = dict(self.__dict__)
+        out = {name: value for name, value in self.__dict__.items() if name != "entries_by_row"}
         out["tokens_kept"] = self.tokens_kept
         out["decode_seconds_per_token"] = self.decode_seconds_per_token
         return out
@@ -281,6 +283,10 @@ class Run(Attachment):
     def forget(self) -> None:
         """Drop everything that refers to a prompt."""
 
+    def entries_by_row(self, cache: Cache | None) -> list[float]:
+        """For each row the entries of the prompt just read in ``cache``, mean over layers; empty if nobody counts."""
+        return []
+
     def tokens_read(self, cache: Cache) -> int:
         """How many tokens the cache would hold in every layer if none had been merged."""
         return int(cache.get_seq_length())
@@ -317,6 +323,7 @@ class Run(Attachment):
         if self._fresh:
             self.stats.prefill_seconds = seconds
             self.stats.tokens_per_layer = self.tokens_per_layer()
+            self.stats.entries_by_row = self.entries_by_row(self._cache)
         elif counts():
             self.stats.decode_steps += 1
             self.stats.decode_seconds += seconds

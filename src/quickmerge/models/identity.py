@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from quickmerge.errors import QuickmergeError
@@ -75,8 +76,9 @@ def check_model(model: Any, trained_for: dict[str, Any], what: str) -> None:
 
 
 def _hash(model: nn.Module, rule: str) -> str:
+    aside = _aside(model) if rule == RULE else {}
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta and name not in aside:
             raise QuickmergeError(
                 f"model must hold its weights to be told from others, got {name} on the meta device: load the model "
                 "without offloading to disk"
@@ -86,6 +88,8 @@ def _hash(model: nn.Module, rule: str) -> str:
             f"model must hold its weights as floating point numbers to be told from others, got {held}: load the model "
             "in float32 or bfloat16, without quantisation"
         )
+    if aside:  # whether they have changed since nobody knows without reading them, so nothing is remembered
+        return f"{RULE}:{_whole(model, aside)}"
     state = _state(model)
     if model not in _KNOWN or _KNOWN[model][0] != state:
         _KNOWN[model] = (state, {})
@@ -95,12 +99,26 @@ def _hash(model: nn.Module, rule: str) -> str:
     return found[rule]
 
 
-def _whole(model: nn.Module) -> str:
+def _aside(model: nn.Module) -> dict[str, bytes]:
+    """The SHA-256 of all values of each parameter that accelerate has put aside, on a disk or in memory, by name."""
+    found: dict[str, bytes] = {}
+    for place, module in model.named_modules():
+        names = [name for name, parameter in module.named_parameters(recurse=False) if parameter.is_meta]
+        if not names or not has_offloaded_params(module):
+            continue
+        with align_module_device(module, torch.device("cpu")):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name in names and not parameter.is_meta:
+                    found[f"{place}.{name}" if place else name] = _digest(parameter.detach())
+    return found
+
+
+def _whole(model: nn.Module, aside: dict[str, bytes] | None = None) -> str:
     """The second rule: SHA-256 over names, shapes, and the SHA-256 of all values of each parameter."""
-    named = sorted(model.named_parameters())
+    named, known = sorted(model.named_parameters()), aside or {}
     # Hashing lets other threads run meanwhile.
     with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(_digest, [parameter.detach() for _, parameter in named]))
+        digests = list(pool.map(lambda each: known[each[0]] if each[0] in known else _digest(each[1].detach()), named))
     digest = hashlib.sha256()
     for (name, parameter), values in zip(named, digests, strict=True):
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())

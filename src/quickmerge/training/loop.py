@@ -194,7 +194,8 @@ def train(
 
     Writes ``out/metrics.jsonl`` and ``out/checkpoints/step-000123/`` (the last two). Under `accelerate launch` or
     `torchrun` every process calls this with the same arguments and a folder that all of them see; each holds the
-    whole model (DDP), and only the main one writes. FSDP and other sharding are refused.
+    whole of what is trained (DDP), and only the main one writes. Where the launcher asks for FSDP2, a frozen base model
+    is sharded, which stays so; see `quickmerge.training.sharding`. Other sharding is refused.
 
     Ctrl-C and SIGTERM end the step, save a checkpoint and say how to go on; then Ctrl-C raises KeyboardInterrupt as
     ever and SIGTERM exits with status 143. The global random generators of torch, numpy and Python are seeded over

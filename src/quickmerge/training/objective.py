@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -22,6 +22,9 @@ class Objective(nn.Module, ABC):
     Under several processes every forward must return the same names, and every trained parameter must have its part
     in the loss unless `uses_every_parameter` is False.
     """
+
+    sharded = False
+    """Whether what `frozen` gave is split among processes: then all must run it equally often in a step."""
 
     uses_every_parameter: ClassVar[bool] = True
     """False if a step may leave parameters without gradient. Several processes then look for them in every step."""
@@ -48,6 +51,10 @@ class Objective(nn.Module, ABC):
     def rate_of(self, group: str, progress: float) -> float:
         """What the learning rate of a group's parameters is multiplied with. Nothing but the arguments may decide."""
         return 1.0
+
+    def frozen(self) -> Sequence[tuple[nn.Module, Sequence[nn.Module]]]:
+        """Frozen models outside the module tree, with their blocks, which may be sharded. Default: there are none."""
+        return ()
 
     def place(self, device: torch.device) -> None:
         """Move what the objective holds outside its module tree. Called once, before the first step."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from quickmerge.training.checkpoint import trained_parameters
 from quickmerge.training.config import TrainingConfig
 from quickmerge.training.metrics import NAMES, Stream, seed_generators
 from quickmerge.training.objective import Dataset, Objective
+from quickmerge.training.sharding import asked_sharding, shard, whole_models
 
 __all__ = ["Step", "Stepper", "learning_rate", "on_main", "share_buffers", "start", "total"]
 
@@ -53,16 +53,13 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 # One process or several: accelerate, and how several of them agree.
 
 
-SHARDING = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "a mesh"}
-
-
 def start(
     precision: str, uses_every_parameter: bool, log_with: list[str] | None = None, out: Path | None = None
 ) -> Accelerator:
     """Join the other processes, if `accelerate launch` or `torchrun` started some.
 
-    Every process holds the whole model (DDP). Sharding it is refused: what is trained here fits one device, and
-    a checkpoint must be the same whatever it was trained on.
+    Every process holds all that is trained (DDP): it fits one device, and a checkpoint must be the same whatever it was
+    trained on. Frozen base models may be sharded, see `quickmerge.training.sharding`.
 
     Args:
         precision: as in `TrainingConfig`.
@@ -71,21 +68,20 @@ def start(
         out: folder of the run, in which those that write files do that.
 
     Raises:
-        QuickmergeError: the launcher asks for FSDP or another sharding, or the device can't do the precision.
+        QuickmergeError: the launcher asks for another sharding than FSDP2, or the device can't do the precision.
     """
-    for name, words in SHARDING.items():
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
-            raise QuickmergeError(f"training shards no model, and the launcher asks for {words}: launch it without")
+    asked_sharding()
     # accelerate keeps the precision of the first run in a process, and refuses any other.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        log_with=log_with,
-        project_dir=None if log_with is None or out is None else str(out / "trackers"),
-        # Explicitly one: the loop accumulates itself, whatever the launcher's environment says.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not uses_every_parameter)],
-    )
+    with whole_models():
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with=log_with,
+            project_dir=None if log_with is None or out is None else str(out / "trackers"),
+            # Explicitly one: the loop accumulates itself, whatever the launcher's environment says.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not uses_every_parameter)],
+        )
     kind = accelerator.distributed_type
     if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
         raise QuickmergeError(f"training runs on one device or on several by DDP, got {kind.value}")
@@ -178,9 +174,14 @@ class Stepper:
         self.collate = collate
         self.accelerator = accelerator
         self.stream = Stream(len(dataset), config.seed)
+        sharding = asked_sharding()
+        if sharding is not None:
+            shard(objective.frozen(), accelerator, sharding)
+            objective.sharded = accelerator.num_processes > 1
         objective.place(accelerator.device)
         # accelerate patches the forward of what it prepares: let that be a shell around the objective.
-        self.shell = accelerator.prepare(_Shell(objective))
+        with whole_models():
+            self.shell = accelerator.prepare(_Shell(objective))
         self.parameters = trained_parameters(objective)
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for name, value in self.parameters.items():
@@ -194,7 +195,8 @@ class Stepper:
             betas=config.betas,
             fused=True,
         )
-        self.optimizer = accelerator.prepare(self.adamw)
+        with whole_models():
+            self.optimizer = accelerator.prepare(self.adamw)
 
     def take(self, step: int, ask: Callable[[], Sequence[float]] = tuple) -> Step:
         """Compute the gradient over the step's items of all processes, and apply it.

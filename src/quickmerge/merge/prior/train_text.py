@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from quickmerge.errors import whole_number
@@ -41,6 +41,7 @@ from quickmerge.sampling import evenly
 from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
 from quickmerge.training.objective import Dataset, Objective
+from quickmerge.training.sharding import place_frozen
 
 DRAWS = 2
 """Keeps that each step trains at, drawn from those that are trained for."""
@@ -199,9 +200,13 @@ class PriorText(Objective):
         self.schedule = Schedule(tuple(prior.config.trained_for["layers"]), prior.config.trained_for["decay"])
         self.settings, self.memory = dict(settings or {}), memory
 
+    def frozen(self) -> Sequence[tuple[nn.Module, Sequence[nn.Module]]]:
+        """The language model."""
+        return [(self._model[0], list(find_decoder(self._model[0]).layers))]
+
     def place(self, device: torch.device) -> None:
         """Move the language model along."""
-        self._model[0].to(device)
+        place_frozen(self._model[0], device)
 
     @torch.no_grad()
     def calibrate(self, windows: Dataset, windows_read: int = 8) -> None:
@@ -238,11 +243,13 @@ class PriorText(Objective):
 
     def _read_whole(self, batch: Tensor) -> Tensor:
         """Last hidden states ``(B, target - 1, D)`` of the target, every token of the context read; remembered."""
-        keys = [row.cpu().numpy().tobytes() for row in batch] if self.memory is not None else []
-        if self.memory is not None and all(key in self.memory for key in keys):
+        # Of a sharded model every process must take part in every forward: what one remembers another may not.
+        remembers = self.memory is not None and not self.sharded
+        keys = [row.cpu().numpy().tobytes() for row in batch] if remembers else []
+        if remembers and self.memory is not None and all(key in self.memory for key in keys):
             return torch.stack([self.memory[key] for key in keys]).to(batch.device)
         whole: Tensor = self._model[0].base_model(batch[:, :-1]).last_hidden_state[:, self.context :]
-        if self.memory is not None:
+        if remembers and self.memory is not None:
             self.memory.update(zip(keys, whole.cpu().unbind(), strict=True))
         return whole
 

@@ -388,6 +388,16 @@ class BlockCausalRun(Run):
             counts.append(slots + tail)
         return counts
 
+    def entries_by_row(self, cache: Cache | None) -> list[float]:
+        """For each row the entries that blocks hold of the prompt, mean over them; there is no padding in this mode."""
+        rows, tokens = self.stats.rows, self.stats.tokens_in
+        counts = torch.full((len(self.decoder), rows), tokens)
+        for i, held in self._layers.items():
+            slots = torch.full((rows,), held.slots) if held.valid is None else held.valid.sum(-1).cpu()
+            counts[i] = slots + (tokens - held.absorbed)
+        found: list[float] = counts.mean(0).tolist()
+        return found
+
     def forget(self) -> None:
         """Drop the layers of the last prompt; the caller's cache keeps its own."""
         self._layers = {}

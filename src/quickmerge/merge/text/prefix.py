@@ -721,5 +721,25 @@ class PrefixRun(Run):
             counts.append(float(valid[:, : None if segment is None else segment.slots].sum(-1).float().mean()))
         return counts
 
+    def entries_by_row(self, cache: Cache | None) -> list[float]:
+        """For each row the entries of the prompt just read in ``cache``, mean over layers and their heads."""
+        call = self._now
+        if call is None:
+            return []
+        counts = []
+        for layer in range(len(self.decoder)):
+            held = None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
+            tables = getattr(held, "heads", None)
+            if tables is not None:
+                ones = call.valid.new_ones(len(call.valid), 1, tables.count)
+                counts.append((ones if tables.valid is None else tables.valid).sum(-1).float().mean(1))
+                continue
+            segment = call.segment(layer)
+            valid = call.valid[:, : call.valid.shape[1] - call.drafts] if segment is None else segment.valid
+            counts.append(valid[:, : None if segment is None else segment.slots].sum(-1).float())
+        # Layers may lie on several devices.
+        found: list[float] = torch.stack([count.cpu() for count in counts]).mean(0).tolist()
+        return found
+
     def forget(self) -> None:
         """Nothing of a prompt is kept; plans and statistics stay for the summary."""

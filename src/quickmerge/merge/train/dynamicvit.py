@@ -25,6 +25,7 @@ from quickmerge.together import write_together
 from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
 from quickmerge.training.objective import Dataset, Objective, with_data
+from quickmerge.training.sharding import place_frozen
 
 
 def ratio_loss(masks: Sequence[Tensor], keep: float) -> Tensor:
@@ -154,9 +155,14 @@ class DynamicViTObjective(Objective):
             value.requires_grad_(not still)
         self.model = model
 
+    def frozen(self) -> Sequence[tuple[nn.Module, Sequence[nn.Module]]]:
+        """The teacher; the classifier that learns from it stays whole, with what is trained."""
+        teacher = self._outside[0].model
+        return [(teacher, [block.module for block in find_encoder(teacher).blocks])]
+
     def place(self, device: torch.device) -> None:
         """Move the teacher."""
-        self._outside[0].model.to(device)
+        place_frozen(self._outside[0].model, device)
 
     def group_of(self, name: str) -> str:  # noqa: D102
         return PREDICTORS if name.startswith("predictors.") else NETWORK

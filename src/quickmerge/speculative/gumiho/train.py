@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, number_at_least
+from quickmerge.models.decoder import find_decoder
 from quickmerge.models.identity import model_hash
 from quickmerge.models.part import model_label
 from quickmerge.sampling import evenly
@@ -21,6 +23,7 @@ from quickmerge.speculative.gumiho.texts import DraftTexts, collate_texts
 from quickmerge.training.config import TrainingConfig
 from quickmerge.training.loop import TrainingResult, train
 from quickmerge.training.objective import Objective
+from quickmerge.training.sharding import place_frozen
 
 __all__ = ["GumihoText", "feature_scale", "train_gumiho"]
 
@@ -66,9 +69,13 @@ class GumihoText(Objective):
         self.network, self.weights = network, weights or LossWeights()
         self.share, self.noise, self.dtype = float(share), float(noise), dtype
 
+    def frozen(self) -> Sequence[tuple[nn.Module, Sequence[nn.Module]]]:
+        """The target."""
+        return [(self._model[0], list(find_decoder(self._model[0]).layers))]
+
     def place(self, device: torch.device) -> None:
         """Move the target along."""
-        self._model[0].to(device)
+        place_frozen(self._model[0], device)
         self._ends = [self._made()]
 
     def _made(self) -> Ends:
