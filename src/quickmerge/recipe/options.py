@@ -47,7 +47,9 @@ IMAGE_CACHE = Annotated[str | None, typer.Option("--cache", help=_CACHE_HELP, ri
 DRAFTER = Annotated[
     str | None,
     typer.Option(
-        "--drafter", help="lookup, smollm2-135m (its heads), or a folder of train gumiho.", rich_help_panel=CHEAPER
+        "--drafter",
+        help="lookup, suffix, smollm2-135m (its heads), or a folder of train gumiho.",
+        rich_help_panel=CHEAPER,
     ),
 ]
 TREE = Annotated[

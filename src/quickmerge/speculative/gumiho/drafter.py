@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class Gumiho(Drafter):
         ValueError: for a setting out of range.
     """
 
-    needs_features: ClassVar[bool] = True
+    needs_features: bool = True
 
     def __init__(
         self, network: GumihoNetwork, *, dtype: torch.dtype | str | None = None, beam: int = 8, fta: str = "off"
