@@ -38,6 +38,8 @@ but what is read wrongly differs by about as much as logits do. In half precisio
 `NOISES` times what two ways differ by that are right for certain: without instructions for it, and for a text of a few
 tokens, that may be a fifth."""
 NOISES = 2.0
+BEFORE = 18
+"""Tokens that are read first: the fewer, the more rounding matters."""
 
 FAILURES = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError, QuickmergeError)
 """What models raise over what they can't read."""
@@ -106,7 +108,7 @@ def _why_no_trees(model: PreTrainedModel, config: object) -> str:
 
 @torch.no_grad()
 def _prove_trees(model: PreTrainedModel, vocabulary: int) -> str:
-    text = _text(model, 7, vocabulary)
+    text = _text(model, BEFORE, vocabulary)
     a, b, c = 1 % vocabulary, 2 % vocabulary, 3 % vocabulary
     alone = torch.cat([text, text.new_tensor([[b, c]])], 1)
     try:
@@ -128,26 +130,26 @@ def _prove_trees(model: PreTrainedModel, vocabulary: int) -> str:
 
 @torch.no_grad()
 def _prove_chains(model: PreTrainedModel, vocabulary: int, why: str) -> None:
-    text = _text(model, 12, vocabulary)
+    text, n = _text(model, BEFORE + 6, vocabulary), BEFORE
     name = type(model).__name__
     try:
         wanted = model(input_ids=text, use_cache=False).logits[0].float()
         cache = fresh_cache(model)
-        columns = _read(model, cache, text[:, :6])
+        columns = _read(model, cache, text[:, :n])
         target = Chains(model, cache, columns, why=why)
         # Two wrong tokens behind two right ones are taken back; then what is right is read again, and more.
-        wrong = [int(token) for token in (text[0, 8:10] + 1) % vocabulary]
-        first = target.read(pack([Tree.chain([*text[0, 6:8].tolist(), *wrong])], text.device))[0][0, :2]
+        wrong = [int(token) for token in (text[0, n + 2 : n + 4] + 1) % vocabulary]
+        first = target.read(pack([Tree.chain([*text[0, n : n + 2].tolist(), *wrong])], text.device))[0][0, :2]
         target.commit([[0, 1]])
-        second = target.read(pack([Tree.chain(text[0, 8:9].tolist())], text.device))[0][0]
+        second = target.read(pack([Tree.chain(text[0, n + 2 : n + 3].tolist())], text.device))[0][0]
         target.commit([[0]])
-        third = target.read(pack([Tree.chain(text[0, 9:12].tolist())], text.device))[0][0]
+        third = target.read(pack([Tree.chain(text[0, n + 3 :].tolist())], text.device))[0][0]
         target.commit([[0, 1, 2]])
         found = torch.cat([first, second, third]).float()
         cache = fresh_cache(model)
-        target = Chains(model, cache, _read(model, cache, text[:, :6]), why=why)
+        target = Chains(model, cache, _read(model, cache, text[:, :n]), why=why)
         steps = []
-        for token in text[0, 6:].tolist():
+        for token in text[0, n:].tolist():
             steps.append(target.read(pack([Tree.chain([token])], text.device))[0][0, 0])
             target.commit([[0]])
     except FAILURES as error:
@@ -155,7 +157,7 @@ def _prove_chains(model: PreTrainedModel, vocabulary: int, why: str) -> None:
             f"{name} can't read several tokens behind a cache ({_first_line(error)}), and trees neither: {why}"
         ) from error
     near = _near(model, text)
-    if not all(_alike(a, b, near) for a, b in zip(found, wanted[6:], strict=True)):
+    if not all(_alike(a, b, near) for a, b in zip(found, wanted[n:], strict=True)):
         needed = "call eval() on it" if model.training else f"trees neither: {why}"
         raise UnsupportedModelError(
             f"{name} reads several tokens behind a cache otherwise than text, so speculation would change what it "
@@ -171,7 +173,8 @@ def _prove_chains(model: PreTrainedModel, vocabulary: int, why: str) -> None:
 
 
 def _text(model: PreTrainedModel, length: int, vocabulary: int) -> Tensor:
-    return (torch.arange(5, 5 + length, device=device_of(model)) % vocabulary)[None]
+    """Tokens from the middle of the vocabulary, away from those that stand for something in a template."""
+    return ((vocabulary // 3 + 7 * torch.arange(length, device=device_of(model))) % vocabulary)[None]
 
 
 def _read(model: PreTrainedModel, cache: Cache, ids: Tensor) -> Columns:
