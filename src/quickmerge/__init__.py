@@ -73,8 +73,10 @@ if TYPE_CHECKING:
     from quickmerge.recipe import apply as apply
     from quickmerge.recipe import read as read
     from quickmerge.recognition import Recognizer as Recognizer
+    from quickmerge.speculative import BestOf as BestOf
     from quickmerge.speculative import PromptLookup as PromptLookup
     from quickmerge.speculative import SpeculativeDecoding as SpeculativeDecoding
+    from quickmerge.speculative import SuffixDecoding as SuffixDecoding
     from quickmerge.speculative.gumiho import Gumiho as Gumiho
 
 __getattr__, __dir__, __all__ = lazy(
@@ -126,7 +128,7 @@ __getattr__, __dir__, __all__ = lazy(
         "multipole": ("Multipole", "MultipoleCache", "multipole"),
         "recipe": ("Reading", "Recipe", "Speculation", "apply", "read"),
         "recognition": ("Recognizer",),
-        "speculative": ("PromptLookup", "SpeculativeDecoding"),
+        "speculative": ("BestOf", "PromptLookup", "SpeculativeDecoding", "SuffixDecoding"),
         "speculative.gumiho": ("Gumiho",),
     },
     "__version__",

@@ -57,7 +57,8 @@ def options(name: str) -> list[str]:
     if name == "cache":
         return [NAMES[Evictor]]
     if name == "decoding":
-        return [NAMES[kind] for kind in TYPES.values() if issubclass(kind, Drafter)]
+        # The engine knows two kinds: those that want features and those that don't. One of each stands for the others.
+        return [NAMES[kind] for kind in TYPES.values() if issubclass(kind, Drafter) and kind in NAMES]
     kinds = [kind for kind in TYPES.values() if re.search(rf"\b{kind.__name__}\b", Ingredients.__annotations__[name])]
     return [NAMES[kind] for kind in kinds]
 

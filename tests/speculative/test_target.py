@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from random import Random
 from typing import Any
 
@@ -149,10 +150,20 @@ class Deaf(transformers.LlamaForCausalLM):
         return super().forward(input_ids, None, position_ids, cache, **more)
 
 
-def test_a_model_that_ignores_the_mask_is_found_out() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_ignores_the_mask_is_found_out(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     sizes = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 32, "initializer_range": 0.2}
-    assert "no mask of four dimensions" in check_target(Deaf(transformers.LlamaConfig(**sizes)).eval())
+    assert "no mask of four dimensions" in check_target(Deaf(transformers.LlamaConfig(**sizes)).eval().to(dtype))
+
+
+def test_rounding_in_half_precision_is_not_taken_for_a_trait(smollm2: tuple[Any, Any]) -> None:
+    """Where a processor has no instructions for bfloat16 this model's logits differ by a fifth, read two right ways."""
+    model = copy.deepcopy(smollm2[0]).to(torch.bfloat16)
+    assert check_target(model) == ""
+    deaf = copy.deepcopy(model)
+    deaf.__class__ = Deaf
+    assert "no mask of four dimensions" in check_target(deaf)
 
 
 def test_caches_are_made_plain_or_refused() -> None:

@@ -77,11 +77,12 @@ def ls(what: WHAT = None, json: JSON = None) -> None:
     _tell(console, "Recognizers", "any folder that train recognizer wrote; compared by meaning with "
           + ", ".join(SENTENCE_MODELS))  # fmt: skip
     _tell(console, "Trained priors", "(--prior) " + ", ".join(PRIORS) + ", or any folder that train prior wrote")
-    _tell(console, "Drafters", "(--drafter) lookup, " + ", ".join(GUMIHOS) + ", or any folder that train gumiho wrote")
+    drafters = ["lookup", "suffix", *GUMIHOS]
+    _tell(console, "Drafters", "(--drafter) " + ", ".join(drafters) + ", or any folder that train gumiho wrote")
     write_json(json, {
         "reducers": reducers, "models": [*MODELS, *VISION_MODELS, *SENTENCE_MODELS],
         "families": [*texts, *VISION_FAMILIES, *VLM_FAMILIES], "priors": list(PRIORS),
-        "drafters": ["lookup", *GUMIHOS],
+        "drafters": drafters,
     })  # fmt: skip
 
 

@@ -182,7 +182,8 @@ def _drafter(drafter: Drafter) -> str:
         return f"{kind.__name__}(...)"
     usual = inspect.signature(kind).parameters
     held = {name: getattr(drafter, name) for name in settings_of(kind) if TRAINED.get(kind) != name}
-    own = [f"{name}={value!r}" for name, value in held.items() if value != usual[name].default]
+    told = {name: _drafter(each) if isinstance(each, Drafter) else repr(each) for name, each in held.items()}
+    own = [f"{name}={told[name]}" for name, value in held.items() if value != usual[name].default]
     return f"{kind.__name__}({', '.join(own)})"
 
 

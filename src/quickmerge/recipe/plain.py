@@ -21,15 +21,17 @@ from quickmerge.merge.tokens.budget import Count, Entropy, Mass, Ratio, Schedule
 from quickmerge.merge.tokens.removal import Removal
 from quickmerge.multipole.settings import Multipole
 from quickmerge.recipe.speculation import Speculation
+from quickmerge.speculative.best_of import BestOf
 from quickmerge.speculative.gumiho import Gumiho, GumihoNetwork
 from quickmerge.speculative.lookup import PromptLookup
+from quickmerge.speculative.suffix import SuffixDecoding
 
 __all__ = ["TRAINED", "TYPES", "Held", "UnknownEntryError", "decode", "encode", "settings_of", "state_of"]
 
 _KINDS: tuple[type, ...] = (
     *REDUCERS.values(), *VISUAL_TOKEN_REDUCERS.values(), QuickMergePrior, DynamicViT,
     Ratio, Count, Mass, Entropy, Schedule, Removal, Prefix, BlockCausal, Merge, *EVICTORS.values(),
-    Multipole, PromptLookup, Gumiho, Speculation,
+    Multipole, PromptLookup, SuffixDecoding, Gumiho, BestOf, Speculation,
 )  # fmt: skip
 TYPES: dict[str, type] = {kind.__name__: kind for kind in _KINDS}
 """Everything that a recipe may hold, by the name under which it is written."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 DECODE_EXAMPLE = (
     "Example: quickmerge bench decode --drafter runs/gumiho,lookup --prompts prompts.jsonl --temperature 0,1"
 )
-LOOKUP = "lookup"
+LOOKUP, SUFFIX = "lookup", "suffix"
 
 
 def generate_drafter(
@@ -114,36 +114,43 @@ def parse_tree(text: str | None) -> int | str:
 
 def drafter_name(given: str) -> str:
     """What tables call a drafter: ``lookup`` or the name of its folder, and the settings that were given with it."""
-    source, *settings = _SETTING.split(given)
     from quickmerge.data import GUMIHOS
 
-    named = source == LOOKUP or source in GUMIHOS
+    if parts := _joined(given):
+        return "+".join(map(drafter_name, parts))
+    source, *settings = _SETTING.split(given)
+    named = source in (LOOKUP, SUFFIX) or source in GUMIHOS
     return ":".join([source if named else Path(source).absolute().name, *settings])
 
 
 def load_drafter(given: str) -> Drafter:
-    """A drafter as ``--drafter`` names it: ``lookup``, shipped heads by their model, a folder of heads, a hub id.
+    """A drafter by what ``--drafter`` says.
 
-    Settings may follow: ``lookup:ngram=2``, ``runs/gumiho:beam=4:fta=duplicate``.
+    It is ``lookup``, ``suffix``, shipped heads by their model, a folder of ``train gumiho``, or a hub id. Settings may follow:
+    ``lookup:ngram=2``, ``runs/gumiho:beam=4:fta=duplicate``. One of the first two and any other, joined by a plus sign,
+    draft together: ``suffix+smollm2-135m``.
 
     Raises:
         QuickmergeError: there is no such folder, it holds something else, or a setting is unknown or out of range.
     """
     from quickmerge.data import GUMIHOS, shipped_gumiho
-    from quickmerge.speculative import PromptLookup
+    from quickmerge.speculative import BestOf, PromptLookup, SuffixDecoding
 
+    if joined := _joined(given):
+        return BestOf(*map(load_drafter, joined))
     source, *parts = _SETTING.split(given)
-    if source == LOOKUP:
-        with one_sentence():
-            return PromptLookup(**_settings(source, PromptLookup, parts))
+    for name, kind in ((LOOKUP, PromptLookup), (SUFFIX, SuffixDecoding)):
+        if source == name:
+            with one_sentence():
+                return kind(**_settings(source, kind, parts))
     from quickmerge.models.kinds import looks_like_id
 
     folder = source if looks_like_id(source) else shipped_gumiho(source) or Path(source).expanduser()
     if isinstance(folder, Path) and not folder.is_dir():
-        known = [LOOKUP, *GUMIHOS]
+        known = [LOOKUP, SUFFIX, *GUMIHOS]
         raise QuickmergeError(
-            f"--drafter must be {LOOKUP}, {', '.join(GUMIHOS)} (the heads that ship), a folder of train gumiho or a "
-            f"hub id, got {source!r}{near_match(source, known)}"
+            f"--drafter must be {LOOKUP}, {SUFFIX}, {', '.join(GUMIHOS)} (the heads that ship), a folder of train "
+            f"gumiho or a hub id, got {source!r}{near_match(source, known)}"
         )
     from quickmerge.speculative.gumiho import Gumiho
 
@@ -152,6 +159,16 @@ def load_drafter(given: str) -> Drafter:
 
 
 _SETTING = re.compile(r":(?=\w+=)")
+_JOINED = re.compile(rf"((?:{LOOKUP}|{SUFFIX})(?::\w+=[^+]*)*)\+(.+)")
+
+
+def _joined(given: str) -> tuple[str, str] | None:
+    """Both parts of two drafters that are joined; None for a single one, also for a folder with such a name."""
+    found = None if Path(given).expanduser().is_dir() else _JOINED.fullmatch(given)
+    return None if found is None else (found[1], found[2])
+
+
+_WHOLE, _DECIMAL = re.compile(r"[0-9]{1,18}"), re.compile(r"[0-9]{1,18}\.[0-9]{1,18}")
 
 
 def _settings(source: str, drafter: type, parts: list[str]) -> dict[str, Any]:
@@ -165,7 +182,7 @@ def _settings(source: str, drafter: type, parts: list[str]) -> dict[str, Any]:
             raise QuickmergeError(
                 f"--drafter {source} takes the settings {', '.join(allowed)}, got {name!r}{near_match(name, allowed)}"
             )
-        settings[name] = int(value) if value.isascii() and value.isdigit() else value
+        settings[name] = int(value) if _WHOLE.fullmatch(value) else float(value) if _DECIMAL.fullmatch(value) else value
     return settings
 
 
@@ -175,7 +192,7 @@ def _settings(source: str, drafter: type, parts: list[str]) -> dict[str, Any]:
 def decode(
     drafter: Annotated[
         str,
-        typer.Option("--drafter", help="lookup, smollm2-135m, folders of train gumiho, hub ids; with commas."),
+        typer.Option("--drafter", help="lookup, suffix, smollm2-135m, folders of train gumiho, hub ids; with commas."),
     ] = LOOKUP,
     model: MODEL = "smollm2-135m",
     prompts: Annotated[

@@ -7,13 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.speculative.tree import Tree
+
+if TYPE_CHECKING:
+    from quickmerge.speculative.cost import Cost
 
 __all__ = ["Drafter", "Stats", "serving"]
 
@@ -141,8 +144,11 @@ class Drafter(ABC):
     Whatever it drafts, the text is the target's own: a bad draft costs time and nothing else.
     """
 
-    needs_features: ClassVar[bool] = False
+    needs_features: bool = False
     """Whether it wants the target's last hidden states, behind the final norm."""
+
+    def expect(self, cost: Cost | None) -> None:  # noqa: B027 - most drafters have nothing to decide
+        """Hear, before ``begin``, what passes of the target take; None where nobody has measured it."""
 
     def check(self, model: PreTrainedModel) -> None:  # noqa: B027 - most drafters fit any model
         """Raise an `UnsupportedModelError` or a `QuickmergeError` where this drafter can't draft for ``model``."""

@@ -331,6 +331,7 @@ class _Run:
             self.stats.measure_behind_seconds = time.perf_counter() - start
         if self.live:
             start = time.perf_counter()
+            self.drafter.expect(self.cost)
             self.drafter.begin(model, prompt.ids, prompt.valid, prompt.features, prompt.positions)
             self._leave(list(range(len(self.rows))))
             self.stats.draft_seconds += time.perf_counter() - start

@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ class Gumiho(HubMixin, Drafter):
         ValueError: for a setting out of range.
     """
 
-    needs_features: ClassVar[bool] = True
+    needs_features: bool = True
     hub_kind = KINDS["gumiho"]
 
     def __init__(
