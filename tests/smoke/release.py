@@ -3,8 +3,8 @@
 Usage:
     python tests/smoke/release.py [--out dist] [--full python3.12 ...]
 
-Both are built, and twine checks what an index would show of them. Then each Python that is supported and at hand gets an
-environment of its own for each of the two, in which the package installs and imports and its version is the project's.
+Both are built, and twine checks what an index would show of them. Then each Python that is supported and at hand gets
+an environment of its own for each of the two, in which the package installs and imports and says the project's version.
 The Python that this runs in gets all dependencies too, and runs commands; so do those of ``--full``, for which
 torch may be a build for CUDA of several gigabytes.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
