@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # errors only: the steps are announced here
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
-.PHONY: help setup demo test quick lint slow kills fuzz bench compat clean
+.PHONY: help setup demo test quick lint slow kills fuzz bench compat release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make kills   set up, then kill commands 216 times and look at what they leave"
 	@echo "make fuzz    set up, then open a thousand hostile files and folders (ten minutes)"
 	@echo "make compat  try the built wheel with the oldest and the newest transformers, in environments of their own"
+	@echo "make release build the wheel and the sdist, check them, and install both in environments of each Python at hand"
 	@echo "make bench   set up, gather the benchmark documents, then measure"
 	@echo "make clean   remove the environment and what the tools left"
 
@@ -61,6 +62,9 @@ fuzz: setup
 # make compat PYTHONS="python3.12 python3.13"
 compat: setup
 	@$(BIN)/python tests/smoke/environments.py $(if $(PYTHONS),--pythons $(PYTHONS))
+
+release: setup
+	@$(BIN)/python tests/smoke/release.py
 
 kills: setup
 	@$(BIN)/python tests/kills/killed.py 216
