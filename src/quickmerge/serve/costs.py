@@ -184,10 +184,14 @@ def _share(key: str) -> Any:
     return cell
 
 
+def _whole(row: Mapping[str, Any]) -> bool:
+    return bool(row["prompts_read_whole"])
+
+
 COLUMNS = (
     Column("task", text("task"), "l"),
     Column("prompts", number("prompts", ",")),
-    Column("read whole", number("prompts_read_whole", ","), when=lambda rows: any(r["prompts_read_whole"] for r in rows)),
+    Column("read whole", number("prompts_read_whole", ","), when=lambda rows: any(map(_whole, rows))),
     Column("tokens in", number("tokens_in", ",.0f")),
     Column("tokens kept", number("tokens_kept", ",.0f")),
     Column("FLOPs", _share("flops_ratio")),

@@ -1,7 +1,7 @@
-"""What ``python -m quickmerge.lm_eval`` does before lm-eval begins: our model and tasks are named, lengths are looked at.
+"""What ``python -m quickmerge.lm_eval`` does before lm-eval begins: our model and tasks are named, lengths checked.
 
-RULER's tasks are lm-eval's own. Three of them look for the longest prompt that fits, and look for ever where none does;
-so the least length that each needs with the tokenizer at hand is found first, by lm-eval's own generators.
+RULER's tasks are lm-eval's own. Three of them look for the longest prompt that fits, and may look for ever where none
+does; so the least length that each needs with the tokenizer at hand is found first, by lm-eval's own generators.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def prepare(args: Namespace) -> None:
     model_args, metadata = (_mapping(written.get(name)) for name in ("model_args", "metadata"))
     if written.get("model") == NAME and "tokenizer" not in {**model_args, **metadata}:
         pretrained = model_args.get("pretrained")
-        if pretrained in MODELS:  # tasks that measure prompts load the tokenizer by a name that the hub knows, or a folder
+        if (
+            pretrained in MODELS
+        ):  # tasks that measure prompts load the tokenizer by a name that the hub knows, or a folder
             from quickmerge.serve.lm_eval import model_folder
 
             metadata = {**metadata, "tokenizer": model_folder(str(pretrained))}
@@ -107,7 +109,7 @@ def _mapping(given: Any) -> dict[str, Any]:
 
 
 def check_lengths(tasks: list[str], lengths: Any, tokenizer: Any) -> None:
-    """Raise QuickmergeError for a length at which one of RULER's tasks would look for a prompt for ever, or ask nothing.
+    """Raise QuickmergeError for a length at which one of RULER's tasks may look for a prompt for ever, or ask nothing.
 
     Args:
         tasks: names of lm-eval's; those that need no look are passed over.
@@ -125,7 +127,7 @@ def check_lengths(tasks: list[str], lengths: Any, tokenizer: Any) -> None:
                                   "for the shortest example of the task")  # fmt: skip
         if min(lengths) < least:
             raise QuickmergeError(f"max_seq_lengths must be at least {least} for {task} with this tokenizer, got "
-                                  f"{min(lengths)}: lm-eval would look for a shorter prompt for ever")  # fmt: skip
+                                  f"{min(lengths)}: at fewer lm-eval may look for one that fits for ever")  # fmt: skip
 
 
 Length = Callable[[str], int]
@@ -137,7 +139,7 @@ def _longest(draw: Callable[[], int]) -> int:
 
 def _variables(length: Length) -> int | None:
     """``ruler_vt``: ten sentences of filler, behind an example of five."""
-    from lm_eval.tasks.ruler.vt_utils import generate_input_output
+    from lm_eval.tasks.ruler.vt_utils import generate_input_output  # type: ignore[import-untyped]
 
     if _longest(lambda: length(generate_input_output(5, 1, 4, is_icl=True)[0])) + 30 > EXAMPLE:
         return None
@@ -151,7 +153,7 @@ def _variables(length: Length) -> int | None:
 
 def _common_words(length: Length) -> int:
     """``ruler_cwe``: ten words, six times each, behind an example of twenty."""
-    from lm_eval.tasks.ruler.cwe_utils import generate_input_output
+    from lm_eval.tasks.ruler.cwe_utils import generate_input_output  # type: ignore[import-untyped]
 
     def whole() -> int:
         example, prompt, answer = generate_input_output(10, EXAMPLE)
@@ -162,7 +164,7 @@ def _common_words(length: Length) -> int:
 
 def _frequent_words(length: Length) -> int:
     """``ruler_fwe``: the question alone, twice, and a vocabulary of which three words can be asked for."""
-    from lm_eval.tasks.ruler.fwe_utils import TEMPLATE
+    from lm_eval.tasks.ruler.fwe_utils import TEMPLATE  # type: ignore[import-untyped]
 
     return max(2 * length(TEMPLATE), 256)
 

@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -99,7 +98,9 @@ class QuickmergeLM(HFLM):  # type: ignore[misc]
                 "connection, or give a model folder"
             ) from error
         except TypeError as error:
-            raise QuickmergeError(f"the model can't be loaded with these model_args ({first_sentence(error)})") from error
+            raise QuickmergeError(
+                f"the model can't be loaded with these model_args ({first_sentence(error)})"
+            ) from error
         with one_sentence():
             self.counted = Counted(self.model, self._with_tokenizer())
         self.made.append(self)
@@ -207,13 +208,10 @@ class QuickmergeLM(HFLM):  # type: ignore[misc]
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **given: Any) -> torch.Tensor:
         """Prompts ``(B, N)``, padded on the left, with what is written behind them."""
-        mask = given.get("attention_mask")
-        merge = self.recipe.merge
-        chunked = isinstance(merge, Merge) and isinstance(merge.mode, BlockCausal)
-        if not chunked or mask is None or bool(mask.all()):
+        mask = given.get("attention_mask", torch.ones_like(context))
+        if not self._row_by_row(mask):
             with self.counted.batch(self._task):
                 return super()._model_generate(context, max_length, stop, **given)  # type: ignore[no-any-return]
-        # Chunks are counted from the first token, so no row may be padded: each is generated alone.
         rows = []
         for ids, own in zip(context, mask, strict=True):
             gap = len(own) - int(own.sum())
@@ -222,6 +220,14 @@ class QuickmergeLM(HFLM):  # type: ignore[misc]
                 out = super()._model_generate(ids[None, gap:], max_length - gap, stop, **alone)
             rows.append(torch.cat([ids[:gap], out[0]]))
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+
+    def _row_by_row(self, mask: torch.Tensor) -> bool:
+        """Whether each row of a batch is generated alone, which gives it the text that it has in the batch."""
+        if self.recipe.decoding is not None:  # rows accept drafts one by one, and lm-eval's criteria stop whole batches
+            return len(mask) > 1
+        # Chunks are counted from the first token, so no row may be padded.
+        merge = self.recipe.merge
+        return isinstance(merge, Merge) and isinstance(merge.mode, BlockCausal) and not bool(mask.all())
 
 
 def _only_behind(recipe: Recipe) -> str:

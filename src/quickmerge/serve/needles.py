@@ -1,8 +1,8 @@
 """Our tasks for lm-eval: facts hidden in documents that quickmerge ships, and asked for behind them.
 
-RULER hides its needles in essays that have to be downloaded. These five tasks ask for the same kinds of things, in other
-words and out of other documents, so they are not RULER and are not called so: one number, one UUID, one number among
-four keys, four numbers under one key, the numbers of four keys.
+RULER hides its needles in essays that have to be downloaded. These five tasks ask for the same kinds of things, in
+other words and out of other documents, so they are not RULER and are not called so: one number, one UUID, one number
+among four keys, four numbers under one key, the numbers of four keys.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[str, int, int, int]] = {
     "values": ("number", 1, 4, 1),
     "queries": ("number", 4, 1, 4),
 }
-"""What each task hides: the kind of its values, how many keys, how many values each has, how many keys are asked for."""
+"""What each task hides: the kind of its values, how many keys, values of each, and keys that are asked for."""
 
 Doc = dict[str, Any]
 
@@ -69,8 +69,8 @@ def samples(kind: str, tokenizer: Any, length: int, count: int) -> Iterator[Doc]
         asks = f"\n\nQuestion: {question}\nAnswer:"
         free = length - ROOM - sum(measured(" " + each) for each in (*facts, asks, begun))
         if free < length // 4:
-            raise QuickmergeError(f"max_seq_lengths must leave a quarter of a prompt to its filler: {length} tokens are "
-                                  f"too few for quickmerge_needle_{kind}")  # fmt: skip
+            raise QuickmergeError(f"max_seq_lengths must leave a quarter of a prompt to its filler: {length} tokens "
+                                  f"are too few for quickmerge_needle_{kind}")  # fmt: skip
         filler = _filler(draw, texts, free, measured)
         at = sorted(draw.sample(range(1, len(filler) + 1), min(len(facts), len(filler))))
         while len(at) < len(facts):
@@ -135,7 +135,7 @@ def dataset(kind: str, **given: Any) -> dict[str, Any]:
     Raises:
         QuickmergeError: no tokenizer is named or can be loaded, or a number is none.
     """
-    import datasets
+    import datasets  # type: ignore[import-untyped]
     from lm_eval.tasks.ruler.common_utils import get_tokenizer, resolve_tokenizer_name  # type: ignore[import-untyped]
 
     from quickmerge.models.load import MODELS

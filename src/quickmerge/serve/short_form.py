@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from quickmerge.errors import QuickmergeError
+from quickmerge.errors import QuickmergeError, near_match
 from quickmerge.merge.cli.options import add_prior, parse_budget
 from quickmerge.merge.place import Merge
 from quickmerge.merge.reducers import REDUCERS, make_reducer
@@ -65,14 +65,16 @@ def recipe_of(recipe: Recipe | str | os.PathLike[str] | None, settings: Mapping[
     if "tree" in words and "drafter" not in words:
         raise QuickmergeError("tree is for drafted tokens: give drafter too")
     merge = _merge(given)
-    return make_recipe(**words, **({} if merge is None else {"merge": merge}))
+    places: dict[str, Any] = {} if merge is None else {"merge": merge}
+    return make_recipe(cache=words.get("cache"), attention=words.get("attention"), drafter=words.get("drafter"),
+                       tree=words.get("tree"), **places)  # fmt: skip
 
 
 def _merge(given: dict[str, Any]) -> Merge | None:
     name = given.pop("reducer", None)
     if name is None:
         if given:
-            raise QuickmergeError(f"{sorted(given)[0]} is a setting of a reducer: give reducer=quickmerge or another too")
+            raise QuickmergeError(f"{sorted(given)[0]} is for a reducer: give reducer=quickmerge or another too")
         return None
     if not isinstance(name, str):
         raise QuickmergeError(f"reducer must be a name such as quickmerge, got {name!r:.80}")
@@ -81,13 +83,13 @@ def _merge(given: dict[str, Any]) -> Merge | None:
     of_mode = {f.name: given.pop(f.name) for f in fields(kind) if f.name in given}
     layer, prior = given.pop("layer", None), given.pop("prior", None)
     keep = _budget(given.pop("keep", None), given.pop("tokens", None))
-    own = [*(f.name for f in fields(REDUCERS[name.split(":")[0]])), "preset"] if name.split(":")[0] in REDUCERS else None
+    first = name.partition(":")[0]
+    kinds = [REDUCERS[first], kind] if first in REDUCERS else []
+    known = [*dict.fromkeys(f.name for each in kinds for f in fields(each) if f.name in SETTINGS), "preset"]
     for setting in given:
-        if own is not None and setting not in own:
-            raise QuickmergeError(
-                f"{setting} is no setting of {name} or of {kind.name} mode: give one of "
-                f"{', '.join(n for n in dict.fromkeys([*own, *(f.name for f in fields(kind))]) if n in SETTINGS)}"
-            )
+        if kinds and setting not in known:
+            raise QuickmergeError(f"{setting} is no setting of {first} or of {kind.name} mode: give one of "
+                                  f"{', '.join(known)}{near_match(setting, known)}")  # fmt: skip
     reducer = make_reducer(name, keep=keep, **given)
     if prior is not None:
         reducer = add_prior(reducer, str(prior))
