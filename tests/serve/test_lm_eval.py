@@ -129,6 +129,7 @@ def results(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_real_command_line_gives_the_numbers_of_hf_and_says_what_they_cost(
     tasks: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -254,7 +255,7 @@ def test_block_causal_likelihoods_read_the_merged_past(tasks: Path, batch: int) 
             assert nll == pytest.approx(float(logp.gather(-1, whole[0, -behind:, None]).sum()), abs=1e-9)
         if len(context) > 40:  # else no chunk has left the window
             assert [nll for ((nll, _),) in choices] != [nll for ((nll, _),) in own]
-    for doc, (found_nll,), (own_nll,) in zip(docs, found["reads"], plain["reads"], strict=True):
+    for doc, ((found_nll,),), ((own_nll,),) in zip(docs, found["reads"], plain["reads"], strict=True):
         ids = torch.tensor([[0, *tokenizer(doc)["input_ids"]]])
         with torch.no_grad(), qm.apply(model, recipe):
             logp = model(ids[:, :-1]).logits[0].log_softmax(-1)
@@ -353,13 +354,32 @@ def test_a_recipe_for_another_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no-such-owner/no-such-model", "the model no-such-owner/no-such-model can't be loaded"),
+        ("no-such-model", "no model is called 'no-such-model'"),
+        ("/nowhere/at/all", "there is no folder"),
+    ],
+)
+def test_models_that_are_not_there(name: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(QuickmergeError, match=said) as error:
+        QuickmergeLM(name, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("args", "said"),
     [
         (["--model_args", "pretrained=no-such-owner/no-such-model"], "no-such-owner/no-such-model"),
-        (["--model_args", "pretrained=no-such-model"], "no model is called"),
         (["--model_args", "pretrained={folder},reducer=tomee"], "reducer must be one of"),
-        (["--model_args", "pretrained={folder}", "--tasks", "no_such_task"], "lm-eval stopped (Tasks not found: no_such_task)"),
-        (["--model_args", "pretrained={folder},reducer=tome,min_tokens=0", "--tasks", "chooses"], "chooses scores likelihoods"),
+        (["--model_args", "pretrained={folder}", "--tasks", "no_such_task"], "stopped (Tasks not found: no_such_task)"),
+        (["--model_args", "pretrained={folder},reducer=tome", "--tasks", "chooses"], "chooses scores likelihoods"),
+        (["--model_args", "pretrained=smollm2-135m", "--tasks", "ruler_vt", "--metadata", "max_seq_lengths=[500]"],
+         "max_seq_lengths must be at least"),
     ],
 )  # fmt: skip
 def test_one_sentence_and_exit_code_2(args: list[str], said: str, tasks: Path, folder: Path, tmp_path: Path) -> None:
@@ -423,13 +443,14 @@ def test_needles_fit_and_stand_in_what_we_ship(kind: str) -> None:
         list(samples(kind, byte_level(), 120, 1))
 
 
+@pytest.mark.slow
 def test_needles_run_in_lm_eval_by_name(tmp_path: Path, folder: Path) -> None:
     args = ["--model", "quickmerge", "--model_args", f"pretrained={folder},reducer=tome,keep=0.5,max_length=4096"]
     done = commanded(
-        *args, "--tasks", "quickmerge_needle", "--limit", "1", "--device", "cpu", "--output_path", str(tmp_path / "out"),
+        *args, "--tasks", "quickmerge_needle", "--limit", "1", "--device", "cpu", "--output_path", str(tmp_path / "o"),
         "--metadata", '{"max_seq_lengths": [900], "samples": 2}', "--gen_kwargs", "max_gen_toks=4", home=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = results(tmp_path / "out")
+    found = results(tmp_path / "o")
     assert {f"quickmerge_needle_{kind}" for kind in KINDS} <= set(found["results"])
     assert found["config"]["quickmerge"]["costs"]["all"]["tokens_kept"] < 900 * 0.6

@@ -39,6 +39,7 @@ EXAMPLE = 500
 
 def register() -> None:
     """Make lm-eval know ``--model quickmerge``, if its release does not find it by the entry point."""
+    import lm_eval.models  # type: ignore[import-untyped]  # registers its own
     from lm_eval.api.registry import model_registry  # type: ignore[import-untyped]
 
     if NAME not in model_registry:

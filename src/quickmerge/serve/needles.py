@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from quickmerge.datasets.tasks import PLACES, TaskMaker
+from quickmerge.datasets.tasks import PLACES, own_texts
 from quickmerge.errors import QuickmergeError, whole_number
 
 __all__ = ["KINDS", "dataset", "process_results", "samples"]
@@ -54,13 +54,12 @@ def samples(kind: str, tokenizer: Any, length: int, count: int) -> Iterator[Doc]
     Raises:
         QuickmergeError: so long a prompt has no room for the facts.
     """
-    maker = TaskMaker(tokenizer, length)
-    texts = [[s for s in _SENTENCES.split(text) if s.strip()] for text in maker.texts]
+    texts = [[s for s in _SENTENCES.split(text) if s.strip()] for text in own_texts()]
     size: dict[str, int] = {}
 
     def measured(text: str) -> int:
         if text not in size:
-            size[text] = len(maker.ids(text))
+            size[text] = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         return size[text]
 
     for index in range(count):
@@ -79,7 +78,7 @@ def samples(kind: str, tokenizer: Any, length: int, count: int) -> Iterator[Doc]
             filler.insert(place, fact)
         text = " ".join(filler) + asks
         yield {"index": index, "input": text, "gen_prefix": begun, "outputs": outputs,
-               "length": len(maker.ids(f"{text} {begun}")), "max_length": length}  # fmt: skip
+               "length": measured(f"{text} {begun}"), "max_length": length}  # fmt: skip
 
 
 def _filler(
