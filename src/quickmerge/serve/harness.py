@@ -9,6 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ EXAMPLE = 500
 
 def register() -> None:
     """Make lm-eval know ``--model quickmerge``, if its release does not find it by the entry point."""
-    import lm_eval.models  # type: ignore[import-untyped]  # registers its own
+    import_module("lm_eval.models")  # which registers lm-eval's own
     from lm_eval.api.registry import model_registry  # type: ignore[import-untyped]
 
     if NAME not in model_registry:
