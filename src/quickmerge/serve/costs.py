@@ -37,6 +37,8 @@ class Cost:
         cache_bytes_full: the same of the plain model.
         decode_seconds: of the forwards behind them.
         decode_steps: how many forwards that were.
+        visual_in: visual tokens of the prompts, of a vision-language model.
+        visual_kept: of these, how many its language model reads.
     """
 
     rows: int = 0
@@ -50,6 +52,8 @@ class Cost:
     cache_bytes_full: float = 0.0
     decode_seconds: float = 0.0
     decode_steps: int = 0
+    visual_in: float = 0.0
+    visual_kept: float = 0.0
 
     def add(self, other: Cost) -> None:
         """Add the sums of another one; what was once not counted stays so."""
@@ -63,6 +67,7 @@ class Cost:
         Keys ``tokens_in``, ``tokens_kept``, ``prefill_seconds`` and ``cache_bytes`` are means over prompts.
         """
         rows = max(self.rows, 1)
+        seen = {"visual_in": self.visual_in / rows, "visual_kept": self.visual_kept / rows} if self.visual_in else {}
         return {
             "prompts": self.rows,
             "prompts_read_whole": self.rows_whole,
@@ -75,6 +80,7 @@ class Cost:
             "cache_ratio": self.cache_bytes / self.cache_bytes_full if self.cache_bytes_full else None,
             "decode_seconds": self.decode_seconds,
             "decode_steps": self.decode_steps,
+            **seen,
         }
 
 
@@ -149,6 +155,7 @@ class Counted:
                 rows, stats.rows_short + stats.rows_protected, rows * stats.tokens_in, rows * stats.tokens_kept,
                 stats.prefill_seconds, stats.reducer_seconds, None if share is None else rows * share,
                 stats.prompt_cache_bytes, stats.prompt_cache_bytes_full, stats.decode_seconds, stats.decode_steps,
+                *(rows * getattr(stats, name, 0.0) for name in ("visual_in", "visual_kept")),
             )
         )  # fmt: skip
 
@@ -159,12 +166,14 @@ class Counted:
         if self._run is None:
             return None
         for name, stats in self._run.summary().of.items():
-            if {"merge", "cache"} & set(name.split("+")):
+            if {"merge", "visual", "tower", "cache"} & set(name.split("+")):
                 return stats if isinstance(stats, RunStats) else None
         return None
 
     def _flops(self, stats: RunStats) -> float | None:
         merge = self.recipe.merge if isinstance(self.recipe.merge, Merge) else None
+        if {"visual", "tower"} & set(self.recipe.merges):
+            return None
         if merge is None and self.recipe.evictor is None:
             return 1.0
         # In block-causal mode every block still reads all tokens; what a query sees changes from chunk to chunk.
