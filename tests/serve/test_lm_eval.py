@@ -285,6 +285,13 @@ def test_costs_are_those_of_each_prompt_alone(tasks: Path) -> None:
     assert {name: batch[name] for name in mean} == pytest.approx(mean)
 
 
+def test_made_up_batches_that_find_the_size_are_nobody_s_prompts(tasks: Path) -> None:
+    lm = made(RECIPES["prefix"], "auto", max_batch_size=4)  # type: ignore[arg-type]
+    found = asked(lm, tasks, "writes")
+    assert found["config"]["quickmerge"]["costs"]["all"]["prompts"] == len(LENGTHS)
+    assert found["writes"] == asked(made(RECIPES["prefix"]), tasks, "writes")["writes"]
+
+
 def test_prompts_that_are_too_short_are_counted_as_read_whole(tasks: Path) -> None:
     told = asked(made(None, reducer="quickmerge", min_tokens=100), tasks, "writes")["config"]["quickmerge"]
     assert 0 < told["costs"]["all"]["prompts_read_whole"] < len(LENGTHS)
