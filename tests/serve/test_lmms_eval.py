@@ -97,7 +97,7 @@ def texts(place: Path, recipe: qm.Recipe) -> list[str]:
 def answers(out: Path) -> tuple[list[str], dict[str, Any]]:
     (samples,), (results,) = list(out.rglob("*samples*.jsonl")), list(out.rglob("*results.json"))
     rows: Sequence[dict[str, Any]] = [json.loads(line) for line in samples.read_text().splitlines()]
-    return [row["resps"][0][0] for row in sorted(rows, key=lambda r: r["doc_id"])], json.loads(results.read_text())
+    return [row["filtered_resps"] for row in sorted(rows, key=lambda r: r["doc_id"])], json.loads(results.read_text())
 
 
 @pytest.mark.slow
