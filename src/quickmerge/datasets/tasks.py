@@ -18,7 +18,7 @@ from typing import Any
 from quickmerge.data import demo_document
 from quickmerge.errors import QuickmergeError, near_match, whole_number
 
-__all__ = ["ROOM", "TASKS", "Query", "Sample", "TaskMaker"]
+__all__ = ["ROOM", "TASKS", "Query", "Sample", "TaskMaker", "own_texts"]
 
 VERSION = 1
 """Raised when a seed gives another sample, so that nobody takes results of one for those of the other."""
@@ -130,7 +130,7 @@ class TaskMaker:
     def __post_init__(self) -> None:
         self.tokens = whole_number("tokens", self.tokens)
         self.queries = whole_number("queries", self.queries)
-        self.texts = tuple(self.texts) or tuple(_own_texts())
+        self.texts = tuple(self.texts) or tuple(own_texts())
         self.code = tuple(self.code) or tuple(_own_code())
         for name in ("texts", "code"):
             if not all(self._known(text) for text in getattr(self, name)):
@@ -209,7 +209,8 @@ class TaskMaker:
         return self._ids[text]
 
 
-def _own_texts() -> Iterator[str]:
+def own_texts() -> Iterator[str]:
+    """Documents that are always there: the shipped handbook, and the language reference that comes with Python."""
     from pydoc_data.topics import topics
 
     whole = "\n\n".join(topics[name] for name in sorted(topics))

@@ -126,9 +126,9 @@ def drafter_name(given: str) -> str:
 def load_drafter(given: str) -> Drafter:
     """A drafter by what ``--drafter`` says.
 
-    It is ``lookup``, ``suffix``, shipped heads by their model, a folder of ``train gumiho``, or a hub id. Settings may follow:
-    ``lookup:ngram=2``, ``runs/gumiho:beam=4:fta=duplicate``. One of the first two and any other, joined by a plus sign,
-    draft together: ``suffix+smollm2-135m``.
+    It is ``lookup``, ``suffix``, shipped heads by their model, a folder of ``train gumiho``, or a hub id. Settings may
+    follow: ``lookup:ngram=2``, ``runs/gumiho:beam=4:fta=duplicate``. One of the first two and any other, joined by a
+    plus sign, draft together: ``suffix+smollm2-135m``.
 
     Raises:
         QuickmergeError: there is no such folder, it holds something else, or a setting is unknown or out of range.
