@@ -34,7 +34,8 @@ class RunStats:
     ``evictor`` is what makes the cache smaller when the prompt has been read, if anything does; ``evicted_none`` rows
     had fewer tokens than its ``min_tokens``, so that they keep all.
     ``spans`` is what was kept or merged as a whole, ``"line"`` or ``"word"``, or why nothing was; empty where no method
-    asked.
+    asked. ``literals`` is how many tokens of a row were of literals that stay alone, the mean over rows; None where
+    nobody asked for them.
     """
 
     mode: str = "prefix"
@@ -57,6 +58,7 @@ class RunStats:
     spans: str = ""
     evictor: str = ""
     evicted_none: int = 0
+    literals: float | None = None
 
     @property
     def tokens_kept(self) -> float:
@@ -75,6 +77,16 @@ class RunStats:
         out["tokens_kept"] = self.tokens_kept
         out["decode_seconds_per_token"] = self.decode_seconds_per_token
         return out
+
+    def _literals(self) -> str:
+        """A line on what stays alone for being of a literal, on top of what a budget keeps; nothing if none does."""
+        if self.literals is None:
+            return ""
+        others = self.tokens_kept - self.literals
+        line = f"  literals: {self.literals:g} tokens stay alone on top of keep, " \
+               f"{100 * self.literals / max(1.0, self.tokens_in):.0f} % of all"  # fmt: skip
+        above = self.tokens_kept < self.tokens_in and self.literals > others
+        return f"\n{line}; more than the {others:.0f} that are kept of the others" if above else f"\n{line}"
 
     def __str__(self) -> str:
         if not self.tokens_per_layer:
@@ -97,6 +109,7 @@ class RunStats:
             f"  decode:  {self.decode_steps} steps, {1e3 * self.decode_seconds_per_token:.1f} ms each\n"
             f"  cache:   {held:.2f} MiB, {100 * ratio:.0f} % of {full:.2f} MiB{own}"
             + (f"\n  evicted: {self.evictor}{kept}" if self.evictor else "")
+            + self._literals()
             + asked
         )
 

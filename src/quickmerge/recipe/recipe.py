@@ -46,7 +46,8 @@ class Recipe(Ingredients):
         sha256 of its files.
 
         Raises:
-            QuickmergeError: an ingredient can't be written, such as ``protect=`` or a reducer of your own.
+            QuickmergeError: an ingredient can't be written, such as a function of ``protect`` or a reducer
+                of your own.
         """
         return as_data(self._given())
 
@@ -57,7 +58,8 @@ class Recipe(Ingredients):
             folder: where to; made if need be.
 
         Raises:
-            QuickmergeError: an ingredient can't be written, such as ``protect=`` or a reducer of your own; or the disk
+            QuickmergeError: an ingredient can't be written, such as a function of ``protect`` or a reducer
+                of your own; or the disk
                 is full or not writable. What was there before is still there.
         """
         write(self._given(), Path(folder))

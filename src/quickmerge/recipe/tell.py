@@ -127,6 +127,9 @@ def tell(recipe: Ingredients, model: Any, tokens: int, visual: int | None = None
     return _Prompt(recipe, model, tokens, visual).told()
 
 
+_LITERALS = "literals stay alone, on top of what is kept: numbers, identifiers, paths, addresses, quoted text"
+
+
 class _Prompt:
     """A prompt in a language model: what each block reads of it, while ingredient after ingredient is told."""
 
@@ -193,8 +196,9 @@ class _Prompt:
         protected = mode.sinks + mode.recent
         kept = as_budget(reducer.keep)
         lossless = _keeps_all(kept)
-        lines = [f"prompts of fewer than {mode.min_tokens} tokens are read in full"] if mode.min_tokens else []
-        if not isinstance(kept, (Ratio, Count)):
+        lines = [_LITERALS] if mode.keeps_literals and not lossless else []
+        lines += [f"prompts of fewer than {mode.min_tokens} tokens are read in full"] if mode.min_tokens else []
+        if not isinstance(kept, (Ratio, Count)) or (mode.keeps_literals and not lossless):
             self.layers = None
             lines.append("how many tokens are kept depends on the text")
             return Effect("merge", merge.label, lossless, None, tuple(lines))
@@ -219,13 +223,15 @@ class _Prompt:
             raise QuickmergeError(f"layer must be one block in 0..{depth - 1} in block_causal mode, got {first}")
         least = mode.window + mode.chunk
         lines = [f"chunks of {mode.chunk} tokens are merged behind a window of {mode.window}, from block {first} on"]
-        if isinstance(kept, (Ratio, Count)) and self.layers is not None:
+        literals = mode.protect is not None and not _keeps_all(kept)
+        lines += [_LITERALS] * literals
+        if isinstance(kept, (Ratio, Count)) and self.layers is not None and not literals:
             self.held = [float(self.tokens)] * first + [
                 _chunked(self.tokens, kept, mode) for _ in range(depth - first)
             ]  # fmt: skip
             lines.append(f"caches of these blocks hold about {self.held[-1]:g} of {self.tokens} tokens")
         elif self.layers is not None:
-            self.held = None
+            self.layers = None
             lines.append("how many tokens are kept depends on the text")
         lines.append("every token of the prompt is read; what pays is the cache, and each new token's attention")
         return Effect("merge", merge.label, _keeps_all(kept), least, tuple(lines))
@@ -237,6 +243,9 @@ class _Prompt:
         if evictor.min_tokens:
             lines.append(f"caches of prompts of fewer than {evictor.min_tokens} tokens are left alone")
         least = max(1, evictor.min_tokens)
+        if evictor.protect is not None and evictor.keep < 1:
+            self.layers = None
+            lines.append(_LITERALS.replace("stay alone", "stay"))
         if self.layers is None or self.tokens < least:
             return Effect("cache", evictor.label, evictor.keep == 1, least, tuple(lines))
 
