@@ -3,8 +3,9 @@
     python benchmarks/documents.py && python benchmarks/literals.py
 
 Recovery, literals kept, FLOPs, cache and seconds of the prefill, with and without ``protect="literals"``, at two
-shares; and ways to spend about as much on more of everything instead. On 18 of the held-out documents, six of each
-kind, in bfloat16. Every measurement is written down as it comes, so that a run goes on where it was stopped. Writes
+shares; and a larger share without it, which spends about as much on everything alike. On as many of the held-out
+documents of each kind as ``--each`` says, in the precision that ``--dtype`` does. Every measurement is written down as
+it comes, so that a run goes on where it was stopped, and ``--measured`` writes what there is by then. Writes
 benchmarks/results/literals.json.
 """
 
@@ -42,41 +43,37 @@ def ways() -> dict[str, qm.Recipe]:
     def text(keep: float, protect: str | None = None) -> qm.Recipe:
         return qm.Recipe(merge=qm.Merge(qm.QuickMerge(keep=keep), mode=qm.Prefix(min_tokens=0, protect=protect)))
 
-    def cache(keep: float, protect: str | None = None) -> qm.Recipe:
-        return qm.Recipe(cache=qm.AttentionNorm(keep, min_tokens=0, protect=protect))
-
     return {
-        "merge 0.42": text(0.42), "merge 0.42, literals": text(0.42, "literals"),
-        "merge 0.2": text(0.2), "merge 0.2, literals": text(0.2, "literals"),
-        "merge 0.55": text(0.55), "cache 0.2": cache(0.2), "cache 0.2, literals": cache(0.2, "literals"),
+        "keep 0.42": text(0.42), "keep 0.42, literals": text(0.42, "literals"),
+        "keep 0.2": text(0.2), "keep 0.2, literals": text(0.2, "literals"),
+        "keep 0.6": text(0.6),
     }  # fmt: skip
 
 
 def measure(args: argparse.Namespace) -> None:
     """Every way on every document, in turns, the plain model before and after them; then the rows."""
-    model, tokenizer = load("smollm2-135m", dtype=torch.bfloat16)
+    model, tokenizer = load("smollm2-135m", dtype=getattr(torch, args.dtype))
     shape = model_shape(model)
     folder = (args.documents or cache_folder(None) / "documents") / "test"
-    documents = _some([_document(tokenizer, path) for path in sorted(folder.rglob("*.txt"))], 6)[: args.limit]
+    documents = _some([_document(tokenizer, path) for path in sorted(folder.rglob("*.txt"))], args.each)
     recipes = ways()
-    settings = {"model": "smollm2-135m", "context": CONTEXT, "target": TARGET, "dtype": "bfloat16", "asked": ASKED}
+    settings = {"model": "smollm2-135m", "context": CONTEXT, "target": TARGET, "dtype": args.dtype, "asked": ASKED}
     records = Records(args.work / "literals.jsonl", settings, ("document", "way"))
     with progress() as bar:
         task = bar.add_task("literals", total=len(documents) * len(recipes))
-        for turn, document in enumerate(documents):
+        for turn, document in enumerate([] if args.measured else documents):
             names = list(recipes)
             names = names[turn % len(names) :] + names[: turn % len(names)]
             todo = [name for name in names if records.get(document.name, name) is None]
             bar.update(task, advance=len(names) - len(todo))
             if not todo:
                 continue
+            every = probes(tokenizer, document.context, most=ASKED)
+            known = known_beside(every, repeats(model, document.context, every))  # which pays for allocation, too
             watch = observe(model)
-            document_nll(model, document, watch)  # the first one pays for allocation
             full = float(document_nll(model, document, watch).mean())
             seconds = [watch.summary().prefill_seconds]
             none = float(continuation_nll(model, document.nothing, document.target, observe(model)).mean())
-            every = probes(tokenizer, document.context, most=ASKED)
-            known = known_beside(every, repeats(model, document.context, every))
             found: list[Row] = []
             for name in todo:
                 recipe = recipes[name]
@@ -100,6 +97,7 @@ def measure(args: argparse.Namespace) -> None:
             seconds.append(watch.summary().prefill_seconds)
             for each in found:
                 records.add({**each, "seconds_full": sum(seconds) / 2})
+    documents = [d for d in documents if all(records.get(d.name, name) for name in recipes)]
     kinds: list[str | None] = [None, *sorted({str(d.kind) for d in documents})]
     rows = [_row(records, documents, name, recipe, kind) for kind in kinds for name, recipe in recipes.items()]
     told = {"environment": environment(), **settings, "documents": len(documents)}
@@ -129,7 +127,9 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=Path, default=None)
-    parser.add_argument("--limit", type=int, default=None, help="documents at most, for a trial")
+    parser.add_argument("--each", type=int, default=6, help="documents of each kind")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--measured", action="store_true", help="write what was measured so far, and measure nothing")
     parser.add_argument(
         "--work", type=Path, default=cache_folder(None) / "literals", help="where measurements are kept"
     )

@@ -58,6 +58,7 @@ def _register() -> None:
     from quickmerge.cli import generate, ls, tasks, train
     from quickmerge.merge.cli import bench, demo, plan, show
     from quickmerge.recipe import cli as recipe
+    from quickmerge.recipe import cli_calibrate as floors
     from quickmerge.recipe.options import record_ingredients
     from quickmerge.recognition import cli as recognition
     from quickmerge.speculative import cli as speculative
@@ -93,6 +94,7 @@ def _register() -> None:
     add(tells, "check", recipe.check, recipe.CHECK_EXAMPLE)
     app.add_typer(tells, help="What a recipe does to a model, and whether it can.")
 
+    add(app, "calibrate", floors.calibrate, floors.EXAMPLE)
     add(app, "recognize", recognition.recognize, recognition.EXAMPLE)
     add(app, "transplant", transplant.transplant, transplant.EXAMPLE)
     add(app, "plan", plan.plan, plan.EXAMPLE)

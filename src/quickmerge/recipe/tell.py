@@ -23,6 +23,7 @@ from quickmerge.models.encoder import Encoder, find_encoder, holds_encoder, hold
 from quickmerge.models.vlm import check_kind, holds_vlm, unwrapped
 from quickmerge.multipole.settings import Multipole
 from quickmerge.recipe.ingredients import Ingredients
+from quickmerge.recipe.measured import Measured
 from quickmerge.recipe.parts import check_places
 from quickmerge.recipe.speculation import Speculation
 from quickmerge.speculative.gumiho import Gumiho
@@ -69,6 +70,7 @@ class Told:
         flops_full: of the model alone.
         cache_bytes: keys and values of the prompt; None in a vision transformer.
         cache_bytes_full: of the model alone.
+        calibration: what was measured of the recipe, where it was calibrated.
     """
 
     model: str
@@ -79,6 +81,7 @@ class Told:
     flops_full: float
     cache_bytes: float | None
     cache_bytes_full: float | None
+    calibration: Measured | None = None
 
     @property
     def lossless(self) -> bool:
@@ -89,6 +92,7 @@ class Told:
         """Everything, for JSON."""
         out: dict[str, Any] = {**self.__dict__, "lossless": self.lossless}
         out["effects"] = [{**effect.__dict__, "lines": list(effect.lines)} for effect in self.effects]
+        out["calibration"] = None if self.calibration is None else self.calibration.as_dict()
         out["tokens_per_layer"] = None if self.tokens_per_layer is None else list(self.tokens_per_layer)
         return out
 
@@ -99,6 +103,8 @@ class Told:
         for effect in self.effects:
             lines.append(f"{effect.name}: {effect.label} ({'lossless' if effect.lossless else 'lossy'})")
             lines += [f"  {line}" for line in effect.lines]
+        if self.calibration is not None:
+            lines.append(str(self.calibration))
         if self.tokens_per_layer is None or self.flops is None:
             lines.append("tokens, FLOPs and cache depend on what is read")
             return "\n".join(lines)
