@@ -148,14 +148,23 @@ def _addresses(text: str) -> list[tuple[int, int]]:
             start += 1
         match = _ADDRESS.match(text, at + 3)
         stop = at + 3 if match is None else match.end()
-        kept = text[at + 3 : stop].rstrip(".,:;!?*|")
-        for opens, closes in ("()", "[]", "{}"):
-            if opens not in kept:
-                kept = kept.rstrip(closes + ".,:;!?*|")
-        if start < at and kept:
-            found.append((start, at + 3 + len(kept)))
+        end = _end(text, at + 3, stop)
+        if start < at and end > at + 3:
+            found.append((start, end))
         at = text.find("://", max(stop, at + 3))
     return found
+
+
+def _end(text: str, start: int, stop: int) -> int:
+    """Where an address ends: in front of marks, and of brackets that were not opened in it."""
+    more = {
+        closes: text.count(closes, start, stop) - text.count(opens, start, stop) for opens, closes in ("()", "[]", "{}")
+    }
+    while stop > start and (text[stop - 1] in ".,:;!?*|" or more.get(text[stop - 1], 0) > 0):
+        stop -= 1
+        if text[stop] in more:
+            more[text[stop]] -= 1
+    return stop
 
 
 def _united(found: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
