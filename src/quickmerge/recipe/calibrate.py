@@ -27,7 +27,7 @@ from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.text.modes import Prefix
 from quickmerge.models.vlm import holds_vlm, unwrapped
 from quickmerge.recipe.measured import Measured
-from quickmerge.recipe.recipe import Recipe, apply
+from quickmerge.recipe.recipe import Recipe
 from quickmerge.recipe.scores import Item, Score, literals_score, recovery_score, tasks_score
 
 __all__ = ["FEW", "HALF", "SCORES", "Calibration", "Point", "calibrate"]
@@ -184,9 +184,10 @@ def calibrate(
     model = unwrapped(model)
     if holds_vlm(model):
         raise UnsupportedModelError(f"calibrate is for language models, got {type(model).__name__}")
-    with_keep(recipe, 0.5).check(model)
+    reads = _reading(recipe, tokenizer)
+    with_keep(reads, 0.5).check(model)
     items, scored = _scored(model, tokenizer, texts, score, tokens, target, literals, samples, seed)
-    measure = _Measure(model, recipe, scored, records, {
+    measure = _Measure(model, reads, scored, records, {
         "score": score, "model": _name(model, name), "tokens": tokens, "target": target, "seed": seed,
         "literals": literals, "dtype": _dtype(model), "recipe": _told(recipe),
     }, advance)  # fmt: skip
@@ -275,6 +276,13 @@ def _as_recipe(given: Any) -> Recipe:
     return given
 
 
+def _reading(recipe: Recipe, tokenizer: Any) -> Recipe:
+    """The recipe as it is measured: where literals stay alone, they are found by this tokenizer."""
+    if not isinstance(recipe.merge, Merge) or recipe.merge.mode is None or recipe.merge.mode.tokenizer is not None:
+        return recipe
+    return replace(recipe, merge=replace(recipe.merge, mode=replace(recipe.merge.mode, tokenizer=tokenizer)))
+
+
 def _check_reaches(recipe: Recipe, tokens: int) -> None:
     """Refuse contexts that the recipe reads in full: every share would look perfect."""
     if isinstance(recipe.merge, Merge):
@@ -322,7 +330,7 @@ class _Measure:
         self, model: Any, recipe: Recipe, score: Score, records: Path | None, settings: Mapping[str, Any],
         advance: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.model, self.recipe, self.score, self.advance = model, recipe, score, advance
+        self.recipe, self.score, self.advance = recipe, score, advance
         self.records = Records(records, settings, ("item", "keep"))
         try:
             self.shape: Shape | None = model_shape(model)
@@ -337,7 +345,7 @@ class _Measure:
                 held = self.score.plain(item)
             else:
                 recipe = with_keep(self.recipe, keep)
-                held = self.score.reduced(item, self._record(item, None), recipe, apply(self.model, recipe), self.shape)
+                held = self.score.reduced(item, self._record(item, None), recipe, self.shape)
             self.records.add({"item": item.key, "keep": keep, **held})
         return held
 

@@ -17,7 +17,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.merge.bench.cost import Shape
 from quickmerge.merge.place import Merge
 from quickmerge.merge.run import observe
-from quickmerge.recipe.recipe import Recipe
+from quickmerge.recipe.recipe import Recipe, apply
 from quickmerge.recipe.run import RecipeRun
 from quickmerge.recipe.tasks import Asking
 
@@ -48,8 +48,8 @@ class Score(ABC):
         """What the plain model makes of an item, of JSON's own types; ``bottom`` is what the item is worth."""
 
     @abstractmethod
-    def reduced(self, item: Item, plain: Mapping[str, Any], recipe: Recipe, run: RecipeRun, shape: Shape | None) -> Row:
-        """The same inside of a run, beside what the plain one said: ``top``, ``flops_ratio`` and ``cache_ratio``."""
+    def reduced(self, item: Item, plain: Mapping[str, Any], recipe: Recipe, shape: Shape | None) -> Row:
+        """The same by a recipe, beside what the plain one said: ``top``, ``flops_ratio`` and ``cache_ratio``."""
 
 
 def costs(recipe: Recipe, run: RecipeRun, shape: Shape | None) -> Row:
@@ -92,7 +92,8 @@ class _Recovery(Score):
         none = float(continuation_nll(model, document.nothing, document.target, observe(model)).mean())
         return {"full": full, "none": none, "bottom": none - full}
 
-    def reduced(self, item: Item, plain: Mapping[str, Any], recipe: Recipe, run: RecipeRun, shape: Shape | None) -> Row:
+    def reduced(self, item: Item, plain: Mapping[str, Any], recipe: Recipe, shape: Shape | None) -> Row:
+        run = apply(self.model, recipe)
         nll = float(document_nll(self.model, item.holds, run).mean())
         return {"nll": nll, "top": plain["none"] - nll, **costs(recipe, run, shape)}
 
@@ -120,8 +121,9 @@ class _Literals(Score):
         known = repeats(self.model, item.holds.context, asked, observe(self.model))
         return {"asked": len(asked), "known": known, "bottom": sum(known)}
 
-    def reduced(self, item: Item, plain: Mapping[str, Any], recipe: Recipe, run: RecipeRun, shape: Shape | None) -> Row:
+    def reduced(self, item: Item, plain: Mapping[str, Any], recipe: Recipe, shape: Shape | None) -> Row:
         asked = probes(self.tokenizer, item.holds.context, most=self.most, seed=self.seed)
+        run = apply(self.model, recipe)
         _, still = survives(self.model, item.holds, known_beside(asked, plain["known"]), run)
         return {"top": sum(still), **costs(recipe, run, shape)}
 
@@ -148,7 +150,7 @@ class _Tasks(Score):
         (scored,) = self.asking.ask([item.holds], None)
         return {"bottom": int(scored.exact), "cache_bytes": scored.cache_bytes}
 
-    def reduced(self, item: Item, plain: Mapping[str, Any], recipe: Recipe, run: RecipeRun, shape: Shape | None) -> Row:
+    def reduced(self, item: Item, plain: Mapping[str, Any], recipe: Recipe, shape: Shape | None) -> Row:
         (scored,) = self.asking.ask([item.holds], recipe)
         return {
             # What the plain model can't answer may be answered by luck, and is of no account.
