@@ -126,7 +126,7 @@ def test_what_was_measured_does_not_count_for_being_equal_and_goes_with_other_se
         ({"held_out": 1}, "calibration.held_out must be true or false, got 1"),
         (
             {"flavour": 1},
-            "calibration has the unknown entry 'flavour' .did you mean 'floor'.*: it was written by quickmerge 99.0, and this is",
+            "calibration has the unknown entry 'flavour' .did you mean 'floor'.*: it was written by quickmerge 99.0",
         ),
         (None, "calibration.label is missing"),
     ],
