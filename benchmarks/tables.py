@@ -20,6 +20,7 @@ import numpy as np
 from budget_tables import BUDGETS
 from calm_tables import CALM
 from gumiho_tables import GUMIHO
+from literal_tables import LITERALS
 from multipole_tables import MULTIPOLE
 from recipe_tables import RECIPES
 from transplant_tables import TRANSPLANT
@@ -513,7 +514,7 @@ TABLES: dict[str, Callable[[], Table | None]] = {
     )
 }  # fmt: skip
 TABLES["prior_kinds"] = partial(kinds, "prior_recovery", 1)
-TABLES |= BUDGETS | VLM_ZOO
+TABLES |= BUDGETS | VLM_ZOO | LITERALS
 MADE = OWN | MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST | RECIPES
 TABLES |= {name: partial(made_of, *of) for name, of in MADE.items()}
 
