@@ -59,8 +59,10 @@ def test_where_no_share_will_do_the_code_tells_and_nothing_is_saved(
         "calibrate", "--text", mine, "--model", counts, *SHORT[:4], "--step", 0.6, "--floor", 1,
         "--reducer", "truncate", "--out", tmp_path / "recipe",
     )  # fmt: skip
-    assert code == 3, err
-    assert "no keep below 1 stays above 1: the best is keep" in told and not (tmp_path / "recipe").exists()
+    assert code == 3, (told, err)
+    assert (
+        "no keep below 1 stays above 1: the best is keep" in told and not (tmp_path / "recipe" / "recipe.json").exists()
+    )
 
 
 @pytest.mark.parametrize(
