@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from quickmerge._lazy import lazy
 
 if TYPE_CHECKING:
-    from quickmerge.recipe.calibrate import Calibration as Calibration
-    from quickmerge.recipe.calibrate import calibrate as calibrate
+    from quickmerge.recipe.calibration import Calibration as Calibration
+    from quickmerge.recipe.calibration import calibrate as calibrate
     from quickmerge.recipe.measured import Measured as Measured
     from quickmerge.recipe.reading import Reading as Reading
     from quickmerge.recipe.reading import read as read
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "calibrate": ("Calibration", "calibrate"),
+        "calibration": ("Calibration", "calibrate"),
         "measured": ("Measured",),
         "reading": ("Reading", "read"),
         "recipe": ("Recipe", "apply"),

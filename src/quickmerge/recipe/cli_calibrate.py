@@ -90,8 +90,8 @@ def calibrate(
     if dtype is not None and dtype not in PRECISIONS:
         raise QuickmergeError(f"--dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}")
     made = load_recipe(recipe) if recipe is not None else _recipe(reducer, layer, prior, protect)
-    from quickmerge.recipe.calibrate import calibrate as search
-    from quickmerge.recipe.calibrate import check_floor
+    from quickmerge.recipe.calibration import calibrate as search
+    from quickmerge.recipe.calibration import check_floor
 
     with one_sentence():
         check_floor(floor, score, 0.05, step)
@@ -163,7 +163,7 @@ def _long_enough(tokenizer: object, texts: list[str], score: str) -> tuple[list[
     """Those with tokens enough to be measured, and how many are not."""
     from quickmerge.bench.quality import first_tokens
     from quickmerge.datasets.text import LEAST
-    from quickmerge.recipe.calibrate import SCORES
+    from quickmerge.recipe.calibration import SCORES
 
     if score not in SCORES:  # a task is asked in the midst of all texts together
         return texts, 0

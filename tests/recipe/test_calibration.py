@@ -13,7 +13,7 @@ from counting_model import counting_model, documents
 import quickmerge as qm
 from quickmerge.bench.quality import recovery
 from quickmerge.recipe import Measured
-from quickmerge.recipe.calibrate import FEW, HALF, calibrate
+from quickmerge.recipe.calibration import FEW, HALF, calibrate
 
 SHORT: dict[str, Any] = {"tokens": 280, "target": 24}
 RECIPE = qm.Recipe(
@@ -172,7 +172,7 @@ def test_no_share_may_do(host: tuple[Any, Any], tmp_path: Path) -> None:
 
 
 def test_a_score_that_does_not_rise_is_told() -> None:
-    from quickmerge.recipe.calibrate import Calibration, Point, _remarks
+    from quickmerge.recipe.calibration import Calibration, Point, _remarks
 
     points = tuple(
         Point(keep, value, None, None, 3, None, 0.5) for keep, value in ((0.2, 0.95), (0.4, 0.9), (0.6, 0.99))
