@@ -21,6 +21,7 @@ from budget_tables import BUDGETS
 from calm_tables import CALM
 from gumiho_tables import GUMIHO
 from harness_tables import HARNESS
+from literal_tables import LITERALS
 from multipole_tables import MULTIPOLE
 from recipe_tables import RECIPES
 from server_tables import SERVER
@@ -515,7 +516,7 @@ TABLES: dict[str, Callable[[], Table | None]] = {
     )
 }  # fmt: skip
 TABLES["prior_kinds"] = partial(kinds, "prior_recovery", 1)
-TABLES |= BUDGETS | VLM_ZOO | HARNESS
+TABLES |= BUDGETS | VLM_ZOO | HARNESS | LITERALS
 MADE = OWN | MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST | RECIPES | SERVER
 TABLES |= {name: partial(made_of, *of) for name, of in MADE.items()}
 

@@ -67,10 +67,12 @@ if TYPE_CHECKING:
     from quickmerge.multipole import Multipole as Multipole
     from quickmerge.multipole import MultipoleCache as MultipoleCache
     from quickmerge.multipole import multipole as multipole
+    from quickmerge.recipe import Calibration as Calibration
     from quickmerge.recipe import Reading as Reading
     from quickmerge.recipe import Recipe as Recipe
     from quickmerge.recipe import Speculation as Speculation
     from quickmerge.recipe import apply as apply
+    from quickmerge.recipe import calibrate as calibrate
     from quickmerge.recipe import read as read
     from quickmerge.recognition import Recognizer as Recognizer
     from quickmerge.speculative import BestOf as BestOf
@@ -126,7 +128,7 @@ __getattr__, __dir__, __all__ = lazy(
         "models": ("load", "load_vision", "load_vlm"),
         "models.attachment": ("detach",),
         "multipole": ("Multipole", "MultipoleCache", "multipole"),
-        "recipe": ("Reading", "Recipe", "Speculation", "apply", "read"),
+        "recipe": ("Calibration", "Reading", "Recipe", "Speculation", "apply", "calibrate", "read"),
         "recognition": ("Recognizer",),
         "speculative": ("BestOf", "PromptLookup", "SpeculativeDecoding", "SuffixDecoding"),
         "speculative.gumiho": ("Gumiho",),

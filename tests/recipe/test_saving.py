@@ -243,7 +243,7 @@ FILES: list[tuple[Any, str]] = [
     ({**GOOD, "merge": {"type": "Merge"}}, "merge.reducer is missing"),
     ({**GOOD, "merge": {"type": "QuickMergePrior"}}, "merge.prior is missing"),
     ({**GOOD, "merge": {"type": "Merge", "reducer": MERGE, "mode": {"type": "Prefix", "protect": "os.system"}}},
-     "merge.mode: protect must be a function of input_ids, or None, got 'os.system'"),
+     "merge.mode: protect must be 'literals', a function of input_ids, several of these or None, got 'os.system'"),
     ({**GOOD, "attention": {"type": "Multipole", "budget": -1}}, "attention: budget must be a whole number"),
     ({**GOOD, "decoding": [{"type": "PromptLookup"}]}, "decoding must be a Drafter"),
     ({**GOOD, "decoding": {"type": "Gumiho", "network": "smollm2-135m"}}, "decoding.network must name a trained part"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from quickmerge.bench.literals import LITERALS
 from quickmerge.bench.table import Cell, Column, Row, Table
 from quickmerge.errors import QuickmergeError
 from quickmerge.viz.format import NONE, clean, count, loss, number, one_line, percent, seconds, share, size, times
@@ -110,6 +111,7 @@ COLUMNS = (
     Column("reducer time", _in(seconds, "reducer_seconds"), spare=True),
     Column("FLOPs", _in(percent, "flops_ratio")),
     Column("cache", _cache),
+    *LITERALS,
 )
 
 

@@ -58,6 +58,7 @@ def _register() -> None:
     from quickmerge.cli import generate, ls, push, tasks, train
     from quickmerge.merge.cli import bench, demo, plan, show
     from quickmerge.recipe import cli as recipe
+    from quickmerge.recipe import cli_calibrate as floors
     from quickmerge.recipe.options import record_ingredients
     from quickmerge.recognition import cli as recognition
     from quickmerge.serve import cli as serve
@@ -95,6 +96,7 @@ def _register() -> None:
     add(tells, "check", recipe.check, recipe.CHECK_EXAMPLE)
     app.add_typer(tells, help="What a recipe does to a model, and whether it can.")
 
+    add(app, "calibrate", floors.calibrate, floors.EXAMPLE)
     add(app, "package", serve.package, serve.EXAMPLE)
     add(app, "batch", batch.batch, batch.EXAMPLE)
     add(app, "recognize", recognition.recognize, recognition.EXAMPLE)

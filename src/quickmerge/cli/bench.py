@@ -13,6 +13,7 @@ from quickmerge.console.options import (
     LAYER,
     MAX_NEW_TOKENS,
     PRIOR,
+    PROTECT,
     REPORT,
     check_output,
     one_sentence,
@@ -62,6 +63,11 @@ def text(
         list[str] | None,
         typer.Option("--recipe", help="A recipe to measure, once for each, not --reducer.", rich_help_panel=FEWER),
     ] = None,
+    protect: PROTECT = None,
+    literals: Annotated[
+        int,
+        typer.Option("--literals", min=0, help="Ask for so many literals of each document, too."),
+    ] = 0,
     max_new_tokens: MAX_NEW_TOKENS = 64,
     out: REPORT = None,
     json: JSON = None,
@@ -76,14 +82,24 @@ def text(
         if colon and keep is not None:
             raise QuickmergeError(f"--keep must be left out where --budget names a share, got {keep} and {budget}")
         kept = (shares if colon else keep) or KEEPS
-        measure_text(text, model, context, target, reducer or METHODS, kept, layer, prior, out, json, kind)
+        measure_text(
+            text, model, context, target, reducer or METHODS, kept, layer, prior, out, json, kind, protect, literals
+        )
         return
-    options = {"--reducer": reducer, "--keep": keep, "--budget": budget, "--layer": layer, "--prior": prior}
+    options = {
+        "--protect": protect,
+        "--reducer": reducer,
+        "--keep": keep,
+        "--budget": budget,
+        "--layer": layer,
+        "--prior": prior,
+    }
     given = given_names(options)
     check_alone(recipe[0], given)
     if max_new_tokens < 2:
         raise QuickmergeError(f"--max-new-tokens must be at least 2 with --recipe, got {max_new_tokens}")
     from quickmerge.console.results import show_result
+    from quickmerge.models.spans import tokenizer_of
     from quickmerge.recipe.bench import PLAIN, bench_recipes, recipes_report
 
     names = [Path(each).absolute().name.removesuffix(Path(each).suffix) or each for each in recipe]
@@ -97,7 +113,10 @@ def text(
         def advance(label: str) -> None:
             bar.update(task, advance=1, description=Path(label).name)
 
-        found = bench_recipes(lm, documents, recipes, max_new_tokens=max_new_tokens, advance=advance)
+        found = bench_recipes(
+            lm, documents, recipes, max_new_tokens=max_new_tokens, literals=literals,
+            tokenizer=tokenizer_of(lm) if literals else None, advance=advance,
+        )  # fmt: skip
     found = found.about(
         model=model, context=context, target=target, max_new_tokens=max_new_tokens,
         documents=[document.name for document in documents],

@@ -22,6 +22,7 @@ from quickmerge.console.options import (
     MIN_TOKENS,
     MODEL,
     PRIOR,
+    PROTECT,
     RAW,
     SAMPLE,
     SAMPLE_SEED,
@@ -30,6 +31,7 @@ from quickmerge.console.options import (
     Alone,
     check_model,
     check_output,
+    check_protect,
     check_text,
     load_writer,
     parse_layer,
@@ -39,7 +41,7 @@ from quickmerge.console.options import (
     write_json,
 )
 from quickmerge.errors import QuickmergeError
-from quickmerge.merge.cli.options import add_prior, parse_budget, parse_reducer
+from quickmerge.merge.cli.options import add_prior, parse_budget, parse_cache, parse_reducer
 from quickmerge.merge.cli.vlm import check_vlm, load_vlm
 from quickmerge.multipole.cli import NAME as MULTIPOLE
 from quickmerge.recipe.options import (
@@ -97,6 +99,7 @@ def text(
     layer: LAYER = None,
     prior: PRIOR = None,
     min_tokens: MIN_TOKENS = None,
+    protect: PROTECT = None,
     cache: CACHE = None,
     attention: ATTENTION = None,
     budget: BUDGET = None,
@@ -119,10 +122,13 @@ def text(
         raise QuickmergeError(f"{model} is a CALM: let it write with quickmerge generate calm")
     sample, temperature = parse_sampling(sample, temperature, seed)
     merging = {"--reducer": reducer, "--keep": keep, "--layer": layer, "--prior": prior, "--min-tokens": min_tokens}
+    check_protect(protect)
     cheaper = {"--cache": cache, "--attention": attention, "--budget": budget, "--drafter": drafter, "--tree": tree}
     merged = given_names(merging)
-    check_alone(recipe, given_names({**merging, **cheaper}))
+    check_alone(recipe, given_names({**merging, **cheaper, "--protect": protect}))
     check_helpers(attention, budget, drafter, tree)
+    if protect is not None and cache is None and not merged and (attention, drafter) != (None, None):
+        raise QuickmergeError("--protect is for tokens that are merged or leave the cache: give --keep or --cache too")
     check_folder(save)
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "sample": sample, "temperature": temperature, "seed": seed
@@ -137,7 +143,9 @@ def text(
             # Nobody knows beforehand what will be asked.
             share = SHARE if keep is None else keep
             cache, keep, merged = f"kvzip:keep={share!r}", None, []
-        made = _recipe(recipe, reducer, keep, layer, prior, min_tokens, cache, attention, budget, drafter, tree, merged)
+        made = _recipe(
+            recipe, reducer, keep, layer, prior, min_tokens, cache, attention, budget, drafter, tree, merged, protect
+        )
         ask_each(model, document, ask, made, settings, compare=compare, raw=raw, json=json)
         save_recipe(save, made)
         return
@@ -162,10 +170,12 @@ def text(
     document, prompt = parse_question(prompt, file)
     check_model(model, question(document, prompt))
     # what takes seconds to import comes after what can be told at once
-    made = _recipe(recipe, reducer, keep, layer, prior, min_tokens, cache, attention, budget, drafter, tree, merged)
+    made = _recipe(
+        recipe, reducer, keep, layer, prior, min_tokens, cache, attention, budget, drafter, tree, merged, protect
+    )
     lm, tokenizer = load_writer(model)
     alone = Alone.writing(lm, tokenizer)
-    if recipe is not None or drafter is not None or cache is not None:
+    if recipe is not None or drafter is not None or cache is not None or protect is not None:
         from quickmerge.recipe.answer import answer
 
         def by(way: Recipe | None) -> RecipeAnswer:
@@ -183,7 +193,7 @@ def text(
 def _recipe(
     recipe: str | None, reducer: str | None, keep: float | None, layer: str | None, prior: str | None,
     min_tokens: int | None, cache: str | None, attention: str | None, budget: int | None, drafter: str | None,
-    tree: str | None, merged: list[str],
+    tree: str | None, merged: list[str], protect: str | None,
 ) -> Recipe:  # fmt: skip
     """The recipe that was named, or that options say; ``merged`` are those of merging that were given."""
     if recipe is not None:
@@ -192,19 +202,28 @@ def _recipe(
     if merged or (cache is None and attention is None and drafter is None):
         method = parse_reducer(reducer or "quickmerge", SHARE if keep is None else keep)
         method = method if prior is None else add_prior(method, prior)
+    if method is None and protect is not None:
+        from dataclasses import replace
+
+        evictor = parse_cache(cache)
+        assert evictor is not None
+        return make_recipe(
+            cache=replace(evictor, protect=protect), attention=attention, budget=budget, drafter=drafter, tree=tree
+        )
     return make_recipe(
-        merge=None if method is None else _place(method, parse_layer(layer), min_tokens), cache=cache,
+        merge=None if method is None else _place(method, parse_layer(layer), min_tokens, protect), cache=cache,
         attention=attention, budget=budget, drafter=drafter, tree=tree,
     )  # fmt: skip
 
 
-def _place(method: Any, depth: Any, min_tokens: int | None) -> Any:
+def _place(method: Any, depth: Any, min_tokens: int | None, protect: str | None = None) -> Any:
     from quickmerge.console.options import one_sentence
     from quickmerge.merge.place import Merge
     from quickmerge.merge.text.modes import Prefix
 
     with one_sentence():
-        return Merge(method, depth, None if min_tokens is None else Prefix(min_tokens=min_tokens))
+        given = {**told_min_tokens(min_tokens), **({} if protect is None else {"protect": protect})}
+        return Merge(method, depth, Prefix(**given) if given else None)
 
 
 def _squares(recipe: Recipe, vlm: Any) -> Recipe:

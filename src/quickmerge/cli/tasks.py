@@ -15,9 +15,11 @@ from quickmerge.console.options import (
     MODEL,
     OUTPUT,
     PRIOR,
+    PROTECT,
     REPORT,
     Alone,
     check_output,
+    check_protect,
     load_writer,
     one_sentence,
     parse_keeps,
@@ -74,6 +76,7 @@ def tasks(
     ] = None,
     layer: LAYER = None,
     prior: PRIOR = None,
+    protect: PROTECT = None,
     recipe: Annotated[
         list[str] | None,
         typer.Option("--recipe", help="A recipe to measure, once for each, --reducer or not.", rich_help_panel=FEWER),
@@ -106,7 +109,8 @@ def tasks(
             )
     chosen = _range("--seeds", seeds)
     texts = [read_text(path) for path in documents or ()]
-    ways = _ways(reducer, keep, layer, prior, recipe or [])
+    check_protect(protect)
+    ways = _ways(reducer, keep, layer, prior, recipe or [], protect)
     from quickmerge.console.results import show_result
     from quickmerge.recipe.tasks import bench_tasks, tasks_report
 
@@ -126,7 +130,12 @@ def tasks(
 
 
 def _ways(
-    reducer: str | None, keep: str | None, layer: str | None, prior: str | None, recipes: list[str]
+    reducer: str | None,
+    keep: str | None,
+    layer: str | None,
+    prior: str | None,
+    recipes: list[str],
+    protect: str | None = None,
 ) -> dict[str, Recipe]:
     """What is compared, by what tables call it: every reducer at every keep, and recipes."""
     from quickmerge.merge.cache import Evictor
@@ -142,7 +151,7 @@ def _ways(
             raise QuickmergeError(f"--recipe must give each recipe a name of its own, got {name!r} for two ways")
         found[name] = load_recipe(each)
     if recipes and reducer is None:
-        check_alone(recipes[0], given_names({"--keep": keep, "--layer": layer, "--prior": prior}))
+        check_alone(recipes[0], given_names({"--keep": keep, "--layer": layer, "--prior": prior, "--protect": protect}))
         return found
     keeps, depth = parse_keeps(keep or KEEPS), parse_layer(layer)
     methods = [parse_method(name.strip(), keeps[0]) for name in (reducer or METHODS).split(",")]
@@ -154,9 +163,9 @@ def _ways(
             with one_sentence():
                 way: Reducer | Evictor = replace(method, keep=share)
                 made = (
-                    Recipe(cache=way)
+                    Recipe(cache=replace(way, protect=protect or way.protect))
                     if isinstance(way, Evictor)
-                    else Recipe(merge=Merge(way, depth, Prefix(min_tokens=0)))
+                    else Recipe(merge=Merge(way, depth, Prefix(min_tokens=0, protect=protect)))
                 )
             found[f"{method.label} {share:g}"] = made
     return found

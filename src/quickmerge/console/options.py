@@ -10,7 +10,7 @@ import typer
 
 from quickmerge.console.ending import Alone as Alone
 from quickmerge.console.ending import one_sentence as one_sentence
-from quickmerge.errors import QuickmergeError, UnsupportedModelError, door, half_character
+from quickmerge.errors import QuickmergeError, UnsupportedModelError, door, half_character, near_match
 from quickmerge.files import MOST_TEXT
 from quickmerge.files import check_output as check_output
 from quickmerge.files import read_text as read_text
@@ -52,6 +52,10 @@ MIN_TOKENS = Annotated[
         help="Texts of fewer tokens are read in full. Default: 256.",
         rich_help_panel=FEWER,
     ),
+]
+PROTECT = Annotated[
+    str | None,
+    typer.Option("--protect", help="literals: numbers, names and paths stay as they are.", rich_help_panel=FEWER),
 ]
 PRIOR = Annotated[
     str | None,
@@ -125,6 +129,12 @@ def parse_sampling(sample: bool, temperature: float | None, seed: int) -> tuple[
     if not -(2**63) <= seed < 2**63:
         raise QuickmergeError(f"--seed must be a whole number of 64 bits, got {seed}")
     return sample or bool(temperature), temperature or None
+
+
+def check_protect(given: str | None) -> None:
+    """Raise QuickmergeError unless ``--protect`` is literals, or left out."""
+    if given not in (None, "literals"):
+        raise QuickmergeError(f"--protect must be literals, got {given!r:.80}{near_match(str(given), ['literals'])}")
 
 
 def told_min_tokens(given: int | None) -> dict[str, Any]:

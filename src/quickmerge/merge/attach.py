@@ -225,7 +225,8 @@ def _run(
     if reducer is None and cache is not None:
         if layer is not None:
             raise QuickmergeError(f"layer must be None where nothing is merged, got {layer!r}")
-        for name in ("sinks", "min_tokens", *(["tokenizer"] if cache.unit is None else [])):
+        reads = cache.unit is not None or cache.protect is not None or "protect" in settings
+        for name in ("sinks", "min_tokens", *([] if reads else ["tokenizer"])):
             if name in settings:
                 own = f": say {type(cache).__name__}({name}=...)" * (name != "tokenizer")
                 raise QuickmergeError(f"{name} is of what is merged, and nothing is, got {settings[name]!r:.80}{own}")

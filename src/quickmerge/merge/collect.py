@@ -16,7 +16,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.merge.attach import reduce
 from quickmerge.merge.reducers import Reducer
 from quickmerge.merge.run import RunStats, VisionStats
-from quickmerge.merge.text.modes import Prefix
+from quickmerge.merge.text.modes import Prefix, Protect
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.vision.vit import VisionRun, encode_frames
 from quickmerge.merge.visual.vlm import VlmRun
@@ -61,14 +61,16 @@ def token_cells(
     *,
     limit: int = 2048,
     min_tokens: int = 0,
+    protect: Protect = None,
 ) -> tuple[list[TokenCell], RunStats]:
     """Read the first ``limit`` tokens of a text through a reducer; its tokens as cells and the run's statistics.
 
-    Of fewer than ``min_tokens`` tokens none are reduced, nor where all are protected.
+    Of fewer than ``min_tokens`` tokens none are reduced, nor where all are protected; ``protect`` is that of `Prefix`.
         QuickmergeError: the text has no tokens.
     """
     ids = torch.tensor([first_tokens(tokenizer, text, limit)], device=model.device)
-    with torch.inference_mode(), reduce(model, reducer, layer, mode=Prefix(min_tokens=min_tokens)) as run:
+    mode = Prefix(min_tokens=min_tokens, protect=protect)
+    with torch.inference_mode(), reduce(model, reducer, layer, mode=mode) as run:
         model(ids, use_cache=False, logits_to_keep=1)
     plan, protected = run.main_plan, run.protected
     return plan_cells(tokenizer, ids[0], plan, protected), run.summary()

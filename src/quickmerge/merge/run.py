@@ -36,6 +36,8 @@ class RunStats:
     ``spans`` is what was kept or merged as a whole, ``"line"`` or ``"word"``, or why nothing was; empty where no method
     asked. ``entries_by_row`` says of each row how many entries of its prompt a layer of the cache holds, mean over
     layers and their heads: of a batch what the other counts are the mean of. `as_dict` leaves it out.
+    ``literals`` is how many tokens of a row were of literals that stay alone, the mean over rows; None where
+    nobody asked for them.
     """
 
     mode: str = "prefix"
@@ -59,6 +61,7 @@ class RunStats:
     evictor: str = ""
     evicted_none: int = 0
     entries_by_row: list[float] = field(default_factory=list, repr=False, compare=False)
+    literals: float | None = None
 
     @property
     def tokens_kept(self) -> float:
@@ -77,6 +80,16 @@ class RunStats:
         out["tokens_kept"] = self.tokens_kept
         out["decode_seconds_per_token"] = self.decode_seconds_per_token
         return out
+
+    def _literals(self) -> str:
+        """A line on what stays alone for being of a literal, on top of what a budget keeps; nothing if none does."""
+        if self.literals is None:
+            return ""
+        others = self.tokens_kept - self.literals
+        line = f"  literals: {self.literals:g} tokens stay alone on top of keep, " \
+               f"{100 * self.literals / max(1.0, self.tokens_in):.0f} % of all"  # fmt: skip
+        above = self.tokens_kept < self.tokens_in and self.literals > others
+        return f"\n{line}; more than the {others:.0f} that are kept of the others" if above else f"\n{line}"
 
     def __str__(self) -> str:
         if not self.tokens_per_layer:
@@ -99,6 +112,7 @@ class RunStats:
             f"  decode:  {self.decode_steps} steps, {1e3 * self.decode_seconds_per_token:.1f} ms each\n"
             f"  cache:   {held:.2f} MiB, {100 * ratio:.0f} % of {full:.2f} MiB{own}"
             + (f"\n  evicted: {self.evictor}{kept}" if self.evictor else "")
+            + self._literals()
             + asked
         )
 

@@ -21,7 +21,7 @@ from quickmerge.errors import QuickmergeError, near_match
 from quickmerge.models.load import FILES, noted_tokenizer
 from quickmerge.models.tokenizers import BYTE_TOKEN, from_byte_level, load_tokenizer
 
-__all__ = ["UNITS", "Piece", "check_tokenizer", "cut", "pieces_of", "spans", "tokenizer_of", "within"]
+__all__ = ["NO_SPACES", "UNITS", "Piece", "check_tokenizer", "cut", "pieces_of", "spans", "tokenizer_of", "within"]
 
 UNITS = ("line", "word")
 """What a span may be: a line or sentence, or a word."""
@@ -133,19 +133,23 @@ def _raw(name: str) -> bytes | None:
 # Where spans begin ---------------------------------------------------------------------------------------------------
 
 
+NO_SPACES = (
+    (0x0E00, 0x0FFF),  # Thai, Lao, Tibetan
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x3000, 0x30FF),  # marks of Chinese and Japanese, kana
+    (0x3400, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0xFF00, 0xFFEF),
+    (0x20000, 0x3FFFF),
+)
+"""Characters, first and last of each range, of scripts that set no spaces between words."""
+
+
 def _writes_no_spaces(character: str) -> bool:
     """Whether a character is of a script that sets no spaces between words."""
     code = ord(character)
-    return (
-        0x0E00 <= code <= 0x0FFF  # Thai, Lao, Tibetan
-        or 0x1000 <= code <= 0x109F  # Myanmar
-        or 0x1780 <= code <= 0x17FF  # Khmer
-        or 0x3000 <= code <= 0x30FF  # marks of Chinese and Japanese, kana
-        or 0x3400 <= code <= 0x9FFF
-        or 0xF900 <= code <= 0xFAFF
-        or 0xFF00 <= code <= 0xFFEF
-        or 0x20000 <= code <= 0x3FFFF
-    )
+    return any(low <= code <= high for low, high in NO_SPACES)
 
 
 def _line_begins(span: str, before: str, text: str, size: int) -> bool:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 from quickmerge._lazy import lazy
 
 if TYPE_CHECKING:
+    from quickmerge.recipe.calibration import Calibration as Calibration
+    from quickmerge.recipe.calibration import calibrate as calibrate
+    from quickmerge.recipe.measured import Measured as Measured
     from quickmerge.recipe.reading import Reading as Reading
     from quickmerge.recipe.reading import read as read
     from quickmerge.recipe.recipe import Recipe as Recipe
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "calibration": ("Calibration", "calibrate"),
+        "measured": ("Measured",),
         "reading": ("Reading", "read"),
         "recipe": ("Recipe", "apply"),
         "run": ("RecipeRun", "RecipeStats"),

@@ -13,7 +13,7 @@ from quickmerge.bench.quality import check_fits
 from quickmerge.merge.bench.answer import question_ids, written
 from quickmerge.merge.place import Merge
 from quickmerge.merge.run import ObserveRun, observe
-from quickmerge.merge.text.modes import Prefix
+from quickmerge.merge.text.modes import Prefix, protecting
 from quickmerge.models.load_vision import ask_inputs
 from quickmerge.recipe.recipe import Recipe, apply
 from quickmerge.recipe.run import RecipeRun, RecipeStats
@@ -64,8 +64,8 @@ def answer(
 ) -> RecipeAnswer:
     """Generate an answer to ``prompt`` about ``document`` by a recipe; None is the model alone, by the same code.
 
-    Where the recipe merges in prefix mode and protects nothing itself, only the document is merged: template and prompt
-    stay alone. With no document the prompt itself is.
+    Where the recipe merges in prefix mode and protects nothing itself but literals, only the document is merged:
+    template and prompt stay alone. With no document the prompt itself is.
 
     Raises:
         QuickmergeError: the text and the answer are too long for the model, or the recipe does not fit it.
@@ -73,8 +73,9 @@ def answer(
     ids, protect = question_ids(model, tokenizer, document, prompt, max_new_tokens)
     if recipe is not None and isinstance(recipe.merge, Merge):
         mode = Prefix() if recipe.merge.mode is None else recipe.merge.mode
-        if isinstance(mode, Prefix) and mode.protect is None and document:
-            recipe = replace(recipe, merge=replace(recipe.merge, mode=replace(mode, protect=protect, recent=1)))
+        if isinstance(mode, Prefix) and not mode.masks and document:
+            mode = replace(protecting(mode, protect), recent=1)
+            recipe = replace(recipe, merge=replace(recipe.merge, mode=mode))
     inputs = {"input_ids": ids, "attention_mask": ids.new_ones(ids.shape)}
     return _respond(
         model,

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quickmerge.bench.harness import Arm, Result, interleave, now
+from quickmerge.bench.literals import LITERALS, Probe, kept, known_beside, probes, repeats
 from quickmerge.bench.quality import continuation_nll, recovery
 from quickmerge.bench.report import Report, Section
 from quickmerge.bench.stats import spread
@@ -43,6 +44,8 @@ def bench_recipes(
     recipes: Mapping[str, Recipe],
     *,
     max_new_tokens: int = 64,
+    literals: int = 0,
+    tokenizer: Any = None,
     advance: Callable[[str], None] = lambda _: None,
 ) -> Result:
     """Measure recipes and the model alone on the same documents, in turns.
@@ -55,6 +58,9 @@ def bench_recipes(
         documents: what to measure on, see `quickmerge.datasets.text.split_document`.
         recipes: by what tables call them; none may be called ``plain``.
         max_new_tokens: of what is written, at least 2.
+        literals: of how many literals of each document it is measured whether they can still be repeated, see
+            `quickmerge.bench.literals`; 0 for none.
+        tokenizer: of the documents, where there are ``literals``.
         advance: called with a label before each measurement, for progress.
 
     Returns:
@@ -71,13 +77,23 @@ def bench_recipes(
     eos = getattr(model.generation_config, "eos_token_id", None)
     pad = eos[0] if isinstance(eos, list) else eos
 
+    asked: dict[str, tuple[list[Probe], list[Probe]]] = {}
+    for document in documents if literals else ():
+        every = probes(tokenizer, document.context, most=literals)
+        asked[document.name] = every, known_beside(every, repeats(model, document.context, every))
+
     def wrote(arm: Arm, document: Document, tokens: int) -> Row:
         return _write(model, arm.context(), document.context, tokens, 0 if pad is None else pad)
 
     def measured(arm: Arm, document: Document, number: int) -> Row:
         advance(f"{document.name}: {arm.name}")
         nll = _score(model, arm.context(), document)
-        return {"document": document.name, "kind": document.kind, "recipe_name": arm.name, "nll": nll,
+        more: Row = {}
+        if literals:
+            every, known = asked[document.name]
+            more["literals_kept"] = sum(repeats(model, document.context, known, arm.context()))
+            more |= {"literals_known": len(known), "literals_asked": len(every)}
+        return {**more, "document": document.name, "kind": document.kind, "recipe_name": arm.name, "nll": nll,
                 **wrote(arm, document, max_new_tokens)}  # fmt: skip
 
     found = interleave(arms, documents, measured, warm_up=lambda arm, document, _: wrote(arm, document, WARM))
@@ -159,7 +175,7 @@ def _row(records: Sequence[Row], name: str, recipe: Recipe | None) -> Row:
         "token_seconds": median(_pace(r) for r in mine),
         "tokens_per_pass": tokens / passes if passes else 1.0,
         "cache_ratio": sum(r["cache_bytes"] for r in mine) / sum(own[r["document"]]["cache_bytes"] for r in mine),
-        "same": sum(r["same"] for r in mine),
+        "same": sum(r["same"] for r in mine), **kept(mine),
     }  # fmt: skip
 
 
@@ -180,6 +196,7 @@ COLUMNS = (
     Column("tokens per pass", number("tokens_per_pass", ".2f")),
     Column("cache", number("cache_ratio", ".0f", scale=100, unit=" %")),
     Column("same text", lambda r: f"{r['same']} of {r['documents']}"),
+    *LITERALS,
 )  # fmt: skip
 _METHOD = (
     "Every way reads the same contexts. Recovery is the share of the improvement from reading a document that is left: "

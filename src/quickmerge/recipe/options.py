@@ -14,6 +14,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.files import check_output
 
 if TYPE_CHECKING:
+    from quickmerge.merge.cache import Evictor
     from quickmerge.recipe import Recipe
 
 __all__ = [
@@ -99,7 +100,7 @@ def load_recipe(given: str) -> Recipe:
 
 def make_recipe(
     *, attention: str | None = None, budget: int | None = None, drafter: str | None = None, tree: str | None = None,
-    cache: str | None = None, **places: Any,
+    cache: str | Evictor | None = None, **places: Any,
 ) -> Recipe:  # fmt: skip
     """The recipe that options say.
 
@@ -108,7 +109,7 @@ def make_recipe(
         budget: ``--budget``.
         drafter: ``--drafter``, with ``tree`` beside it.
         tree: ``--tree``.
-        cache: ``--cache``.
+        cache: ``--cache``, or what it stands for.
         **places: `Merge` by place, as those of `quickmerge.Recipe`; None is passed over.
 
     Raises:
@@ -122,7 +123,8 @@ def make_recipe(
     settings = None if attention is None else parse_attention(attention, budget)
     with one_sentence():
         decoding = None if drafter is None else Speculation(load_drafter(drafter), tree=parse_tree(tree))
-        return Recipe(**places, cache=parse_cache(cache), attention=settings, decoding=decoding)
+        evictor = parse_cache(cache) if isinstance(cache, str) else cache
+        return Recipe(**places, cache=evictor, attention=settings, decoding=decoding)
 
 
 def save_recipe(folder: Path | None, recipe: Recipe) -> None:

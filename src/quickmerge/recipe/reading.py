@@ -23,7 +23,7 @@ from quickmerge.merge.cache import Evictor, KVzip
 from quickmerge.merge.place import Merge
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.run import ObserveRun, cache_bytes, observe
-from quickmerge.merge.text.modes import Prefix
+from quickmerge.merge.text.modes import Prefix, protecting
 from quickmerge.models.chat import around_document
 from quickmerge.models.compat import cache_argument, cache_name
 from quickmerge.recipe.answer import RecipeAnswer
@@ -121,9 +121,9 @@ def read(
         tokenizer: of the model.
         document: what is read.
         recipe: what is done to the model while it reads and while it answers: a `Recipe`, a reducer, a `Merge`, or a
-            method for the cache. Where it merges in prefix mode and protects nothing itself, the chat template in front
-            of the document stays alone. None reads everything. Default: the document is read a second time, by which
-            0.4 of its cache is chosen (`KVzip`).
+            method for the cache. Where it merges in prefix mode and protects nothing itself but literals, the chat
+            template in front of the document stays alone. None reads everything. Default: the document is read a second
+            time, by which 0.4 of its cache is chosen (`KVzip`).
 
     Returns:
         A `Reading`.
@@ -168,13 +168,13 @@ def _protecting(recipe: Recipe | None, head: int) -> Recipe | None:
     if recipe is None or not isinstance(recipe.merge, Merge) or not head:
         return recipe
     mode = Prefix() if recipe.merge.mode is None else recipe.merge.mode
-    if not isinstance(mode, Prefix) or mode.protect is not None:
+    if not isinstance(mode, Prefix) or mode.masks:
         return recipe
 
     def protect(ids: Tensor) -> Tensor:
         return (torch.arange(ids.shape[1], device=ids.device) < head).expand_as(ids)
 
-    return replace(recipe, merge=replace(recipe.merge, mode=replace(mode, protect=protect)))
+    return replace(recipe, merge=replace(recipe.merge, mode=protecting(mode, protect)))
 
 
 def _ids(model: Any, tokenizer: Any, text: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
@@ -14,6 +14,7 @@ from quickmerge.models.share import HubMixin, HubOptions, fetched
 from quickmerge.models.vlm import unwrapped
 from quickmerge.recipe.card import card_sections
 from quickmerge.recipe.ingredients import NAMES, Ingredients
+from quickmerge.recipe.measured import Measured
 from quickmerge.recipe.parts import parts
 from quickmerge.recipe.run import RecipeRun
 from quickmerge.recipe.saving import as_data, read, write
@@ -38,12 +39,25 @@ class Recipe(HubMixin, Ingredients):
         decoding: what drafts, such as ``PromptLookup()``; or `Speculation`, with the size of its trees.
         cache: what leaves the cache of a prompt when it has been read, such as ``SnapKV(keep=0.3)``; a share is that of
             `AttentionNorm`.
+        calibration: what was measured of just this recipe, see `quickmerge.calibrate`. It does nothing: recipes are
+            equal whatever was measured of them. One that was made from another, with other settings, has none.
 
     Raises:
         QuickmergeError: naming the argument, what was given and what is allowed.
     """
 
     hub_kind: ClassVar[Kind] = KINDS["recipe"]
+    calibration: Measured | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibration is None:
+            return
+        if not isinstance(self.calibration, Measured):
+            raise QuickmergeError(f"calibration must be that of quickmerge.calibrate, or None, got "
+                                  f"{self.calibration!r:.200}")  # fmt: skip
+        if self.calibration.label != self.label:
+            object.__setattr__(self, "calibration", None)
 
     def as_dict(self) -> dict[str, Any]:
         """What `save_pretrained` would write into recipe.json, for rows of results: JSON's own types alone.
@@ -52,9 +66,10 @@ class Recipe(HubMixin, Ingredients):
         sha256 of its files.
 
         Raises:
-            QuickmergeError: an ingredient can't be written, such as ``protect=`` or a reducer of your own.
+            QuickmergeError: an ingredient can't be written, such as a function of ``protect`` or a reducer
+                of your own.
         """
-        return as_data(self._given())
+        return as_data(self._given(), self.calibration)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write recipe.json, and trained parts beside it, into ``folder``: all of them or none; other files stay.
@@ -63,10 +78,11 @@ class Recipe(HubMixin, Ingredients):
             folder: where to; made if need be.
 
         Raises:
-            QuickmergeError: an ingredient can't be written, such as ``protect=`` or a reducer of your own; or the disk
+            QuickmergeError: an ingredient can't be written, such as a function of ``protect`` or a reducer
+                of your own; or the disk
                 is full or not writable. What was there before is still there.
         """
-        write(self._given(), Path(folder))
+        write(self._given(), Path(folder), self.calibration)
 
     @classmethod
     def from_pretrained(cls, given: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> Recipe:
@@ -86,9 +102,16 @@ class Recipe(HubMixin, Ingredients):
         home = folder.parent.parent / "blobs" if looks_like_id(given) else None
         found = read(folder, home)
         try:
-            return cls(**found)
+            made = cls(**found)
         except QuickmergeError as error:
             raise QuickmergeError(f"{given}: {error}") from error
+        measured = found.get("calibration")
+        if measured is not None and made.calibration is None:
+            raise QuickmergeError(
+                f"{given}: calibration is of another recipe, {measured.label!r:.200}, and this is {made.label!r:.200}: "
+                "leave it out, or calibrate again"
+            )
+        return made
 
     def push_to_hub(
         self, repo_id: str, *, model: Any = None, tokens: int = 4096, results: Any = None, command: str | None = None,
@@ -147,7 +170,7 @@ class Recipe(HubMixin, Ingredients):
             UnsupportedModelError: for a model that has no such place, or can't be served.
             QuickmergeError: for a number out of range, or a setting that does not fit the model's shapes.
         """
-        return tell(self, model, tokens, visual)
+        return replace(tell(self, model, tokens, visual), calibration=self.calibration)
 
     def _given(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in NAMES}

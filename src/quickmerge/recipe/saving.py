@@ -27,6 +27,7 @@ from quickmerge.models.part import CONFIG, WEIGHTS, file_hash
 from quickmerge.models.part import read_settings as read_config
 from quickmerge.models.weights import local_path
 from quickmerge.recipe.ingredients import NAMES
+from quickmerge.recipe.measured import Measured
 from quickmerge.recipe.plain import Held, UnknownEntryError, decode, encode, state_of
 from quickmerge.speculative.gumiho import Gumiho, GumihoNetwork
 from quickmerge.together import complete, write_together
@@ -37,6 +38,9 @@ RECIPE = "recipe.json"
 TYPE = "quickmerge.recipe"
 VERSION = 1
 """Of the format. It rises when what an older quickmerge would read would be wrong."""
+
+CALIBRATION = "calibration"
+"""What was measured of the ingredients, see `quickmerge.recipe.measured`."""
 
 MOST = 10_000
 """Values that a recipe may hold."""
@@ -50,20 +54,21 @@ _STALE = re.compile(r"(merge|visual|tower|decoding)(-[a-z]+)+/(config\.json|mode
 # Writing ------------------------------------------------------------------------------------------------------------
 
 
-def as_data(ingredients: Mapping[str, Any]) -> dict[str, Any]:
+def as_data(ingredients: Mapping[str, Any], calibration: Measured | None = None) -> dict[str, Any]:
     """What recipe.json would hold of these ingredients; nothing is written.
 
     Args:
         ingredients: by the argument that names them; None for those that there aren't.
+        calibration: what was measured of them.
 
     Raises:
         QuickmergeError: one holds what can't be written, such as a function.
     """
     with tempfile.TemporaryDirectory(prefix="quickmerge-") as folder:
-        return _lay_out(ingredients, Path(folder))
+        return _lay_out(ingredients, Path(folder), calibration)
 
 
-def write(ingredients: Mapping[str, Any], folder: Path | str) -> None:
+def write(ingredients: Mapping[str, Any], folder: Path | str, calibration: Measured | None = None) -> None:
     """Write recipe.json and the trained parts, all of them or none; other files of the folder stay.
 
     Raises:
@@ -71,12 +76,12 @@ def write(ingredients: Mapping[str, Any], folder: Path | str) -> None:
     """
 
     def fill(work: Path) -> None:
-        write_json(work / RECIPE, _lay_out(ingredients, work))
+        write_json(work / RECIPE, _lay_out(ingredients, work, calibration))
 
     write_together(local_path("recipe", folder), fill, _STALE)
 
 
-def _lay_out(ingredients: Mapping[str, Any], work: Path) -> dict[str, Any]:
+def _lay_out(ingredients: Mapping[str, Any], work: Path, calibration: Measured | None) -> dict[str, Any]:
     """Write the parts into ``work`` and say what recipe.json has to hold."""
 
     def part(where: str, held: Held) -> dict[str, Any]:
@@ -91,7 +96,8 @@ def _lay_out(ingredients: Mapping[str, Any], work: Path) -> dict[str, Any]:
     told = {
         name: encode(_short(given), name, part, _refuse) for name, given in ingredients.items() if given is not None
     }
-    return {"type": TYPE, "version": VERSION, "quickmerge": __version__, **told}
+    measured = {} if calibration is None else {CALIBRATION: calibration.as_dict()}
+    return {"type": TYPE, "version": VERSION, "quickmerge": __version__, **told, **measured}
 
 
 def _short(given: Any) -> Any:
@@ -195,8 +201,14 @@ def from_data(data: Mapping[str, Any], path: Path, home: Path | None = None) -> 
     other = "" if writer == __version__ else f": {by}"
     out: dict[str, Any] = {}
     for name, value in data.items():
+        if name == CALIBRATION:
+            try:
+                out[name] = Measured.from_data(value)
+            except QuickmergeError as error:
+                raise QuickmergeError(f"{path}: {error}{other}") from error
+            continue
         if name not in NAMES:
-            hint = near_match(name, NAMES)
+            hint = near_match(name, (*NAMES, CALIBRATION))
             raise QuickmergeError(f"{path} has the unknown entry {clean_name(name)[:80]!r}{hint}{other}")
         try:
             out[name] = decode(value, name, lambda where, kind, spec: _load_part(where, kind, spec, path.parent, home))

@@ -36,7 +36,7 @@ from quickmerge.models.compat import cache_argument
 from quickmerge.recipe.recipe import Recipe, apply
 from quickmerge.recipe.run import RecipeRun
 
-__all__ = ["PLAIN", "bench_tasks", "tasks_report"]
+__all__ = ["PLAIN", "Asking", "bench_tasks", "tasks_report"]
 
 Row = dict[str, Any]
 PLAIN = "plain"
@@ -106,7 +106,7 @@ def bench_tasks(
     }  # fmt: skip
     kept = Records(records, settings, KEY)
     hashes = {name: _hash(recipe) for name, recipe in ways.items()}
-    asking = _Asking(model, mode)
+    asking = Asking(model, mode)
     found: list[Row] = []
     for turn, (seed, task) in enumerate((seed, task) for seed in seeds for task in tasks):
         sample = maker.make(task, seed)
@@ -130,7 +130,7 @@ def bench_tasks(
 
 
 def _measured(
-    asking: _Asking, sample: Sample, prompts: Sequence[TaskPrompt], name: str, recipe: Recipe | None, kept: Records,
+    asking: Asking, sample: Sample, prompts: Sequence[TaskPrompt], name: str, recipe: Recipe | None, kept: Records,
     recipe_hash: str,
 ) -> list[Row]:  # fmt: skip
     """The records of one way for the questions of a sample, of which those that are not there yet are asked."""
@@ -161,7 +161,7 @@ def _prompt(record: Row) -> tuple[Any, ...]:
 # Reading prompts, and scoring the answers behind them.
 
 
-class _Asking:
+class Asking:
     """A model that is asked, in a mode."""
 
     def __init__(self, model: Any, mode: str) -> None:

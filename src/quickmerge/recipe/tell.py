@@ -23,6 +23,7 @@ from quickmerge.models.encoder import Encoder, find_encoder, holds_encoder, hold
 from quickmerge.models.vlm import check_kind, holds_vlm, unwrapped
 from quickmerge.multipole.settings import Multipole
 from quickmerge.recipe.ingredients import Ingredients
+from quickmerge.recipe.measured import Measured
 from quickmerge.recipe.parts import check_places
 from quickmerge.recipe.speculation import Speculation
 from quickmerge.speculative.gumiho import Gumiho
@@ -69,6 +70,7 @@ class Told:
         flops_full: of the model alone.
         cache_bytes: keys and values of the prompt; None in a vision transformer.
         cache_bytes_full: of the model alone.
+        calibration: what was measured of the recipe, where it was calibrated.
     """
 
     model: str
@@ -79,6 +81,7 @@ class Told:
     flops_full: float
     cache_bytes: float | None
     cache_bytes_full: float | None
+    calibration: Measured | None = None
 
     @property
     def lossless(self) -> bool:
@@ -89,6 +92,7 @@ class Told:
         """Everything, for JSON."""
         out: dict[str, Any] = {**self.__dict__, "lossless": self.lossless}
         out["effects"] = [{**effect.__dict__, "lines": list(effect.lines)} for effect in self.effects]
+        out["calibration"] = None if self.calibration is None else self.calibration.as_dict()
         out["tokens_per_layer"] = None if self.tokens_per_layer is None else list(self.tokens_per_layer)
         return out
 
@@ -99,6 +103,8 @@ class Told:
         for effect in self.effects:
             lines.append(f"{effect.name}: {effect.label} ({'lossless' if effect.lossless else 'lossy'})")
             lines += [f"  {line}" for line in effect.lines]
+        if self.calibration is not None:
+            lines.append(str(self.calibration))
         if self.tokens_per_layer is None or self.flops is None:
             lines.append("tokens, FLOPs and cache depend on what is read")
             return "\n".join(lines)
@@ -125,6 +131,9 @@ def tell(recipe: Ingredients, model: Any, tokens: int, visual: int | None = None
     if visual is not None and whole_number("visual", visual, 0) > tokens:
         raise QuickmergeError(f"visual must be at most the {tokens} tokens of the prompt, got {visual}")
     return _Prompt(recipe, model, tokens, visual).told()
+
+
+_LITERALS = "literals stay alone, on top of what is kept: numbers, identifiers, paths, addresses, quoted text"
 
 
 class _Prompt:
@@ -193,8 +202,9 @@ class _Prompt:
         protected = mode.sinks + mode.recent
         kept = as_budget(reducer.keep)
         lossless = _keeps_all(kept)
-        lines = [f"prompts of fewer than {mode.min_tokens} tokens are read in full"] if mode.min_tokens else []
-        if not isinstance(kept, (Ratio, Count)):
+        lines = [_LITERALS] if mode.keeps_literals and not lossless else []
+        lines += [f"prompts of fewer than {mode.min_tokens} tokens are read in full"] if mode.min_tokens else []
+        if not isinstance(kept, (Ratio, Count)) or (mode.keeps_literals and not lossless):
             self.layers = None
             lines.append("how many tokens are kept depends on the text")
             return Effect("merge", merge.label, lossless, None, tuple(lines))
@@ -219,13 +229,15 @@ class _Prompt:
             raise QuickmergeError(f"layer must be one block in 0..{depth - 1} in block_causal mode, got {first}")
         least = mode.window + mode.chunk
         lines = [f"chunks of {mode.chunk} tokens are merged behind a window of {mode.window}, from block {first} on"]
-        if isinstance(kept, (Ratio, Count)) and self.layers is not None:
+        literals = mode.protect is not None and not _keeps_all(kept)
+        lines += [_LITERALS] * literals
+        if isinstance(kept, (Ratio, Count)) and self.layers is not None and not literals:
             self.held = [float(self.tokens)] * first + [
                 _chunked(self.tokens, kept, mode) for _ in range(depth - first)
             ]  # fmt: skip
             lines.append(f"caches of these blocks hold about {self.held[-1]:g} of {self.tokens} tokens")
         elif self.layers is not None:
-            self.held = None
+            self.layers = None
             lines.append("how many tokens are kept depends on the text")
         lines.append("every token of the prompt is read; what pays is the cache, and each new token's attention")
         return Effect("merge", merge.label, _keeps_all(kept), least, tuple(lines))
@@ -237,6 +249,9 @@ class _Prompt:
         if evictor.min_tokens:
             lines.append(f"caches of prompts of fewer than {evictor.min_tokens} tokens are left alone")
         least = max(1, evictor.min_tokens)
+        if evictor.protect is not None and evictor.keep < 1:
+            self.layers = None
+            lines.append(_LITERALS.replace("stay alone", "stay"))
         if self.layers is None or self.tokens < least:
             return Effect("cache", evictor.label, evictor.keep == 1, least, tuple(lines))
 

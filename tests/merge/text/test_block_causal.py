@@ -425,7 +425,7 @@ def test_caches_from_elsewhere_are_refused() -> None:
         ({"chunk": 1}, "chunk must be a whole number of at least 2, got 1"),
         ({"window": 0}, "window must be a whole number of at least 1, got 0"),
         ({"sinks": -1}, "sinks must be a whole number of at least 0, got -1"),
-        ({"protect": lambda ids: ids == 1}, "protect is no setting of block_causal mode"),
+        ({"protect": lambda ids: ids == 1}, "protect must be 'literals' or None in block_causal mode"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:

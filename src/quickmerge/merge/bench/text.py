@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from quickmerge.bench.harness import Arm, Result, interleave
+from quickmerge.bench.literals import kept, known_beside, probes, repeats, survives
 from quickmerge.bench.pareto import Cost, pareto_chart
 from quickmerge.bench.quality import continuation_nll, document_nll, recovery
 from quickmerge.bench.report import Report, Section
@@ -34,6 +35,8 @@ def bench(
     *,
     layer: Any = None,
     budget: Callable[[Any, float], Any] = lambda reducer, keep: replace(reducer, keep=keep),
+    literals: int = 0,
+    tokenizer: Any = None,
     advance: Callable[[str], None] = lambda _: None,
     **settings: Any,
 ) -> Result:
@@ -50,6 +53,9 @@ def bench(
         keeps: shares to keep.
         layer: where to merge, as in `quickmerge.reduce`.
         budget: gives a method a share of ``keeps``. Default: as its ``keep``.
+        literals: of how many literals of each document it is measured whether they can still be repeated, see
+            `quickmerge.bench.literals`; 0 for none.
+        tokenizer: of the documents, where there are ``literals``; or where a method or ``protect`` asks for the text.
         advance: called with a label before each measurement, for progress.
         **settings: further arguments of `quickmerge.reduce`.
 
@@ -60,7 +66,11 @@ def bench(
     shape = model_shape(model)
     # A context is measured as long as it is.
     whatever = settings if settings.get("mode") == "block_causal" else {"min_tokens": 0, **settings}
-    beside = {name: value for name, value in settings.items() if name not in ("sinks", "min_tokens", "tokenizer")}
+    if tokenizer is not None:
+        whatever = {**whatever, "tokenizer": tokenizer}
+    # A method for the cache asks for the text where literals stay, and for no other reason that is said here.
+    unasked = ("sinks", "min_tokens", *([] if "protect" in settings else ["tokenizer"]))
+    beside = {name: value for name, value in whatever.items() if name not in unasked}
     arms = [
         Arm(
             reducer.label,
@@ -76,10 +86,13 @@ def bench(
     def measured(arm: Arm, document: Document, number: int) -> Row:
         advance(f"{document.name}: {arm.label}")
         run: Any = arm.context()
-        nll = document_nll(model, document, run)
+        nll, still = survives(model, document, known, run)
         stats = run.summary()
+        more: Row = {} if stats.literals is None else {"literal_tokens": stats.literals}
+        if literals:
+            more |= {"literals_kept": sum(still), "literals_known": len(known), "literals_asked": len(found)}
         return {
-            "document": document.name, "kind": document.kind, "reducer": arm.name, "keep": arm.keep,
+            **more, "document": document.name, "kind": document.kind, "reducer": arm.name, "keep": arm.keep,
             "tokens_in": stats.tokens_in, "tokens_kept": stats.tokens_kept,
             "nll": float(nll.mean()), "nll_full": full, "nll_none": none,
             "prefill_seconds": stats.prefill_seconds, "reducer_seconds": stats.reducer_seconds,
@@ -98,6 +111,8 @@ def bench(
         full = float(document_nll(model, document, watch).mean())
         before = watch.summary().prefill_seconds
         none = float(continuation_nll(model, document.nothing, document.target, nullcontext()).mean())
+        found = probes(tokenizer, document.context, most=literals) if literals else []
+        known = known_beside(found, repeats(model, document.context, found))
         here = [record for (record,) in interleave(arms, [document], measured, first=order)]
         document_nll(model, document, watch)
         for record in here:
@@ -130,7 +145,7 @@ def _rows(records: Sequence[Row], kind: str | None) -> list[Row]:
         rows.append({
             "reducer": name, "keep": keep, "kind": kind, "documents": len(mine), **mean,
             "nll": score.nll, "nll_full": score.nll_full, "nll_none": score.nll_none,
-            "recovery": score.recovery, "recovery_low": score.low, "recovery_high": score.high, **middle,
+            "recovery": score.recovery, "recovery_low": score.low, "recovery_high": score.high, **middle, **kept(mine),
         })  # fmt: skip
     return rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -59,6 +59,8 @@ class Evictor(ABC):
             spread over more entries keep more, as AdaKV (arXiv 2407.11550); see `head_counts`.
         floor: with adaptive heads, the share of the equal number that every head has at least, in [0, 1].
         min_tokens: the cache of a prompt of fewer tokens is left alone.
+        protect: ``"literals"``, and entries of numbers, identifiers, paths, addresses and quoted text stay in every
+            head of a language model, on top of ``keep``, which counts the others alone; see `quickmerge.Prefix`.
 
     A subclass sets ``name`` (what the command line calls it) and ``source`` (paper), and implements `scores`.
     """
@@ -69,6 +71,7 @@ class Evictor(ABC):
     heads: str = "equal"
     floor: float = 0.2
     min_tokens: int = 256
+    protect: str | None = field(default=None, kw_only=True)
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
@@ -86,6 +89,9 @@ class Evictor(ABC):
         if self.heads not in HEADS:
             hint = near_match(str(self.heads), HEADS)
             raise QuickmergeError(f"heads must be one of {', '.join(HEADS)}, got {self.heads!r:.80}{hint}")
+        if self.protect not in (None, "literals"):
+            hint = near_match(str(self.protect), ("literals",))
+            raise QuickmergeError(f"protect must be 'literals' or None, got {self.protect!r:.80}{hint}")
 
     @property
     def unit(self) -> str | None:

@@ -15,6 +15,7 @@ from quickmerge.console.options import (
     REPORT,
     Alone,
     check_output,
+    check_protect,
     load_writer,
     one_sentence,
     parse_keeps,
@@ -69,7 +70,8 @@ def load_documents(text: list[Path], model: str, context: int, target: int) -> t
 
 def measure_text(
     text: list[Path], model: str, context: int, target: int, reducer: str, keep: str, layer: str | None,
-    prior: str | None, out: Path | None, json: Path | None, budget: str = "share",
+    prior: str | None, out: Path | None, json: Path | None, budget: str = "share", protect: str | None = None,
+    literals: int = 0,
 ) -> None:  # fmt: skip
     """Context recovery and cost of every reducer at every keep, a ``"share"`` or the mean share of an ``"entropy"``."""
     from quickmerge.console.results import show_result
@@ -78,11 +80,13 @@ def measure_text(
     from quickmerge.merge.cache import Evictor
     from quickmerge.merge.reducers import Reducer
     from quickmerge.merge.text.modes import Prefix
+    from quickmerge.models.spans import tokenizer_of
 
     check_output(json, out / "report.html" if out is not None else None)
     if budget not in BUDGETS:
         hint = near_match(budget, BUDGETS)
         raise QuickmergeError(f"--budget must be one of {', '.join(BUDGETS)}, got {budget!r}{hint}")
+    check_protect(protect)
     keeps = parse_keeps(keep)
     methods = [parse_method(name.strip(), keeps[0]) for name in reducer.split(",")]
     if prior is not None:
@@ -98,7 +102,6 @@ def measure_text(
     }
     if budget == "entropy":
         from quickmerge.merge.calibrate import calibrated
-        from quickmerge.models.spans import tokenizer_of
 
         with one_sentence(alone):
             kept = {
@@ -115,17 +118,23 @@ def measure_text(
 
         found = measure(
             lm, documents, methods, keeps, layer=depth, advance=advance,
-            budget=lambda reducer, keep: kept[reducer.label, keep],
+            budget=lambda reducer, keep: kept[reducer.label, keep], literals=literals,
+            tokenizer=tokenizer_of(lm) if literals else None, **({} if protect is None else {"protect": protect}),
         )  # fmt: skip
-    whole = Prefix(min_tokens=0)
+    whole = Prefix(min_tokens=0, protect=protect)
     for row in found.rows:
         method = kept.get((row["reducer"], row["keep"]))
         if method is not None:
             # A context is merged however short it is.
-            at: Any = {"cache": method} if isinstance(method, Evictor) else {"merge": (method, depth, whole)}
+            at: Any = (
+                {"cache": replace(method, protect=protect)}
+                if isinstance(method, Evictor)
+                else {"merge": (method, depth, whole)}
+            )
             row.update(record_of(at))
     found = found.about(
         model=model, context=context, target=target, layer=layer or "default", budget=budget,
+        protect=protect or "nothing",
         documents=[document.name for document in documents], reducers={m.label: repr(m) for m in methods},
     )  # fmt: skip
     show_result(found, bench_report(found.rows, found.meta), out=out, json=json, records="documents")

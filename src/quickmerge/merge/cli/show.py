@@ -15,11 +15,13 @@ from quickmerge.console.options import (
     KEEP,
     LAYER,
     OUTPUT,
+    PROTECT,
     TOKENS,
     Alone,
     check_keep,
     check_model,
     check_output,
+    check_protect,
     check_text,
     load_model,
     one_sentence,
@@ -84,6 +86,7 @@ def text(
             rich_help_panel=FEWER,
         ),
     ] = None,
+    protect: PROTECT = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write an HTML page here.", rich_help_panel=OUTPUT)
     ] = None,
@@ -98,6 +101,7 @@ def text(
     check_output(json, html, picture)
     if picture is not None and picture.suffix not in (".png", ".svg"):
         raise QuickmergeError(f"--figure must end in .png or .svg, got {picture.name!r}")
+    check_protect(protect)
     depth = parse_layer(layer)
     content = check_text("--text", str(text)) if file is None else read_text(file, first=BYTES * limit + 2**16)
     check_model(model)
@@ -112,7 +116,9 @@ def text(
     method = parse_reducer(reducer, keep)
     lm, tokenizer = load_model(model)
     with Terminal(stderr=True).status("reading"), one_sentence(Alone.writing(lm, tokenizer)):
-        cells, stats = token_cells(lm, tokenizer, content, method, depth, limit=limit, **told_min_tokens(min_tokens))
+        cells, stats = token_cells(
+            lm, tokenizer, content, method, depth, limit=limit, protect=protect, **told_min_tokens(min_tokens)
+        )
     name = clean_name(file.name) if file is not None else "text"
     kept = sum(c.anchor for c in cells)
     title = f"{name}: {kept} of {len(cells)} tokens kept by {reducer}"

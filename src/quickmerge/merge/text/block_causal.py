@@ -33,7 +33,12 @@ from quickmerge.models.compat import (
     own_cache,
 )
 from quickmerge.models.decoder import AttentionFunction, Decoder, decoder_mask, proportional_attention
+from quickmerge.models.literals import literal_mask
+from quickmerge.models.spans import tokenizer_of
 from quickmerge.models.traits import FULL, INDEXED
+
+LOOKBACK = 64
+"""Tokens in front of a chunk that are read with it to find its literals, one of which may have begun there."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Rules:
     sinks: int
     chunk: int
     window: int
+    protect: str | None = None
 
     def __deepcopy__(self, memo: Any) -> Self:
         """Itself: a copy of a cache goes by the same settings, and needs no trained parts of its own."""
@@ -64,7 +70,8 @@ def _chunked(kind: Any) -> Any:
     """A class of cache layers of ``kind`` that store slots of old chunks, then tokens no chunk has absorbed yet.
 
     Its logical length counts every token it was ever given; what it stores is shorter. ``query`` keeps the queries
-    of the unabsorbed tokens, from which a chunk's statistics are taken when it closes. A run that is about to have keys
+    of the unabsorbed tokens, from which a chunk's statistics are taken when it closes, and where literals stay alone
+    ``text`` their ids, with those of the last `LOOKBACK` absorbed ones in front. A run that is about to have keys
     and values written says so by ``expected``: outside of one, slots would be taken for tokens. ``attended`` says that
     this forward's attention was computed.
     """
@@ -79,6 +86,7 @@ def _chunked(kind: Any) -> Any:
             self.rules = rules
             self.absorbed = self.slots = 0
             self.query: Tensor | None = None
+            self.text: Tensor | None = None
             self.valid: Tensor | None = None
             self.size: Tensor | None = None
             self.expected = self.attended = False
@@ -113,6 +121,7 @@ def _chunked(kind: Any) -> Any:
         def each_row(self, change: Callable[[Tensor], Tensor]) -> None:
             """Move what is kept besides keys and values."""
             self.query = None if self.query is None else change(self.query)
+            self.text = None if self.text is None else change(self.text)
             self.valid = None if self.valid is None else change(self.valid)
             self.size = None if self.size is None else change(self.size)
 
@@ -120,7 +129,7 @@ def _chunked(kind: Any) -> Any:
             """Forget everything."""
             super().reset()
             self.absorbed = self.slots = 0
-            self.query = self.valid = self.size = None
+            self.query = self.text = self.valid = self.size = None
 
     return Chunked
 
@@ -176,10 +185,19 @@ class BlockCausalRun(Run):
     mode = "block_causal"
     no_trees = "block_causal mode merges what it has read for good, drafted tokens too; use prefix mode"
     _layers: PerThread[dict[int, Any]] = PerThread(dict)
+    _literals: PerThread[dict[int, Tensor]] = PerThread(dict)
 
     def __init__(self, decoder: Decoder, reducer: Reducer, first: int, mode: BlockCausal) -> None:
         super().__init__(decoder, reducer)
-        self.rules = Rules(reducer, mode.sinks, mode.chunk, mode.window)
+        self.rules = Rules(reducer, mode.sinks, mode.chunk, mode.window, mode.protect)
+        self.tokenizer = None
+        if mode.protect is not None:
+            self.tokenizer = tokenizer_of(decoder.model) if mode.tokenizer is None else mode.tokenizer
+            if self.tokenizer is None:
+                raise QuickmergeError(
+                    f"tokenizer must be given for protect={mode.protect!r}, since none is known of {self._name}: "
+                    "quickmerge.reduce(..., tokenizer=...)"
+                )
         decoder.need("block_causal merging", not_mergeable)
         own = own_cache(decoder.base)
         if own is not None:
@@ -227,13 +245,17 @@ class BlockCausalRun(Run):
             self._layers = chunked_layers(cache, self._at, self.rules)
             for layer in self._layers.values():
                 layer.expected, layer.attended = True, False
+            self._find_literals(inputs.get("input_ids"))
             return {}
         self.stats.rows, self.stats.tokens_in = ids.shape[0], float(ids.shape[1])
         self._layers = {i: ChunkedLayer(self.rules) for i in self.merged}
+        if self.rules.protect is not None:
+            self.stats.literals = 0.0
         use_cache = inputs.get("use_cache")
         if cache is None and (self.decoder.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.decoder.config)
         if cache is None:
+            self._find_literals(inputs.get("input_ids"))
             return {}
         if not isinstance(cache, DynamicCache) or cache.offloading:
             raise QuickmergeError(
@@ -248,7 +270,35 @@ class BlockCausalRun(Run):
                 self._layers[i] = layer
             cache.layers[self._at[i]] = layer
             layer.expected = True
+        self._find_literals(inputs.get("input_ids"))
         return cache_argument(self.decoder.base, cache)
+
+    def _find_literals(self, ids: Tensor | None) -> None:
+        """Mark the literals ``(B, chunk)`` of every chunk that will close in this forward, by its first token.
+
+        Of a chunk the same tokens are looked at however the text is fed: those of the window behind it, which have been
+        read when it closes, and none after them.
+        """
+        if self.rules.protect is None:
+            return
+        if ids is None:
+            raise QuickmergeError("protect needs input_ids, and the model was called with inputs_embeds")
+        held = self._layers[self.merged[0]]
+        text = ids if held.text is None else torch.cat([held.text.to(ids.device), ids], 1)
+        absorbed, chunk, whole = held.absorbed, self.rules.chunk, self.rules.chunk + self.rules.window
+        start, found = min(absorbed, LOOKBACK), {}  # of the first chunk, in ``text``
+        while text.shape[1] - start >= whole:
+            first = max(0, start - LOOKBACK)
+            part = text[:, first : start + whole]
+            marks = literal_mask(part, torch.ones_like(part, dtype=torch.bool), self.tokenizer)
+            found[absorbed] = marks[:, start - first :][:, :chunk]
+            start, absorbed = start + chunk, absorbed + chunk
+        self._literals = found
+        if self._fresh:
+            self.stats.literals = sum(float(marks.sum(-1).float().mean()) for marks in found.values())
+        rest = text[:, start - min(absorbed, LOOKBACK) :]
+        for layer in self._layers.values():
+            layer.text = rest
 
     def attend(self, layer: int, call: AttentionFunction, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Attend block by block, absorbing each chunk when it closes."""
@@ -347,11 +397,15 @@ class BlockCausalRun(Run):
         trace = trace_of(
             held.query[:, :, :n], key[:, :, inside], value[:, :, inside], kwargs, self.decoder.traits[layer]
         )
+        first, behind = held.absorbed + index < self.rules.sinks, index >= c
+        literals = torch.zeros_like(behind)
+        if self.rules.protect is not None:
+            literals[:, :c] = self._literals[held.absorbed]
         view = TokenView(
             hidden=value[:, :, inside].transpose(1, 2).flatten(2),
             position=held.absorbed + index,
-            protected=(held.absorbed + index < self.rules.sinks) | (index >= c),
-            exempt=index >= c,
+            protected=first | literals | behind,
+            exempt=(literals & ~first) | behind,
             latest=False,
             evidence=Evidence(
                 attention=(trace,) if self.reducer.needs.layers else (),
@@ -400,4 +454,4 @@ class BlockCausalRun(Run):
 
     def forget(self) -> None:
         """Drop the layers of the last prompt; the caller's cache keeps its own."""
-        self._layers = {}
+        self._layers, self._literals = {}, {}

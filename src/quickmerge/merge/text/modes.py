@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypedDict
 
 from torch import Tensor
@@ -11,10 +11,29 @@ from torch import Tensor
 from quickmerge.errors import QuickmergeError, near_match, whole_number
 from quickmerge.models.spans import check_tokenizer
 
-__all__ = ["MIN_TOKENS", "BlockCausal", "Mode", "ModeSettings", "Prefix", "as_mode"]
+__all__ = [
+    "LITERALS",
+    "MIN_TOKENS",
+    "BlockCausal",
+    "Mode",
+    "ModeSettings",
+    "Prefix",
+    "Protect",
+    "as_mode",
+    "protecting",
+]
 
 MIN_TOKENS = 256
 """Rows of fewer tokens are read in full: merging them costs more than it saves."""
+
+LITERALS = "literals"
+"""What ``protect`` may name: numbers, identifiers, paths and the like, see `quickmerge.models.literals`."""
+
+Mask = Callable[[Tensor], Tensor]
+"""From ``input_ids (B, N)`` to a bool mask ``(B, N)``."""
+
+Protect = str | Mask | Sequence[str | Mask] | None
+"""What ``protect`` may be."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +45,15 @@ class Prefix:
         recent: tokens at the end of every prompt that stay alone; at least 1, since the last one predicts the next
             token. The last four BOS and EOS tokens of a prompt stay alone too: where a chat template marks turns with
             them, those are the marks of the last turn.
-        protect: further tokens that stay alone: a function from ``input_ids (B, N)`` to a bool mask ``(B, N)``. They
-            come on top of ``keep``, which counts the other tokens alone: a long system prompt that is protected takes
-            nothing from the rest. Where entries leave the cache, theirs stay, on top as well.
+        protect: further tokens that stay alone: ``"literals"``, every token of a number, identifier, path, address or
+            quoted text, see `quickmerge.models.literals`; or a function from ``input_ids (B, N)`` to a bool mask ``(B,
+            N)``; or several of these. They come on top of ``keep``, which counts the other tokens alone: a long system
+            prompt that is protected takes nothing from the rest. Where entries leave the cache, theirs stay, on top as
+            well.
         min_tokens: rows of a prompt that have fewer tokens are read in full, as are rows all of whose tokens stay
             alone; the summary says how many. 0 reduces every row that it can.
-        tokenizer: that of the prompts, for methods that go by words or lines. None: the one that `quickmerge.load` gave
-            with the model, or that lies in the model's own folder.
+        tokenizer: that of the prompts, for methods that go by words or lines, and for literals. None: the one that
+            `quickmerge.load` gave with the model, or that lies in the model's own folder.
 
     Raises:
         ValueError: naming the setting that is out of range.
@@ -41,7 +62,7 @@ class Prefix:
     name: ClassVar[str] = "prefix"
     sinks: int = 4
     recent: int = 16
-    protect: Callable[[Tensor], Tensor] | None = None
+    protect: Protect = None
     min_tokens: int = MIN_TOKENS
     tokenizer: Any = field(default=None, repr=False)
 
@@ -49,9 +70,18 @@ class Prefix:
         object.__setattr__(self, "sinks", whole_number("sinks", self.sinks, 0))
         object.__setattr__(self, "recent", whole_number("recent", self.recent, 1))
         object.__setattr__(self, "min_tokens", whole_number("min_tokens", self.min_tokens, 0))
-        if self.protect is not None and not callable(self.protect):
-            raise ValueError(f"protect must be a function of input_ids, or None, got {self.protect!r}")
+        object.__setattr__(self, "protect", _as_protect(self.protect))
         object.__setattr__(self, "tokenizer", check_tokenizer(self.tokenizer))
+
+    @property
+    def keeps_literals(self) -> bool:
+        """Whether literals stay alone."""
+        return LITERALS in _several(self.protect)
+
+    @property
+    def masks(self) -> tuple[Mask, ...]:
+        """The functions that say what else does."""
+        return tuple(each for each in _several(self.protect) if not isinstance(each, str))
 
 
 @dataclass(frozen=True)
@@ -66,6 +96,10 @@ class BlockCausal:
         sinks: tokens at the start of every sequence that stay alone.
         chunk: tokens per chunk, at least 2.
         window: recent tokens that are never merged, at least 1.
+        protect: ``"literals"``, and every token of a number, identifier, path, address or quoted text stays alone, on
+            top of the budget, as in `Prefix`. Of a chunk they are looked for in the chunk, in a few tokens in front of
+            it and in the window behind it, so that nothing later says what is merged.
+        tokenizer: that of the text, for literals; None as for `Prefix`.
 
     Raises:
         ValueError: naming the setting that is out of range.
@@ -75,11 +109,52 @@ class BlockCausal:
     sinks: int = 4
     chunk: int = 128
     window: int = 64
+    protect: str | None = None
+    tokenizer: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sinks", whole_number("sinks", self.sinks, 0))
         object.__setattr__(self, "chunk", whole_number("chunk", self.chunk, 2))
         object.__setattr__(self, "window", whole_number("window", self.window, 1))
+        if self.protect is not None and self.protect != LITERALS:
+            hint = near_match(self.protect, [LITERALS]) if isinstance(self.protect, str) else ""
+            raise ValueError(
+                f"protect must be {LITERALS!r} or None in block_causal mode, got {self.protect!r:.80}{hint}"
+            )
+        object.__setattr__(self, "tokenizer", check_tokenizer(self.tokenizer))
+
+
+def _several(protect: Protect) -> tuple[str | Mask, ...]:
+    if protect is None:
+        return ()
+    return (protect,) if isinstance(protect, str) or callable(protect) else tuple(protect)
+
+
+def _as_protect(protect: Any) -> Any:
+    """What was given, several as a tuple; raises ValueError for what is neither a function nor known by name."""
+    if protect is None:
+        return None
+    several = isinstance(protect, (tuple, list))
+    for each in protect if several else [protect]:
+        if not callable(each) and each != LITERALS:
+            hint = near_match(each, [LITERALS]) if isinstance(each, str) else ""
+            raise ValueError(
+                f"protect must be {LITERALS!r}, a function of input_ids, several of these or None, got "
+                f"{each!r:.80}{hint}"
+            )
+    return (tuple(protect) or None) if several else protect
+
+
+def protecting(mode: Prefix, mask: Mask) -> Prefix:
+    """The mode with more tokens left alone, such as those of a chat template; as it is where it has a function itself.
+
+    Args:
+        mode: what a user asked for.
+        mask: see `Prefix`.
+    """
+    if mode.masks:
+        return mode
+    return replace(mode, protect=(LITERALS, mask) if mode.keeps_literals else mask)
 
 
 Mode = Prefix | BlockCausal
@@ -91,7 +166,7 @@ class ModeSettings(TypedDict, total=False):
 
     sinks: int
     recent: int
-    protect: Callable[[Tensor], Tensor] | None
+    protect: Protect
     min_tokens: int
     tokenizer: Any
     chunk: int

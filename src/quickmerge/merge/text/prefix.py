@@ -42,13 +42,21 @@ from quickmerge.merge.text.merged_cache import (
 )
 from quickmerge.merge.text.modes import Prefix
 from quickmerge.merge.text.prefix_call import CALL, PrefixCall, Reading
-from quickmerge.merge.text.rows import check_one_text, check_padding, plan_rows, protection, special_tokens
+from quickmerge.merge.text.rows import (
+    Protection,
+    check_one_text,
+    check_padding,
+    plan_rows,
+    protection,
+    special_tokens,
+)
 from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.plan import MergePlan, anchors_of
 from quickmerge.merge.tokens.view import Evidence, TokenView
 from quickmerge.models.attachment import PerThread, by_name, setting, stands_aside, uncounted, watch_generate
 from quickmerge.models.compat import cache_argument, cache_name, given_cache, reshapes_output, returned_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, proportional_attention
+from quickmerge.models.literals import literal_mask
 from quickmerge.models.spans import spans, tokenizer_of, within
 
 
@@ -100,9 +108,18 @@ class PrefixRun(Run):
         """By block the method that merges a prompt as a whole in front of it, with its ``keep`` there."""
         # Without settings, as for visual tokens, nothing stays alone for where it stands.
         self.sinks, self.recent, self.protect, self.min_tokens = (
-            (0, 0, None, 0) if mode is None else (mode.sinks, mode.recent, mode.protect, mode.min_tokens)
+            (0, 0, (), 0) if mode is None else (mode.sinks, mode.recent, mode.masks, mode.min_tokens)
         )
         self.tokenizer = None if mode is None else mode.tokenizer
+        self.keeps_literals = mode is not None and mode.keeps_literals
+        evictor = None if self.eviction is None else self.eviction.evictor
+        self.holds_literals = evictor is not None and evictor.protect is not None
+        """Whether their entries stay in the cache, whatever is merged."""
+        if (self.keeps_literals or self.holds_literals) and self._tokenizer() is None:
+            raise QuickmergeError(
+                f"tokenizer must be given for protect='literals', since none is known of "
+                f"{type(self.decoder.model).__name__}: quickmerge.reduce(..., tokenizer=...)"
+            )
         unit = reducer.needs.spans if stages else None
         if unit not in (None, "auto") and self._tokenizer() is None:
             raise QuickmergeError(
@@ -169,7 +186,7 @@ class PrefixRun(Run):
     def _attach(self) -> None:
         super()._attach()
         model = self.decoder.model
-        if any(reducer.needs.spans for reducer in self.reducers.values()):
+        if self.keeps_literals or self.holds_literals or any(r.needs.spans for r in self.reducers.values()):
             self._tokenizer()  # read now, where nobody looks at the clock
         self._note(model.register_forward_pre_hook(self._check_head, with_kwargs=True))
         self._undo.append(watch_generate(model, self._around_generate))
@@ -341,11 +358,7 @@ class PrefixRun(Run):
         """The call that reads a prompt ``valid (B, N)`` and ``drafts`` tokens behind it."""
         n = valid.shape[1] - drafts
         told = valid[:, :n]
-        special = special_tokens(self.decoder.config)
-        kept = protection(
-            told, None if ids is None else ids[:, :n], special, sinks=self.sinks, recent=self.recent,
-            protect=self.protect,
-        )  # fmt: skip
+        kept = self._protection(told, None if ids is None else ids[:, :n])
         length = told.sum(-1)
         stats = self.stats
         stats.rows, stats.tokens_in = len(told), float(length.float().mean())
@@ -356,6 +369,23 @@ class PrefixRun(Run):
             whole=self._whole(length, kept.protected), ids=None if ids is None else ids[:, :n], drafts=drafts,
             given=length,
         )  # fmt: skip
+
+    def _protection(self, valid: Tensor, ids: Tensor | None) -> Protection:
+        """What of tokens ``valid (B, N)`` stays alone; it is counted where that is literals."""
+        reads = self._tokenizer() if self.keeps_literals or self.holds_literals else None
+        kept = protection(
+            valid, ids, special_tokens(self.decoder.config), sinks=self.sinks, recent=self.recent,
+            protect=self.protect, tokenizer=reads if self.keeps_literals else None,
+        )  # fmt: skip
+        if self.holds_literals and not self.keeps_literals:
+            if ids is None:
+                raise QuickmergeError("protect='literals' of the cache needs input_ids, and the model was called with "
+                                      "inputs_embeds")  # fmt: skip
+            literals = literal_mask(ids, valid, reads).to(valid.device)
+            kept = replace(kept, asked=kept.asked | literals, literals=literals)
+        if reads is not None:
+            self.stats.literals = float(kept.literals.sum(-1).float().mean())
+        return kept
 
     def _whole(self, length: Tensor, protected: Tensor) -> Tensor:
         """``(B,)`` bool, the rows that are not reduced, and count why: of ``length (B,)`` tokens some are protected."""

@@ -21,7 +21,7 @@ from quickmerge.merge.text.blocks import trace_of
 from quickmerge.merge.text.merged_cache import Segment, check_fillable, pick_columns, state_of
 from quickmerge.merge.text.modes import Prefix
 from quickmerge.merge.text.prefix_call import CALL
-from quickmerge.merge.text.rows import check_one_text, check_padding, plan_rows, protection, special_tokens
+from quickmerge.merge.text.rows import check_one_text, check_padding, plan_rows
 from quickmerge.merge.text.shortened import ShortCall, ShortenedRun, ShortPrompt, next_positions
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.saliency import AttentionTrace
@@ -114,9 +114,7 @@ class RereadRun(ShortenedRun):
 
     def _prompt_call(self, valid: Tensor, ids: Tensor | None, masked: bool) -> ShortCall:
         """The call that reads a prompt ``valid (B, N)``."""
-        kept = protection(
-            valid, ids, special_tokens(self.decoder.config), sinks=self.sinks, recent=self.recent, protect=self.protect
-        )
+        kept = self._protection(valid, ids)
         length, stats = valid.sum(-1), self.stats
         stats.rows, stats.tokens_in = len(valid), float(length.float().mean())
         state = ShortPrompt(

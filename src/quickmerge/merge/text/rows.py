@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.view import TokenView
+from quickmerge.models.literals import literal_mask
 
 MARKS = 4
 """Special tokens of a row, the last ones, that stay alone: as many as a chat template puts around the last turn."""
@@ -20,12 +22,14 @@ MARKS = 4
 class Protection:
     """``protected (B, N)`` bool, the tokens that stay alone; ``exempt (B, N)``, those of them that come on top.
 
-    ``asked (B, N)``: all that a user asked for, those among them that stay alone anyway.
+    ``asked (B, N)``: all that a user asked for, those among them that stay alone anyway. ``literals (B, N)``: those of
+    them that are of literals.
     """
 
     protected: Tensor
     exempt: Tensor
     asked: Tensor
+    literals: Tensor
 
 
 def protection(
@@ -35,7 +39,8 @@ def protection(
     *,
     sinks: int,
     recent: int,
-    protect: Callable[[Tensor], Tensor] | None = None,
+    protect: Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]] | None = None,
+    tokenizer: Any = None,
 ) -> Protection:
     """The structural tokens, for which a budget pays, and what the user asked for besides, which is exempt.
 
@@ -49,25 +54,29 @@ def protection(
         special: ids of BOS and EOS.
         sinks: see above.
         recent: see above.
-        protect: from ``ids`` to a bool mask ``(B, N)``.
+        protect: from ``ids`` to a bool mask ``(B, N)``; or several such functions.
+        tokenizer: of the ids, where literals stay alone too; None where they don't.
 
     Raises:
         QuickmergeError: if there are no ids for ``protect``, or it returns anything but such a mask.
     """
     structural = (_rank(valid) <= sinks) | (_rank(valid.flip(-1)).flip(-1) <= recent)
+    masks = () if protect is None else (protect,) if callable(protect) else tuple(protect)
+    none = torch.zeros_like(valid)
     if ids is None:
-        if protect is not None:
+        if masks or tokenizer is not None:
             raise QuickmergeError("protect needs input_ids, and the model was called with inputs_embeds")
-        return Protection(structural & valid, torch.zeros_like(valid), torch.zeros_like(valid))
+        return Protection(structural & valid, none, none, none)
     marks = torch.isin(ids, torch.tensor(special, dtype=ids.dtype, device=ids.device)) & valid
     structural = (structural | (marks & (_rank(marks.flip(-1)).flip(-1) <= MARKS))) & valid
-    if protect is None:
-        return Protection(structural, torch.zeros_like(valid), torch.zeros_like(valid))
-    asked = protect(ids)
-    if not isinstance(asked, Tensor) or asked.shape != ids.shape or asked.dtype != torch.bool:
-        raise QuickmergeError(f"protect must return a bool mask of shape {tuple(ids.shape)}")
-    asked = asked.to(valid.device) & valid
-    return Protection(structural | asked, asked & ~structural, asked)
+    literals = none if tokenizer is None else literal_mask(ids, valid, tokenizer).to(valid.device)
+    asked = literals
+    for mask in masks:
+        wanted = mask(ids)
+        if not isinstance(wanted, Tensor) or wanted.shape != ids.shape or wanted.dtype != torch.bool:
+            raise QuickmergeError(f"protect must return a bool mask of shape {tuple(ids.shape)}")
+        asked = asked | (wanted.to(valid.device) & valid)
+    return Protection(structural | asked, asked & ~structural, asked, literals)
 
 
 def special_tokens(config: object) -> list[int]:

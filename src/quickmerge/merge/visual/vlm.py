@@ -19,7 +19,7 @@ from quickmerge.merge.run import VisualStats
 from quickmerge.merge.text.merged_cache import Segment, check_fillable, pick_columns
 from quickmerge.merge.text.modes import Prefix
 from quickmerge.merge.text.prefix_call import CALL, PrefixCall
-from quickmerge.merge.text.rows import check_one_text, check_padding, protection, special_tokens
+from quickmerge.merge.text.rows import check_one_text, check_padding
 from quickmerge.merge.text.shortened import ShortCall, ShortenedRun, next_positions
 from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.plan import MergePlan
@@ -102,6 +102,11 @@ class VlmRun(ShortenedRun):
         tower: TowerRun | None = None,
         cache: Evictor | None = None,
     ) -> None:
+        if cache is not None and cache.protect is not None:
+            raise QuickmergeError(
+                f"protect of {cache.name} must be None for {type(vlm.model).__name__}, since a cache that also holds "
+                "images keeps what is protected where the text is merged: say Prefix(protect='literals') there"
+            )
         self.vlm, self.positions, self.tower_run = vlm, positions, tower
         patches, words = None if tower is None else tower.reducer, None if text is None else text[0]
         asked = {"tower": patches, "visual": visual, Prefix.name: words}
@@ -374,10 +379,7 @@ class VlmRun(ShortenedRun):
         """Find what is to stay alone of the tokens that the merges of visual tokens have left in front of a block."""
         below = call.segment(index - 1)
         valid, places = (call.valid, call.places) if below is None else (below.valid, below.position)
-        kept = protection(
-            valid, self._ids(call, index), special_tokens(self.decoder.config),
-            sinks=self.sinks, recent=self.recent, protect=self.protect,
-        )  # fmt: skip
+        kept = self._protection(valid, self._ids(call, index))
         width = call.valid.shape[1] if call.plan is None else call.plan.slot.shape[1]
 
         def given(mask: Tensor) -> Tensor:

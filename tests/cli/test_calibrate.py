@@ -1,0 +1,108 @@
+"""``quickmerge calibrate``: what it prints, what it saves, and by which code it ends; and ``--protect literals``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from counting_model import counting_model, documents
+
+import quickmerge as qm
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "counts"
+    model, tokenizer = counting_model()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mine")
+    for number, text in enumerate(documents(6)):
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    (folder / "short.txt").write_text("too short", encoding="utf-8")
+    return folder
+
+
+SHORT = ["--tokens", 280, "--target", 24, "--step", 0.3]
+
+
+def test_it_saves_a_recipe_that_remembers_and_shows_it(run: Any, counts: Path, mine: Path, tmp_path: Path) -> None:
+    out, table, records = tmp_path / "recipe", tmp_path / "t.json", tmp_path / "r.jsonl"
+    given = ["calibrate", "--text", mine, "--model", counts, *SHORT, "--floor", 0.5, "--protect", "literals"]
+    code, told, err = run(*given, "--out", out, "--json", table, "--records", records)
+    assert code == 0, err
+    assert "1 of 7 documents have fewer than 1,000 tokens and are left out" in told
+    assert "<- chosen" in told and "calibrated: recovery" in told and "recipe.json" in told
+    assert "6 documents are too few to hold half of them out" in " ".join(told.split())
+    made = qm.Recipe.from_pretrained(out)
+    data = json.loads(table.read_text())
+    assert made.merge.mode.keeps_literals and made.calibration.floor == 0.5
+    assert made.merge.reducer.keep == data["chosen"]["keep"] and data["recipe"] == made.as_dict()
+    code, shown, err = run("recipe", "show", out, "--model", counts)
+    assert code == 0 and str(made.calibration) in " ".join(shown.split()), err
+    assert "literals stay alone" in shown
+    size = records.stat().st_size
+    assert run(*given, "--records", records)[0] == 0 and records.stat().st_size == size
+
+
+def test_where_no_share_will_do_the_code_tells_and_nothing_is_saved(
+    run: Any, counts: Path, mine: Path, tmp_path: Path
+) -> None:
+    code, told, err = run(
+        "calibrate", "--text", mine, "--model", counts, *SHORT[:4], "--step", 0.6, "--floor", 1,
+        "--reducer", "truncate", "--out", tmp_path / "recipe",
+    )  # fmt: skip
+    assert code == 3, (told, err)
+    assert (
+        "no keep below 1 stays above 1: the best is keep" in told and not (tmp_path / "recipe" / "recipe.json").exists()
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--text", "nowhere"], "--text must name files or folders, got nowhere, which is none"),
+        (["--floor", "97"], "floor must be a number in (0, 1], got 97"),
+        (["--score", "recal"], "score must be recovery, literals, or tasks of"),
+        (["--protect", "numbers"], "--protect must be literals, got 'numbers'"),
+        (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (["--reducer", "snapkv", "--layer", "3"], "--layer is for methods that merge, got snapkv"),
+        (["--recipe", "x", "--protect", "literals"], "--protect can't be used with --recipe"),
+    ],
+)
+def test_what_can_t_be_is_one_sentence_and_code_2(run: Any, mine: Path, given: list[str], message: str) -> None:
+    code, out, err = run("calibrate", *([] if "--text" in given else ["--text", mine]), *given)
+    assert code == 2 and out == "" and message in " ".join(err.split()) and len(err.strip().splitlines()) == 1
+
+
+def test_bench_text_has_a_column_of_literals(run: Any, counts: Path, mine: Path, tmp_path: Path) -> None:
+    given = ["bench", "text", mine / "0.txt", "--model", counts, "--context", 280, "--target", 24, "--keep", 0.5]
+    table = tmp_path / "t.json"
+    code, out, err = run(
+        *given, "--reducer", "truncate,snapkv", "--literals", 3, "--protect", "literals", "--json", table
+    )
+    assert code == 0, err
+    data = json.loads(table.read_text())
+    assert "literals" in out and all(row["literals_asked"] == 3 for row in data["rows"])
+    merge, cache = (qm_recipe(row) for row in sorted(data["rows"], key=lambda row: row["reducer"], reverse=True))
+    assert merge["merge"]["mode"]["protect"] == "literals" and cache["cache"]["protect"] == "literals"
+    assert all(record["literal_tokens"] > 0 for record in data["documents"])
+
+
+def qm_recipe(row: dict[str, Any]) -> dict[str, Any]:
+    made: dict[str, Any] = row["recipe"]
+    return made
+
+
+def test_protect_beside_what_it_is_not_for(run: Any, mine: Path) -> None:
+    code, _, err = run(
+        "generate", "text", mine / "0.txt", "--prompt", "so", "--drafter", "lookup", "--protect", "literals"
+    )
+    assert code == 2 and "--protect is for tokens that are merged or leave the cache" in " ".join(err.split())
