@@ -170,13 +170,15 @@ def read(given: Path | str) -> dict[str, Any]:
     return from_data(read_settings(path), path)
 
 
-def from_data(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def from_data(data: Mapping[str, Any], file: Path | None) -> dict[str, Any]:
     """The ingredients that the content of a recipe.json says, by name; raises as `read`.
 
     Args:
         data: the content.
-        path: the file that it is of, which messages name and beside which the parts lie.
+        file: the file that it is of, which messages name and beside which the parts lie; None for no file.
     """
+    path = "recipe" if file is None else file
+    parent = None if file is None else file.parent
     _check_size(data, path)
     data = dict(data)
     kind, version, writer = data.pop("type", None), data.pop("version", VERSION), data.pop("quickmerge", __version__)
@@ -197,7 +199,7 @@ def from_data(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
             hint = near_match(name, NAMES)
             raise QuickmergeError(f"{path} has the unknown entry {clean_name(name)[:80]!r}{hint}{other}")
         try:
-            out[name] = decode(value, name, lambda where, kind, spec: _load_part(where, kind, spec, path.parent))
+            out[name] = decode(value, name, lambda where, kind, spec: _load_part(where, kind, spec, parent))
         except UnknownEntryError as error:
             raise QuickmergeError(f"{path}: {error}{other}") from error
         except QuickmergeError as error:
@@ -217,7 +219,7 @@ def _check_size(data: Any, path: Path) -> None:
             waiting.extend(value.values() if isinstance(value, dict) else value)
 
 
-def _load_part(where: str, kind: type, spec: Any, parent: Path) -> Any:
+def _load_part(where: str, kind: type, spec: Any, parent: Path | None) -> Any:
     """Load what has weights, having seen that it lies where it may and is what it was."""
     held: type[Held] = DynamicViT if kind is DynamicViT else GumihoNetwork if kind is Gumiho else Prior
     if not isinstance(spec, dict) or len({"folder", "shipped"} & set(spec)) != 1 or set(spec) - {
@@ -228,6 +230,9 @@ def _load_part(where: str, kind: type, spec: Any, parent: Path) -> Any:
         )
     if "shipped" in spec:
         folder = _find_shipped(where, held, spec["shipped"])
+    elif parent is None:
+        raise QuickmergeError(f"{where} must ship with quickmerge in a recipe of no file, got a folder: save the "
+                              "recipe, and give the folder that it is in")  # fmt: skip
     else:
         folder = _find_folder(where, spec["folder"], parent)
     _check_hashes(where, folder, spec.get("sha256"), "shipped" in spec)
