@@ -80,7 +80,7 @@ def written(llm: Any, prompts: list[Any], steps: int = STEPS) -> list[list[int]]
     """The tokens that an engine writes greedily behind each prompt, all in one call."""
     from vllm import SamplingParams
 
-    greedy = SamplingParams(temperature=0.0, max_tokens=steps, min_tokens=steps, ignore_eos=True)
+    greedy = SamplingParams(temperature=0.0, max_tokens=steps, ignore_eos=True)
     return [list(each.outputs[0].token_ids) for each in llm.generate(prompts, greedy, use_tqdm=False)]
 
 

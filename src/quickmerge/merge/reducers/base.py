@@ -278,7 +278,7 @@ def merge_visual_tokens(
     key: Tensor | None = None,
     grid: tuple[int, int, int] | None = None,
     depth: int = 1,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, MergePlan]:
     """What a language model is given of some images of N tokens each, and which of their tokens that stands for.
 
     Does what a run does behind the projector, and looks at no model; see `select_visual_tokens` for the arguments.
@@ -293,7 +293,7 @@ def merge_visual_tokens(
         depth: blocks of the language model.
 
     Returns:
-        ``(B, K, D)``, and ``(B, K)`` long, rising: the token at whose place each of these stands.
+        ``(B, K, D)``; ``(B, K)`` long, rising: the token at whose place each of these stands; and the plan.
 
     Raises:
         ValueError: as `select_visual_tokens`.
@@ -302,8 +302,8 @@ def merge_visual_tokens(
     plan = reducer.plan(view)
     anchors = anchors_of(plan, view)
     if plan.slots == hidden.shape[1]:
-        return hidden, anchors
-    return reducer.combine(view, plan, hidden).to(hidden.dtype), anchors
+        return hidden, anchors, plan
+    return reducer.combine(view, plan, hidden).to(hidden.dtype), anchors, plan
 
 
 def _view_of(

@@ -107,7 +107,7 @@ class QuickmergeLlava(LlavaForConditionalGeneration):
         features = self._process_image_pixels(image_input)
         saliency, key = (None if x is None else x[:, self._gone :] for x in self._watch.take())
         asks = self._asked.needs.visual
-        kept, _ = merge_visual_tokens(
+        kept, _, _ = merge_visual_tokens(
             self.multi_modal_projector(features), self._asked,
             features=features if "tower" in asks else None, saliency=saliency, key=key, grid=self._grid,
             depth=self.config.text_config.num_hidden_layers,

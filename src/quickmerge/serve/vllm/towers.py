@@ -16,9 +16,9 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.tokens.saliency import AttentionTrace
-from quickmerge.merge.visual.tower import received
+from quickmerge.merge.visual.tower import Grid, Seen, received, seen_of, window_order
 
-__all__ = ["Heads", "check_engine"]
+__all__ = ["Heads", "PackedTower", "TowerHeads", "check_engine"]
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -106,4 +106,57 @@ class TowerHeads(Heads):
     def take(self) -> tuple[Tensor | None, Tensor | None]:
         """What was seen since the last time."""
         seen, self.seen = self.seen, (None, None)
+        return seen
+
+
+class PackedTower:
+    """What a tower of squares of patches tells, which reads images of any size one after another in one sequence.
+
+    Args:
+        visual: vLLM's tower, with ``blocks`` and a ``merger``.
+        config: its configuration in transformers.
+        reducer: asks.
+    """
+
+    def __init__(self, visual: Any, config: Any, reducer: Reducer) -> None:
+        self.merge = int(config.spatial_merge_size)
+        window = getattr(config, "window_size", None)
+        self.window = None if window is None else window // self.merge // config.patch_size
+        # Windowed blocks see a corner each; the last block that sees the whole image is asked.
+        block = max(getattr(config, "fullatt_block_indexes", None) or [len(visual.blocks) - 1])
+        attention = visual.blocks[block].attn
+        heads = attention.attn.num_heads
+        self.heads = Heads(reducer, heads, class_token=False, shared=attention.tp_size > 1)
+        self.wants_features = "tower" in reducer.needs.visual
+        self._attended: tuple[Tensor, Tensor, Tensor] | None = None
+        self._states: Tensor | None = None
+        if self.heads.asks:
+            attention.attn.register_forward_pre_hook(self._attend, with_kwargs=True)
+        if self.wants_features:
+            visual.merger.register_forward_pre_hook(self._merge)
+
+    def _attend(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        self._attended = tuple(given[name].detach() for name in ("query", "key", "value"))  # type: ignore[assignment]
+
+    def _merge(self, module: nn.Module, args: Any) -> None:
+        self._states = args[0].detach().reshape(-1, args[0].shape[-1])
+
+    @torch.no_grad()
+    def take(self, grids: list[Grid]) -> list[Seen]:
+        """What was seen of images of these ``grids`` (T, H, W) of patches since the last time."""
+        sizes = [t * h * w for t, h, w in grids]
+        features = [None] * len(grids) if self._states is None else self._states.split(sizes)
+        votes: list[Tensor | None] = [None] * len(grids)
+        keys: list[Tensor | None] = [None] * len(grids)
+        if self._attended is not None:
+            parts = [part.flatten(0, 1).split(sizes) for part in self._attended]  # (patches, heads, d) each
+            for index, each in enumerate(zip(*parts, strict=True)):
+                found = self.heads.measure(*(x.transpose(0, 1)[None] for x in each))
+                votes[index], keys[index] = (None if x is None else x[0] for x in found)
+        self._attended = self._states = None
+        seen = []
+        for grid, vectors, vote, key in zip(grids, features, votes, keys, strict=True):
+            order = None if self.window is None else window_order(grid, self.merge, self.window)
+            seen.append(seen_of(grid, self.merge, False, vectors, vote, key, order))
         return seen
