@@ -106,6 +106,8 @@ class TowerHeads(Heads):
     def take(self) -> tuple[Tensor | None, Tensor | None]:
         """What was seen since the last time."""
         seen, self.seen = self.seen, (None, None)
+        if self.asks and all(part is None for part in seen):
+            raise RuntimeError("the attention of vLLM's vision tower was not called where quickmerge looks at it")
         return seen
 
 
@@ -133,7 +135,9 @@ class PackedTower:
         if self.heads.asks:
             attention.attn.register_forward_pre_hook(self._attend, with_kwargs=True)
         if self.wants_features:
-            visual.merger.register_forward_pre_hook(self._merge)
+            # The merger itself may be compiled, and is then called past its hooks; its norm reads what it is given.
+            norm = getattr(visual.merger, "ln_q", None) or visual.merger.norm
+            norm.register_forward_pre_hook(self._merge)
 
     def _attend(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
@@ -146,6 +150,12 @@ class PackedTower:
     def take(self, grids: list[Grid]) -> list[Seen]:
         """What was seen of images of these ``grids`` (T, H, W) of patches since the last time."""
         sizes = [t * h * w for t, h, w in grids]
+        for what, wanted, found in (
+            ("merger", self.wants_features, self._states),
+            ("attention", bool(self.heads.asks), self._attended),
+        ):
+            if wanted and found is None:
+                raise RuntimeError(f"the {what} of vLLM's vision tower was not called where quickmerge looks at it")
         features = [None] * len(grids) if self._states is None else self._states.split(sizes)
         votes: list[Tensor | None] = [None] * len(grids)
         keys: list[Tensor | None] = [None] * len(grids)
