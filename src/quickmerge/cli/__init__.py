@@ -61,6 +61,7 @@ def _register() -> None:
     from quickmerge.recipe.options import record_ingredients
     from quickmerge.recognition import cli as recognition
     from quickmerge.speculative import cli as speculative
+    from quickmerge.speculative.gumiho import cli_export as export
     from quickmerge.transplant import cli as transplant
 
     record_by(record_ingredients)
@@ -92,6 +93,11 @@ def _register() -> None:
     add(tells, "show", recipe.show, recipe.SHOW_EXAMPLE)
     add(tells, "check", recipe.check, recipe.CHECK_EXAMPLE)
     app.add_typer(tells, help="What a recipe does to a model, and whether it can.")
+
+    exports = choice("export", "eagle")
+    add(exports, "eagle", export.eagle, export.EAGLE_EXAMPLE)
+    add(exports, "gumiho", export.published, export.PUBLISHED_EXAMPLE)
+    app.add_typer(exports, help="Draft heads in the layouts of other programs: EAGLE for vLLM, Gumiho's own.")
 
     add(app, "recognize", recognition.recognize, recognition.EXAMPLE)
     add(app, "transplant", transplant.transplant, transplant.EXAMPLE)
