@@ -1,4 +1,4 @@
-"""Tiny Qwen2.5-VL and Qwen3-VL as folders, prompts with images of several shapes, and what transformers write of them."""
+"""Tiny Qwen2.5-VL and Qwen3-VL as folders, prompts with images of all shapes, and what transformers write."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def from_data(data: Mapping[str, Any], file: Path | None) -> dict[str, Any]:
     return out
 
 
-def _check_size(data: Any, path: Path) -> None:
+def _check_size(data: Any, path: Path | str) -> None:
     """Refuse what no recipe is as large as: a short file of YAML can hold a list of lists without end."""
     waiting, count = [data], 0
     while waiting:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import quickmerge as qm
 from vllm_llava import METHODS, asked, folder_of, prompts, references
 from vllm_samples import STEPS, engine, written
+
+import quickmerge as qm
 
 pytestmark = pytest.mark.vllm
 

@@ -18,6 +18,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.speculative.gumiho import write_eagle
 from quickmerge.speculative.gumiho.eagle import eagle_config, eagle_state
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SERIAL = {
     "one layer": {"serial": 2, "serial_layers": 1, "heads": 2},
     "two layers": {"serial": 2, "serial_layers": 2, "heads": 0},
@@ -38,7 +39,7 @@ def drafter(state: dict[str, Tensor], config: dict[str, Any]) -> Any:
         at = f"layers.{index}"
         assert (f"{at}.input_layernorm.weight" in state) == (index > 0)
         layers.append(SimpleNamespace(
-            self_attn=SimpleNamespace(**{n: weight(f"{at}.self_attn.{n}.weight") for n in ("q_proj", "k_proj", "v_proj", "o_proj")}),
+            self_attn=SimpleNamespace(**{n: weight(f"{at}.self_attn.{n}.weight") for n in ATTENTION}),
             mlp=SimpleNamespace(**{n: weight(f"{at}.mlp.{n}.weight") for n in ("gate_proj", "up_proj", "down_proj")}),
             input_layernorm=weight(f"{at}.input_layernorm.weight") if index else None,
             post_attention_layernorm=weight(f"{at}.post_attention_layernorm.weight"),

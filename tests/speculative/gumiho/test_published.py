@@ -38,7 +38,9 @@ def test_what_is_written_is_read_again_and_drafts_the_same(tmp_path: Path) -> No
             pairs = one.fuse(embedded, features), other.fuse(embedded, features)
             torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-4)
             places = torch.arange(5)[None]
-            torch.testing.assert_close(one.serial(pairs[0], places), other.serial(pairs[0], places), rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(
+                one.serial(pairs[0], places), other.serial(pairs[0], places), rtol=1e-4, atol=1e-3
+            )
             guess = [each.guess(pairs[0][0, :1], pairs[0][0, 1:2]) for each in (one, other)]
             torch.testing.assert_close(*guess, rtol=1e-4, atol=1e-3)
 
@@ -65,7 +67,10 @@ def test_names_and_shapes_are_those_of_the_repository(tmp_path: Path) -> None:
 def test_renamed_keys_and_a_config_elsewhere_are_read(tmp_path: Path) -> None:
     model = tiny()
     write_published(heads(model, **PLAIN), model, tmp_path)
-    state = {name.replace("mlp.", "mlp.mlp.", 1) if name.startswith("mlp.") else name: x for name, x in read(tmp_path).items()}
+    state = {
+        name.replace("mlp.", "mlp.mlp.", 1) if name.startswith("mlp.") else name: x
+        for name, x in read(tmp_path).items()
+    }
     torch.save(state, tmp_path / FILE)
     config = tmp_path / "elsewhere.json"
     (tmp_path / "config.json").rename(config)
@@ -103,7 +108,10 @@ class Runs:
         (lambda state: state.pop("mlp.1.3.linear.bias"), "must hold mlp.1.3.linear.bias"),
         (lambda state: state.update(more=torch.zeros(1)), None),
         (lambda state: state.update({"layers.0.more": torch.zeros(1)}), "layers.0.more"),
-        (lambda state: state.update({"embed_tokens.weight": torch.randn_like(state["embed_tokens.weight"])}), "another model"),
+        (
+            lambda state: state.update({"embed_tokens.weight": torch.randn_like(state["embed_tokens.weight"])}),
+            "another model",
+        ),
         (lambda state: state.update({"fc.bias": torch.full_like(state["fc.bias"], torch.nan)}), "fc.bias"),
         (lambda state: state.update({"fc.bias": Runs()}), "can't be read"),
     ],

@@ -7,6 +7,6 @@ Only modules of this folder import vllm, and only when vLLM loads a model by one
 
 from __future__ import annotations
 
-from quickmerge.serve.vllm.register import ARCHITECTURES, LOOKUP, TESTED, check_version, register
+from quickmerge.serve.vllm.plugin import ARCHITECTURES, LOOKUP, TESTED, check_version, register
 
 __all__ = ["ARCHITECTURES", "LOOKUP", "TESTED", "check_version", "register"]

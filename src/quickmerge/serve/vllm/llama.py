@@ -1,9 +1,9 @@
 """Experimental: prompts merged inside vLLM's Llama. Blocks from one on read slots, and their caches hold slots.
 
 vLLM counts a request by its tokens, and gives every block as many places in its cache. In front of the block where a
-prompt is merged this takes over: what the blocks above are told of lengths, places in their caches and positions is that
-of the slots. The rows of slots go back to those of tokens behind the last block, so vLLM finds the last row of each
-request where it looks. Compute is saved; memory of caches is not, since places that slots leave empty stay the request's.
+prompt is merged this takes over: what the blocks above are told of lengths, places in caches and positions is that of
+the slots. Behind the last block rows of slots go back to those of tokens, so vLLM finds the last row of each request
+where it looks. Compute is saved; memory of caches is not, since places that slots leave empty stay the request's.
 
 Which request a row is, is known by the first block of its cache, which is its own as long as it runs. That is why
 prefixes that requests share, prompts in chunks, drafts and preemption are refused, each by name.
@@ -29,7 +29,7 @@ from quickmerge.merge.tokens.budget import Count, Ratio
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.saliency import AttentionTrace
 from quickmerge.merge.tokens.view import Evidence, TokenView
-from quickmerge.serve.vllm.register import check_version
+from quickmerge.serve.vllm.plugin import check_version
 
 check_version()  # in front of what other versions may not have
 
@@ -94,6 +94,7 @@ class MergingLayer(LlamaDecoderLayer):
             if self.index == owner.layer:
                 stream = hidden_states if residual is None else hidden_states + residual
                 hidden_states, residual = owner.merged(reading, stream, positions), None
+            assert reading.positions is not None
             positions = reading.positions
         out: tuple[Tensor, Tensor] = super().forward(positions, hidden_states, residual)
         return out
@@ -141,7 +142,8 @@ class QuickmergeLlama(LlamaForCausalLM):
         for row, _, count in self.reading.rows:
             if count not in (1, lengths[row]):
                 raise QuickmergeError(
-                    f"max_num_batched_tokens must let {WHERE} read a prompt at once, got {count} of {lengths[row]} tokens"
+                    f"max_num_batched_tokens must let {WHERE} read a prompt at once, got {count} of {lengths[row]} "
+                    "tokens"
                 )
         try:
             with self._told_anew(context, names[self.layer :]):
@@ -184,7 +186,7 @@ class QuickmergeLlama(LlamaForCausalLM):
             attention = self.model.layers[layer].self_attn
             heads = attention.num_heads, attention.num_kv_heads, attention.num_kv_heads
             query, key, value = (
-                x[first : first + count].unflatten(-1, (n, attention.head_dim)).transpose(0, 1)[None]
+                x[first : first + count].view(count, n, attention.head_dim).transpose(0, 1)[None]
                 for x, n in zip(reading.traces[layer], heads, strict=True)
             )
             traces.append(AttentionTrace(query, key, value, attention.scaling))
@@ -313,6 +315,7 @@ def _merge_of(config: Any) -> Merge:
         raise QuickmergeError(f"spans must be 'none' for {WHERE}, which knows no text of tokens, got {reducer.label}")
     if reducer.proportional:
         raise QuickmergeError(
-            f"proportional must be False for {WHERE}, whose attention can't count a slot as its tokens, got {reducer.label}"
+            f"proportional must be False for {WHERE}, whose attention can't count a slot as its tokens, got "
+            f"{reducer.label}"
         )
     return merge

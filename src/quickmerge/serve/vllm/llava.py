@@ -11,7 +11,7 @@ from torch import Tensor
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.reducers.base import merge_visual_tokens
 from quickmerge.merge.tokens.budget import kept_of
-from quickmerge.serve.vllm.register import check_version
+from quickmerge.serve.vllm.plugin import check_version
 
 check_version()  # in front of what other versions may not have
 
@@ -34,6 +34,7 @@ __all__ = ["QuickmergeLlava"]
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Model types of the towers that are served."""
 
+WHERE = "quickmerge's LLaVA in vLLM"
 POSITIONS = "consecutive"
 """vLLM counts the tokens that are there: it has no places for those that went."""
 
@@ -41,11 +42,9 @@ POSITIONS = "consecutive"
 def _check(config: Any) -> None:
     kind = config.vision_config.model_type
     if kind not in TOWERS:
-        raise QuickmergeError(f"vision_config must be of {' or '.join(TOWERS)} for quickmerge's LLaVA in vLLM, got {kind}")
+        raise QuickmergeError(f"vision_config must be of {' or '.join(TOWERS)} in {WHERE}, got {kind}")
     if not isinstance(config.vision_feature_layer, int):
-        raise QuickmergeError(
-            f"vision_feature_layer must be one layer for quickmerge's LLaVA in vLLM, got {config.vision_feature_layer!r}"
-        )
+        raise QuickmergeError(f"vision_feature_layer must be one layer in {WHERE}, got {config.vision_feature_layer!r}")
 
 
 class QuickmergeLlavaInfo(LlavaProcessingInfo):
@@ -63,7 +62,7 @@ class QuickmergeLlavaProcessor(LlavaMultiModalProcessor):
     """Refuses what can't be reduced."""
 
     def _get_prompt_updates(self, mm_items: MultiModalDataItems, *args: Any, **kwargs: Any) -> Sequence[Any]:
-        if "image" in mm_items and isinstance(mm_items.get_items("image", object), ImageEmbeddingItems):  # type: ignore[type-var]
+        if "image" in mm_items and isinstance(mm_items.get_items("image", object), ImageEmbeddingItems):
             raise QuickmergeError("image_embeds can't be given to quickmerge's LLaVA in vLLM: give images")
         return cast("Sequence[Any]", super()._get_prompt_updates(mm_items, *args, **kwargs))
 
@@ -78,13 +77,16 @@ class QuickmergeLlava(LlavaForConditionalGeneration):
     """
 
     # transformers 5 saves a tower without the name of its inner model.
-    hf_to_vllm_mapper = WeightsMapper(
-        orig_to_new_regex={
-            re.compile(r"^(?:model\.)?vision_tower\.(embeddings|encoder|pre_layrnorm|post_layernorm|head)\."): (
-                r"vision_tower.vision_model.\1."
-            )
-        }
-    ) | LlavaForConditionalGeneration.hf_to_vllm_mapper
+    hf_to_vllm_mapper = (
+        WeightsMapper(
+            orig_to_new_regex={
+                re.compile(r"^(?:model\.)?vision_tower\.(embeddings|encoder|pre_layrnorm|post_layernorm|head)\."): (
+                    r"vision_tower.vision_model.\1."
+                )
+            }
+        )
+        | LlavaForConditionalGeneration.hf_to_vllm_mapper
+    )
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config

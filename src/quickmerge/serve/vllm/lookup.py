@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quickmerge.errors import QuickmergeError
-from quickmerge.serve.vllm.register import check_version
+from quickmerge.serve.vllm.plugin import check_version
 from quickmerge.serve.vllm.settings import KEY, recipe_of
 from quickmerge.speculative.lookup import PromptLookup, TextIndex
 
@@ -83,7 +83,7 @@ def _ngram(config: Any) -> int:
         return NGRAM
     if not isinstance(speculation.drafter, PromptLookup):
         raise QuickmergeError(
-            f"decoding must be PromptLookup for {__name__}, got {type(speculation.drafter).__name__}; Gumiho's heads are "
-            "exported by quickmerge export eagle"
+            f"decoding must be PromptLookup for {__name__}, got {type(speculation.drafter).__name__}; Gumiho's heads "
+            "are exported by quickmerge export eagle"
         )
     return speculation.drafter.ngram

@@ -35,7 +35,8 @@ def recipe_of(config: Any) -> Recipe:
     if isinstance(given, Mapping):
         return Recipe.from_dict(given)
     raise QuickmergeError(
-        f"hf_overrides must hold {KEY!r}, the recipe as a dict such as {EXAMPLE} or the folder of one, got {given!r:.80}"
+        f"hf_overrides must hold {KEY!r}, the recipe as a dict such as {EXAMPLE} or the folder of one, got "
+        f"{given!r:.80}"
     )
 
 
@@ -84,7 +85,8 @@ def visual_of(config: Any, positions: str) -> Reducer:
         raise QuickmergeError(f"positions must be {positions!r} in this model of vLLM, {why}, got {merge.positions!r}")
     if not isinstance(reducer.budget, (Count, Ratio)):
         raise QuickmergeError(
-            f"keep must be a share or a Count in vLLM, which makes room before it looks at an image, got {reducer.keep!r}"
+            f"keep must be a share or a Count in vLLM, which makes room before it looks at an image, got "
+            f"{reducer.keep!r}"
         )
     if "text" in reducer.needs.visual:
         raise QuickmergeError(

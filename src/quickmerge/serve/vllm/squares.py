@@ -2,8 +2,8 @@
 
 The text behind an image stands where it would stand behind all of its tokens, and a token that stays keeps its place.
 Which tokens stay is known once an image was encoded, after vLLM has asked for places. So places of visual tokens are
-left open at first (below 0), each token carries its own in further channels of its embedding, and vLLM's door for models
-that prune videos (`recompute_mrope_positions`) fills them in, chunk by chunk.
+left open at first (below 0), each token carries its own in further channels of its embedding, and vLLM's door for
+models that prune videos (`recompute_mrope_positions`) fills them in, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.reducers.base import Reducer, merge_visual_tokens
 from quickmerge.merge.tokens.budget import kept_of
-from quickmerge.serve.vllm.register import check_version
+from quickmerge.serve.vllm.plugin import check_version
 
 check_version()  # in front of what other versions may not have
 
@@ -46,7 +46,7 @@ class ImagesOnly:
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         """Any number of images, and no video."""
-        return {"image": None}
+        return {"image": None, "video": 0}
 
 
 class KeptCounts:
@@ -89,16 +89,16 @@ class Squares:
             )
         if vllm_config.use_v2_model_runner:
             raise QuickmergeError(
-                "VLLM_USE_V2_MODEL_RUNNER must be 0 with quickmerge's Qwen models in vLLM, whose second model runner asks "
-                "no model for the places of tokens that were pruned"
+                "VLLM_USE_V2_MODEL_RUNNER must be 0 with quickmerge's Qwen models in vLLM, whose second model runner "
+                "asks no model for the places of tokens that were pruned"
             )
         engine.video_pruning_rate = DOOR
         _open_on_cpu()
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         text = config.get_text_config()
         self._asked, self._depth, self._wide = asked, text.num_hidden_layers, text.hidden_size
         self._tower = PackedTower(self.visual, config.vision_config, asked)
-        # How far new tokens stand from where they are counted, by the tensor of a prompt's places, which vLLM writes to.
+        # How far new tokens stand from where they are counted, by the tensor of a prompt's places.
         self._behind: Any = WeakTensorKeyDictionary()
 
     # Choosing ---------------------------------------------------------------------------------------------------
@@ -167,7 +167,8 @@ class Squares:
             num_computed_tokens: how many tokens of the prompt have been read.
         """
         ids = torch.as_tensor(input_ids)
-        positions, (columns,) = mrope_positions.clone(), (ids.cpu() == self.config.image_token_id).nonzero(as_tuple=True)
+        positions = mrope_positions.clone()
+        columns = (ids.cpu() == self.config.image_token_id).nonzero().flatten()
         columns = columns[columns >= num_computed_tokens]
         plain = [each[:, :-CHANNELS] for each in multimodal_embeddings]
         if plain:

@@ -32,8 +32,8 @@ def check_engine(vllm_config: Any) -> None:
     mode = vllm_config.model_config.multimodal_config.mm_encoder_tp_mode
     if mode != "weights":
         raise QuickmergeError(
-            f"mm_encoder_tp_mode must be 'weights' with quickmerge's models in vLLM, got {mode!r}, by which each process "
-            "sees some of the images"
+            f"mm_encoder_tp_mode must be 'weights' with quickmerge's models in vLLM, got {mode!r}, by which each "
+            "process sees some of the images"
         )
 
 
@@ -98,9 +98,7 @@ class TowerHeads(Heads):
     @torch.no_grad()
     def _see(self, module: nn.Module, args: Any, output: Any) -> None:
         made = output[0] if isinstance(output, tuple) else output
-        query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in made.chunk(3, -1)
-        )
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in made.chunk(3, -1))
         self.seen = self.measure(query, key, value)
 
     def take(self) -> tuple[Tensor | None, Tensor | None]:
@@ -130,7 +128,7 @@ class PackedTower:
         heads = attention.attn.num_heads
         self.heads = Heads(reducer, heads, class_token=False, shared=attention.tp_size > 1)
         self.wants_features = "tower" in reducer.needs.visual
-        self._attended: tuple[Tensor, Tensor, Tensor] | None = None
+        self._attended: list[Tensor] | None = None
         self._states: Tensor | None = None
         if self.heads.asks:
             attention.attn.register_forward_pre_hook(self._attend, with_kwargs=True)
@@ -141,7 +139,7 @@ class PackedTower:
 
     def _attend(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-        self._attended = tuple(given[name].detach() for name in ("query", "key", "value"))  # type: ignore[assignment]
+        self._attended = [given[name].detach() for name in ("query", "key", "value")]
 
     def _merge(self, module: nn.Module, args: Any) -> None:
         self._states = args[0].detach().reshape(-1, args[0].shape[-1])
@@ -150,21 +148,22 @@ class PackedTower:
     def take(self, grids: list[Grid]) -> list[Seen]:
         """What was seen of images of these ``grids`` (T, H, W) of patches since the last time."""
         sizes = [t * h * w for t, h, w in grids]
+        found: Any
         for what, wanted, found in (
             ("merger", self.wants_features, self._states),
             ("attention", bool(self.heads.asks), self._attended),
         ):
             if wanted and found is None:
                 raise RuntimeError(f"the {what} of vLLM's vision tower was not called where quickmerge looks at it")
-        features = [None] * len(grids) if self._states is None else self._states.split(sizes)
+        features: Any = [None] * len(grids) if self._states is None else torch.split(self._states, sizes)
         votes: list[Tensor | None] = [None] * len(grids)
         keys: list[Tensor | None] = [None] * len(grids)
         if self._attended is not None:
-            parts = [part.flatten(0, 1).split(sizes) for part in self._attended]  # (patches, heads, d) each
+            parts = [torch.split(part.flatten(0, 1), sizes) for part in self._attended]  # (patches, heads, d) each
             for index, each in enumerate(zip(*parts, strict=True)):
-                found = self.heads.measure(*(x.transpose(0, 1)[None] for x in each))
-                votes[index], keys[index] = (None if x is None else x[0] for x in found)
-        self._attended = self._states = None
+                told = self.heads.measure(*(x.transpose(0, 1)[None] for x in each))
+                votes[index], keys[index] = (None if x is None else x[0] for x in told)
+        self._attended, self._states = None, None
         seen = []
         for grid, vectors, vote, key in zip(grids, features, votes, keys, strict=True):
             order = None if self.window is None else window_order(grid, self.merge, self.window)

@@ -62,7 +62,10 @@ def published(out: OUT, heads: HEADS = "smollm2-135m", model: MODEL = "smollm2-1
 
     with one_sentence():
         folder = write_published(drafts, lm, out)
-    say(f"{clean_name(folder / FILE)}: {drafts.config.serial_layers} serial layer(s), {drafts.config.heads} parallel heads")
+    say(
+        f"{clean_name(folder / FILE)}: {drafts.config.serial_layers} serial layer(s), "
+        f"{drafts.config.heads} parallel heads"
+    )
 
 
 def _load(heads: str, model: str, out: Path) -> tuple[Any, Gumiho]:

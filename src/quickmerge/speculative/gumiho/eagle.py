@@ -56,7 +56,7 @@ def eagle_state(network: GumihoNetwork, embedding: Tensor, dtype: torch.dtype = 
     fusion, bias = network.fusion.weight.double(), network.fusion.bias.double()
     device = fusion.device
     rows = []
-    for part in embedding.detach().split(8192):  # a vocabulary in float64 would take gigabytes
+    for part in torch.split(embedding.detach(), 8192):  # a vocabulary in float64 would take gigabytes
         made = part.to(device).double() @ fusion[:, :width].T / config.embedding_scale + bias
         rows.append((scale * made).to(dtype))
     identity = torch.eye(config.features, dtype=torch.float64, device=device)

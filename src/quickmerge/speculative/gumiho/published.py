@@ -1,7 +1,7 @@
 """Draft heads in the layout of the checkpoints that were published with Gumiho: pytorch_model.bin, and what it means.
 
-Read off the loader in the paper's public repository (AMD-AIG-AIMA/Gumiho, gumiho/model), which fills its modules by name
-and lets nothing be left over:
+Read off the loader in the paper's public repository (AMD-AIG-AIMA/Gumiho, gumiho/model), which fills its modules by
+name and lets nothing be left over:
 
 - ``embed_tokens.weight``: the target's embeddings;
 - ``fc.weight (H, 2 H)``, ``fc.bias``: the fusion, embedding first;
@@ -79,7 +79,7 @@ def read_published(
     state = {name: value.float() for name, value in state.items() if not name.endswith("rotary_emb.inv_freq")}
     check_finite(str(path), state.items())
     network = _network(state, path, model, _settings(path, model, config))
-    own = model.get_input_embeddings().weight.detach().cpu().float()  # type: ignore[union-attr, operator]
+    own = model.get_input_embeddings().weight.detach().cpu().float()
     given = state["embed_tokens.weight"]
     if given.shape != own.shape or not torch.allclose(given, own, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
         raise QuickmergeError(
@@ -130,9 +130,13 @@ def _network(state: dict[str, Tensor], path: Path, model: PreTrainedModel, given
             trained_for={"hash": model_hash(model)},
         )
     network = GumihoNetwork(config)
-    made: dict[str, Tensor] = {"fusion.weight": state["fc.weight"], "fusion.bias": state.get("fc.bias", torch.zeros(features))}
+    made: dict[str, Tensor] = {
+        "fusion.weight": state["fc.weight"],
+        "fusion.bias": state.get("fc.bias", torch.zeros(features)),
+    }
     made |= {name: value for name, value in state.items() if name.startswith("layers.")}
     if heads:
+
         def linear(head: int, layer: int, kind: str) -> Tensor:
             names = (f"mlp.{head}.{layer}.linear.{kind}", f"mlp.mlp.{head}.{layer}.linear.{kind}")
             name = next((each for each in names if each in state), names[0])
@@ -148,7 +152,7 @@ def _network(state: dict[str, Tensor], path: Path, model: PreTrainedModel, given
     for name in sorted(set(wanted) | set(made)):
         if name not in made or name not in wanted or made[name].shape != wanted[name].shape:
             raise QuickmergeError(
-                f"{path} must hold heads of one shape, as the checkpoints that were published with Gumiho do: {name} is "
+                f"{path} must hold heads of one shape, as the checkpoints published with Gumiho do: {name} is "
                 f"{tuple(made[name].shape) if name in made else 'missing'} and must be "
                 f"{tuple(wanted[name].shape) if name in wanted else 'left out'}"
             )
@@ -188,7 +192,7 @@ def write_published(heads: Gumiho, model: PreTrainedModel, folder: str | os.Path
             f"embedding must be as wide as features ({config.features}) for the layout of published heads, got "
             f"{config.embedding}"
         )
-    words = model.get_input_embeddings().weight.detach().cpu().float()  # type: ignore[union-attr, operator]
+    words = model.get_input_embeddings().weight.detach().cpu().float()
     fusion = state["fusion.weight"].cpu().clone()
     fusion[:, : config.embedding] /= config.embedding_scale
     made: dict[str, Tensor] = {"embed_tokens.weight": words, "fc.weight": fusion, "fc.bias": state["fusion.bias"].cpu()}
