@@ -19,7 +19,9 @@ ROOT = HERE.parents[2]
 def main() -> int:
     """Run them one after another; arguments go to pytest. Exit code 1 if one fails."""
     environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE / "site"), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE / "site"), environment.get("PYTHONPATH", "")]).rstrip(
+        os.pathsep
+    )
     failed = []
     for path in sorted(HERE.glob("test_*.py")):
         began = time.monotonic()
