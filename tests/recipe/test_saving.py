@@ -35,6 +35,23 @@ def test_a_recipe_is_read_as_it_was_written(name: str, tmp_path: Path) -> None:
     assert qm.Recipe.from_pretrained(tmp_path / "recipe.json") == recipe
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_what_its_data_say(name: str) -> None:
+    recipe = RECIPES[name]()
+    assert qm.Recipe.from_dict(recipe.as_dict()) == recipe
+
+
+def test_data_of_no_file_name_no_folder() -> None:
+    assert qm.Recipe.from_dict({"merge": {"type": "QuickMerge", "keep": 0.3}}) == qm.Recipe(
+        merge=qm.QuickMerge(keep=0.3)
+    )
+    with pytest.raises(qm.QuickmergeError, match="recipe has the unknown entry 'merg'"):
+        qm.Recipe.from_dict({"merg": {}})
+    given = {"merge": {"type": "QuickMergePrior", "prior": {"folder": "merge-prior"}}}
+    with pytest.raises(qm.QuickmergeError, match=r"merge\.prior must ship with quickmerge in a recipe of no file"):
+        qm.Recipe.from_dict(given)
+
+
 SHARES = st.floats(0.01, 1.0)
 BUDGETS = st.one_of(
     SHARES,

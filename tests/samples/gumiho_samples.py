@@ -74,7 +74,7 @@ def literal_serial(network: GumihoNetwork, pairs: list[Tensor]) -> list[Tensor]:
 
 
 def _norm(x: Tensor, norm: Any) -> Tensor:
-    return x / (x.square().mean() + 1e-6).sqrt() * norm.weight
+    return x / (x.square().mean() + norm.eps).sqrt() * norm.weight
 
 
 def _heads(x: Tensor, width: int) -> list[Tensor]:

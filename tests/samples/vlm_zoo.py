@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -306,25 +305,12 @@ def row_of(model: Any, rows: list[list[int]], i: int, kind: str = "image", seed:
     return alone
 
 
-@dataclass(frozen=True)
-class PlainToMe(qm.ToMe):
-    """ToMe without log(size) in attention, which hand-built embeddings can't ask for."""
-
-    proportional = False
-
-
-@dataclass(frozen=True)
-class PlainQuickMerge(qm.QuickMergeVision):
-    """The same, with plain means."""
-
-    proportional = False
-
-
 METHODS = {
     "random": qm.Random(keep=0.4),
     "scope": qm.SCOPE(keep=0.4),
-    "tome": PlainToMe(keep=0.4),
-    "quickmerge": PlainQuickMerge(keep=0.4, operator="average"),
+    # hand-built embeddings can't ask for log(size) in attention
+    "tome": qm.ToMe(keep=0.4, proportional=False),
+    "quickmerge": qm.QuickMergeVision(keep=0.4, operator="average", proportional=False),
     "trimtokenator": qm.TrimTokenator(keep=0.4),
     "attention": qm.Attention(keep=qm.Count(3)),
 }

@@ -14,6 +14,7 @@ from strategies import prop, seeds
 
 import quickmerge as qm
 from quickmerge.speculative import PromptLookup, SpeculativeDecoding, Tree
+from quickmerge.speculative.lookup import TextIndex
 
 
 def begin(rows: list[list[int]], **settings: Any) -> PromptLookup:
@@ -136,3 +137,12 @@ def test_what_grows_with_a_setting_is_bounded(setting: str) -> None:
     PromptLookup(**{setting: 1024})
     with pytest.raises(ValueError, match=f"{setting} must be at most 1024, got 99999999999"):
         PromptLookup(**{setting: 99_999_999_999})
+
+
+def test_a_chain_follows_what_most_places_go_on_with() -> None:
+    index = TextIndex([7, 1, 2, 3, 7, 1, 2, 4, 7, 1, 5, 7], 3)
+    # (5, 7, 1) was never there, and (7, 1) was, with 2 behind it twice; of 3 and 4 the latter is more recent
+    assert index.chain(1, 4) == [2, 4, 7, 1]
+    assert TextIndex([7, 1, 2, 3, 7, 1, 2, 4, 9, 7], 2).chain(1, 3) == [2, 4, 9]
+    assert index.chain(99, 4) == [] and index.chain(1, 1) == [2]
+    assert TextIndex([4, 4, 4], 3).chain(4, 8) == [4]

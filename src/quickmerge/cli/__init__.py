@@ -64,6 +64,7 @@ def _register() -> None:
     from quickmerge.serve import cli as serve
     from quickmerge.serve.batch import cli as batch
     from quickmerge.speculative import cli as speculative
+    from quickmerge.speculative.gumiho import cli_export as export
     from quickmerge.transplant import cli as transplant
 
     record_by(record_ingredients)
@@ -95,6 +96,11 @@ def _register() -> None:
     add(tells, "show", recipe.show, recipe.SHOW_EXAMPLE)
     add(tells, "check", recipe.check, recipe.CHECK_EXAMPLE)
     app.add_typer(tells, help="What a recipe does to a model, and whether it can.")
+
+    exports = choice("export", "eagle")
+    add(exports, "eagle", export.eagle, export.EAGLE_EXAMPLE)
+    add(exports, "gumiho", export.published, export.PUBLISHED_EXAMPLE)
+    app.add_typer(exports, help="Draft heads in the layouts of other programs: EAGLE for vLLM, Gumiho's own.")
 
     add(app, "calibrate", floors.calibrate, floors.EXAMPLE)
     add(app, "package", serve.package, serve.EXAMPLE)

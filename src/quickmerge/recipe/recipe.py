@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
@@ -17,7 +18,7 @@ from quickmerge.recipe.ingredients import NAMES, Ingredients
 from quickmerge.recipe.measured import Measured
 from quickmerge.recipe.parts import parts
 from quickmerge.recipe.run import RecipeRun
-from quickmerge.recipe.saving import as_data, read, write
+from quickmerge.recipe.saving import TYPE, as_data, from_data, read, write
 from quickmerge.recipe.tell import Told, tell
 
 __all__ = ["Recipe", "apply"]
@@ -83,6 +84,24 @@ class Recipe(HubMixin, Ingredients):
                 is full or not writable. What was there before is still there.
         """
         write(self._given(), Path(folder), self.calibration)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The recipe that `as_dict` gave: with what it leaves out at its default, ``type`` and ``version`` too.
+
+        A trained part must ship with quickmerge (``{"shipped": NAME}``): folders are `from_pretrained`'s.
+
+        Args:
+            data: JSON's own types, such as ``{"visual": {"type": "SCOPE", "keep": 0.25}}``.
+
+        Raises:
+            QuickmergeError: a type or a setting is unknown or out of range.
+        """
+        found = from_data({"type": TYPE, **data}, None)
+        try:
+            return cls(**found)
+        except QuickmergeError as error:
+            raise QuickmergeError(f"recipe: {error}") from error
 
     @classmethod
     def from_pretrained(cls, given: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> Recipe:

@@ -177,14 +177,16 @@ def read(given: Path | str, home: Path | None = None) -> dict[str, Any]:
     return from_data(read_settings(path), path, home)
 
 
-def from_data(data: Mapping[str, Any], path: Path, home: Path | None = None) -> dict[str, Any]:
+def from_data(data: Mapping[str, Any], file: Path | None, home: Path | None = None) -> dict[str, Any]:
     """The ingredients that the content of a recipe.json says, by name; raises as `read`.
 
     Args:
         data: the content.
-        path: the file that it is of, which messages name and beside which the parts lie.
+        file: the file that it is of, which messages name and beside which the parts lie; None for no file.
         home: as for `read`.
     """
+    path = "recipe" if file is None else file
+    parent = None if file is None else file.parent
     _check_size(data, path)
     data = dict(data)
     kind, version, writer = data.pop("type", None), data.pop("version", VERSION), data.pop("quickmerge", __version__)
@@ -211,7 +213,7 @@ def from_data(data: Mapping[str, Any], path: Path, home: Path | None = None) -> 
             hint = near_match(name, (*NAMES, CALIBRATION))
             raise QuickmergeError(f"{path} has the unknown entry {clean_name(name)[:80]!r}{hint}{other}")
         try:
-            out[name] = decode(value, name, lambda where, kind, spec: _load_part(where, kind, spec, path.parent, home))
+            out[name] = decode(value, name, lambda where, kind, spec: _load_part(where, kind, spec, parent, home))
         except UnknownEntryError as error:
             raise QuickmergeError(f"{path}: {error}{other}") from error
         except QuickmergeError as error:
@@ -219,7 +221,7 @@ def from_data(data: Mapping[str, Any], path: Path, home: Path | None = None) -> 
     return out
 
 
-def _check_size(data: Any, path: Path) -> None:
+def _check_size(data: Any, path: Path | str) -> None:
     """Refuse what no recipe is as large as: a short file of YAML can hold a list of lists without end."""
     waiting, count = [data], 0
     while waiting:
@@ -231,7 +233,7 @@ def _check_size(data: Any, path: Path) -> None:
             waiting.extend(value.values() if isinstance(value, dict) else value)
 
 
-def _load_part(where: str, kind: type, spec: Any, parent: Path, home: Path | None) -> Any:
+def _load_part(where: str, kind: type, spec: Any, parent: Path | None, home: Path | None) -> Any:
     """Load what has weights, having seen that it lies where it may and is what it was."""
     held: type[Held] = DynamicViT if kind is DynamicViT else GumihoNetwork if kind is Gumiho else Prior
     if not isinstance(spec, dict) or len({"folder", "shipped"} & set(spec)) != 1 or set(spec) - {
@@ -242,6 +244,9 @@ def _load_part(where: str, kind: type, spec: Any, parent: Path, home: Path | Non
         )
     if "shipped" in spec:
         folder = _find_shipped(where, held, spec["shipped"])
+    elif parent is None:
+        raise QuickmergeError(f"{where} must ship with quickmerge in a recipe of no file, got a folder: save the "
+                              "recipe, and give the folder that it is in")  # fmt: skip
     else:
         folder = _find_folder(where, spec["folder"], parent, home)
     _check_hashes(where, folder, spec.get("sha256"), "shipped" in spec)

@@ -13,7 +13,7 @@ from quickmerge.errors import whole_number
 from quickmerge.speculative.drafter import Drafter
 from quickmerge.speculative.tree import Tree, best_first
 
-__all__ = ["PromptLookup"]
+__all__ = ["PromptLookup", "TextIndex"]
 
 RECENT = 32
 """Earlier places that are looked at, the most recent ones."""
@@ -45,7 +45,7 @@ class PromptLookup(Drafter):
                 raise ValueError(f"{name} must be at most {MOST}, got {value}")
         self.ngram = ngram
         self.length = length
-        self._texts: list[_Text] = []
+        self._texts: list[TextIndex] = []
         self._drafts: list[_Draft] = []
         self._written: list[list[int]] = []
         self._tried = [2] * (ngram + length)
@@ -55,7 +55,7 @@ class PromptLookup(Drafter):
         self, model: PreTrainedModel, ids: Tensor, valid: Tensor, features: Tensor | None, positions: Tensor
     ) -> None:
         """Index the prompts."""
-        self._texts = [_Text(row[keep].tolist(), self.ngram) for row, keep in zip(ids, valid, strict=True)]
+        self._texts = [TextIndex(row[keep].tolist(), self.ngram) for row, keep in zip(ids, valid, strict=True)]
         self._drafts, self._written = [], []
         self._tried = [2] * (self.ngram + self.length)
         self._right = [1] * (self.ngram + self.length)
@@ -84,7 +84,7 @@ class PromptLookup(Drafter):
         self._drafts = [self._drafts[i] for i in keep] if self._drafts else []
         self._written = [self._written[i] for i in keep] if self._written else []
 
-    def _look_up(self, text: _Text, last: int, nodes: int) -> _Draft:
+    def _look_up(self, text: TextIndex, last: int, nodes: int) -> _Draft:
         """Follow all the places at once, the most probable tokens first."""
         matched, places = text.find(last)
         ahead: dict[tuple[int, ...], list[int]] = {(): places}
@@ -128,8 +128,13 @@ class _Draft:
     matched: int
 
 
-class _Text:
-    """A row's tokens, and for every run of 1 to ``ngram`` of them the places behind it."""
+class TextIndex:
+    """A text's tokens, and for every run of 1 to ``ngram`` of them the places behind it.
+
+    Args:
+        ids: the tokens.
+        ngram: the longest run that is looked up.
+    """
 
     def __init__(self, ids: list[int], ngram: int) -> None:
         self.ids: list[int] = []
@@ -138,6 +143,7 @@ class _Text:
         self.extend(ids)
 
     def extend(self, ids: Sequence[int]) -> None:
+        """Take in tokens that follow."""
         for token in ids:
             self.ids.append(token)
             end = len(self.ids)
@@ -152,3 +158,23 @@ class _Text:
             if run in self._behind:
                 return len(run), self._behind[run][: -RECENT - 1 : -1]
         return 0, []
+
+    def chain(self, last: int, length: int) -> list[int]:
+        """The tokens that are most likely to follow ``last``, at most ``length``: for hosts that check no trees.
+
+        All places behind the longest run are followed at once; each step takes what most of those that are left go on
+        with, and of two the one of the most recent place.
+        """
+        _, places = self.find(last)
+        out: list[int] = []
+        while places and len(out) < length:
+            going: dict[int, list[int]] = {}
+            for place in places:
+                if place <= len(self.ids):
+                    token = self.ids[place] if place < len(self.ids) else last
+                    going.setdefault(token, []).append(place + 1)
+            if not going:
+                break
+            token, places = max(going.items(), key=lambda item: len(item[1]))  # of equals the first, the most recent
+            out.append(token)
+        return out

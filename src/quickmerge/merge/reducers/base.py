@@ -68,6 +68,8 @@ class Reducer(ABC):
 
     def __post_init__(self) -> None:
         as_budget(self.keep)
+        if not isinstance(self.proportional, bool):
+            raise ValueError(f"proportional must be True or False, got {self.proportional!r}")
 
     @property
     def label(self) -> str:
@@ -234,6 +236,7 @@ def select_visual_tokens(
     text_valid: Tensor | None = None,
     grid: tuple[int, int, int] | None = None,
     valid: Tensor | None = None,
+    depth: int = 1,
 ) -> tuple[Tensor, MergePlan]:
     """Which visual tokens of some images are kept, an image a row; no model is looked at.
 
@@ -248,6 +251,7 @@ def select_visual_tokens(
         text_valid: ``(B, M)`` bool, False for padding.
         grid: ``(T, H, W)`` of the tokens, for Pool.
         valid: ``(B, N)`` bool, False for padding.
+        depth: blocks of the language model that reads the tokens, for ToFu.
 
     Returns:
         ``(B, N)`` bool, the tokens that are kept, or that others merge into; and the plan, whose ``merge`` makes them.
@@ -256,14 +260,66 @@ def select_visual_tokens(
         ValueError: for a method that is not for visual tokens, a budget that looks at the tokens, or where the method
             needs something that was not given.
     """
-    if not isinstance(reducer, Reducer) or "vision" not in reducer.places:
-        raise ValueError(f"reducer must be one for visual tokens, such as SCOPE(keep=0.25), got {reducer!r}")
-    if not isinstance(reducer.budget, (Count, Ratio)):
-        raise ValueError(f"keep must be a share or a Count, which are known beforehand, got {reducer.keep!r}")
-    evidence = Evidence(text=text, text_valid=text_valid, saliency=saliency, key=key, layer=0, depth=1)
-    view = TokenView(features, valid=valid, grid=grid, evidence=evidence)  # type: ignore[arg-type]
+    view = _view_of(features, reducer, saliency, key, text, text_valid, grid, valid, depth)
     plan = reducer.plan(view)
     kept = torch.zeros(*features.shape[:2], dtype=torch.bool, device=features.device)
     rows = torch.arange(kept.shape[0], device=kept.device)[:, None].expand_as(plan.position)
     kept[rows[plan.valid], anchors_of(plan, view)[plan.valid]] = True
     return kept, plan
+
+
+@torch.no_grad()
+def merge_visual_tokens(
+    hidden: Tensor,
+    reducer: Reducer,
+    *,
+    features: Tensor | None = None,
+    saliency: Tensor | None = None,
+    key: Tensor | None = None,
+    grid: tuple[int, int, int] | None = None,
+    depth: int = 1,
+) -> tuple[Tensor, Tensor, MergePlan]:
+    """What a language model is given of some images of N tokens each, and which of their tokens that stands for.
+
+    Does what a run does behind the projector, and looks at no model; see `select_visual_tokens` for the arguments.
+
+    Args:
+        hidden: ``(B, N, D)`` what the language model would be given.
+        reducer: with a share or a `Count` for ``keep``.
+        features: ``(B, N, E)`` what is compared, where that is not ``hidden``.
+        saliency: ``(B, N)``.
+        key: ``(B, N, d)``.
+        grid: ``(T, H, W)`` of the tokens.
+        depth: blocks of the language model.
+
+    Returns:
+        ``(B, K, D)``; ``(B, K)`` long, rising: the token at whose place each of these stands; and the plan.
+
+    Raises:
+        ValueError: as `select_visual_tokens`.
+    """
+    view = _view_of(hidden if features is None else features, reducer, saliency, key, None, None, grid, None, depth)
+    plan = reducer.plan(view)
+    anchors = anchors_of(plan, view)
+    if plan.slots == hidden.shape[1]:
+        return hidden, anchors, plan
+    return reducer.combine(view, plan, hidden).to(hidden.dtype), anchors, plan
+
+
+def _view_of(
+    features: Tensor,
+    reducer: Reducer,
+    saliency: Tensor | None,
+    key: Tensor | None,
+    text: Tensor | None,
+    text_valid: Tensor | None,
+    grid: tuple[int, int, int] | None,
+    valid: Tensor | None,
+    depth: int,
+) -> TokenView:
+    if not isinstance(reducer, Reducer) or "vision" not in reducer.places:
+        raise ValueError(f"reducer must be one for visual tokens, such as SCOPE(keep=0.25), got {reducer!r}")
+    if not isinstance(reducer.budget, (Count, Ratio)):
+        raise ValueError(f"keep must be a share or a Count, which are known beforehand, got {reducer.keep!r}")
+    evidence = Evidence(text=text, text_valid=text_valid, saliency=saliency, key=key, layer=0, depth=depth)
+    return TokenView(features, valid=valid, grid=grid, evidence=evidence)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -211,10 +211,11 @@ class Pool(Reducer):
 
     Args:
         keep: share of the tokens kept, or a budget that needs no saliency.
+        proportional: attention above the merge adds log(size) to the scores of a slot.
     """
 
+    proportional: bool = field(default=True, kw_only=True)  # type: ignore[misc]
     name: ClassVar[str] = "pool"
-    proportional: ClassVar[bool] = True
     once: ClassVar[bool] = True
     places: ClassVar[tuple[str, ...]] = ("vision",)
 

@@ -143,8 +143,6 @@ class QuickMerge(Reducer):
         if self.measure not in MEASURES:
             hint = near_match(str(self.measure), MEASURES)
             raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {self.measure!r}{hint}")
-        if not isinstance(self.proportional, bool):
-            raise ValueError(f"proportional must be True or False, got {self.proportional!r}")
 
     @classmethod
     def paper(cls, keep: float | Budget = 0.42, **settings: Any) -> Self:
@@ -275,15 +273,16 @@ class QuickMergeVision(Reducer):
         votes: how many patches vote beside the prefix, or ``"all"``.
         operator: ``"mlerp"``, or ``"average"`` for the mean as it is.
         weights: what members weigh in their slot: ``"size"``, or ``"mass"``, their saliency.
+        proportional: attention above the merge adds log(size) to the scores of a slot.
     """
 
     alpha: float = 0.25
     votes: int | str = 32
     operator: str = "mlerp"
     weights: str = "size"
+    proportional: bool = field(default=True, kw_only=True)  # type: ignore[misc]
     name: ClassVar[str] = "quickmerge"
     source: ClassVar[str] = "arXiv 2508.13204"
-    proportional: ClassVar[bool] = True
     places: ClassVar[tuple[str, ...]] = ("vision",)
 
     def __post_init__(self) -> None:

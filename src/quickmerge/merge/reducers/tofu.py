@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -62,14 +62,15 @@ class ToFu(Reducer):
         switch: the first block that merges; None for half the depth, as in the paper. 0 merges in all blocks.
         operator: ``"mlerp"``, or ``"average"`` for the mean as it is (ToFu-AVG).
         weighted: take the mean by size, as ToMe does.
+        proportional: attention above the merge adds log(size) to the scores of a slot.
     """
 
     switch: int | None = None
     operator: str = "mlerp"
     weighted: bool = False
+    proportional: bool = field(default=True, kw_only=True)  # type: ignore[misc]
     name: ClassVar[str] = "tofu"
     source: ClassVar[str] = "arXiv 2312.01026"
-    proportional: ClassVar[bool] = True
     places: ClassVar[tuple[str, ...]] = ("vision",)
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -125,11 +125,17 @@ class ToMe(Reducer):
     one in the second (cosine, of the last probed layer's keys averaged over heads, as in the paper) and merges the
     closest pairs, weighted by size. A round halves the free tokens at most, so small budgets take several rounds.
     A slot stands where its second-set token stood, and attention above the merge adds log(size).
+
+    Args:
+        keep: share of the tokens kept, or a budget.
+        proportional: attention above the merge adds log(size) to the scores of a slot, as in the paper; engines that
+            have attention of their own can't.
     """
 
+    # A default of the class for others, a setting of each object here.
+    proportional: bool = field(default=True, kw_only=True)  # type: ignore[misc]
     name: ClassVar[str] = "tome"
     source: ClassVar[str] = "arXiv 2210.09461"
-    proportional: ClassVar[bool] = True
 
     @property
     def needs(self) -> Needs:  # noqa: D102

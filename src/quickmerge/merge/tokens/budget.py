@@ -210,6 +210,28 @@ def fixed_count(budget: Budget, view: TokenView) -> int | None:
     return min(max(budget.tokens, view.prefix, 1), view.hidden.shape[1])
 
 
+def kept_of(budget: float | Budget, tokens: int) -> int:
+    """How many of ``tokens`` tokens a share, a `Ratio` or a `Count` keeps, where none is protected.
+
+    It is known without looking at them, so that an engine can make room.
+
+    Args:
+        budget: what a reducer's ``keep`` may be.
+        tokens: how many there are.
+
+    Raises:
+        ValueError: for a budget that looks at the tokens, or no whole number of them of at least 1.
+    """
+    budget, tokens = as_budget(budget), whole_number("tokens", tokens)
+    if isinstance(budget, Count):
+        wanted = budget.tokens
+    elif isinstance(budget, Ratio):
+        wanted = int(round_half_up(torch.tensor(tokens * budget.keep, dtype=torch.float64)))
+    else:
+        raise ValueError(f"budget must be a share or a Count, which are known beforehand, got {budget!r}")
+    return min(max(wanted, 1), tokens)
+
+
 def how_many(budget: Budget, view: TokenView, saliency: Tensor | None = None) -> int | Tensor:
     """How many tokens are kept: one number where `fixed_count` knows it, else ``(B,)``, a number for each row."""
     known = fixed_count(budget, view)

@@ -45,6 +45,7 @@ class GumihoConfig:
         activation: ``"silu"`` or ``"relu"``.
         feature_scale: what the target's features are divided by on the way in and multiplied with on the way out.
         embedding_scale: what its embeddings are divided by.
+        epsilon: of the norms in the serial layers.
         trained_for: the target's name and hash, and how the heads were trained.
 
     Raises:
@@ -68,6 +69,7 @@ class GumihoConfig:
     activation: str = "silu"
     feature_scale: float = 1.0
     embedding_scale: float = 1.0
+    epsilon: float = 1e-6
     trained_for: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,7 +99,7 @@ class GumihoConfig:
         if self.activation not in ACTIVATIONS:
             known = near_match(str(self.activation), ACTIVATIONS)
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}{known}")
-        for name in ("rope_base", "feature_scale", "embedding_scale"):
+        for name in ("rope_base", "feature_scale", "embedding_scale", "epsilon"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a number above 0, got {value!r}")

@@ -167,7 +167,6 @@ def check_fit(model: PreTrainedModel, config: GumihoConfig) -> None:
 # The draft heads as a network: fusion of token and feature, the serial layers, the parallel heads.
 
 
-EPSILON = 1e-6
 ACTIVATION = {"silu": F.silu, "relu": F.relu}
 
 
@@ -282,8 +281,8 @@ def _layer(config: GumihoConfig, index: int) -> LlamaDecoderLayer:
     )
     layer = LlamaDecoderLayer(shape, index)
     # The first layer reads the fusion as it is.
-    layer.input_layernorm = _Norm(config.features, EPSILON) if index else nn.Identity()
-    layer.post_attention_layernorm = _Norm(config.features, EPSILON)
+    layer.input_layernorm = _Norm(config.features, config.epsilon) if index else nn.Identity()
+    layer.post_attention_layernorm = _Norm(config.features, config.epsilon)
     return layer
 
 
