@@ -55,14 +55,16 @@ def run(page: Path, folder: Path, languages: tuple[str, ...], *, slow: bool) -> 
 
 
 @pytest.fixture
-def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: tuple[Any, Any]) -> Path:
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
     """A folder to run a page in; all pages share one SmolLM2, which every page leaves as it was."""
     import quickmerge as qm
 
     load = qm.load
 
     def shared(model: str, **options: Any) -> Any:
-        return smollm2 if model == "smollm2-135m" and not options else load(model, **options)
+        if model != "smollm2-135m" or options:
+            return load(model, **options)
+        return request.getfixturevalue("smollm2")
 
     monkeypatch.setattr(qm, "load", shared)
     monkeypatch.chdir(tmp_path)
@@ -197,3 +199,33 @@ def test_every_page_is_in_the_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in DOCS.rglob("*.md"):
         assert f" {page.relative_to(DOCS).as_posix()}\n" in menu, f"{name(page)} has no entry in mkdocs.yml"
+
+
+def test_names_in_the_text_exist() -> None:
+    """Dotted names of the package in the pages' text, and the public ones that are said as ``qm.name``."""
+    import quickmerge as qm
+
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        for dotted in set(re.findall(r"(?:`|^::: )(quickmerge(?:\.\w+)+)", text, flags=re.M)):
+            assert resolves(dotted), f"{name(page)} names {dotted}"
+        for public in set(re.findall(r"\bqm\.(\w+)", text)):
+            assert hasattr(qm, public), f"{name(page)} names qm.{public}"
+
+
+def resolves(dotted: str) -> bool:
+    """Whether a dotted name is a module, or what a module holds."""
+    import importlib
+
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False

@@ -185,7 +185,8 @@ def run_shell(block: Block, folder: Path) -> str:
     }  # fmt: skip
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.code],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=1200, check=False, stdin=subprocess.DEVNULL,
+        cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, f"{block}\n{block.code}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -193,4 +194,4 @@ def run_shell(block: Block, folder: Path) -> str:
 
 def run_python(block: Block, names: dict[str, Any]) -> None:
     """Run a block in the names of those before it; a traceback names the page and its line."""
-    exec(compile("\n" * (block.line + 0) + block.code, str(block.page), "exec"), names)
+    exec(compile("\n" * block.line + block.code, str(block.page), "exec"), names)
