@@ -75,7 +75,7 @@ def _texts(folder: Path) -> None:
     from quickmerge.data import demo_document
 
     long = "\n\n".join(topics[key] for key in sorted(topics))
-    (folder / "report.txt").write_text(demo_document()[:2600], encoding="utf-8")
+    (folder / "report.txt").write_text(demo_document()[:2000], encoding="utf-8")
     for number, each in enumerate(("a.txt", "b.txt")):
         (folder / each).write_text(long[number * 40_000 :][:12_000], encoding="utf-8")
     (folder / "questions.jsonl").write_text(
