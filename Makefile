@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # errors only: the steps are announced here
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
-.PHONY: help setup demo test quick lint slow kills fuzz bench compat vllm release clean
+.PHONY: help setup demo test quick lint slow kills fuzz bench compat docs vllm release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make kills   set up, then kill commands 216 times and look at what they leave"
 	@echo "make fuzz    set up, then open a thousand hostile files and folders (ten minutes)"
 	@echo "make compat  try the built wheel with the oldest and the newest transformers, in environments of their own"
+	@echo "make docs    build the pages of docs/ into build/site, in an environment of their own; a broken link fails"
 	@echo "make vllm    try vLLM's CPU build with our models and drafts, in an environment of its own (4 GB, an hour)"
 	@echo "make release build the wheel and the sdist, check them, and install both in environments of each Python at hand"
 	@echo "make bench   set up, gather the benchmark documents, then measure"
@@ -95,6 +96,18 @@ kills: setup
 bench: setup
 	@$(BIN)/python benchmarks/documents.py
 	@$(BIN)/python benchmarks/budgets.py
+
+# The pages are built from sources that are read and not imported, so this environment has neither torch nor the package.
+DOCS := build/docs-env
+
+$(DOCS)/.installed: constraints.txt
+	@"$(PYTHON)" -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip -qq --disable-pip-version-check install -c constraints.txt mkdocs-material mkdocstrings-python ruff
+	@touch $@
+
+docs: $(DOCS)/.installed
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "built: build/site/index.html"
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,7 +3,7 @@
     python benchmarks/documents.py && python benchmarks/budgets.py
 
 Two parts, ``--part recovery`` and ``--part tasks``; all of them if none is named. Recovery is that of text that goes
-on, on 18 of the held-out documents, six of each kind. Tasks are those that SmolLM2-135M can do (see docs/tasks.md),
+on, on 18 of the held-out documents, six of each kind. Tasks are those that SmolLM2-135M can do (docs/methods/tasks.md),
 with new seeds: the question last in three formats, first, in both places, and later. All of it in bfloat16. Every
 measurement is written down as it comes, so that a run goes on where it was stopped, and ``--shard 0/2`` and ``--shard
 1/2`` may run side by side; a run without ``--shard`` joins them. Writes benchmarks/results/budgets.json and

@@ -36,7 +36,7 @@ from quickmerge.models.families import CAPABILITIES
 from quickmerge.models.families import rows as family_rows
 
 HERE = Path(__file__).parent
-PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
+PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(<!-- table:(\w+) -->\n)(.*?)(<!-- /table -->)", re.S)
 MIB = 2**-20
 Row = dict[str, Any]
@@ -537,7 +537,7 @@ def main() -> int:
         text = page.read_text(encoding="utf-8")
         fresh = BLOCK.sub(lambda m: m[1] + written(m[2]) + m[4], text)
         if fresh != text:
-            stale.append(page.name)
+            stale.append(page.relative_to(HERE.parent).as_posix())
             if not check:
                 page.write_text(fresh, encoding="utf-8")
     print("stale: " + ", ".join(stale) if stale else "the tables are up to date")

@@ -44,7 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def model_of() -> Any:
-    """Random weights; the projector reads the layers that the model measured in docs/visual-tokens.md reads."""
+    """Random weights; the projector reads the layers that the model measured in docs/results/visual-tokens.md reads."""
     vision = {"model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
               "mlp_ratio": 4, "image_size": 224, "patch_size": 14}  # fmt: skip
     text = {"model_type": "llama", "vocab_size": IMAGE + 1, "hidden_size": 576, "intermediate_size": 1536,

@@ -139,7 +139,7 @@ def test_what_a_release_changes_is_told_by_name(
 
 def test_the_tested_releases_stand_in_one_place_and_are_quoted() -> None:
     quoted = f"transformers {compat.OLDEST} to {compat.NEWEST}"
-    assert quoted in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert quoted in (ROOT / "docs" / "models" / "index.md").read_text(encoding="utf-8")
     floor = compat.OLDEST.rsplit(".", 1)[0]
     assert f'"transformers>={floor},<6"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f"transformers=={compat.NEWEST}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")

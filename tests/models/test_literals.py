@@ -31,7 +31,7 @@ WHOLE = {
     "keys": ["550e8400-e29b-41d4-a716-446655440000", "0xdeadBEEF", "9f86d081884c7d65"],
     "identifiers": ["max_size", "__init__", "_private", "QuickMerge", "camelCase", "std::vector", "os.path", "--flag",
                     "$HOME"],
-    "paths": ["/etc", "/usr/lib/python", "./run", "~/notes", "docs/floor.md", "src/a/b", "C:\\Users\\me"],
+    "paths": ["/etc", "/usr/lib/python", "./run", "~/notes", "docs/methods/floor.md", "src/a/b", "C:\\Users\\me"],
     "addresses": ["https://en.wikipedia.org/wiki/Foo_(bar)?a=b&c=d", "ftp://x", "a.b@c.org", "@user"],
     "quoted text": ['"hello world"', "'it's fine'", "`rm x`", "“so”", "«oui»", '"say \\"hi\\" now"'],
 }  # fmt: skip

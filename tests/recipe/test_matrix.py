@@ -1,7 +1,7 @@
 """What works together: pairs and triples of ingredients, in every way to generate, against the table in matrix.json.
 
 ``QUICKMERGE_WRITE_MATRIX=1 pytest -n 0 tests/recipe/test_matrix.py`` writes the table anew, and ``python
-benchmarks/tables.py`` puts it into docs/recipes.md.
+benchmarks/tables.py`` puts it into docs/methods/recipes.md.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from PIL import Image
 import quickmerge as qm
 from quickmerge.models import ask_inputs, load_vlm
 
-pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: see docs/harness.md")
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: see docs/doors/harness.md")
 
 QUESTIONS = ("what is red ?", "is it left ?", "what is blue ?")
 YAML = """

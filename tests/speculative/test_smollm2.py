@@ -16,7 +16,7 @@ NEW = 24
 
 def texts(count: int) -> list[str]:
     """Pieces of this repository's prose and code, each of another length."""
-    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "src").rglob("*.py"))]
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "src").rglob("*.py"))]
     lines = [line for file in files for line in file.read_text().splitlines() if len(line) > 40]
     step = len(lines) // count
     return ["\n".join(lines[i * step : i * step + 1 + i % 4]) for i in range(count)]

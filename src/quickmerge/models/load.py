@@ -194,8 +194,7 @@ def load_from(
         embedded: the embedded models of this kind.
         read: reads a folder or hub id with settings of `from_pretrained`.
 
-    Raises:
-        What `load` raises, and what ``read`` does.
+    It raises what `load` raises, and what ``read`` does.
     """
     if not isinstance(name_or_path, (str, os.PathLike)):
         what = type(name_or_path).__name__

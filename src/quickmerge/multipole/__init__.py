@@ -40,7 +40,6 @@ __getattr__, __dir__, __all__ = lazy(
             "Clusters",
             "summarise",
         ),
-        "kmeans": ("kmeans",),
         "run": (
             "MultipoleRun",
             "multipole",
@@ -49,6 +48,7 @@ __getattr__, __dir__, __all__ = lazy(
             "Multipole",
             "MultipoleStats",
         ),
+        "weighted_kmeans": ("kmeans",),
     },
 )
 

@@ -26,7 +26,7 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "api": ("transplant",),
-        "choose": ("choose",),
+        "choose_by_tokens": ("choose",),
         "donor": ("embeddings_from_text",),
         "matching": (
             "DigitReport",
@@ -34,7 +34,7 @@ __getattr__, __dir__, __all__ = lazy(
             "digit_report",
             "match",
         ),
-        "omp": (
+        "matching_pursuit": (
             "Sparse",
             "omp",
         ),

@@ -40,7 +40,7 @@ class Shades:
         return str(float(self.items.sum()))
 
 
-@pytest.mark.parametrize("head", ["flow", "diffusion"])  # of energy's slow start there docs/prior.md tells
+@pytest.mark.parametrize("head", ["flow", "diffusion"])  # of energy's slow start there docs/methods tells
 def test_a_prior_of_images_learns_and_draws(head: str, tmp_path) -> None:
     config = TrainingConfig(steps=120, batch=32, learning_rate=5e-3, save_every=120)
     done = train_prior_patches(

@@ -38,7 +38,7 @@ VOTERS_BEHIND = 64
 
 POOL, SHARE = 15, 0.1
 """Neighbourhood and share of a merged token in a prompt. In a chunk, which chooses for itself in every block, pooling
-and merging do harm (docs/quickmerge.md): there it is each token for itself, and what is not kept is dropped."""
+and merging do harm (docs/results/block-causal.md): each token is there for itself, and what is not kept is dropped."""
 
 SPANS = ("auto", "line", "word", "none")
 
