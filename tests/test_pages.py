@@ -110,7 +110,7 @@ def test_no_block_is_only_indented() -> None:
 
 PROGRAMS = (
     "pip", "python", "cat", "cd", "git", "head", "docker", "curl", "accelerate", "transformers", "lmms-eval",
-    "lmms_eval", "ray", "export", "echo", "printf",
+    "lmms_eval", "ray", "vllm", "export", "echo", "printf",
 )  # fmt: skip
 """Of others, that blocks call."""
 
