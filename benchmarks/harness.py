@@ -70,7 +70,7 @@ def share(outputs: list[str], text: str) -> float:
 def row_of(records: list[dict[str, Any]], recipe: Recipe | None) -> dict[str, Any]:
     """The row of a way, task and length: the score, Wilson's interval where scores are right or wrong, and costs."""
     scores = [score for record in records for score in record["scores"]]
-    low, high = wilson(sum(scores), len(scores)) if all(s in (0, 1) for s in scores) else (None, None)
+    low, high = wilson(int(sum(scores)), len(scores)) if all(s in (0, 1) for s in scores) else (None, None)
     first = {name: records[0][name] for name in ("task", "tokens", "way")}
     costs = {
         name: fmean(record["costs"][name] for record in records)
