@@ -13,7 +13,7 @@ import torch
 
 from quickmerge.cli import app
 
-COMMANDS = ["demo", "batch", "recognize", "transplant", "plan", "ls"]
+COMMANDS = ["batch", "calibrate", "demo", "recognize", "transplant", "plan", "ls"]
 CHOICES = {
     "generate": ["text", "image", "calm"], "bench": ["text", "tasks", "image", "vlm", "decode", "calm"],
     "show": ["text", "image", "video"], "recipe": ["show", "check"],
