@@ -76,13 +76,24 @@ def test_it_writes_what_transformers_write(tmp_path: Path, method: str) -> None:
         ("enforce_eager", False),
         ("enable_prefix_caching", True),
         ("enable_chunked_prefill", True),
-        ("max_num_seqs", 4096),
+        ("tensor_parallel_size", 2),
     ],
 )
 def test_what_can_not_be_is_refused_by_name(tmp_path: Path, name: str, value: Any) -> None:
-    folder = folder_of(tmp_path)
-    settings = {**SETTINGS, "hf_overrides": asked(METHODS["uniform"]), name: value}
-    if name == "max_num_seqs":
-        settings["max_num_batched_tokens"] = value
-    with pytest.raises(Exception, match=f"{name} must be"), engine(folder, **settings) as llm:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from quickmerge.serve.vllm.llama import QuickmergeLlama
+
+    usual = {**SETTINGS, "enforce_eager": True, "dtype": "float32", "max_model_len": 512, name: value}
+    settings = EngineArgs(model=folder_of(tmp_path), hf_overrides=asked(METHODS["uniform"]), **usual)
+    with pytest.raises(qm.QuickmergeError, match=f"{name} must be"):
+        QuickmergeLlama(vllm_config=settings.create_engine_config())
+
+
+def test_a_cache_too_small_for_all_is_refused(tmp_path: Path) -> None:
+    """The last test of the module, since an engine that failed breaks later ones in its process."""
+    settings = {**SETTINGS, "max_num_seqs": 8192, "max_num_batched_tokens": 8192}
+    folder, wanted = folder_of(tmp_path), asked(METHODS["uniform"])
+    refused = pytest.raises(Exception, match="max_num_seqs must be")
+    with engine(folder, hf_overrides=wanted, **settings) as llm, refused:
         written(llm, [{"prompt_token_ids": prompts()[0]}])
