@@ -37,21 +37,5 @@ def literals() -> Table | None:
     return None if rows is None else Table(COLUMNS, [row for row in rows if row["kind"] is None])
 
 
-def by_kind() -> Table | None:
-    """The share of tokens that are of literals, and what is kept, by kind of document."""
-    rows = _rows()
-    if rows is None:
-        return None
-    columns = (
-        Column("documents", lambda r: f"{r['kind']}, {r['documents']}", "l"), Column("", text("way"), "l"),
-        Column("tokens of literals", number("literal_share", ".0f", **_PERCENT)),
-        Column("recovery", number("recovery", ".3f")),
-        Column("literals kept", number("literals_kept", ".0f", **_PERCENT)),
-        Column("FLOPs", number("flops_ratio", ".3f")),
-    )  # fmt: skip
-    some = [row for row in rows if row["kind"] is not None and row["way"] != "keep 0.6"]
-    return Table(columns, some, group=lambda row: row["kind"])
-
-
-LITERALS: dict[str, Callable[[], Table | None]] = {"literals": literals, "literals_kinds": by_kind}
+LITERALS: dict[str, Callable[[], Table | None]] = {"literals": literals}
 """By the name in the docs."""
