@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from quickmerge.bench.harness import now
+from quickmerge.bench.harness import mark, settled
 from quickmerge.merge.cache.packed import column_bytes, packed_bytes
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.baselines import Uniform
@@ -67,16 +67,17 @@ class RunStats:
     @property
     def decode_seconds_per_token(self) -> float:
         """Seconds of the decoder per generated step after the first token."""
-        return self.decode_seconds / self.decode_steps if self.decode_steps else 0.0
+        return float(self.decode_seconds) / self.decode_steps if self.decode_steps else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        out = dict(self.__dict__)
+        out = dict(settled(self).__dict__)
         out["tokens_kept"] = self.tokens_kept
         out["decode_seconds_per_token"] = self.decode_seconds_per_token
         return out
 
     def __str__(self) -> str:
+        settled(self)
         if not self.tokens_per_layer:
             return f"{self.reducer} ({self.mode}): nothing has been read yet"
         runs = layer_runs(self.tokens_per_layer)
@@ -229,7 +230,7 @@ class Run(Attachment):
     watches_attention = True
     eager = True
     _fresh = PerThread(bool)
-    _began = PerThread(float)
+    _began: PerThread[Any] = PerThread(float)
     _cache: PerThread[Cache | None] = PerThread(lambda: None)
     _counts: PerThread[RunStats | None] = PerThread(lambda: None)
 
@@ -328,13 +329,16 @@ class Run(Attachment):
                 self.stats.prompt_cache_bytes = self.stats.cache_bytes
                 self.stats.prompt_cache_bytes_full = self.stats.cache_bytes_full
 
-    def clock(self) -> float:
-        """Seconds, after the device has finished what it was given."""
-        return now(device_of(self.decoder.base))
+    def clock(self) -> Any:
+        """A reading of the clock, which waits for nothing: see `quickmerge.bench.harness.mark`."""
+        return mark(device_of(self.decoder.base))
 
     def summary(self) -> RunStats:
-        """Tokens in and kept per layer, seconds and cache bytes of the last prompt; prints as a few lines."""
-        return self._last
+        """Tokens in and kept per layer, seconds and cache bytes of the last prompt; prints as a few lines.
+
+        On a GPU this waits for what it was given to do; nothing before does, for the sake of numbers.
+        """
+        return settled(self._last)  # type: ignore[no-any-return]
 
 
 # Measuring an unmodified model, with the instruments that measure a reduced one.

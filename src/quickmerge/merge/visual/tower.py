@@ -200,14 +200,14 @@ class TowerWatch:
     Args:
         vlm: the model that holds it.
         asks: what the reducer wants to know, of `MEASURED`; nothing else is measured.
-        clock: tells seconds.
+        clock: is read before and after, as `quickmerge.bench.harness.mark` is.
         beside: the run that merges patches inside this tower, if one does. It must be attached after this: what is
             measured is then what its slots really attend to. Every patch is given what was measured of its slot in the
             layer that is looked at, and nothing where it was dropped below.
     """
 
     def __init__(
-        self, vlm: Vlm, asks: frozenset[str], clock: Callable[[], float], beside: TowerRun | None = None
+        self, vlm: Vlm, asks: frozenset[str], clock: Callable[[], Any], beside: TowerRun | None = None
     ) -> None:
         self.vlm, self.asks, self.clock, self.beside = vlm, asks & MEASURED, clock, beside
         self.seen: list[Seen] = []
@@ -218,7 +218,7 @@ class TowerWatch:
         """How the patches at hand become visual tokens, where that is found out image by image."""
         self._parts: list[tuple[Tensor | None, Tensor | None]] = []
         self._states: list[Tensor] = []
-        self._began = 0.0
+        self._began: Any = 0.0
         self.layout = layout_of(vlm)
         """How the patches become visual tokens; that of the family, unless the first image has shown another."""
         every = [each.attention for each in vlm.blocks]
