@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
+from quickmerge.bench.harness import settled
 from quickmerge.errors import QuickmergeError
 from quickmerge.models.columns import slide_layer, slide_table, stored, take_tail_of_layer, take_tail_of_table
 from quickmerge.models.compat import DynamicLayer, cache_name

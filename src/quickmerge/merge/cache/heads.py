@@ -97,10 +97,13 @@ class HeadTables:
         """Those of the first ``held`` entries: the cache was cropped."""
         return self if held >= self.count else self._each(lambda _, table: table[..., :held], held)
 
-    def extended(self, position: Tensor, valid: Tensor) -> HeadTables:
-        """With t new tokens ``(B, t)`` behind them, the same for all heads."""
+    def extended(self, position: Tensor, valid: Tensor, whole: bool | None = None) -> HeadTables:
+        """With t new tokens ``(B, t)`` behind them, the same for all heads.
+
+        ``whole`` says whether all are valid; None has it looked up.
+        """
         t = position.shape[1]
-        everywhere = self.valid is None and bool(valid.all())
+        everywhere = self.valid is None and (bool(valid.all()) if whole is None else whole)
         grown = self if everywhere else self._told(len(valid), valid.device)
         new = {"valid": valid, "position": position, "votes": torch.ones_like(position)}
 

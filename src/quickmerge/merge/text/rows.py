@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from quickmerge.errors import QuickmergeError
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.view import TokenView
+from quickmerge.models.moved import onto, read
 
 MARKS = 4
 """Special tokens of a row, the last ones, that stay alone: as many as a chat template puts around the last turn."""
@@ -59,7 +61,7 @@ def protection(
         if protect is not None:
             raise QuickmergeError("protect needs input_ids, and the model was called with inputs_embeds")
         return Protection(structural & valid, torch.zeros_like(valid), torch.zeros_like(valid))
-    marks = torch.isin(ids, torch.tensor(special, dtype=ids.dtype, device=ids.device)) & valid
+    marks = torch.isin(ids, onto(torch.tensor(special, dtype=ids.dtype), ids.device)) & valid
     structural = (structural | (marks & (_rank(marks.flip(-1)).flip(-1) <= MARKS))) & valid
     if protect is None:
         return Protection(structural, torch.zeros_like(valid), torch.zeros_like(valid))
@@ -82,6 +84,62 @@ def special_tokens(config: object) -> list[int]:
 def _rank(mask: Tensor) -> Tensor:
     """``(B, N)`` long: how many marked tokens a row has up to each."""
     return mask.long().cumsum(-1)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a prompt is given with, on the host: all of it by one wait for the device, and by none where there is none.
+
+    ``valid (B, N)`` bool; ``ids (B, N)``, ``given`` positions ``(B or 1, N)`` and ``asked (B, N)``, what a user's
+    ``protect`` has answered; None where there is none. ``plain``: whether no positions of another kind were given.
+    """
+
+    valid: Tensor
+    ids: Tensor | None
+    given: Tensor | None
+    asked: Any
+    plain: bool = True
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any], mask: Tensor | None, protect: Callable[[Tensor], Tensor] | None) -> Told:
+        """Of a decoder's arguments by name, with its 2-D ``mask``."""
+        ids, stands = inputs.get("input_ids"), inputs.get("position_ids")
+        asked: Any = None if protect is None or ids is None else protect(ids)
+        places = stands if isinstance(stands, Tensor) and stands.ndim == 2 else None
+        plain = stands is None or places is not None
+        there, tokens, given, marks = read(mask, ids, places, asked if isinstance(asked, Tensor) else None)
+        if there is None:
+            shape = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
+            there = torch.ones(shape, dtype=torch.bool)
+        return cls(there.bool(), tokens, given, asked if marks is None else marks, plain)
+
+    def without(self, last: int) -> Told:
+        """The same without so many tokens at the end."""
+        if not last:
+            return self
+
+        def cut(x: Any) -> Any:
+            return x[:, :-last] if isinstance(x, Tensor) and x.ndim == 2 else x
+
+        return Told(*(cut(getattr(self, f.name)) for f in fields(self)))
+
+    def last(self, first: int) -> int | None:
+        """The last place of any token from a column on; None where there is none or it isn't known."""
+        n = self.valid.shape[1]
+        if first == n or not self.plain:
+            return None
+        return n - 1 if self.given is None or self.given.shape[1] != n else int(self.given[:, first:].max())
+
+    def reach(self, protected: Tensor) -> tuple[int, int] | None:
+        """The first and the last place of any token, if merging leaves them: None where those tokens may go."""
+        valid, n = self.valid, self.valid.shape[1]
+        first, last = valid.long().argmax(-1, keepdim=True), n - 1 - valid.flip(-1).long().argmax(-1, keepdim=True)
+        if not self.plain or not bool((protected.gather(1, first) & protected.gather(1, last)).all()):
+            return None
+        if self.given is None or self.given.shape[1] != n:
+            return 0, n - 1  # counted by columns or by tokens, as the model does
+        places = self.given.expand(len(valid), -1)
+        return int(places.gather(1, first).min()), int(places.gather(1, last).max())
 
 
 # Prompts of a batch: what they must look like, and planning for some rows while the others stay whole.
@@ -140,7 +198,7 @@ class Planned:
 
 def plan_rows(
     view: TokenView,
-    rows: Tensor | None,
+    which: Sequence[int] | None,
     plan: Callable[[TokenView], MergePlan],
     align: Callable[[TokenView, MergePlan], Mapping[int, Tensor]],
 ) -> Planned:
@@ -148,20 +206,26 @@ def plan_rows(
 
     Args:
         view: the batch.
-        rows: ``(R,)`` long, the rows to reduce, one at least; None for all.
+        which: the rows to reduce, one at least; None for all.
         plan: decides for a view.
         align: what is to be added to the slots of such a plan.
     """
-    if rows is None:
+    if which is None:
         decided = plan(view)
         return Planned(decided, dict(align(view, decided)))
+    device = view.valid.device
+    rows = onto(torch.tensor(list(which)), device)
     part = view.each_row(lambda x: x.index_select(0, rows))
-    decided = plan(part)
+    if view.known is not None:
+        part = replace(part, known=view.known.rows(which))
+    decided = plan(part).counted()
     added = align(part, decided)
     left = view.pads_left
-    count = view.valid.sum(-1)
-    count[rows] = decided.valid.sum(-1)
-    width = int(count.max())
+    assert decided.counts is not None
+    counts = list(view.valid.sum(-1).tolist() if view.known is None else view.known.valid)
+    for row, held in zip(which, decided.counts, strict=True):
+        counts[row] = held
+    count, width = onto(torch.tensor(counts), device), max(counts)
     index = view.valid.long().cumsum(-1) - 1
     shift = (width - count if left else torch.zeros_like(count))[:, None]
     slot = torch.where(view.valid, index + shift, -1)
@@ -188,5 +252,6 @@ def plan_rows(
         position=put(view.position, decided.position),
         size=put(view.size, decided.size),
         valid=put(view.valid.long(), decided.valid.long()).bool(),
+        counts=tuple(counts),
     )
     return Planned(merged, {block: spread(x) for block, x in added.items()})

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from quickmerge.errors import whole_number
-from quickmerge.merge.tokens.budget import Budget, fixed_count, lowest, select
+from quickmerge.merge.tokens.budget import Budget, fixed_count, known_count, lowest, select
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.view import TokenView
 
@@ -257,4 +257,4 @@ def keep_best(view: TokenView, budget: Budget, score: Tensor, saliency: Tensor |
     if count is not None and view.prefix is not None:
         return MergePlan.from_moves(view, lowest(score, view.hidden.shape[1] - count, view.prefix))
     counts = budget.count(view, score if saliency is None else saliency)
-    return MergePlan.from_anchors(view, select(score, counts, view))
+    return MergePlan.from_anchors(view, select(score, counts, view), kept=known_count(budget, view))
