@@ -189,7 +189,7 @@ def mark(device: torch.device | str | None = None) -> Any:
     """
     if device is None or torch.device(device).type != "cuda":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
+    event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return Mark(event)
 

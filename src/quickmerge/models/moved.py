@@ -27,7 +27,7 @@ def read(*given: Tensor | None) -> tuple[Tensor | None, ...]:
         found = [away[0].cpu()]
     else:
         flat = torch.cat([x.reshape(-1).long() for x in away]).cpu()
-        parts = flat.split([x.numel() for x in away])
+        parts = torch.split(flat, [x.numel() for x in away])
         found = [part.view(x.shape).to(x.dtype) for part, x in zip(parts, away, strict=True)]
     there = iter(found)
     return tuple(x if x is None or x.device.type == "cpu" else next(there) for x in given)

@@ -62,7 +62,7 @@ def match_down(
     share = view.size if share is None else share
     # Values of features don't matter to a plan: from the second round on it's their shape alone that is read.
     total: MergePlan | None = None
-    if not isinstance(count, int):
+    if isinstance(count, Tensor):
         known, kept = _looked_up(view, count, kept)
         side = known.left
     now = view
@@ -71,7 +71,7 @@ def match_down(
         if isinstance(count, int):
             step = _by_shape(now, metric, count, drop, share, weight)
         else:
-            step = _by_masks(now, metric, count, known, kept, drop, share, weight, side)
+            step = _by_masks(now, metric, count, known, kept or (), drop, share, weight, side)
         if step is None:
             return MergePlan.identity(view) if total is None else total
         total = step if total is None else total.compose(step)

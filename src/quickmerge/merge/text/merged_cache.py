@@ -531,15 +531,15 @@ def tables_of(cache: Cache, index: int) -> HeadTables | None:
 
 
 def extend_heads(
-    cache: Cache, index: int, position: Tensor, valid: Tensor, whole: bool | None = None
+    cache: Cache, index: int, position: Tensor, valid: Tensor, whole: bool | None = None, high: int | None = None
 ) -> HeadTables:
     """Let the tables of a layer go on with tokens ``(B, t)`` that are about to be read, and return them.
 
-    ``whole`` says whether all are valid; None has it looked up.
+    ``whole`` and ``high`` are of `HeadTables.extended`.
     """
     layer = cache.layers[index]
     # A sliding window has lost the first entries meanwhile.
-    layer.heads = layer.heads.last(shape_of(layer)[2]).extended(position, valid, whole)
+    layer.heads = layer.heads.last(shape_of(layer)[2]).extended(position, valid, whole, high)
     return layer.heads  # type: ignore[no-any-return]
 
 

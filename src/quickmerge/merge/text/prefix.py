@@ -378,10 +378,9 @@ class PrefixRun(Run):
         whole = self._whole(length, kept.protected)
         protected, exempt, marked = onto(torch.stack([kept.protected, kept.exempt, kept.asked]), device)
         counts, shut = onto(torch.stack([length, whole.long()]), device)
-        known = Known(
-            *(tuple(x.sum(-1).tolist()) for x in (there, kept.protected, kept.exempt, there)),
-            tuple(there[:, -1].tolist()),
-        )
+        fixed, extra = tuple(kept.protected.sum(-1).tolist()), tuple(kept.exempt.sum(-1).tolist())
+        each, ends = tuple(length.tolist()), tuple(there[:, -1].tolist())
+        known = Known(each, fixed, extra, each, ends)
         return PrefixCall(
             True, PromptState(stats, tail=tail), valid, protected, exempt, marked, counts,
             whole=shut.bool(), ids=None if ids is None else ids[:, :n], drafts=drafts, given=counts, known=known,
@@ -545,8 +544,9 @@ class PrefixRun(Run):
                 expect(cache, entries)
                 if tables_of(cache, entries) is not None:
                     call.heads[index] = extend_heads(
-                        cache, entries, self._window_places(call, index, hidden, given), call.valid, call.whole_new
-                    )
+                        cache, entries, self._window_places(call, index, hidden, given), call.valid, call.whole_new,
+                        None if call.state.short else call.last_place,
+                    )  # fmt: skip
                     return block.call(block.masked(given, self._mask_of_heads(call, index, hidden)))
         first = self._reads(call, index)
         if first is None:
