@@ -77,6 +77,14 @@ class Count:
         """All of both kinds."""
         return sum(self.reads.values()) + sum(self.uploads.values())
 
+    def copy(self) -> Count:
+        """As it is now."""
+        return Count(Counter(self.reads), Counter(self.uploads), self.operations)
+
+    def since(self, before: Count) -> Count:
+        """What was counted since."""
+        return Count(self.reads - before.reads, self.uploads - before.uploads, self.operations - before.operations)
+
     def ours(self) -> Counter[str]:
         """Only what this library asked for."""
         both = self.reads + self.uploads
@@ -234,6 +242,13 @@ def counting(model: nn.Module | None = None) -> Iterator[Count]:
             return made()
 
     torch.Generator = Generator  # type: ignore
+    tensor = torch.tensor
+
+    def of_numbers(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """`torch.tensor`, which reads tensors among what it is given one by one."""
+        return tensor(tree_map(lambda x: x.tolist() if isinstance(x, Held) else x, data), *args, **kwargs)
+
+    torch.tensor = of_numbers  # type: ignore[assignment]
     was = {name: getattr(torch.cuda, name) for name in STAND_INS}
     for name, each in STAND_INS.items():
         setattr(torch.cuda, name, each)
@@ -244,7 +259,7 @@ def counting(model: nn.Module | None = None) -> Iterator[Count]:
         with mode:
             yield mode.count
     finally:
-        torch.Generator = made  # type: ignore
+        torch.Generator, torch.tensor = made, tensor  # type: ignore
         for name, each in was.items():
             setattr(torch.cuda, name, each)
         Event.count = None
