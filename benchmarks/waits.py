@@ -35,7 +35,10 @@ def main() -> None:
         try:
             figures = count()
         except Exception as error:  # what can't be counted is told, and the others are
-            if os.environ.get("WAITS_TRACE"): import traceback; traceback.print_exc(limit=-6)
+            if os.environ.get("WAITS_TRACE"):
+                import traceback
+
+                traceback.print_exc(limit=-6)
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
             continue
         found[name] = figures.as_dict()

@@ -1,4 +1,4 @@
-"""What is read, and inside of which run, where waits for a device are counted: tiny models with the device of `waits`."""
+"""What is read, and inside of which run, where waits for a device are counted: tiny models on the device of `waits`."""
 
 from __future__ import annotations
 

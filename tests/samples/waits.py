@@ -129,7 +129,9 @@ def carry_out(func: Any, args: Any, kwargs: dict[str, Any], count: Count | None)
     if there and not copies and name not in ("index", "index_put", "index_put_", "_index_put_impl_"):
         strange = [x for x in flat if isinstance(x, Tensor) and not isinstance(x, Held) and x.ndim]
         if strange:
-            raise RuntimeError(f"{func}: expected all tensors on one device, got one of {tuple(strange[0].shape)} on the host")
+            raise RuntimeError(
+                f"{func}: expected all tensors on one device, got one of {tuple(strange[0].shape)} on the host"
+            )
     if onto:
         kwargs = {**kwargs, "device": torch.device("cpu")}
         flat, spec = tree_flatten((args, kwargs))
@@ -137,7 +139,7 @@ def carry_out(func: Any, args: Any, kwargs: dict[str, Any], count: Count | None)
                **tree_unflatten([x.held if isinstance(x, Held) else x for x in flat], spec)[1])  # fmt: skip
     if name == "_local_scalar_dense" or name in READS:
         return out
-    if name == "copy_" or func._schema.name.endswith("_") and not name.endswith("__"):
+    if name == "copy_" or (func._schema.name.endswith("_") and not name.endswith("__")):
         return args[0]
     leaves = wanted is not None and not onto
     if leaves:
@@ -228,6 +230,7 @@ def counting(model: nn.Module | None = None) -> Iterator[Count]:
     mode = Counting()
     hooks = []
     if model is not None:
+
         def enter(*_: Any) -> None:
             mode.count.inside += 1
 

@@ -363,7 +363,8 @@ class Tally:
 
     def stats(self) -> MultipoleStats:
         """Everything up to now."""
-        stats, queries = settled(self._stats), max(1, self._queries)
+        stats, queries = self._stats, max(1, self._queries)
+        settled(stats)
         stats.kept = float(self._kept) / queries
         stats.rows_dense = self._dense / queries
         stats.rows_read = self._others / queries + 2 * stats.kept

@@ -21,6 +21,7 @@ from quickmerge.models.compat import (
     cache_argument,
     cache_name,
     cache_trait,
+    device_of,
     given_cache,
     own_cache,
     without_cache,
@@ -313,7 +314,7 @@ class MultipoleRun(Attachment):
 
     def clock(self) -> Any:
         """A reading of the clock, which waits for nothing: see `quickmerge.bench.harness.mark`."""
-        return mark(self.decoder.base.device)
+        return mark(device_of(self.decoder.base))
 
     def summary(self) -> MultipoleStats:
         """Clusters, rows read, seconds and bytes of the last prompt and what came after; prints as a few lines."""

@@ -188,8 +188,8 @@ class Drafter(ABC):
         """Take in what is now part of the text and has been read by the target.
 
         Args:
-            tokens: for each row ``(k,)`` long, on the host, k >= 1: the root, and the drafted tokens that were accepted. The token
-                that the target emitted behind them is the ``last`` of the next ``draft``.
+            tokens: for each row ``(k,)`` long, on the host, k >= 1: the root, and the drafted tokens that were
+                accepted. The token that the target emitted behind them is the ``last`` of the next ``draft``.
             features: for each row ``(k, H)``, the target's last hidden states at these tokens; None unless
                 ``needs_features``.
         """

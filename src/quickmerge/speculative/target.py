@@ -113,9 +113,9 @@ def compact(cache: Cache, columns: Columns) -> Columns:
     """Close the holes that no row needs, if that makes the cache shorter by a quarter at least."""
     if not columns.holes:
         return columns
-    columns = columns.behind
-    assert columns.counts is not None
-    inside, longest = columns.valid[:, columns.prompt :], max(columns.counts)
+    counts = columns.behind.counts
+    assert counts is not None
+    inside, longest = columns.valid[:, columns.prompt :], max(counts)
     if (inside.shape[1] - longest) * WASTE < columns.width:
         return columns
     index = (~inside).long().argsort(dim=1, stable=True)[:, :longest]
@@ -124,8 +124,9 @@ def compact(cache: Cache, columns: Columns) -> Columns:
     front = slice(columns.prompt)
     valid = torch.cat([columns.valid[:, front], there], 1)
     place = torch.cat([columns.place[:, front], columns.place[:, columns.prompt :].gather(1, index)], 1)
-    holes = min(columns.counts) < longest or (columns.prompt > 0 and not bool(columns.valid[:, front].all()))
-    return replace(columns, valid=valid, place=place, holes=holes)
+    # Of a merged prompt it isn't asked whether there is padding in front: its masks are made anyway.
+    holes = min(counts) < longest or columns.prompt > 0
+    return replace(columns, valid=valid, place=place, holes=holes, counts=counts)
 
 
 def tighten(cache: Cache, columns: Columns, missing: Sequence[int]) -> Columns:

@@ -238,8 +238,7 @@ def choices(rows: Sequence[Row], trees: Sequence[Tree], logits: Tensor) -> list[
         states.append(mine)
     first = [sum(deep[:i]) for i in range(len(deep))]
     place = [
-        [at + depth for depth in tree.depth] + [at] * (wide - len(tree))
-        for at, tree in zip(first, trees, strict=True)
+        [at + depth for depth in tree.depth] + [at] * (wide - len(tree)) for at, tree in zip(first, trees, strict=True)
     ]
     lost = ~((prob.amax(-1) < torch.inf) & (prob.amin(-1) >= 0))
     found = (prob / drawn[onto(torch.tensor(place), device)]).argmax(-1)

@@ -159,7 +159,9 @@ def shrink(layer: Any, kept: Tensor, entries: Entries, window: int | None, fact:
     place = torch.arange(n, device=kept.device)
     # What leaves sorts to the front, what stays to the end, each in its order.
     order = torch.where(kept, place + n, place).argsort(-1)[..., n - most :]
-    tables = HeadTables.picked(order, kept.gather(2, order), entries.position, entries.votes, window, fact.least == most)
+    tables = HeadTables.picked(
+        order, kept.gather(2, order), entries.position, entries.votes, window, fact.least == most
+    )
     if window is not None and fact.least == most:
         tables = replace(tables, lows=fact.lows[:most], high=fact.last)
     for name in ("keys", "values"):

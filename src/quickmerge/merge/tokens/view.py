@@ -13,7 +13,6 @@ from torch import Tensor
 from quickmerge.errors import whole_number
 from quickmerge.merge.tokens.saliency import AttentionTrace
 
-
 CHECKS = os.environ.get("QUICKMERGE_CHECKS", "0") != "0"
 """Whether it is looked whether what the host knows is so, which waits for the device; the tests do."""
 
@@ -216,7 +215,8 @@ class TokenView:
         default("length", (self.size * self.valid).sum(-1))
         if self.length.shape != shape[:1]:
             raise ValueError(f"length must have shape {tuple(shape[:1])}, got {tuple(self.length.shape)}")
-        self.evidence.check(self.hidden, self.valid, look=self.prefix is None)
+        # Whoever says what is known has looked at the evidence too.
+        self.evidence.check(self.hidden, self.valid, look=self.prefix is None and (self.known is None or CHECKS))
         if self.prefix is None and (self.known is None or CHECKS):
             self._check_values()
 
@@ -254,7 +254,9 @@ class TokenView:
 
     def row(self, i: int) -> TokenView:
         """Row ``i``, as a view of one row."""
-        return self.each_row(lambda x: x[i : i + 1])
+        known = None if self.known is None else self.known.rows([i])
+        evidence = self.evidence.each_row(lambda x: x[i : i + 1])
+        return replace(self, known=known, evidence=evidence, **_tensors(self, lambda x: x[i : i + 1]))
 
     @property
     def counted(self) -> Tensor:

@@ -20,6 +20,7 @@ from quickmerge.merge.visual.merged_tower import TowerRun
 from quickmerge.models.attachment import stands_aside
 from quickmerge.models.decoder import AttentionFunction, watch_modules
 from quickmerge.models.encoder import pixels_of, prefix_of
+from quickmerge.models.moved import onto
 from quickmerge.models.vlm import Vlm
 
 Grid = tuple[int, int, int]
@@ -43,7 +44,7 @@ class Seen:
 
     def at(self, index: Tensor) -> Seen:
         """The same of some of its tokens, ``index (k,)``."""
-        told = [None if part is None else part[index.to(part.device)] for part in self.parts()]
+        told = [None if part is None else part[onto(index, part.device)] for part in self.parts()]
         return Seen(len(index), self.grid, *told)
 
     def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -126,7 +127,7 @@ def seen_of(
             return None
         by_square = squares(x, grid, merge, raster)
         out = by_square.sum(1) if how == "sum" else by_square.to(torch.promote_types(x.dtype, torch.float32)).mean(1)
-        return out if order is None else out[order.to(out.device)]
+        return out if order is None else out[onto(order, out.device)]
 
     shape = (grid[0], grid[1] // merge, grid[2] // merge)
     count = shape[0] * shape[1] * shape[2]
