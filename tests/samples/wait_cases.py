@@ -16,7 +16,7 @@ from waits import Count, Held, counting, on_device
 
 import quickmerge as qm
 
-TOKENS, VOCABULARY, STEPS = 96, 97, 4
+TOKENS, LONG, VOCABULARY, STEPS = 96, 288, 97, 4
 SIZE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 512,
@@ -86,7 +86,7 @@ def reduced(reducer: Any, **settings: Any) -> Attach:
 
 def multipole(model: Any) -> AbstractContextManager[Any]:
     """Multipole attention that clusters within these few tokens."""
-    return qm.multipole(model, tokens_per_cluster=4, interval=8, sink=2, budget=16)
+    return qm.multipole(model, budget=24, sink=3, interval=64, ratio=0.25, block=32)
 
 
 def counted(model: Any, attach: Attach, call: Callable[[], Any]) -> Count:
@@ -98,24 +98,24 @@ def counted(model: Any, attach: Attach, call: Callable[[], Any]) -> Count:
     return count.since(before)
 
 
-def generate(name: str, rows: int, steps: int, **more: Any) -> Any:
+def generate(name: str, rows: int, steps: int, tokens: int = TOKENS, **more: Any) -> Any:
     """Some tokens behind prompts."""
     model = model_of(name)
-    return model.generate(**text(rows), max_new_tokens=steps, min_new_tokens=steps, do_sample=False, **more)
+    return model.generate(**text(rows, tokens), max_new_tokens=steps, min_new_tokens=steps, do_sample=False, **more)
 
 
-def prompt(name: str, rows: int, attach: Attach) -> Figures:
+def prompt(name: str, rows: int, attach: Attach, tokens: int = TOKENS) -> Figures:
     """Waits of a prompt and the first token."""
-    each = [counted(model_of(name), how, lambda: generate(name, rows, 1)).waits for how in (plainly, attach)]
+    each = [counted(model_of(name), how, lambda: generate(name, rows, 1, tokens)).waits for how in (plainly, attach)]
     return Figures(*each)
 
 
-def step(name: str, rows: int, attach: Attach) -> Figures:
+def step(name: str, rows: int, attach: Attach, tokens: int = TOKENS) -> Figures:
     """Waits of each further token."""
     out = []
     for how in (plainly, attach):
         short, long = (
-            counted(model_of(name), how, partial(generate, name, rows, steps)).waits for steps in (2, 2 + STEPS)
+            counted(model_of(name), how, partial(generate, name, rows, steps, tokens)).waits for steps in (2, 2 + STEPS)
         )
         out.append((long - short) / STEPS)
     return Figures(*out)
@@ -165,12 +165,12 @@ CASES: dict[str, Callable[[], Figures]] = {
     "prompt, QuickMerge, 4 padded rows": lambda: prompt("llama", 4, reduced(QUICK, **ALL)),
     "prompt, ToMe, 4 padded rows": lambda: prompt("llama", 4, reduced(TOME, **ALL)),
     "prompt, QuickMerge by entropy, 4 padded rows": lambda: prompt("llama", 4, reduced(ENTROPY, **ALL)),
-    "prompt, QuickMerge and eviction, 4 padded rows": lambda: prompt("llama", 4, reduced(EVICTS, **ALL)),
+    "prompt, QuickMerge and eviction, 4 padded rows": lambda: prompt("llama", 4, reduced(EVICTS, **ALL), LONG),
     "prompt, QuickMerge, sliding windows, 4 padded rows": lambda: prompt("gemma3", 4, reduced(QUICK, **ALL)),
     "prompt, chunks, 1 row": lambda: prompt("llama", 1, reduced(QUICK, **CHUNKS)),
     "step, QuickMerge": lambda: step("llama", 4, reduced(QUICK, **ALL)),
     "step, QuickMerge, sliding windows": lambda: step("gemma3", 4, reduced(QUICK, **ALL)),
-    "step, QuickMerge and eviction, sliding windows": lambda: step("gemma3", 4, reduced(EVICTS, **ALL)),
+    "step, QuickMerge and eviction, sliding windows": lambda: step("gemma3", 4, reduced(EVICTS, **ALL), LONG),
     "step, chunks": lambda: step("llama", 1, reduced(QUICK, **CHUNKS)),
     "step, Multipole": lambda: step("llama", 1, multipole),
     "pass, lookup, 4 rows": lambda: speculation("lookup", False),

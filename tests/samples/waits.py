@@ -55,6 +55,9 @@ class Held(Tensor):
 
     is_meta, is_cuda, is_cpu = False, True, False  # type: ignore[assignment]
 
+    def new_tensor(self, data: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:  # type: ignore[override]
+        return torch.tensor(data, dtype=dtype or self.dtype, device=self.device)
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
