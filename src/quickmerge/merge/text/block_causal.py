@@ -221,8 +221,8 @@ class BlockCausalRun(Run):
             )
         stands = inputs.get("position_ids")
         stands = stands if isinstance(stands, Tensor) and stands.ndim == 2 and stands.shape[1] > 1 else None
-        flat = isinstance(mask, Tensor) and mask.ndim == 2
-        there, places = read(mask.bool() if flat else None, stands)
+        flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        there, places = read(None if flat is None else flat.bool(), stands)
         if mask is not None and (there is None or not bool(there.all())):
             raise QuickmergeError("attention_mask must be all ones in block_causal mode (no padding), got another mask")
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]

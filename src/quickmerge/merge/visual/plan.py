@@ -31,8 +31,8 @@ class Image:
     """The visual tokens of one image (of one tile, where a model cuts images up in front of it) or video.
 
     ``row`` of the batch and ``columns (n,)`` of the prompt as it was given, on the host; ``kind``, ``"image"`` or
-    ``"video"``; ``grid`` (T, H, W) of the tokens where they form one. ``plan``, once it was made, a plan of one row for the n
-    tokens, and ``view`` what the reducer saw when it first decided.
+    ``"video"``; ``grid`` (T, H, W) of the tokens where they form one. ``plan``, once it was made, a plan of one row
+    for the n tokens, and ``view`` what the reducer saw when it first decided.
     """
 
     row: int
