@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+# Methods of our own are taken at their word where looking would make a device wait; here it is looked.
+os.environ.setdefault("QUICKMERGE_CHECKS", "1")
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 

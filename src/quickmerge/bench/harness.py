@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Arm", "Result", "environment", "interleave", "now", "seconds_of"]
+__all__ = ["Arm", "Lapse", "Mark", "Result", "environment", "interleave", "mark", "now", "seconds_of", "settled"]
 
 
 def environment() -> dict[str, str]:
@@ -120,6 +120,86 @@ def now(device: torch.device | str | None = None) -> float:
     if device is not None and torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+# A clock that nobody waits for.
+
+
+PENDING = 32
+"""Stretches that a `Lapse` holds before it looks which of them have ended."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in what a GPU was given to do; marks are subtracted from one another as readings of a clock are."""
+
+    event: Any
+
+    def __sub__(self, began: Mark) -> Lapse:
+        return Lapse(((began.event, self.event),))
+
+
+class Lapse:
+    """Seconds between marks, which add up like numbers; ``float`` waits until the GPU has come by all of them.
+
+    Args:
+        pairs: events of beginnings and ends.
+        known: seconds that have been read off already.
+    """
+
+    def __init__(self, pairs: tuple[tuple[Any, Any], ...] = (), known: float = 0.0) -> None:
+        self._pairs, self._known = pairs, known
+
+    def __add__(self, other: Lapse | float) -> Lapse:
+        if not isinstance(other, Lapse):
+            return Lapse(self._pairs, self._known + other)
+        both = Lapse(self._pairs + other._pairs, self._known + other._known)
+        if len(both._pairs) > PENDING:
+            both._read(lambda event: bool(event.query()))
+        return both
+
+    __radd__ = __add__
+
+    def __float__(self) -> float:
+        def passed(event: Any) -> bool:
+            event.synchronize()
+            return True
+
+        self._read(passed)
+        return self._known
+
+    def __deepcopy__(self, memo: Any) -> Lapse:
+        return Lapse(self._pairs, self._known)
+
+    def __reduce__(self) -> Any:
+        return float, (float(self),)
+
+    def _read(self, passed: Callable[[Any], bool]) -> None:
+        """Read off what has ended, from the front on; a GPU comes by marks in their order."""
+        while self._pairs and passed(self._pairs[0][1]):
+            began, ended = self._pairs[0]
+            self._known += began.elapsed_time(ended) / 1e3
+            self._pairs = self._pairs[1:]
+
+
+def mark(device: torch.device | str | None = None) -> Any:
+    """A reading of the clock that waits for nothing: seconds as a float, or a `Mark` in what a GPU was given to do.
+
+    The difference of two is a float or a `Lapse`, which a float can be added to.
+    """
+    if device is None or torch.device(device).type != "cuda":
+        return time.perf_counter()
+    event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return Mark(event)
+
+
+def settled(held: Any) -> Any:
+    """The same object, every `Lapse` among its attributes now a number: this waits for the GPU."""
+    for name, value in vars(held).items():
+        if isinstance(value, Lapse):
+            setattr(held, name, float(value))
+    return held
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device | str | None = None) -> float:

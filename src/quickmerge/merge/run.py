@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from quickmerge.bench.harness import now
+from quickmerge.bench.harness import mark, settled
 from quickmerge.merge.cache.packed import column_bytes, packed_bytes
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.reducers.baselines import Uniform
@@ -34,8 +35,8 @@ class RunStats:
     ``evictor`` is what makes the cache smaller when the prompt has been read, if anything does; ``evicted_none`` rows
     had fewer tokens than its ``min_tokens``, so that they keep all.
     ``spans`` is what was kept or merged as a whole, ``"line"`` or ``"word"``, or why nothing was; empty where no method
-    asked. ``entries_by_row`` says of each row how many entries of its prompt a layer of the cache holds, mean over
-    layers and their heads: of a batch what the other counts are the mean of. `as_dict` leaves it out.
+    asked. ``entries`` holds for each layer ``(B,)`` how many entries of its prompt each row has in the cache, on the
+    device, since nobody waits for it until `entries_by_row` is asked; `as_dict` leaves it out.
     ``literals`` is how many tokens of a row were of literals that stay alone, the mean over rows; None where
     nobody asked for them.
     """
@@ -60,8 +61,15 @@ class RunStats:
     spans: str = ""
     evictor: str = ""
     evicted_none: int = 0
-    entries_by_row: list[float] = field(default_factory=list, repr=False, compare=False)
+    entries: list[Tensor] = field(default_factory=list, repr=False, compare=False)
     literals: float | None = None
+
+    @property
+    def entries_by_row(self) -> list[float]:
+        """For each row the entries of its prompt in the cache, mean over layers and their heads; empty if uncounted."""
+        # Layers may lie on several devices.
+        found: list[float] = torch.stack([x.cpu() for x in self.entries]).mean(0).tolist() if self.entries else []
+        return found
 
     @property
     def tokens_kept(self) -> float:
@@ -72,11 +80,11 @@ class RunStats:
     @property
     def decode_seconds_per_token(self) -> float:
         """Seconds of the decoder per generated step after the first token."""
-        return self.decode_seconds / self.decode_steps if self.decode_steps else 0.0
+        return float(self.decode_seconds) / self.decode_steps if self.decode_steps else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        out = {name: value for name, value in self.__dict__.items() if name != "entries_by_row"}
+        out = {name: value for name, value in settled(self).__dict__.items() if name != "entries"}
         out["tokens_kept"] = self.tokens_kept
         out["decode_seconds_per_token"] = self.decode_seconds_per_token
         return out
@@ -92,6 +100,7 @@ class RunStats:
         return f"\n{line}; more than the {others:.0f} that are kept of the others" if above else f"\n{line}"
 
     def __str__(self) -> str:
+        settled(self)
         if not self.tokens_per_layer:
             return f"{self.reducer} ({self.mode}): nothing has been read yet"
         runs = layer_runs(self.tokens_per_layer)
@@ -245,7 +254,7 @@ class Run(Attachment):
     watches_attention = True
     eager = True
     _fresh = PerThread(bool)
-    _began = PerThread(float)
+    _began: PerThread[Any] = PerThread(float)
     _cache: PerThread[Cache | None] = PerThread(lambda: None)
     _counts: PerThread[RunStats | None] = PerThread(lambda: None)
 
@@ -297,8 +306,8 @@ class Run(Attachment):
     def forget(self) -> None:
         """Drop everything that refers to a prompt."""
 
-    def entries_by_row(self, cache: Cache | None) -> list[float]:
-        """For each row the entries of the prompt just read in ``cache``, mean over layers; empty if nobody counts."""
+    def entries(self, cache: Cache | None) -> list[Tensor]:
+        """For each layer ``(B,)`` the entries of the prompt just read in ``cache``; empty if nobody counts them."""
         return []
 
     def tokens_read(self, cache: Cache) -> int:
@@ -337,7 +346,7 @@ class Run(Attachment):
         if self._fresh:
             self.stats.prefill_seconds = seconds
             self.stats.tokens_per_layer = self.tokens_per_layer()
-            self.stats.entries_by_row = self.entries_by_row(self._cache)
+            self.stats.entries = self.entries(self._cache)
         elif counts():
             self.stats.decode_steps += 1
             self.stats.decode_seconds += seconds
@@ -349,13 +358,16 @@ class Run(Attachment):
                 self.stats.prompt_cache_bytes = self.stats.cache_bytes
                 self.stats.prompt_cache_bytes_full = self.stats.cache_bytes_full
 
-    def clock(self) -> float:
-        """Seconds, after the device has finished what it was given."""
-        return now(device_of(self.decoder.base))
+    def clock(self) -> Any:
+        """A reading of the clock, which waits for nothing: see `quickmerge.bench.harness.mark`."""
+        return mark(device_of(self.decoder.base))
 
     def summary(self) -> RunStats:
-        """Tokens in and kept per layer, seconds and cache bytes of the last prompt; prints as a few lines."""
-        return self._last
+        """Tokens in and kept per layer, seconds and cache bytes of the last prompt; prints as a few lines.
+
+        On a GPU this waits for what it was given to do; nothing before does, for the sake of numbers.
+        """
+        return settled(self._last)  # type: ignore[no-any-return]
 
 
 # Measuring an unmodified model, with the instruments that measure a reduced one.

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Cache
 
 from quickmerge.models.compat import DynamicLayer
+from quickmerge.models.moved import onto
 
 __all__ = [
     "Moves",
@@ -206,7 +207,7 @@ def slide_layer(layer: Any, by: Sequence[int]) -> None:
 
 def slide_table(x: Tensor, by: Sequence[int], fill: Any = 0) -> Tensor:
     """`slide` for a table ``(B, n)``; ``fill`` stands where a row moved away from."""
-    step = torch.tensor(list(by), device=x.device)[:, None]
+    step = onto(torch.tensor(list(by)), x.device)[:, None]
     source = torch.arange(x.shape[1], device=x.device) - step
     inside = (source >= 0) & (source < x.shape[1])
     return torch.where(inside, x.gather(1, source.clamp(0, x.shape[1] - 1)), fill)

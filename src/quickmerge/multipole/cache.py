@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
+from quickmerge.bench.harness import settled
 from quickmerge.errors import QuickmergeError
 from quickmerge.models.columns import slide_layer, slide_table, stored, take_tail_of_layer, take_tail_of_table
 from quickmerge.models.compat import DynamicLayer, cache_name
@@ -363,6 +364,7 @@ class Tally:
     def stats(self) -> MultipoleStats:
         """Everything up to now."""
         stats, queries = self._stats, max(1, self._queries)
+        settled(stats)
         stats.kept = float(self._kept) / queries
         stats.rows_dense = self._dense / queries
         stats.rows_read = self._others / queries + 2 * stats.kept

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from quickmerge.bench.harness import now
+from quickmerge.bench.harness import mark
 from quickmerge.errors import QuickmergeError, UnsupportedModelError, near_match
 from quickmerge.models.attachment import Attachment, PerThread, counts, refuse_tracing, stands_aside
 from quickmerge.models.compat import (
@@ -21,6 +21,7 @@ from quickmerge.models.compat import (
     cache_argument,
     cache_name,
     cache_trait,
+    device_of,
     given_cache,
     own_cache,
     without_cache,
@@ -112,7 +113,7 @@ class MultipoleRun(Attachment):
     _held: PerThread[dict[int, MultipoleLayer]] = PerThread(dict)
     _short = PerThread(bool)
     _tree = PerThread(bool)
-    _began = PerThread(float)
+    _began: PerThread[Any] = PerThread(float)
     _sizes = PerThread(Sizes)
     _counts: PerThread[Tally | None] = PerThread(lambda: None)
 
@@ -260,7 +261,7 @@ class MultipoleRun(Attachment):
     ) -> Tensor | None:
         """Attention by clusters ``(B, q, Hq, D)``; None where there are too few tokens for any."""
         held, space = self._held[self._makers[layer]], self.spaces[self._makers[layer]]
-        before, new, began = held.clusters, query.shape[2], time.perf_counter()
+        before, new, began = held.clusters, query.shape[2], self.clock()
         refresh(held, new, size, self.settings, space.keys(held, key), value)
         if held.clusters is not before:
             self.tally.clustered(before is None, self.clock() - began)
@@ -311,10 +312,9 @@ class MultipoleRun(Attachment):
 
     # ------------------------------------------------------------------------------------------------------------
 
-    def clock(self) -> float:
-        """Seconds, after the device has finished what it was given."""
-        device: Any = self.decoder.base.device
-        return now(device)
+    def clock(self) -> Any:
+        """A reading of the clock, which waits for nothing: see `quickmerge.bench.harness.mark`."""
+        return mark(device_of(self.decoder.base))
 
     def summary(self) -> MultipoleStats:
         """Clusters, rows read, seconds and bytes of the last prompt and what came after; prints as a few lines."""

@@ -20,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 from quickmerge.errors import UnsupportedModelError
 from quickmerge.models.columns import room, widest
 from quickmerge.models.compat import DynamicLayer, cache_argument
+from quickmerge.models.moved import onto
 from quickmerge.speculative.target import Columns, last_hidden
 from quickmerge.speculative.tree import Packed, Tree
 
@@ -133,8 +134,7 @@ class Chains:
         Returns:
             ``(B, T, V)`` logits, and the last hidden states ``(B, T, H)`` behind the final norm if wanted.
         """
-        count = packed.valid.sum(1).tolist()
-        drafts = [tokens[:n] for tokens, n in zip(packed.tokens.tolist(), count, strict=True)]
+        drafts = list(packed.rows)
         live = [i for i in range(len(drafts)) if i not in self._resting]
         behind = [len(self._behind[i]) for i in live]
         longest = max(len(self._behind[i]) + len(drafts[i]) for i in live)
@@ -149,7 +149,7 @@ class Chains:
             lines[i] + [0] * (wide - len(lines[i])) if i in lines else self._first(i, wide) for i in range(len(drafts))
         ]
         logits, features = self._forward(self._lines)
-        at = torch.tensor([len(row) for row in self._behind], device=logits.device)
+        at = onto(torch.tensor([len(row) for row in self._behind]), logits.device)
         step = torch.arange(packed.tokens.shape[1], device=logits.device)
         index = (at[:, None] + step).clamp_max(wide - 1)[..., None]
         logits = logits.gather(1, index.expand(-1, -1, logits.shape[-1]))
@@ -192,8 +192,8 @@ class Chains:
 
     def select(self, index: Tensor) -> None:
         """Go on with the rows ``index (R,)`` alone."""
+        columns, keep, index = self.columns, index.tolist(), onto(index, self.columns.valid.device)
         self.cache.reorder_cache(index)
-        columns, keep = self.columns, index.tolist()
         self.columns = replace(
             columns,
             valid=columns.valid[index],
@@ -240,7 +240,7 @@ class Chains:
     def _forward(self, lines: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
         """One pass, given what ``generate`` gives a model behind its prompt."""
         columns = self.columns
-        ids = torch.tensor(lines, dtype=torch.long, device=columns.valid.device)
+        ids = onto(torch.tensor(lines, dtype=torch.long), columns.valid.device)
         mask = torch.cat([columns.valid.long(), torch.ones_like(ids)], 1)
         given = behind(self.model, mask, (columns.length + columns.offset)[..., None], ids.shape[1])
         with last_hidden(self.model, self.features) as found:

@@ -175,7 +175,7 @@ class Drafter(ABC):
         """Guess how each row goes on.
 
         Args:
-            last: ``(B,)`` the newest token of each row, which the target has not read yet: the root.
+            last: ``(B,)`` the newest token of each row, on the host, which the target has not read yet: the root.
             nodes: how many nodes a tree may have, the root included; at least 2.
 
         Returns:
@@ -188,15 +188,15 @@ class Drafter(ABC):
         """Take in what is now part of the text and has been read by the target.
 
         Args:
-            tokens: for each row ``(k,)`` long, k >= 1: the root, and the drafted tokens that were accepted. The token
-                that the target emitted behind them is the ``last`` of the next ``draft``.
+            tokens: for each row ``(k,)`` long, on the host, k >= 1: the root, and the drafted tokens that were
+                accepted. The token that the target emitted behind them is the ``last`` of the next ``draft``.
             features: for each row ``(k, H)``, the target's last hidden states at these tokens; None unless
                 ``needs_features``.
         """
 
     @abstractmethod
     def rows(self, index: Tensor) -> None:
-        """Go on with the rows ``index (R,)`` long alone, in this order; the others are finished."""
+        """Go on with the rows ``index (R,)`` long, on the host, alone, in this order; the others are finished."""
 
 
 @contextmanager

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from quickmerge.bench.harness import now
 from quickmerge.errors import QuickmergeError, whole_number
 from quickmerge.models.compat import (
     AlternatingCodebooksLogitsProcessor,
@@ -36,12 +35,13 @@ from quickmerge.models.compat import (
     is_users_cache,
 )
 from quickmerge.models.generation import check_temperature
+from quickmerge.models.moved import onto
 from quickmerge.speculative.cost import Cost, Pace, best_size, measure, measure_behind
 from quickmerge.speculative.drafter import Drafter, Stats, serving
 from quickmerge.speculative.prompt import AnyTarget, Room, read_prompt
 from quickmerge.speculative.proof import check_target
 from quickmerge.speculative.tree import Packed, Tree, pack
-from quickmerge.speculative.walk import Batch, Row, for_row, walk
+from quickmerge.speculative.walk import Batch, Ends, Row, choices, for_row, walk
 
 __all__ = ["Handed", "SpeculativeDecoding", "check_arguments", "handed_to", "listen"]
 
@@ -258,11 +258,12 @@ class SpeculativeDecoding:
         start = time.perf_counter()
         cost = measure(model, self.nodes) if self.auto else None
         measured = time.perf_counter()
-        sample, count = bool(generation_config.do_sample), len(input_ids)
+        sample, count, device = bool(generation_config.do_sample), len(input_ids), input_ids.device
+        ends = Ends(stopping_criteria, device)
         streamer, generators = handed.streamer, _generators(count, input_ids.device) if sample else [None] * count
         rows = [
-            Row(ids, for_row(logits_processor, i, count), stopping_criteria, sample, streamer, generator)
-            for i, (ids, generator) in enumerate(zip(input_ids, generators, strict=True))
+            Row(ids, for_row(logits_processor, i, count), ends, sample, streamer, generator, device)
+            for i, (ids, generator) in enumerate(zip(input_ids.cpu(), generators, strict=True))
         ]
         run = _Run(self.drafter, self.nodes, cost, Batch(rows, generation_config, stopping_criteria), why)
         # A cache that someone will go on with has to hold all rows to the end.
@@ -314,12 +315,12 @@ class _Run:
                 f"queries must be at least 2 in multipole attention for drafted tokens to be read at once, got {widest}"
             )
         self.nodes = min(self.nodes, widest or self.nodes)
-        offset = prompt.target.columns.offset
-        self.offset = (offset if offset.dim() == 1 else offset.amax(0)).tolist()
-        logits = prompt.logits
-        best = _best(logits) if self.rows[0].plain else None
+        self.offset = list(prompt.offset)
+        logits = prompt.logits[:, None]
+        roots = [Tree.chain([row.last]) for row in self.rows]
+        chosen = choices(self.rows, roots, logits)
         for i, row in enumerate(self.rows):
-            walk(Tree.chain([row.last]), row, logits[i : i + 1], None if best is None else [best[i]])
+            walk(roots[i], row, logits[i], None if chosen is None else chosen[i])
         self.live = list(range(len(self.rows)))
         self._rest()
         self.stats.prompt_seconds = time.perf_counter() - start
@@ -346,11 +347,13 @@ class _Run:
         passes = self.target.passes
         logits, features = self.target.read(packed)
         passes = self.target.passes - passes
-        best = _best(logits) if self.rows[0].plain else None
-        self.stats.target_seconds += now(device) - start
+        mine = logits if len(live) == len(self.rows) else logits[onto(torch.tensor(live), device)]
+        chosen = choices([self.rows[i] for i in live], [trees[i] for i in live], mine)
+        # Tokens have been read, so the device is done; but where the texts have a say that comes later.
+        self.stats.target_seconds += time.perf_counter() - start
         paths: list[list[int]] = [[] for _ in self.rows]
-        for i in live:
-            paths[i] = walk(trees[i], self.rows[i], logits[i], None if best is None else best[i])
+        for at, i in enumerate(live):
+            paths[i] = walk(trees[i], self.rows[i], mine[at], None if chosen is None else chosen[at])
             self.stats.count(max(trees[i].depth), len(paths[i]) - 1, len(trees[i]))
             self.stats.lossless &= not trees[i].extra
         self.stats.passes += passes
@@ -365,10 +368,8 @@ class _Run:
         self._rest()
         if self.live:
             start = time.perf_counter()
-            taken = [torch.tensor(paths[i], device=device) for i in live]
-            tokens = [packed.tokens[i, path] for i, path in zip(live, taken, strict=True)]
-            seen = None if features is None else [features[i, path] for i, path in zip(live, taken, strict=True)]
-            self.drafter.accept(tokens, seen)
+            tokens = [torch.tensor([trees[i].tokens[node] for node in paths[i]]) for i in live]
+            self.drafter.accept(tokens, None if features is None else _along(features, [paths[i] for i in live], live))
             self._leave(live)
             self.stats.draft_seconds += time.perf_counter() - start
 
@@ -396,7 +397,7 @@ class _Run:
         if self.nodes == 1 or not any(depths) or (self.pace is not None and not self.pace.drafts()):
             return [Tree.chain([token]) for token in last]
         start = time.perf_counter()
-        trees = self.drafter.draft(torch.tensor(last, device=self.target.columns.valid.device), self.nodes)
+        trees = self.drafter.draft(torch.tensor(last), self.nodes)
         self.drafted.append(time.perf_counter() - start)
         self.stats.draft_seconds += self.drafted[-1]
         if [tree.tokens[0] for tree in trees] != last:
@@ -424,10 +425,9 @@ class _Run:
         """Let rows that are done leave the drafter, which holds rows ``drafted``, and the cache if nobody keeps it."""
         if self.live == drafted:
             return
-        device = self.target.columns.valid.device
-        self.drafter.rows(torch.tensor([drafted.index(i) for i in self.live], device=device))
+        self.drafter.rows(torch.tensor([drafted.index(i) for i in self.live]))
         if not self.kept:
-            self.target.select(torch.tensor(self.live, device=device))
+            self.target.select(torch.tensor(self.live))
             self.rows = [self.rows[i] for i in self.live]
             self.offset = [self.offset[i] for i in self.live]
             self.live = list(range(len(self.rows)))
@@ -443,6 +443,8 @@ def _generators(rows: int, device: torch.device) -> list[torch.Generator]:
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
-def _best(logits: Tensor) -> Any:
-    """The token of the largest logit ``(..., V)`` in the precision in which ``generate`` compares them."""
-    return (logits.float() if logits.dtype == torch.float64 else logits).argmax(-1).tolist()
+def _along(features: Tensor, paths: list[list[int]], rows: list[int]) -> list[Tensor]:
+    """The features ``(k, H)`` of the nodes on each path, of ``features (B, T, H)`` and the paths of some rows."""
+    flat = [row * features.shape[1] + node for row, path in zip(rows, paths, strict=True) for node in path]
+    picked = features.flatten(0, 1).index_select(0, onto(torch.tensor(flat), features.device))
+    return list(torch.split(picked, [len(path) for path in paths]))

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quickmerge.errors import whole_number
+from quickmerge.models.moved import read
 from quickmerge.speculative.drafter import Drafter
 from quickmerge.speculative.tree import Tree, best_first
 
@@ -55,7 +56,8 @@ class PromptLookup(Drafter):
         self, model: PreTrainedModel, ids: Tensor, valid: Tensor, features: Tensor | None, positions: Tensor
     ) -> None:
         """Index the prompts."""
-        self._texts = [TextIndex(row[keep].tolist(), self.ngram) for row, keep in zip(ids, valid, strict=True)]
+        texts = zip(*(x for x in read(ids, valid) if x is not None), strict=True)
+        self._texts = [TextIndex(row[keep].tolist(), self.ngram) for row, keep in texts]
         self._drafts, self._written = [], []
         self._tried = [2] * (self.ngram + self.length)
         self._right = [1] * (self.ngram + self.length)

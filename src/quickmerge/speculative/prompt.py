@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from quickmerge.errors import QuickmergeError
 from quickmerge.models.columns import keeps_columns, seats, stored
 from quickmerge.models.compat import cache_argument, cache_name, fresh_cache, given_cache, without_cache
+from quickmerge.models.moved import numbers
 from quickmerge.speculative.chains import Chains
 from quickmerge.speculative.target import Columns, Target, last_hidden, plain_cache
 
@@ -72,7 +73,8 @@ class Prompt:
 
     ``logits (B, V)`` say what follows; ``ids (B, n)``, ``valid (B, n)`` bool and ``positions (B, n)`` are of its
     tokens; ``features (B, n, H)`` its last hidden states, None unless wanted. Where these are wanted n are the entries
-    that the last block read: fewer of a prompt that was merged, and of a further turn its own tokens alone.
+    that the last block read: fewer of a prompt that was merged, and of a further turn its own tokens alone. ``offset``
+    is, on the host, what is added to the place of a token of each row to get its position.
     """
 
     target: AnyTarget
@@ -81,6 +83,7 @@ class Prompt:
     valid: Tensor
     positions: Tensor
     features: Tensor | None
+    offset: tuple[int, ...] = ()
 
 
 def read_prompt(
@@ -112,7 +115,10 @@ def read_prompt(
         raise QuickmergeError(
             f"input_ids must hold the whole text, the {past} tokens in {cache_name()} and at least one more, got {n}"
         )
-    if not bool(valid[:, -1].all()):
+    # Whatever a prompt of images counts, each token of text behind it counts one in every direction.
+    offset = positions[..., -1] - (n - 1)
+    ends, counts, offsets = numbers(valid[:, -1], valid.sum(-1), offset if offset.dim() == 1 else offset.amax(0))
+    if not all(ends):
         raise QuickmergeError("attention_mask must end with 1 in every row: pad on the left")
     given = {**without_cache(model_kwargs), "use_cache": True}
     if "position_ids" in inspect.signature(model.forward).parameters:
@@ -129,10 +135,11 @@ def read_prompt(
     merged, seen = (False, None) if why else (_is_merged(cache, n), seats(cache))
     place = torch.arange(n, device=ids.device).expand(len(ids), -1)
     length = torch.full((len(ids),), n, device=ids.device)
-    # Whatever a prompt of images counts, each token of text behind it counts one in every direction.
-    offset = positions[..., -1] - (n - 1)
-    columns = Columns(valid, place, length, offset, not bool(valid.all()), prompt=n if merged else 0)
-    target = Chains(model, cache, columns, features, why) if why else Target(model, cache, columns, features)
+    columns = Columns(
+        valid, place, length, offset, min(counts) < n, prompt=n if merged else 0,
+        counts=(0,) * len(counts) if merged else tuple(counts),
+    )  # fmt: skip
+    target = Chains(model, cache, columns, features, why) if why else Target(model, cache, columns, features, n)
     # Where there are several directions the first is that of the text.
     first = positions.flatten(0, -3)[0] if positions.dim() > 2 else positions
     first = first.expand(len(ids), -1)
@@ -143,7 +150,7 @@ def read_prompt(
         # The last block read fewer tokens, each of which is taken for the one at whose place it stands.
         at, valid = seen
         ids, first = ids.gather(1, at), first.gather(1, at)
-    return Prompt(target, out.logits[:, -1], ids, valid, first, found[0] if features else None)
+    return Prompt(target, out.logits[:, -1], ids, valid, first, found[0] if features else None, tuple(offsets))
 
 
 def _is_merged(cache: Cache, n: int) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quickmerge.errors import number_at_least, whole_number
+from quickmerge.models.moved import read
 from quickmerge.speculative.automaton import SuffixAutomaton, Writer
 from quickmerge.speculative.drafter import Drafter
 from quickmerge.speculative.tree import Tree, best_first
@@ -61,7 +62,8 @@ class SuffixDecoding(Drafter):
         self, model: PreTrainedModel, ids: Tensor, valid: Tensor, features: Tensor | None, positions: Tensor
     ) -> None:
         """Index the prompts."""
-        self._reset([row[keep].tolist() for row, keep in zip(ids, valid, strict=True)])
+        texts = zip(*(x for x in read(ids, valid) if x is not None), strict=True)
+        self._reset([row[keep].tolist() for row, keep in texts])
 
     def _reset(self, prompts: list[list[int]]) -> None:
         self._rows = [_Row(self.depth, prompt, self._past.begin()) for prompt in prompts]

@@ -22,6 +22,7 @@ from quickmerge.models.compat import (
     cache_trait,
 )
 from quickmerge.models.decoder import layer_window
+from quickmerge.models.moved import onto
 from quickmerge.speculative.tree import Packed, Tree, masks_by_window, pack
 
 __all__ = ["Columns", "Target", "commit", "compact", "last_hidden", "lay_out", "plain_cache", "select"]
@@ -45,6 +46,7 @@ class Columns:
         holes: whether any column of any row holds none.
         prompt: so many columns in front stay as they are, since in some layers fewer entries stand for them.
         shift: for each row, how many columns its text was moved to the right; empty where rows aren't moved.
+        counts: for each row, how many columns hold a token, those of the prompt apart; None where the host has to ask.
     """
 
     valid: Tensor
@@ -54,6 +56,14 @@ class Columns:
     holes: bool
     prompt: int = 0
     shift: Sequence[int] = ()
+    counts: tuple[int, ...] | None = None
+
+    @property
+    def behind(self) -> Columns:
+        """The same with its ``counts``."""
+        if self.counts is not None:
+            return self
+        return replace(self, counts=tuple(self.valid[:, self.prompt :].sum(1).tolist()))
 
     @property
     def width(self) -> int:
@@ -78,8 +88,9 @@ def commit(cache: Cache, columns: Columns, paths: Sequence[Sequence[int]], read:
     """
     device = columns.valid.device
     most = max(len(path) for path in paths)
-    index = torch.tensor([[*path, *[0] * (most - len(path))] for path in paths], dtype=torch.long, device=device)
-    count = torch.tensor([len(path) for path in paths], device=device)
+    told = [[len(path), *path, *[0] * (most - len(path))] for path in paths]
+    moved = onto(torch.tensor(told, dtype=torch.long), device)
+    count, index = moved[:, 0], moved[:, 1:]
     step = torch.arange(most, device=device)
     there = step < count[:, None]
     even = len({len(path) for path in paths}) == 1
@@ -92,6 +103,9 @@ def commit(cache: Cache, columns: Columns, paths: Sequence[Sequence[int]], read:
         place=torch.cat([columns.place, columns.length[:, None] + step], 1),
         length=columns.length + count,
         holes=columns.holes or not even,
+        counts=None
+        if columns.counts is None
+        else tuple(old + len(path) for old, path in zip(columns.counts, paths, strict=True)),
     )
 
 
@@ -99,8 +113,9 @@ def compact(cache: Cache, columns: Columns) -> Columns:
     """Close the holes that no row needs, if that makes the cache shorter by a quarter at least."""
     if not columns.holes:
         return columns
-    inside = columns.valid[:, columns.prompt :]
-    longest = int(inside.sum(1).max())
+    counts = columns.behind.counts
+    assert counts is not None
+    inside, longest = columns.valid[:, columns.prompt :], max(counts)
     if (inside.shape[1] - longest) * WASTE < columns.width:
         return columns
     index = (~inside).long().argsort(dim=1, stable=True)[:, :longest]
@@ -109,7 +124,9 @@ def compact(cache: Cache, columns: Columns) -> Columns:
     front = slice(columns.prompt)
     valid = torch.cat([columns.valid[:, front], there], 1)
     place = torch.cat([columns.place[:, front], columns.place[:, columns.prompt :].gather(1, index)], 1)
-    return replace(columns, valid=valid, place=place, holes=not bool(valid.all()))
+    # Of a merged prompt it isn't asked whether there is padding in front: its masks are made anyway.
+    holes = min(counts) < longest or columns.prompt > 0
+    return replace(columns, valid=valid, place=place, holes=holes, counts=counts)
 
 
 def tighten(cache: Cache, columns: Columns, missing: Sequence[int]) -> Columns:
@@ -130,16 +147,20 @@ def tighten(cache: Cache, columns: Columns, missing: Sequence[int]) -> Columns:
 
 def select(cache: Cache, columns: Columns, index: Tensor) -> Columns:
     """Go on with the rows ``index (R,)`` alone."""
+    keep, index = index.tolist(), onto(index, columns.valid.device)
     cache.batch_select_indices(index)
-    valid = columns.valid[index]
+    valid, counts = columns.valid[index], columns.counts
+    counts = None if counts is None else tuple(counts[row] for row in keep)
+    whole = not columns.prompt and counts is not None
     return replace(
         columns,
         valid=valid,
         place=columns.place[index],
         length=columns.length[index],
         offset=columns.offset[..., index],
-        holes=columns.holes and not bool(valid.all()),
-        shift=[columns.shift[row] for row in index.tolist()] if columns.shift else [],
+        holes=columns.holes and (min(counts or ()) < columns.width if whole else not bool(valid.all())),
+        shift=[columns.shift[row] for row in keep] if columns.shift else [],
+        counts=counts,
     )
 
 
@@ -166,6 +187,7 @@ def lay_out(cache: Cache, columns: Columns, width: int) -> Columns:
         place=torch.arange(first + width, device=target.device).expand(len(there), -1),
         length=columns.length.clamp_max(first + width),
         holes=not bool(valid.all()),
+        counts=None,
     )
 
 
@@ -191,6 +213,7 @@ def _cut(cache: Cache, columns: Columns, width: int) -> Columns:
         place=columns.place[:, :width],
         length=columns.length.clamp_max(width),
         holes=not bool(valid.all()),
+        counts=None,
     )
 
 
@@ -210,6 +233,7 @@ class Target:
         cache: of plain layers, filled.
         columns: what it holds.
         features: whether passes also give the last hidden states.
+        longest: the largest of the columns' lengths; None has it looked up.
 
     Attributes:
         passes: of the model.
@@ -219,7 +243,9 @@ class Target:
 
     why = ""
 
-    def __init__(self, model: PreTrainedModel, cache: Cache, columns: Columns, features: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: Cache, columns: Columns, features: bool = False, longest: int | None = None
+    ) -> None:
         self.passes = 0
         self.model = model
         self.cache = cache
@@ -234,8 +260,9 @@ class Target:
         self.widest = widest(cache)
         if is_tight(cache) and not columns.shift:
             self.columns = replace(columns, shift=[0] * len(columns.valid))
+        self.columns = self.columns.behind
         # The longest row, kept on this side so that no step waits for a device to tell.
-        self._longest = int(columns.length.max())
+        self._longest = int(columns.length.max()) if longest is None else longest
         self._nodes = 0
 
     def read(self, packed: Packed) -> tuple[Tensor, Tensor | None]:

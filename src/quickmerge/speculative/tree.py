@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quickmerge.errors import whole_number
+from quickmerge.models.moved import onto
 
 __all__ = ["Packed", "Ranked", "Tree", "best_first", "expected_accepted", "masks_by_window", "pack", "tree_mask"]
 
@@ -167,7 +168,8 @@ class Packed:
     """The trees of a batch, padded to the widest of T nodes.
 
     ``tokens``, ``parent`` and ``depth (B, T)`` long, ``valid (B, T)`` bool; ``see (B, T, T)`` bool, which nodes each
-    node sees: itself and those on the way from the root to it. Padding nodes see themselves.
+    node sees: itself and those on the way from the root to it. Padding nodes see themselves. ``rows`` are the tokens
+    of each tree, on the host.
     """
 
     tokens: Tensor
@@ -175,6 +177,7 @@ class Packed:
     depth: Tensor
     valid: Tensor
     see: Tensor
+    rows: tuple[list[int], ...] = ()
 
 
 def pack(trees: Sequence[Tree], device: torch.device | str = "cpu", width: int = 0) -> Packed:
@@ -196,8 +199,12 @@ def pack(trees: Sequence[Tree], device: torch.device | str = "cpu", width: int =
             mine[node, :node] = mine[tree.parent[node], :node]
         for a, b in tree.extra:
             mine[a, b] = True
-    tokens, parent, depth = torch.from_numpy(grid).to(device)
-    return Packed(tokens, parent, depth, torch.from_numpy(valid).to(device), torch.from_numpy(see).to(device))
+    device = torch.device(device)
+    tokens, parent, depth = onto(torch.from_numpy(grid), device)
+    return Packed(
+        tokens, parent, depth, onto(torch.from_numpy(valid), device), onto(torch.from_numpy(see), device),
+        tuple(tree.tokens for tree in trees),
+    )  # fmt: skip
 
 
 # What the nodes of a tree see: the text before them, and their own ancestors.

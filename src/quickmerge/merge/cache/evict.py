@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -15,6 +16,10 @@ from quickmerge.merge.cache.evictor import Evictor, choose, layer_counts
 from quickmerge.merge.cache.heads import HeadTables
 from quickmerge.merge.cache.kvzip import KVzip
 from quickmerge.merge.cache.packed import pack
+from quickmerge.models.moved import numbers, onto
+
+FAR = 2**62
+"""A place behind all others."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,54 @@ def evict(
         ]
     # A model makes one mask for many layers, by what one of them holds: so all have tables of their own, or none.
     every = list(zip(cache.layers, kept, held, windows, strict=True))
-    if any(_leaves(layer, some, each) for layer, some, each, _ in every):
-        for layer, some, each, window in every:
-            shrink(layer, some, each, window)
+    leave = [Leave.of(some, each, window) for _, some, each, window in every]
+    told = iter(numbers(*(x for each in leave for x in each)))
+    facts = [LeaveFacts.of(next(told), next(told)) for _ in leave]
+    held_more = any(layer.keys.shape[2] > some.shape[2] for layer, some, _, _ in every)
+    if held_more or any(fact.others for fact in facts):
+        for (layer, some, each, window), fact in zip(every, facts, strict=True):
+            shrink(layer, some, each, window, fact)
 
 
-def _leaves(layer: Any, kept: Tensor, entries: Entries) -> bool:
-    """Whether an entry of a layer leaves it."""
-    return bool(layer.keys.shape[2] > kept.shape[2] or (kept != entries.valid[:, None]).any())
+class Leave(NamedTuple):
+    """What the host must know of a layer that entries leave, on the device: numbers, and places by column."""
+
+    numbers: Tensor
+    lows: Tensor
+
+    @classmethod
+    def of(cls, kept: Tensor, entries: Entries, window: int | None) -> Leave:
+        """Of a layer's entries, of which ``kept (B, G, n)`` stay."""
+        each, none = kept.sum(-1), entries.position.new_zeros(0)
+        others = (kept != entries.valid[:, None]).any().long()
+        numbers = torch.stack([each.max(), each.min(), each.sum(), others])
+        if window is None:
+            return cls(numbers, none)
+        # Entries by their rank among those that stay: where all heads keep as many, these are the columns.
+        rank = torch.where(kept, kept.long().cumsum(-1) - 1, kept.shape[-1])
+        place = entries.position[:, None].expand_as(kept)
+        lows = torch.full((kept.shape[-1] + 1,), FAR, dtype=torch.long, device=kept.device)
+        lows = lows.scatter_reduce(0, rank.flatten(), place.flatten().long(), "amin")[:-1]
+        last = torch.where(rank == each[..., None] - 1, entries.position[:, None], -1).max()
+        return cls(torch.cat([numbers, last.long()[None]]), lows)
+
+
+class LeaveFacts(NamedTuple):
+    """The same on the host: entries of the head that keeps most, of the one that keeps least, and of all of them;
+    whether some leave; the last place; and the first place in each column."""
+
+    most: int
+    least: int
+    total: int
+    others: int
+    last: int
+    lows: Any
+
+    @classmethod
+    def of(cls, numbers: Sequence[int], lows: Sequence[int]) -> LeaveFacts:
+        """From what a `Leave` has told; the last place is told where there is a window."""
+        most, least, total, others, *last = numbers
+        return cls(most, least, total, others, last[0] if last else 0, np.array(lows))
 
 
 def _counts(evictor: Evictor, held: Sequence[Entries], length: Tensor, windows: Sequence[int | None]) -> Tensor:
@@ -81,11 +126,15 @@ def _counts(evictor: Evictor, held: Sequence[Entries], length: Tensor, windows: 
 
     Those that somebody asked for come on top: ``keep`` is a share of the others.
     """
-    there = torch.stack([each.valid.sum(-1) for each in held], 1).tolist()
     none = torch.zeros_like(length)
-    asked = torch.stack([none if each.asked is None else each.asked.sum(-1) for each in held], 1).tolist()
+    told = torch.stack([
+        torch.stack([each.valid.sum(-1) for each in held], 1),
+        torch.stack([none if each.asked is None else each.asked.sum(-1) for each in held], 1),
+        length[:, None].expand(-1, len(held)),
+    ])  # fmt: skip
+    there, asked, lengths = told.tolist()
     out = []
-    for row, tokens in enumerate(length.tolist()):
+    for row, tokens in enumerate(each[0] for each in lengths):
         if tokens < evictor.min_tokens:
             out.append(there[row])
             continue
@@ -93,10 +142,10 @@ def _counts(evictor: Evictor, held: Sequence[Entries], length: Tensor, windows: 
         others = [[a - b for a, b in zip(each, asked[row], strict=True)] for each in (there[row], full)]
         counts = layer_counts(evictor.keep, *others)
         out.append([min(a + b, c) for a, b, c in zip(counts, asked[row], there[row], strict=True)])
-    return torch.tensor(out, device=length.device)
+    return onto(torch.tensor(out), length.device)
 
 
-def shrink(layer: Any, kept: Tensor, entries: Entries, window: int | None) -> None:
+def shrink(layer: Any, kept: Tensor, entries: Entries, window: int | None, fact: LeaveFacts) -> None:
     """Let one layer keep some of its entries, and note which of them every head holds.
 
     Args:
@@ -104,13 +153,17 @@ def shrink(layer: Any, kept: Tensor, entries: Entries, window: int | None) -> No
         kept: ``(B, G, n)`` bool.
         entries: of the n.
         window: the layer's sliding window, or None.
+        fact: what the host knows of these.
     """
-    n, before = kept.shape[2], layer.keys.shape[2]
-    most = int(kept.sum(-1).max())
+    n, before, most = kept.shape[2], layer.keys.shape[2], fact.most
     place = torch.arange(n, device=kept.device)
     # What leaves sorts to the front, what stays to the end, each in its order.
     order = torch.where(kept, place + n, place).argsort(-1)[..., n - most :]
-    tables = HeadTables.picked(order, kept.gather(2, order), entries.position, entries.votes, window)
+    tables = HeadTables.picked(
+        order, kept.gather(2, order), entries.position, entries.votes, window, fact.least == most
+    )
+    if window is not None and fact.least == most:
+        tables = replace(tables, lows=fact.lows[:most], high=fact.last)
     for name in ("keys", "values"):
         held = getattr(layer, name)
         index = (before - n + order).to(held.device)[..., None].expand(-1, -1, -1, held.shape[-1])
@@ -119,7 +172,7 @@ def shrink(layer: Any, kept: Tensor, entries: Entries, window: int | None) -> No
     if not layer.is_sliding:  # a sliding layer tells its length by a count of its own
         layer.left += before - most
         layer.floor = most
-    pack(layer)
+    pack(layer, fact.total)
 
 
 # Reading a prompt a second time behind itself, for methods that score entries by that.

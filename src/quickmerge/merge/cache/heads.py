@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ class HeadTables:
         position: ``(B, G, n)`` int32, the place in the given text; None in a layer without a window.
         votes: ``(B, G, n)``, as how many tokens each entry counts in attention, which adds its log; None for one each.
         window: the layer's sliding window in positions, or None.
+        lows: ``(n,)``, on the host, the first place of any head in each column; None where it isn't known.
+        high: where ``lows`` are known, the last place of all.
     """
 
     count: int
@@ -32,11 +36,14 @@ class HeadTables:
     position: Tensor | None = None
     votes: Tensor | None = None
     window: int | None = None
+    lows: Any = None
+    high: int = 0
 
     @classmethod
     def picked(
-        cls, order: Tensor, there: Tensor, position: Tensor, votes: Tensor | None, window: int | None
-    ) -> HeadTables:
+        cls, order: Tensor, there: Tensor, position: Tensor, votes: Tensor | None, window: int | None,
+        everywhere: bool | None = None,
+    ) -> HeadTables:  # fmt: skip
         """The tables of the entries ``order (B, G, n)``, of which some are ``there (B, G, n)``.
 
         Args:
@@ -45,6 +52,7 @@ class HeadTables:
             position: ``(B, N)`` of the entries before.
             votes: ``(B, N)``, or None.
             window: see the class.
+            everywhere: whether all of ``there`` is True; None has it looked up.
         """
 
         def each(table: Tensor) -> Tensor:
@@ -52,7 +60,7 @@ class HeadTables:
 
         return cls(
             order.shape[2],
-            None if bool(there.all()) else there,
+            None if (bool(there.all()) if everywhere is None else everywhere) else there,
             None if window is None else each(position).to(torch.int32),
             None if votes is None else each(votes),
             window,
@@ -91,22 +99,37 @@ class HeadTables:
 
     def last(self, held: int) -> HeadTables:
         """Those of the last ``held`` entries: a sliding window has lost the first."""
-        return self if held >= self.count else self._each(lambda _, table: table[..., self.count - held :], held)
+        lows = None if self.lows is None else self.lows[-held:]
+        cut = replace(self, lows=lows)
+        return self if held >= self.count else cut._each(lambda _, table: table[..., self.count - held :], held)
 
     def first(self, held: int) -> HeadTables:
         """Those of the first ``held`` entries: the cache was cropped."""
-        return self if held >= self.count else self._each(lambda _, table: table[..., :held], held)
+        lows = None if self.lows is None else self.lows[:held]
+        cut = replace(self, lows=lows)
+        return self if held >= self.count else cut._each(lambda _, table: table[..., :held], held)
 
-    def extended(self, position: Tensor, valid: Tensor) -> HeadTables:
-        """With t new tokens ``(B, t)`` behind them, the same for all heads."""
+    def extended(
+        self, position: Tensor, valid: Tensor, whole: bool | None = None, high: int | None = None
+    ) -> HeadTables:
+        """With t new tokens ``(B, t)`` behind them, the same for all heads.
+
+        ``whole`` says whether all are valid, None has it looked up; ``high`` is where the last of any row stands, None
+        for behind those that are there.
+        """
         t = position.shape[1]
-        everywhere = self.valid is None and bool(valid.all())
+        everywhere = self.valid is None and (bool(valid.all()) if whole is None else whole)
         grown = self if everywhere else self._told(len(valid), valid.device)
         new = {"valid": valid, "position": position, "votes": torch.ones_like(position)}
 
         def longer(name: str, table: Tensor) -> Tensor:
             return torch.cat([table, new[name][:, None].expand(-1, table.shape[1], -1).to(table.dtype)], -1)
 
+        if self.lows is not None:
+            last = self.high + t if high is None else high
+            # In every row the new tokens stand behind the last one, and so behind the first of these.
+            behind = self.lows[-1] + 1 + np.arange(t)
+            grown = replace(grown, lows=np.concatenate([self.lows, behind]), high=max(self.high, last))
         return grown._each(longer, self.count + t)
 
     def take_tail(self, tail: int, index: Tensor, there: Tensor | None) -> HeadTables:
@@ -122,7 +145,7 @@ class HeadTables:
                 picked[..., picked.shape[-1] - index.shape[1] :] &= there[:, None]
             return picked
 
-        return grown._each(moved, self.count - tail + index.shape[1])
+        return replace(grown, lows=None)._each(moved, self.count - tail + index.shape[1])
 
     def slide(self, by: Sequence[int]) -> HeadTables:
         """See `quickmerge.models.columns.slide`."""
@@ -134,7 +157,7 @@ class HeadTables:
             steps = [step for step in by for _ in range(table.shape[1])]
             return slide_table(table.flatten(0, 1), steps, fill[name]).view(table.shape)
 
-        return grown._each(moved)
+        return replace(grown, lows=None)._each(moved)
 
     # What attention is told ---------------------------------------------------------------------------------------
 
@@ -177,6 +200,8 @@ class HeadTables:
         """Whether no entry lies outside of the window."""
         if self.window is None or self.position is None:
             return True
+        if self.lows is not None:
+            return bool(self.high - self.lows.min() < self.window)
         return int(self.position[..., -1].max()) - int(self.position.min()) < self.window
 
 

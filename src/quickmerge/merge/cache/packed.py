@@ -70,16 +70,21 @@ class Held:
         layer.__dict__[self._name] = value
 
 
-def pack(layer: Any) -> None:
+def pack(layer: Any, total: int | None = None) -> None:
     """Store a layer's keys and values packed, if its heads hold so different numbers of entries that it pays.
 
-    ``layer`` has ``keys`` and ``values`` as `Held`, and the tables of its ``heads``.
+    ``layer`` has ``keys`` and ``values`` as `Held`, and the tables of its ``heads``; ``total`` is how many entries all
+    of these hold, None has it looked up.
     """
     valid = layer.heads.valid
     if valid is None or layer.is_sliding or layer.keys is None:
         return
     keys, values = layer.keys, layer.values
-    at = valid.expand(*keys.shape[:2], -1).flatten().nonzero().flatten().to(torch.int32)
+    flat = valid.expand(*keys.shape[:2], -1).flatten()
+    if total is None or flat.device.type == "cpu":
+        at = flat.nonzero().flatten().to(torch.int32)
+    else:  # to sort takes longer, but what is found is of a known number
+        at = (~flat).to(torch.uint8).argsort(stable=True)[:total].to(torch.int32)
     if len(at) > PAYS * keys.shape[0] * keys.shape[1] * keys.shape[2]:
         unpack(layer)
         return

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quickmerge.errors import whole_number
 from quickmerge.merge.reducers.base import Reducer, ScoreReducer
-from quickmerge.merge.tokens.budget import fixed_count
+from quickmerge.merge.tokens.budget import fixed_count, known_count
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.view import TokenView
 
@@ -52,7 +52,8 @@ class Uniform(Reducer):
         rank = view.free.long().cumsum(-1)
         step = (rank * count[:, None]).div(free.clamp_min(1)[:, None], rounding_mode="floor")
         before = ((rank - 1) * count[:, None]).div(free.clamp_min(1)[:, None], rounding_mode="floor")
-        return MergePlan.from_anchors(view, fixed | (view.free & torch.gt(step, before)))
+        anchor = fixed | (view.free & torch.gt(step, before))
+        return MergePlan.from_anchors(view, anchor, kept=known_count(self.budget, view))
 
 
 # Truncate: the first tokens (attention sinks) and the most recent ones, StreamingLLM's choice.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -15,7 +16,7 @@ from quickmerge.merge.cache.evictor import as_share
 from quickmerge.merge.reducers.base import Needs, Reducer, key_bias, mean_attention, voters
 from quickmerge.merge.reducers.tofu import OPERATORS, mlerp
 from quickmerge.merge.reducers.tome import match_down, mean_key
-from quickmerge.merge.tokens.budget import Budget, Entropy, as_budget, fixed_count, how_many, select
+from quickmerge.merge.tokens.budget import Budget, Entropy, as_budget, fixed_count, how_many, known_count, select
 from quickmerge.merge.tokens.plan import MergePlan, next_anchor, within_width
 from quickmerge.merge.tokens.saliency import (
     attention_entropy,
@@ -210,28 +211,30 @@ class QuickMerge(Reducer):
         recent = view.counted & (_from_the_end(view.counted) <= most)
         return recent & (view.protected | (_from_the_end(view.free) <= places))
 
-    def merge_into(self, view: TokenView, anchor: Tensor, saliency: Tensor | None = None) -> MergePlan:
+    def merge_into(
+        self, view: TokenView, anchor: Tensor, saliency: Tensor | None = None, kept: Sequence[int] | None = None
+    ) -> MergePlan:
         """The plan that keeps the tokens ``anchor (B, N)`` and merges each other one into the next of them.
 
-        ``saliency (B, N)`` is what members weigh with ``merge="mass"``.
+        ``saliency (B, N)`` is what members weigh with ``merge="mass"``; ``kept`` is of `MergePlan.from_anchors`.
         """
         merge = (SHARE if view.latest else 0) if self.merge is None else self.merge
         if merge == 0:
-            return MergePlan.from_anchors(view, anchor)
+            return MergePlan.from_anchors(view, anchor, kept=kept)
         if isinstance(merge, str):
             saliency = self.saliency(view) if saliency is None else saliency
             share = relative_mass(saliency)
         else:
             share = torch.where(anchor, 1.0, float(merge))
-        return MergePlan.from_anchors(view, anchor, next_anchor(view, anchor), share)
+        return MergePlan.from_anchors(view, anchor, next_anchor(view, anchor), share, kept=kept)
 
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
         saliency = self.saliency(view)
-        count = self.budget.count(view, saliency)
+        count, kept = self.budget.count(view, saliency), known_count(self.budget, view)
         score = torch.where(self.recent(view, count), torch.inf, saliency)
         if self.width is None:
-            return self.merge_into(view, select(score, count, view), saliency)
-        return self.merge_into(view, within_width(view, score, count, self.width), saliency)
+            return self.merge_into(view, select(score, count, view), saliency, kept)
+        return self.merge_into(view, within_width(view, score, count, self.width), saliency, kept)
 
 
 def relative_mass(saliency: Tensor) -> Tensor:
@@ -340,13 +343,13 @@ class QuickMergeVision(Reducer):
         if self.alpha == 0 and count is not None and by_size:
             return match_down(view, metric, count)
         saliency = self.saliency(view)
-        left = how_many(self.budget, view, saliency)
+        left, kept = how_many(self.budget, view, saliency), known_count(self.budget, view)
         share = None if by_size else relative_mass(saliency)
         if self.alpha == 0:
-            return match_down(view, metric, left, share=share)
+            return match_down(view, metric, left, share=share, kept=kept)
         # On a scale of its own, so that no power of it vanishes.
         relative = saliency / saliency.amax(-1, keepdim=True).clamp_min(torch.finfo(saliency.dtype).tiny)
-        return match_down(view, metric, left, share=share, saliency=relative, power=self.alpha)
+        return match_down(view, metric, left, share=share, saliency=relative, power=self.alpha, kept=kept)
 
     def combine(self, view: TokenView, plan: MergePlan, x: Tensor) -> Tensor:
         """The mean of each slot's members by size, scaled to the norm of the longest; one member is a copy."""

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from quickmerge.errors import number_at_least
 from quickmerge.merge.reducers.base import Needs, Reducer, key_bias, voters
-from quickmerge.merge.tokens.budget import fixed_count
+from quickmerge.merge.tokens.budget import fixed_count, known_count
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.saliency import bidirectional_attention
-from quickmerge.merge.tokens.selection import cover, keep_only
+from quickmerge.merge.tokens.selection import cover, keep_only, keeps_everything, most_chosen
 from quickmerge.merge.tokens.view import TokenView
 
 
@@ -82,10 +82,11 @@ class SCOPE(Reducer):
             p = view.prefix
             behind = None if saliency is None else saliency[:, p:]
             return keep_only(view, cover(view.hidden[:, p:], left - p, behind, self.alpha), left)
-        count = self.budget.count(view, saliency)
-        if bool((count >= view.valid.sum(-1)).all()):
+        count, kept = self.budget.count(view, saliency), known_count(self.budget, view)
+        if keeps_everything(view, count, kept):
             return MergePlan.identity(view)
         wanted = count - (view.protected & view.valid).sum(-1)
         # Values are looked up anyway; on an accelerator each look would wait for it.
         lazy = view.hidden.device.type == "cpu"
-        return keep_only(view, cover(view.hidden, wanted, saliency, self.alpha, view.free, lazy))
+        most = most_chosen(view, kept)
+        return keep_only(view, cover(view.hidden, wanted, saliency, self.alpha, view.free, lazy, most), kept=kept)

@@ -11,7 +11,7 @@ from torch import Tensor
 from quickmerge.errors import whole_number
 from quickmerge.merge.reducers.base import Needs, Reducer
 from quickmerge.merge.reducers.tome import match_down, mean_key
-from quickmerge.merge.tokens.budget import how_many
+from quickmerge.merge.tokens.budget import how_many, known_count
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.view import TokenView
 
@@ -104,7 +104,8 @@ class ToFu(Reducer):
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
         drop, metric = self.prunes(view), mean_key(view, self.name)
         share = view.size if self.weighted else torch.ones_like(view.size)
-        return match_down(view, metric, how_many(self.budget, view), drop=drop, share=share)
+        kept = known_count(self.budget, view)
+        return match_down(view, metric, how_many(self.budget, view), drop=drop, share=share, kept=kept)
 
     def combine(self, view: TokenView, plan: MergePlan, x: Tensor) -> Tensor:
         """The mean of each slot's members, by MLERP scaled to the norm of the longest; one member is a copy."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from quickmerge.merge.reducers.base import Needs, Reducer
-from quickmerge.merge.tokens.budget import how_many
+from quickmerge.merge.tokens.budget import how_many, known_count
 from quickmerge.merge.tokens.plan import MergePlan, bipartite_matching, bipartite_pairs
-from quickmerge.merge.tokens.view import TokenView
+from quickmerge.merge.tokens.view import Known, TokenView
 
 
 def mean_key(view: TokenView, who: str) -> Tensor:
@@ -39,6 +40,7 @@ def match_down(
     share: Tensor | None = None,
     saliency: Tensor | None = None,
     power: float = 1.0,
+    kept: Sequence[int] | None = None,
 ) -> MergePlan:
     """The plan of as many rounds of matching as it takes to leave ``count`` tokens.
 
@@ -55,27 +57,32 @@ def match_down(
         saliency: ``(B, N)`` non-negative. Those go first of the least ``saliency^power (1 - cosine)``, and a slot has
             the sum of its members' saliency. Default: the closest pairs go first.
         power: see ``saliency``.
+        kept: ``count`` of each row, where the host knows it.
     """
     share = view.size if share is None else share
     # Values of features don't matter to a plan: from the second round on it's their shape alone that is read.
     total: MergePlan | None = None
-    now, side = view, view.pads_left
+    if isinstance(count, Tensor):
+        known, kept = _looked_up(view, count, kept)
+        side = known.left
+    now = view
     while True:
         weight = None if saliency is None else saliency.pow(power)
         if isinstance(count, int):
             step = _by_shape(now, metric, count, drop, share, weight)
         else:
-            step = _by_masks(now, metric, count, drop, share, weight, side)
+            step = _by_masks(now, metric, count, known, kept or (), drop, share, weight, side)
         if step is None:
             return MergePlan.identity(view) if total is None else total
         total = step if total is None else total.compose(step)
         if isinstance(count, int) and step.slots <= max(count, (view.prefix or 0) + 1):
             return total
         metric = step.merge(metric)
-        known: dict[str, Any] = {"prefix": view.prefix}
+        told: dict[str, Any] = {"prefix": view.prefix}
         if not isinstance(count, int):
-            known = {"valid": step.valid, "protected": step.carry(now.protected)}
-        now = TokenView(view.hidden[:, : step.slots], position=step.position, size=step.size, **known)
+            known = known.merged(step.counted().counts or ())
+            told = {"valid": step.valid, "protected": step.carry(now.protected), "known": known}
+        now = TokenView(view.hidden[:, : step.slots], position=step.position, size=step.size, **told)
         share, saliency = _sums(step, share), None if saliency is None else _sums(step, saliency)
 
 
@@ -91,21 +98,41 @@ def _by_shape(
     return MergePlan.from_moves(view, source) if drop else MergePlan.from_moves(view, source, into, share)
 
 
+def _looked_up(view: TokenView, count: Tensor, kept: Sequence[int] | None) -> tuple[Known, Sequence[int]]:
+    """What the host must know of a view, and ``count (B,)``, in one look at most."""
+    if view.known is not None:
+        return view.known, count.tolist() if kept is None else kept
+    fixed = (view.protected & view.valid).sum(-1)
+    told = torch.stack([view.valid.sum(-1), fixed, view.valid[:, -1].long(), count])
+    valid, protected, ends, wanted = told.tolist()
+    ends = [view.prefix is None and bool(end) for end in ends]
+    return Known(tuple(valid), tuple(protected), (0,) * len(valid), tuple(valid), tuple(ends)), wanted
+
+
 def _by_masks(
-    view: TokenView, metric: Tensor, count: Tensor, drop: bool, share: Tensor, weight: Tensor | None, side: bool
+    view: TokenView,
+    metric: Tensor,
+    count: Tensor,
+    known: Known,
+    wanted: Sequence[int],
+    drop: bool,
+    share: Tensor,
+    weight: Tensor | None,
+    side: bool,
 ) -> MergePlan | None:
-    """One round in any view; None if there is nothing to do in any row."""
+    """One round in any view of which the host knows the numbers; None if there is nothing to do in any row."""
+    valid, free = known.valid, [n - p for n, p in zip(known.valid, known.protected, strict=True)]
+    # Of the first set, the larger half of the open tokens, all may go if there is anybody in the second.
+    most = [(n + 1) // 2 if n > 1 else 0 for n in free]
+    goes = [max(0, min(n - c, m)) for n, c, m in zip(valid, wanted, most, strict=True)]
+    if not any(goes):
+        return None
     excess = (view.valid.sum(-1) - count).clamp_min(0)
-    if not bool(excess.any()):
-        return None
-    leader = bipartite_matching(metric, view.free, excess, weight)
-    goes = leader >= 0
-    if not bool(goes.any()):
-        return None
-    anchor = view.valid & ~goes
+    leader = bipartite_matching(metric, view.free, excess, weight, max(free))
+    anchor, kept = view.valid & ~(leader >= 0), [n - g for n, g in zip(valid, goes, strict=True)]
     if drop:
-        return MergePlan.from_anchors(view, anchor, pads_left=side)
-    return MergePlan.from_anchors(view, anchor, leader, share, side)
+        return MergePlan.from_anchors(view, anchor, pads_left=side, kept=kept)
+    return MergePlan.from_anchors(view, anchor, leader, share, side, kept)
 
 
 def _sums(plan: MergePlan, x: Tensor) -> Tensor:
@@ -142,4 +169,5 @@ class ToMe(Reducer):
         return Needs(1, visual=frozenset({"key"}))
 
     def plan(self, view: TokenView) -> MergePlan:  # noqa: D102
-        return match_down(view, mean_key(view, self.name), how_many(self.budget, view))
+        kept = known_count(self.budget, view)
+        return match_down(view, mean_key(view, self.name), how_many(self.budget, view), kept=kept)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from quickmerge.merge.reducers.base import Needs, Reducer
-from quickmerge.merge.tokens.budget import fixed_count, round_half_up
+from quickmerge.merge.tokens.budget import fixed_count, known_count, round_half_up
 from quickmerge.merge.tokens.plan import MergePlan
-from quickmerge.merge.tokens.selection import OBJECTIVES, disperse, keep_only, unit
+from quickmerge.merge.tokens.selection import OBJECTIVES, disperse, keep_only, keeps_everything, most_chosen, unit
 from quickmerge.merge.tokens.view import TokenView
 
 
@@ -96,13 +96,13 @@ class TrimTokenator(Reducer):
             stage1 = max(left - p, math.floor(self.aligned * patches + 0.5 + 1e-9))
             near = None if stage1 >= patches else self._nearest(view, stage1)[:, p:]
             return keep_only(view, disperse(view.hidden[:, p:], left - p, near, self.objective), left)
-        count = self.budget.count(view, None)
-        if bool((count >= view.valid.sum(-1)).all()):
+        count, kept = self.budget.count(view, None), known_count(self.budget, view)
+        if keeps_everything(view, count, kept):
             return MergePlan.identity(view)
         wanted = count - (view.protected & view.valid).sum(-1)
         stage1s = torch.maximum(wanted, round_half_up(self.aligned * view.free.sum(-1).double()))
         near = view.free if self.aligned == 1 else self._nearest(view, stage1s[:, None])
-        return keep_only(view, disperse(view.hidden, wanted, near, self.objective))
+        return keep_only(view, disperse(view.hidden, wanted, near, self.objective, most_chosen(view, kept)), kept=kept)
 
     def _nearest(self, view: TokenView, count: int | Tensor) -> Tensor:
         """``(B, N)`` bool: the ``count`` (or ``(B, 1)``) free tokens nearest to the text, of equal ones the earlier."""

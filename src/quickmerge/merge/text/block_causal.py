@@ -21,7 +21,7 @@ from quickmerge.merge.text.blocks import not_chunked, not_mergeable, trace_of
 from quickmerge.merge.text.merged_cache import moving_rows
 from quickmerge.merge.text.modes import BlockCausal
 from quickmerge.merge.text.rows import check_one_text
-from quickmerge.merge.tokens.view import Evidence, TokenView
+from quickmerge.merge.tokens.view import Evidence, Known, TokenView
 from quickmerge.models.attachment import PerThread, refuse_assisted, watch_generate
 from quickmerge.models.compat import (
     DynamicLayer,
@@ -34,6 +34,7 @@ from quickmerge.models.compat import (
 )
 from quickmerge.models.decoder import AttentionFunction, Decoder, decoder_mask, proportional_attention
 from quickmerge.models.literals import literal_mask
+from quickmerge.models.moved import read
 from quickmerge.models.spans import tokenizer_of
 from quickmerge.models.traits import FULL, INDEXED
 
@@ -236,11 +237,15 @@ class BlockCausalRun(Run):
                 "output_attentions must be False in block_causal mode, where one query may read a chunk as tokens and "
                 "the next one its slots, so that weights have no common columns; got True"
             )
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2 or not bool(mask.all())):
+        stands = inputs.get("position_ids")
+        stands = stands if isinstance(stands, Tensor) and stands.ndim == 2 and stands.shape[1] > 1 else None
+        flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        there, places = read(None if flat is None else flat.bool(), stands)
+        if mask is not None and (there is None or not bool(there.all())):
             raise QuickmergeError("attention_mask must be all ones in block_causal mode (no padding), got another mask")
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         cache = given_cache(inputs)
-        check_one_text(inputs, None, cache is not None)
+        check_one_text({**inputs, "position_ids": places}, None, cache is not None)
         if not prompt and cache is not None:
             self._layers = chunked_layers(cache, self._at, self.rules)
             for layer in self._layers.values():
@@ -401,6 +406,11 @@ class BlockCausalRun(Run):
         literals = torch.zeros_like(behind)
         if self.rules.protect is not None:
             literals[:, :c] = self._literals[held.absorbed]
+        known = None
+        if self.rules.protect is None:  # which tokens are of literals the device alone knows
+            fixed, rows = min(c, max(0, self.rules.sinks - held.absorbed)), len(key)
+            each, stay, extra = ((count,) * rows for count in (n, fixed + n - c, n - c))
+            known = Known(each, stay, extra, each, (True,) * rows)
         view = TokenView(
             hidden=value[:, :, inside].transpose(1, 2).flatten(2),
             position=held.absorbed + index,
@@ -411,8 +421,9 @@ class BlockCausalRun(Run):
                 attention=(trace,) if self.reducer.needs.layers else (),
                 layer=layer,
             ),
+            known=known,
         )
-        plan = self.reducer.plan(view)
+        plan = self.reducer.plan(view).counted()
         # Padding slots stand on the left, so the window's own slots are the last ones of every row.
         slots = plan.slots - self.rules.window
         position, valid, size = plan.position[:, :slots], plan.valid[:, :slots], plan.size[:, :slots]
@@ -421,7 +432,8 @@ class BlockCausalRun(Run):
         slot_value = plan.merge(trace.value.transpose(1, 2))[:, :slots].transpose(1, 2)
         key = torch.cat([key[:, :, :start], slot_key, key[:, :, start + c :]], 2)
         value = torch.cat([value[:, :, :start], slot_value, value[:, :, start + c :]], 2)
-        if held.valid is not None or not bool(valid.all()):
+        assert plan.counts is not None
+        if held.valid is not None or min(plan.counts) < plan.slots:
             before = valid.new_ones(len(key), start) if held.valid is None else held.valid
             held.valid = torch.cat([before, valid], 1)
         held.size = size if held.size is None else torch.cat([held.size, size], 1)
@@ -442,15 +454,14 @@ class BlockCausalRun(Run):
             counts.append(slots + tail)
         return counts
 
-    def entries_by_row(self, cache: Cache | None) -> list[float]:
-        """For each row the entries that blocks hold of the prompt, mean over them; there is no padding in this mode."""
+    def entries(self, cache: Cache | None) -> list[Tensor]:
+        """For each block ``(B,)`` the entries that it holds of the prompt; there is no padding in this mode."""
         rows, tokens = self.stats.rows, self.stats.tokens_in
-        counts = torch.full((len(self.decoder), rows), tokens)
+        counts = [torch.full((rows,), tokens)] * len(self.decoder)
         for i, held in self._layers.items():
-            slots = torch.full((rows,), held.slots) if held.valid is None else held.valid.sum(-1).cpu()
+            slots = torch.full((rows,), float(held.slots)) if held.valid is None else held.valid.sum(-1).float()
             counts[i] = slots + (tokens - held.absorbed)
-        found: list[float] = counts.mean(0).tolist()
-        return found
+        return counts
 
     def forget(self) -> None:
         """Drop the layers of the last prompt; the caller's cache keeps its own."""

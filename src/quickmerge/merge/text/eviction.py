@@ -93,9 +93,10 @@ class Eviction:
                     f"{type(layer).__name__}"
                 )
         assert call.given is not None
-        short = call.given < self.evictor.min_tokens
-        call.state.stats.evicted_none = int(short.sum())
-        if self.evictor.keep < 1 and not bool(short.all()):
+        given = call.given.tolist() if call.lengths is None else call.lengths
+        short = [tokens < self.evictor.min_tokens for tokens in given]
+        call.state.stats.evicted_none = sum(short)
+        if self.evictor.keep < 1 and not all(short):
             if self.evictor.replays:
                 self._check_again(call)
             call.stands = places

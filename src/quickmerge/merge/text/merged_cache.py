@@ -43,7 +43,9 @@ class Segment:
     """What the blocks above one merge read: slots first, then whatever came after the prompt.
 
     ``slots`` is K, the entries that stand for the prompt. ``position (B, K + t)``, ``valid (B, K + t)`` and ``size (B,
-    K + t)`` are tables over the entries of these blocks' cache. ``votes``, of the same shape, says as how many tokens
+    K + t)`` are tables over the entries of these blocks' cache. ``counts`` are the valid slots of each row, and
+    ``reach`` bounds for the place of the first and the last entry of any row, where the host knows them. ``votes``, of
+    the same shape as the tables, says as how many tokens
     each entry counts in attention, which adds log(votes) to its scores; None for one each. A segment is never changed:
     what comes after the prompt makes a new one, so that a forward keeps its own.
     """
@@ -54,9 +56,13 @@ class Segment:
     size: Tensor
     padded: bool
     votes: Tensor | None = None
+    counts: tuple[int, ...] | None = None
+    reach: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, plan: MergePlan, below: Segment | None, proportional: bool) -> Segment:
+    def of(
+        cls, plan: MergePlan, below: Segment | None, proportional: bool, reach: tuple[int, int] | None = None
+    ) -> Segment:
         """The segment that a merge starts.
 
         Args:
@@ -65,6 +71,7 @@ class Segment:
             proportional: whether a slot counts in attention as all of its members together (ToMe, arXiv 2210.09461).
                 Else it counts as they do on average: where merges of several methods lie above one another, what one
                 of them leaves alone goes on counting as it did.
+            reach: the first and the last place of any slot, where they are known.
         """
         before = None if below is None or below.votes is None else below.votes[:, : plan.slot.shape[1]]
         votes = None if before is None else plan.merge(before.to(plan.weight.dtype))
@@ -72,12 +79,19 @@ class Segment:
             before = torch.ones_like(plan.slot) if before is None else before
             votes = before.new_zeros(plan.size.shape)
             votes = votes.scatter_add(1, plan.slot.clamp_min(0), before * (plan.slot >= 0))
-        return cls(plan.slots, plan.position, plan.valid, plan.size, not bool(plan.valid.all()), votes)
+        counts = plan.counted().counts
+        assert counts is not None
+        padded = any(count != plan.slots for count in counts)
+        return cls(plan.slots, plan.position, plan.valid, plan.size, padded, votes, counts, reach)
 
-    def extended(self, position: Tensor, valid: Tensor, stored: int | None = None) -> Segment:
+    def extended(
+        self, position: Tensor, valid: Tensor, stored: int | None = None, *, whole: bool | None = None,
+        high: int | None = None,
+    ) -> Segment:  # fmt: skip
         """With ``t`` new tokens ``(B, t)`` after the first ``stored`` entries, all of them for None.
 
-        They are fewer than there were if a cache was cropped.
+        They are fewer than there were if a cache was cropped. ``whole`` says whether all are valid, None has it looked
+        up; ``high`` is where the last of any row stands, None for behind those that are there.
         """
         new = {"position": position, "valid": valid}
 
@@ -85,7 +99,12 @@ class Segment:
             behind = new[name] if name in new else table.new_ones(position.shape)
             return torch.cat([table[:, :stored], behind], 1)
 
-        return replace(self._each_table(longer), padded=self.padded or not bool(valid.all()))
+        reach = self.reach
+        if reach is not None:
+            last = reach[1] + position.shape[1] if high is None else high
+            reach = (min(reach[0], last - position.shape[1] + 1), max(reach[1], last))
+        padded = self.padded or not (bool(valid.all()) if whole is None else whole)
+        return replace(self._each_table(longer), padded=padded, reach=reach)
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> Segment:
         """The segment of a cache whose rows were picked, moved or repeated by ``change``."""
@@ -154,8 +173,11 @@ class Segment:
 
         if window is not None:
             place = self.position
-            span = torch.where(self.valid, place, place.amax()).amin()
-            exotic = int(place.max() - span) >= window
+            if self.reach is not None:
+                exotic = self.reach[1] - self.reach[0] >= window
+            else:
+                span = torch.where(self.valid, place, place.amax()).amin()
+                exotic = int(place.max() - span) >= window
             if exotic:
 
                 def function(b: Any, h: Any, i: Any, j: Any) -> Any:
@@ -508,11 +530,16 @@ def tables_of(cache: Cache, index: int) -> HeadTables | None:
     return getattr(cache.layers[index], "heads", None)
 
 
-def extend_heads(cache: Cache, index: int, position: Tensor, valid: Tensor) -> HeadTables:
-    """Let the tables of a layer go on with tokens ``(B, t)`` that are about to be read, and return them."""
+def extend_heads(
+    cache: Cache, index: int, position: Tensor, valid: Tensor, whole: bool | None = None, high: int | None = None
+) -> HeadTables:
+    """Let the tables of a layer go on with tokens ``(B, t)`` that are about to be read, and return them.
+
+    ``whole`` and ``high`` are of `HeadTables.extended`.
+    """
     layer = cache.layers[index]
     # A sliding window has lost the first entries meanwhile.
-    layer.heads = layer.heads.last(shape_of(layer)[2]).extended(position, valid)
+    layer.heads = layer.heads.last(shape_of(layer)[2]).extended(position, valid, whole, high)
     return layer.heads  # type: ignore[no-any-return]
 
 

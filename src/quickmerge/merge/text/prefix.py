@@ -9,7 +9,7 @@ cache; see `quickmerge.merge.text.merged_cache`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -44,6 +44,7 @@ from quickmerge.merge.text.modes import Prefix
 from quickmerge.merge.text.prefix_call import CALL, PrefixCall, Reading
 from quickmerge.merge.text.rows import (
     Protection,
+    Told,
     check_one_text,
     check_padding,
     plan_rows,
@@ -52,11 +53,12 @@ from quickmerge.merge.text.rows import (
 )
 from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.plan import MergePlan, anchors_of
-from quickmerge.merge.tokens.view import Evidence, TokenView
+from quickmerge.merge.tokens.view import Evidence, Known, TokenView
 from quickmerge.models.attachment import PerThread, by_name, setting, stands_aside, uncounted, watch_generate
 from quickmerge.models.compat import cache_argument, cache_name, given_cache, reshapes_output, returned_cache
 from quickmerge.models.decoder import AttentionFunction, Decoder, proportional_attention
 from quickmerge.models.literals import literal_mask
+from quickmerge.models.moved import onto, read
 from quickmerge.models.spans import spans, tokenizer_of, within
 
 
@@ -72,6 +74,8 @@ class PrefixRun(Run):
     _generating = PerThread(bool)
     _again: PerThread[Again | None] = PerThread(lambda: None)
     _drafts = PerThread(int)
+    _steady = PerThread(bool)
+    """Whether ``generate`` goes on by itself with a text of which it has read something here."""
 
     def __init__(
         self,
@@ -201,11 +205,11 @@ class PrefixRun(Run):
                 f"prefill_chunk_size must be left out inside a quickmerge run, which merges a prompt as a whole, "
                 f"got {chunk}"
             )
-        outer, self._generating = self._generating, True
+        outer, self._generating, self._steady = (self._generating, self._steady), True, False
         try:
             return call()
         finally:
-            self._generating = outer
+            self._generating, self._steady = outer
 
     def _check_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Refuse labels, which merged tokens have no logits for, and tell the decoder of tokens behind a prompt."""
@@ -247,22 +251,24 @@ class PrefixRun(Run):
             new = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
             if see is None:
                 new = new if mask is None else mask[:, -ids.shape[1] :].bool()
-                self._check_seam(mask)
-            return self._begun(PrefixCall(False, state, new, segments=dict(state.segments), see=see), inputs, cache)
+            call = PrefixCall(False, state, new, segments=dict(state.segments), see=see)
+            call.whole_new, call.last_place = self._news(inputs, cache, None if see is not None else mask)
+            return self._begun(call, inputs, cache)
         check_fillable(cache)
         valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
         if valid.shape != ids.shape[:2]:
             raise QuickmergeError(f"attention_mask must be {tuple(ids.shape[:2])}, got {tuple(valid.shape)}")
-        check_padding(valid)
-        check_one_text(inputs, valid, cache is not None)
-        self._check_side(valid)
+        told = Told.of(inputs, None if mask is None else valid, self.protect)
+        check_padding(told.valid)
+        check_one_text({**inputs, "position_ids": told.given}, told.valid, cache is not None)
+        self._check_side(told.valid)
         drafts = min(drafts, ids.shape[1] - 1)
         now: dict[str, Tensor] = {}
         later: dict[str, Tensor] = {}
         if drafts and self._evicts(inputs):
             now, later = apart(inputs, drafts)
-            valid, drafts = valid[:, :-drafts], 0
-        call = self._prompt(valid, now.get("input_ids", inputs.get("input_ids")), drafts)
+            valid, told, drafts = valid[:, :-drafts], told.without(drafts), 0
+        call = self._prompt(valid, now.get("input_ids", inputs.get("input_ids")), drafts, told)
         call.later = later
         return {**now, **self._begun(call, {**inputs, **now}, cache)}
 
@@ -288,6 +294,24 @@ class PrefixRun(Run):
                 "what was decided can't travel with them"
             )
         return self._now
+
+    def _news(self, inputs: dict[str, Any], cache: Cache | None, mask: Tensor | None) -> tuple[bool, int | None]:
+        """Of tokens that are read behind a prompt whether all are valid, and where the last of any row stands.
+
+        What ``generate`` gives once it has begun follows from what it gave before, and nobody has to look; nor where
+        neither a mask nor positions are given. The place is None where it follows from the one before.
+        """
+        windows = any(self.decoder.windows)
+        places = inputs.get("position_ids") if windows else None
+        places = places if isinstance(places, Tensor) else None
+        ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        if self._steady:
+            return True, None
+        there, stands = read(None if mask is None else mask.bool(), places)
+        self._check_seam(there)
+        whole = there is None or bool(there[:, -ids.shape[1] :].all())
+        behind = 0 if cache is None else int(cache.get_seq_length())
+        return whole, behind + ids.shape[1] - 1 if stands is None else int(stands.max())
 
     def _evicts(self, inputs: dict[str, Any]) -> bool:
         """Whether entries leave the cache that a prompt is about to fill."""
@@ -354,28 +378,37 @@ class PrefixRun(Run):
         self._counts = self._last = state.stats
         return state
 
-    def _prompt(self, valid: Tensor, ids: Tensor | None, drafts: int) -> PrefixCall:
-        """The call that reads a prompt ``valid (B, N)`` and ``drafts`` tokens behind it."""
-        n = valid.shape[1] - drafts
-        told = valid[:, :n]
-        kept = self._protection(told, None if ids is None else ids[:, :n])
-        length = told.sum(-1)
+    def _prompt(self, valid: Tensor, ids: Tensor | None, drafts: int, told: Told) -> PrefixCall:
+        """The call that reads a prompt ``valid (B, N)`` and ``drafts`` tokens behind it, as they are told."""
+        n, device = valid.shape[1] - drafts, valid.device
+        drafts_whole, last_place = bool(told.valid[:, n:].all()), told.last(n)
+        told = told.without(drafts)
+        there = told.valid
+        kept = self._protection(there, told.ids, told.asked)
+        length = there.sum(-1)
         stats = self.stats
-        stats.rows, stats.tokens_in = len(told), float(length.float().mean())
+        stats.rows, stats.tokens_in = len(there), float(length.float().mean())
         # Behind padding the recent tokens are not the last entries.
-        tail = min(self.recent, int(length.min()) - 1) if bool(told[:, -1].all()) else 0
+        tail = min(self.recent, int(length.min()) - 1) if bool(there[:, -1].all()) else 0
+        whole = self._whole(length, kept.protected)
+        protected, exempt, marked = onto(torch.stack([kept.protected, kept.exempt, kept.asked]), device)
+        counts, shut = onto(torch.stack([length, whole.long()]), device)
+        fixed, extra = tuple(kept.protected.sum(-1).tolist()), tuple(kept.exempt.sum(-1).tolist())
+        each, ends = tuple(length.tolist()), tuple(there[:, -1].tolist())
+        known = Known(each, fixed, extra, each, ends)
         return PrefixCall(
-            True, PromptState(stats, tail=tail), valid, kept.protected, kept.exempt, kept.asked, length,
-            whole=self._whole(length, kept.protected), ids=None if ids is None else ids[:, :n], drafts=drafts,
-            given=length,
+            True, PromptState(stats, tail=tail), valid, protected, exempt, marked, counts,
+            whole=shut.bool(), ids=None if ids is None else ids[:, :n], drafts=drafts, given=counts, known=known,
+            kept_whole=tuple(whole.tolist()), reach=told.reach(kept.protected), drafts_whole=drafts_whole,
+            last_place=last_place,
         )  # fmt: skip
 
-    def _protection(self, valid: Tensor, ids: Tensor | None) -> Protection:
+    def _protection(self, valid: Tensor, ids: Tensor | None, asked: Sequence[Any] | None = None) -> Protection:
         """What of tokens ``valid (B, N)`` stays alone; it is counted where that is literals."""
         reads = self._tokenizer() if self.keeps_literals or self.holds_literals else None
         kept = protection(
             valid, ids, special_tokens(self.decoder.config), sinks=self.sinks, recent=self.recent,
-            protect=self.protect, tokenizer=reads if self.keeps_literals else None,
+            protect=self.protect, asked=asked, tokenizer=reads if self.keeps_literals else None,
         )  # fmt: skip
         if self.holds_literals and not self.keeps_literals:
             if ids is None:
@@ -412,7 +445,7 @@ class PrefixRun(Run):
             if call.later:
                 self._read_drafts(call, cache, output)
         super()._after_model(module, args, kwargs, output)
-        self._now = None
+        self._now, self._steady = None, self._generating
 
     def _evict(self, call: PrefixCall, cache: Cache) -> None:
         """Make the cache of a prompt smaller, now that it has been read."""
@@ -543,8 +576,9 @@ class PrefixRun(Run):
                 expect(cache, entries)
                 if tables_of(cache, entries) is not None:
                     call.heads[index] = extend_heads(
-                        cache, entries, self._window_places(call, index, hidden, given), call.valid
-                    )
+                        cache, entries, self._window_places(call, index, hidden, given), call.valid, call.whole_new,
+                        None if call.state.short else call.last_place,
+                    )  # fmt: skip
                     return block.call(block.masked(given, self._mask_of_heads(call, index, hidden)))
         first = self._reads(call, index)
         if first is None:
@@ -610,7 +644,9 @@ class PrefixRun(Run):
             if holder is None:  # nothing above attends
                 return
             places = self._places(call, hidden, kwargs)
-            segment = segment.extended(places, call.valid, cache.get_seq_length(holder))
+            segment = segment.extended(
+                places, call.valid, cache.get_seq_length(holder), whole=call.whole_new, high=call.last_place
+            )
             call.segments[index] = call.state.segments[index] = segment
 
     def _holder(self, index: int) -> int | None:
@@ -668,18 +704,25 @@ class PrefixRun(Run):
             exempt=carried(call.exempt),
             length=call.length,  # type: ignore[arg-type]
             evidence=Evidence(attention=traces, layer=index),
+            known=call.known,
         )
-        shut = call.whole | ~view.free.any(-1)
+        known, kept_whole = call.known, call.kept_whole
+        if known is None or kept_whole is None:
+            shut = (call.whole | ~view.free.any(-1)).tolist()
+        else:
+            fixed = zip(kept_whole, known.valid, known.protected, strict=True)
+            shut = [whole or valid == protected for whole, valid, protected in fixed]
         plan, added = MergePlan.identity(view), {}
-        if not bool(shut.all()):
+        if not all(shut):
             view = replace(view, group=self._group(call, index, view))
-            rows = (~shut).nonzero().flatten() if bool(shut.any()) else None
+            rows = [row for row, whole in enumerate(shut) if not whole] if any(shut) else None
             align = reducer.align if index == min(self.reducers) else lambda view, plan: {}
             planned = plan_rows(view, rows, reducer.plan, align)
             # Where every token stays alone, hidden states and the block's own arguments are left as they are, padding
             # and all, so keep=1 is the model bit for bit.
-            if not bool((planned.plan.valid.sum(-1) == view.valid.sum(-1)).all()):
-                plan, added = planned.plan, planned.added
+            decided = planned.plan.counted()
+            if decided.counts != (tuple(view.valid.sum(-1).tolist()) if known is None else known.valid):
+                plan, added = decided, planned.added
                 self._begin_segment(call, index, plan, places, prompt, reducer.proportional)
         call.decide(index, plan)
         if call.group is not None:
@@ -727,13 +770,15 @@ class PrefixRun(Run):
         self, call: PrefixCall, index: int, plan: MergePlan, places: Tensor, prompt: int, proportional: bool
     ) -> None:
         """Note what the blocks from ``index`` on read of a prompt of ``prompt`` columns; ``places (B, N)`` of all."""
-        segment = Segment.of(plan, call.segment(index - 1), proportional)
+        segment = Segment.of(plan, call.segment(index - 1), proportional, call.reach)
         source = columns_at(places[:, :prompt], call.valid[:, :prompt], plan.position)
         call.state.seats = self._seats(plan, source)
         if call.drafts:
             behind = torch.arange(prompt, prompt + call.drafts, device=source.device).expand(len(source), -1)
             source = torch.cat([source, behind], 1)
-            segment = segment.extended(places[:, prompt:], call.valid[:, prompt:])
+            segment = segment.extended(
+                places[:, prompt:], call.valid[:, prompt:], whole=call.drafts_whole, high=call.last_place
+            )
         call.source[index] = source
         call.segments[index] = call.state.segments[index] = segment
 
@@ -744,15 +789,24 @@ class PrefixRun(Run):
         call = self._now
         if call is None:
             return []
-        counts = []
-        for layer in range(len(self.decoder)):
-            segment = call.segment(layer)
-            valid = call.valid[:, : call.valid.shape[1] - call.drafts] if segment is None else segment.valid
-            counts.append(float(valid[:, : None if segment is None else segment.slots].sum(-1).float().mean()))
-        return counts
+        means: dict[int | None, float] = {}
+        firsts = [call.first(layer) for layer in range(len(self.decoder))]
+        for first in firsts:
+            if first not in means:
+                means[first] = self._mean_tokens(call, first)
+        return [means[first] for first in firsts]
 
-    def entries_by_row(self, cache: Cache | None) -> list[float]:
-        """For each row the entries of the prompt just read in ``cache``, mean over layers and their heads."""
+    def _mean_tokens(self, call: PrefixCall, first: int | None) -> float:
+        """Mean valid tokens per row of a prompt that the segment holds which begins with a block; None below it."""
+        known = call.lengths if first is None else call.segments[first].counts
+        if known is not None:
+            return float(torch.tensor(known).float().mean())
+        segment = None if first is None else call.segments[first]
+        valid = call.valid[:, : call.valid.shape[1] - call.drafts] if segment is None else segment.valid
+        return float(valid[:, : None if segment is None else segment.slots].sum(-1).float().mean())
+
+    def entries(self, cache: Cache | None) -> list[Tensor]:
+        """For each layer ``(B,)`` the entries of the prompt just read in ``cache``, mean over its heads."""
         call = self._now
         if call is None:
             return []
@@ -767,9 +821,7 @@ class PrefixRun(Run):
             segment = call.segment(layer)
             valid = call.valid[:, : call.valid.shape[1] - call.drafts] if segment is None else segment.valid
             counts.append(valid[:, : None if segment is None else segment.slots].sum(-1).float())
-        # Layers may lie on several devices.
-        found: list[float] = torch.stack([count.cpu() for count in counts]).mean(0).tolist()
-        return found
+        return counts
 
     def forget(self) -> None:
         """Nothing of a prompt is kept; plans and statistics stay for the summary."""

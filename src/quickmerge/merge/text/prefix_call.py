@@ -16,6 +16,7 @@ from quickmerge.merge.cache.heads import HeadTables
 from quickmerge.merge.text.merged_cache import PromptState, Segment
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.saliency import AttentionTrace
+from quickmerge.merge.tokens.view import Known
 
 CALL = "quickmerge_prefix"
 """Keyword by which a forward hands its state to its blocks, and a block to its attention."""
@@ -49,6 +50,11 @@ class PrefixCall:
     left; ``heads`` are, behind such a prompt, the tables of each block, this forward's tokens among them.
     ``places (1 or B, N)`` are where the tokens that enter the decoder stand, for blocks that aren't told;
     ``entered`` is the last block that was.
+
+    What the host knows, so that nobody waits for a device: of a prompt ``known``, of the tokens in front of the next
+    merge, with ``lengths`` of those in front of the first block; ``kept_whole``, which rows are not reduced, and
+    ``reach``, the first and last place of any slot. ``whole_new`` says whether all tokens behind a prompt are valid,
+    and ``last_place`` where the last of any row stands. None where it isn't known.
     """
 
     fresh: bool
@@ -78,6 +84,17 @@ class PrefixCall:
     later: dict[str, Tensor] = field(default_factory=dict)
     places: Tensor | None = None
     entered: int = -1
+    known: Known | None = None
+    lengths: tuple[int, ...] | None = None
+    kept_whole: tuple[bool, ...] | None = None
+    reach: tuple[int, int] | None = None
+    drafts_whole: bool | None = None
+    whole_new: bool | None = None
+    last_place: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.known is not None:
+            self.lengths = self.known.valid
 
     @property
     def plan(self) -> MergePlan | None:
@@ -110,6 +127,8 @@ class PrefixCall:
         """Note the plan of the merge in front of a block."""
         self.composed.append(plan if self.plan is None else self.plan.compose(plan))
         self.plans[index] = plan
+        if self.known is not None and plan.counts is not None and plan.counts != self.known.valid:
+            self.known = self.known.merged(plan.counts)
         self.forget_below(index)
 
     def forget_below(self, index: int) -> None:

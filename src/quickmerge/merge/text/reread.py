@@ -135,7 +135,8 @@ class RereadRun(ShortenedRun):
             valid=call.valid, protected=call.protected, position=call.places, exempt=call.exempt, length=call.length,
             evidence=Evidence(attention=self._look(inputs), depth=len(self.decoder)),
         )  # fmt: skip
-        rows = (~call.whole).nonzero().flatten() if bool(call.whole.any()) else None
+        shut = call.whole.tolist()
+        rows = [row for row, whole in enumerate(shut) if not whole] if any(shut) else None
         return plan_rows(view, rows, self.reducer.plan, self.reducer.align).plan
 
     def _look(self, inputs: dict[str, Any]) -> list[AttentionTrace]:

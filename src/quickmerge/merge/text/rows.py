@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from quickmerge.errors import QuickmergeError
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.view import TokenView
 from quickmerge.models.literals import literal_mask
+from quickmerge.models.moved import onto, read
 
 MARKS = 4
 """Special tokens of a row, the last ones, that stay alone: as many as a chat template puts around the last turn."""
@@ -32,6 +33,10 @@ class Protection:
     literals: Tensor
 
 
+Protect = Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]] | None
+"""From ``ids (B, N)`` to a bool mask of what stays alone; or several such functions."""
+
+
 def protection(
     valid: Tensor,
     ids: Tensor | None,
@@ -39,8 +44,9 @@ def protection(
     *,
     sinks: int,
     recent: int,
-    protect: Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]] | None = None,
+    protect: Protect = None,
     tokenizer: Any = None,
+    asked: Sequence[Any] | None = None,
 ) -> Protection:
     """The structural tokens, for which a budget pays, and what the user asked for besides, which is exempt.
 
@@ -56,27 +62,32 @@ def protection(
         recent: see above.
         protect: from ``ids`` to a bool mask ``(B, N)``; or several such functions.
         tokenizer: of the ids, where literals stay alone too; None where they don't.
+        asked: what those functions have answered, if they have been asked.
 
     Raises:
         QuickmergeError: if there are no ids for ``protect``, or it returns anything but such a mask.
     """
     structural = (_rank(valid) <= sinks) | (_rank(valid.flip(-1)).flip(-1) <= recent)
-    masks = () if protect is None else (protect,) if callable(protect) else tuple(protect)
+    masks = functions(protect)
     none = torch.zeros_like(valid)
     if ids is None:
         if masks or tokenizer is not None:
             raise QuickmergeError("protect needs input_ids, and the model was called with inputs_embeds")
         return Protection(structural & valid, none, none, none)
-    marks = torch.isin(ids, torch.tensor(special, dtype=ids.dtype, device=ids.device)) & valid
+    marks = torch.isin(ids, onto(torch.tensor(special, dtype=ids.dtype), ids.device)) & valid
     structural = (structural | (marks & (_rank(marks.flip(-1)).flip(-1) <= MARKS))) & valid
     literals = none if tokenizer is None else literal_mask(ids, valid, tokenizer).to(valid.device)
-    asked = literals
-    for mask in masks:
-        wanted = mask(ids)
+    wished = literals
+    for wanted in [mask(ids) for mask in masks] if asked is None else asked:
         if not isinstance(wanted, Tensor) or wanted.shape != ids.shape or wanted.dtype != torch.bool:
             raise QuickmergeError(f"protect must return a bool mask of shape {tuple(ids.shape)}")
-        asked = asked | (wanted.to(valid.device) & valid)
-    return Protection(structural | asked, asked & ~structural, asked, literals)
+        wished = wished | (wanted.to(valid.device) & valid)
+    return Protection(structural | wished, wished & ~structural, wished, literals)
+
+
+def functions(protect: Protect) -> tuple[Callable[[Tensor], Tensor], ...]:
+    """A user's functions from ids to what stays alone, none, one or several."""
+    return () if protect is None else (protect,) if callable(protect) else tuple(protect)
 
 
 def special_tokens(config: object) -> list[int]:
@@ -91,6 +102,65 @@ def special_tokens(config: object) -> list[int]:
 def _rank(mask: Tensor) -> Tensor:
     """``(B, N)`` long: how many marked tokens a row has up to each."""
     return mask.long().cumsum(-1)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a prompt is given with, on the host: all of it by one wait for the device, and by none where there is none.
+
+    ``valid (B, N)`` bool; ``ids (B, N)``, ``given`` positions ``(B or 1, N)`` and ``asked (B, N)``, what a user's
+    ``protect`` has answered; None where there is none. ``plain``: whether no positions of another kind were given.
+    """
+
+    valid: Tensor
+    ids: Tensor | None
+    given: Tensor | None
+    asked: tuple[Any, ...]
+    plain: bool = True
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any], mask: Tensor | None, protect: Protect = None) -> Told:
+        """Of a decoder's arguments by name, with its 2-D ``mask``."""
+        ids, stands = inputs.get("input_ids"), inputs.get("position_ids")
+        asked = [] if ids is None else [mask_of(ids) for mask_of in functions(protect)]
+        places = stands if isinstance(stands, Tensor) and stands.ndim == 2 else None
+        plain = stands is None or places is not None
+        there, tokens, given, *marks = read(mask, ids, places, *(x if isinstance(x, Tensor) else None for x in asked))
+        if there is None:
+            shape = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
+            there = torch.ones(shape, dtype=torch.bool)
+        answers = tuple(own if x is None else x for own, x in zip(asked, marks, strict=True))
+        return cls(there.bool(), tokens, given, answers, plain)
+
+    def without(self, last: int) -> Told:
+        """The same without so many tokens at the end."""
+        if not last:
+            return self
+
+        def cut(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(map(cut, x))
+            return x[:, :-last] if isinstance(x, Tensor) and x.ndim == 2 else x
+
+        return Told(*(cut(getattr(self, f.name)) for f in fields(self)))
+
+    def last(self, first: int) -> int | None:
+        """The last place of any token from a column on; None where there is none or it isn't known."""
+        n = self.valid.shape[1]
+        if first == n or not self.plain:
+            return None
+        return n - 1 if self.given is None or self.given.shape[1] != n else int(self.given[:, first:].max())
+
+    def reach(self, protected: Tensor) -> tuple[int, int] | None:
+        """The first and the last place of any token, if merging leaves them: None where those tokens may go."""
+        valid, n = self.valid, self.valid.shape[1]
+        first, last = valid.long().argmax(-1, keepdim=True), n - 1 - valid.flip(-1).long().argmax(-1, keepdim=True)
+        if not self.plain or not bool((protected.gather(1, first) & protected.gather(1, last)).all()):
+            return None
+        if self.given is None or self.given.shape[1] != n:
+            return 0, n - 1  # counted by columns or by tokens, as the model does
+        places = self.given.expand(len(valid), -1)
+        return int(places.gather(1, first).min()), int(places.gather(1, last).max())
 
 
 # Prompts of a batch: what they must look like, and planning for some rows while the others stay whole.
@@ -149,7 +219,7 @@ class Planned:
 
 def plan_rows(
     view: TokenView,
-    rows: Tensor | None,
+    which: Sequence[int] | None,
     plan: Callable[[TokenView], MergePlan],
     align: Callable[[TokenView, MergePlan], Mapping[int, Tensor]],
 ) -> Planned:
@@ -157,20 +227,26 @@ def plan_rows(
 
     Args:
         view: the batch.
-        rows: ``(R,)`` long, the rows to reduce, one at least; None for all.
+        which: the rows to reduce, one at least; None for all.
         plan: decides for a view.
         align: what is to be added to the slots of such a plan.
     """
-    if rows is None:
+    if which is None:
         decided = plan(view)
         return Planned(decided, dict(align(view, decided)))
+    device = view.valid.device
+    rows = onto(torch.tensor(list(which)), device)
     part = view.each_row(lambda x: x.index_select(0, rows))
-    decided = plan(part)
+    if view.known is not None:
+        part = replace(part, known=view.known.rows(which))
+    decided = plan(part).counted()
     added = align(part, decided)
     left = view.pads_left
-    count = view.valid.sum(-1)
-    count[rows] = decided.valid.sum(-1)
-    width = int(count.max())
+    assert decided.counts is not None
+    counts = list(view.valid.sum(-1).tolist() if view.known is None else view.known.valid)
+    for row, held in zip(which, decided.counts, strict=True):
+        counts[row] = held
+    count, width = onto(torch.tensor(counts), device), max(counts)
     index = view.valid.long().cumsum(-1) - 1
     shift = (width - count if left else torch.zeros_like(count))[:, None]
     slot = torch.where(view.valid, index + shift, -1)
@@ -197,5 +273,6 @@ def plan_rows(
         position=put(view.position, decided.position),
         size=put(view.size, decided.size),
         valid=put(view.valid.long(), decided.valid.long()).bool(),
+        counts=tuple(counts),
     )
     return Planned(merged, {block: spread(x) for block, x in added.items()})

@@ -238,6 +238,13 @@ def how_many(budget: Budget, view: TokenView, saliency: Tensor | None = None) ->
     return budget.count(view, saliency) if known is None else known
 
 
+def known_count(budget: Budget, view: TokenView) -> tuple[int, ...] | None:
+    """What a budget that goes by numbers of tokens gives each row, where the host knows these; else None."""
+    if view.known is None or type(budget) not in (Ratio, Remaining, Count):
+        return None
+    return tuple(budget.count(view.known.view(), None).tolist())
+
+
 def lowest(score: Tensor, remove: int, prefix: int) -> Tensor:
     """``(B, remove)`` long: the lowest-scoring tokens behind the prefix, rising; of equal ones the later go."""
     order = score[:, prefix:].argsort(dim=-1, descending=True, stable=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from quickmerge.merge.tokens import view as views
 from quickmerge.merge.tokens.view import TokenView
 
 
@@ -24,6 +26,7 @@ class MergePlan:
     tokens that are in none but lead none are dropped or in ``moved``.
     ``moved (B, R)`` long, where ``seat`` is: the tokens that merged into another one's slot; None for none.
     ``order (B, R)`` long, where tokens were chosen one after another: which, then -1; protected ones are not in it.
+    ``counts``: how many slots of each row are valid, where the host knows it without asking the device; else None.
     """
 
     slot: Tensor
@@ -34,6 +37,7 @@ class MergePlan:
     seat: Tensor | None = None
     moved: Tensor | None = None
     order: Tensor | None = None
+    counts: tuple[int, ...] | None = None
 
     @classmethod
     def identity(cls, view: TokenView) -> MergePlan:
@@ -45,6 +49,7 @@ class MergePlan:
             position=view.position,
             size=view.size * view.valid,
             valid=view.valid,
+            counts=None if view.known is None else view.known.valid,
         )
 
     @classmethod
@@ -55,6 +60,7 @@ class MergePlan:
         leader: Tensor | None = None,
         share: Tensor | None = None,
         pads_left: bool | None = None,
+        kept: Sequence[int] | None = None,
     ) -> MergePlan:
         """Build a plan in which every slot is led by one kept token, the anchor.
 
@@ -66,27 +72,40 @@ class MergePlan:
             share: ``(B, N)`` non-negative float, how heavily each token counts in its slot before shares are
                 normalised to sum to one. Default: equal shares. An anchor's share must be positive.
             pads_left: on which side padding slots fill a ragged batch. Default: where the tokens are padded.
+            kept: how many tokens of each row are kept, for a method that knows it, and that its anchors and leaders are
+                lawful: then nobody waits for a device. Default: it is looked up.
 
         The slot keeps its anchor's position and the slots keep the anchors' order.
 
         Raises:
             ValueError: if an anchor is padding, or a leader is no free anchor.
         """
-        kept = (anchor & view.valid) | (view.protected & view.valid)
-        if bool((anchor & ~view.valid).any()):
-            raise ValueError("anchor must be valid tokens, got padding among them")
-        n = view.valid.shape[1]
-        count = kept.sum(-1)
-        k = int(count.max())
-        left = view.pads_left if pads_left is None else pads_left
-        shift = k - count if left else torch.zeros_like(count)
-        rank = kept.long().cumsum(-1) - 1 + shift[:, None]
-        slot = torch.where(kept, rank, -1)
+        stays = (anchor & view.valid) | (view.protected & view.valid)
+        n, count = view.valid.shape[1], stays.sum(-1)
+        follows = target = None
         if leader is not None:
-            follows = view.valid & ~kept & (leader >= 0)
-            target = leader.clamp(0, n - 1)
-            if bool((follows & ((leader >= n) | ~(kept & ~view.protected).gather(1, target))).any()):
+            follows, target = view.valid & ~stays & (leader >= 0), leader.clamp(0, n - 1)
+        told, left = None if kept is None else tuple(kept), pads_left
+        left = view.pads_left if left is None and view.known is not None else left
+        if told is None or left is None or views.CHECKS:
+            # All that has to be looked up at once, since a device would be waited for with each.
+            wrong = [(anchor & ~view.valid).any(), view.valid[:, -1].all()]
+            if leader is not None and follows is not None and target is not None:
+                wrong.append((follows & ((leader >= n) | ~(stays & ~view.protected).gather(1, target))).any())
+            padding, right, lost, rows = _looked_up(wrong, count)
+            if padding:
+                raise ValueError("anchor must be valid tokens, got padding among them")
+            if any(lost):
                 raise ValueError("leader must point to kept tokens that are not protected, got another token")
+            if told is not None and told != rows:
+                raise ValueError(f"kept must be how many tokens are kept, {rows}, got {told}")
+            told = rows
+            left = (right and view.prefix is None) if left is None else left
+        k = max(told)
+        shift = k - count if left else torch.zeros_like(count)
+        rank = stays.long().cumsum(-1) - 1 + shift[:, None]
+        slot = torch.where(stays, rank, -1)
+        if follows is not None and target is not None:
             slot = torch.where(follows, slot.gather(1, target), slot)
         member = slot >= 0
         # Shares are as fine as the features they will weigh, and float32 at least.
@@ -98,11 +117,11 @@ class MergePlan:
         zeros = torch.zeros(slot.shape[0], k, dtype=torch.long, device=slot.device)
         # Only the anchor writes its position, so the slot stands exactly where its anchor stood. Everybody else
         # writes to one extra column that is cut off.
-        seat = torch.where(kept, rank, k)
+        seat = torch.where(stays, rank, k)
         position = zeros.new_zeros(slot.shape[0], k + 1).scatter_(1, seat, view.position)[:, :k]
         size = zeros.scatter_add(1, into, view.size * member)
         valid = zeros.new_zeros(slot.shape[0], k + 1).scatter_(1, seat, 1)[:, :k].bool()
-        return cls(slot=slot, weight=weight, position=position, size=size, valid=valid)
+        return cls(slot=slot, weight=weight, position=position, size=size, valid=valid, counts=told)
 
     @classmethod
     def from_moves(
@@ -200,7 +219,11 @@ class MergePlan:
             seat = self.seat.gather(1, then.seat)
             if self.moved is not None and then.moved is not None:
                 moved = torch.cat([self.moved, self.seat.gather(1, then.moved)], 1)
-        return MergePlan(slot, weight, then.position, then.size, then.valid, seat, moved)
+        return MergePlan(slot, weight, then.position, then.size, then.valid, seat, moved, counts=then.counts)
+
+    def counted(self) -> MergePlan:
+        """The same with its ``counts``, for which a device may have to be waited for."""
+        return self if self.counts is not None else replace(self, counts=tuple(self.valid.sum(-1).tolist()))
 
     def carry(self, mask: Tensor) -> Tensor:
         """Which slots hold a marked token: ``(B, N)`` bool to ``(B, K)`` bool."""
@@ -235,6 +258,13 @@ class MergePlan:
             places = self.position[row][self.valid[row]]
             if bool((places[1:] <= places[:-1]).any()):
                 raise ValueError("position: slots must be in rising order of position")
+
+
+def _looked_up(flags: list[Tensor], count: Tensor) -> tuple[bool, bool, list[bool], tuple[int, ...]]:
+    """The flags, the first two apart, and the numbers ``count (B,)``, in one look."""
+    first, second, *others = torch.cat([torch.stack(flags).long(), count]).tolist()
+    more = len(flags) - 2
+    return bool(first), bool(second), [bool(flag) for flag in others[:more]], tuple(others[more:])
 
 
 def anchors_of(plan: MergePlan, view: TokenView) -> Tensor:
@@ -325,7 +355,9 @@ def within_width(view: TokenView, score: Tensor, count: Tensor, width: int) -> T
     return anchors(low, wide) | (view.valid & view.protected)
 
 
-def bipartite_matching(metric: Tensor, open_: Tensor, remove: Tensor, weight: Tensor | None = None) -> Tensor:
+def bipartite_matching(
+    metric: Tensor, open_: Tensor, remove: Tensor, weight: Tensor | None = None, widest: int | None = None
+) -> Tensor:
     """ToMe's matching (arXiv 2210.09461): alternate tokens form two sets, the closest pairs merge.
 
     Args:
@@ -334,6 +366,7 @@ def bipartite_matching(metric: Tensor, open_: Tensor, remove: Tensor, weight: Te
         remove: ``(B,)`` how many tokens should disappear; at most as many as the first set holds do.
         weight: ``(B, N)`` non-negative, what it costs to lose a token. Those go first of the least
             ``weight * (1 - cosine)``. Default: all weigh the same.
+        widest: how many tokens are open in the row that has the most. Default: it is looked up.
 
     Returns:
         ``(B, N)`` long, the index of the partner each removed token merges into, -1 for tokens that stay.
@@ -345,7 +378,8 @@ def bipartite_matching(metric: Tensor, open_: Tensor, remove: Tensor, weight: Te
     first = open_ & (rank % 2 == 0)
     second = open_ & (rank % 2 == 1)
     # The two sets are packed to the left so that the similarity matrix is N/2 x N/2.
-    a, b_ = _pack(first), _pack(second)
+    widest = (int(open_.sum(-1).max()) if n else 0) if widest is None else widest
+    a, b_ = _pack(first, (widest + 1) // 2), _pack(second, widest // 2)
     if a.shape[1] == 0 or b_.shape[1] == 0:
         return torch.full((b, n), -1, device=metric.device)
     rows = torch.arange(b, device=metric.device)[:, None]
@@ -399,10 +433,9 @@ def bipartite_pairs(
     return 2 * order + even, 2 * partner.gather(1, order) + odd, best.gather(1, order)
 
 
-def _pack(mask: Tensor) -> Tensor:
-    """Indices of the True entries of each row, left-packed, filled up with -1: ``(B, max count)``."""
+def _pack(mask: Tensor, width: int) -> Tensor:
+    """Indices of the True entries of each row, at most ``width``, left-packed, filled up with -1: ``(B, width)``."""
     b, n = mask.shape
-    width = int(mask.sum(-1).max()) if n else 0
     seat = torch.where(mask, mask.long().cumsum(-1) - 1, width)
     out = torch.full((b, width + 1), -1, dtype=torch.long, device=mask.device)
     index = torch.arange(n, device=mask.device).expand(b, n)

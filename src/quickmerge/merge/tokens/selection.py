@@ -5,6 +5,7 @@ How many are chosen is known beforehand, no value is looked up (but for ``lazy``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from quickmerge.errors import whole_number
-from quickmerge.merge.tokens.budget import Budget, fixed_count, lowest, select
+from quickmerge.merge.tokens.budget import Budget, fixed_count, known_count, lowest, select
 from quickmerge.merge.tokens.plan import MergePlan
 from quickmerge.merge.tokens.view import TokenView
 
@@ -54,6 +55,7 @@ def cover(
     alpha: float = 1.0,
     open_: Tensor | None = None,
     lazy: bool = False,
+    most: int | None = None,
 ) -> Selection:
     """Choose salient tokens that cover the others, greedily (SCOPE, arXiv 2510.24214).
 
@@ -78,13 +80,14 @@ def cover(
         open_: ``(B, N)`` bool, the tokens that can be chosen and want to be covered. Default: all.
         lazy: evaluate gains only while they can still be the largest (Minoux, 1978): the same result, much sooner
             where N is in the thousands, but values are looked up row by row.
+        most: the most tokens that any row gives, where that is known; None has it looked up.
 
     Raises:
         ValueError: if ``count`` is negative or no whole number, or ``alpha`` is negative.
     """
     if not alpha >= 0:
         raise ValueError(f"alpha must be a number of at least 0, got {alpha!r}")
-    steps, limit = _limits(x, count, open_)
+    steps, limit = _limits(x, count, open_, most)
     x, free = unit(x, open_), _all_open(x, open_)
     weight = _weight(saliency, alpha, free)
     if steps == 0:
@@ -97,7 +100,9 @@ def cover(
     return Selection(_cut(order, limit), x.shape[1])
 
 
-def disperse(x: Tensor, count: int | Tensor, open_: Tensor | None = None, objective: str = "sum") -> Selection:
+def disperse(
+    x: Tensor, count: int | Tensor, open_: Tensor | None = None, objective: str = "sum", most: int | None = None
+) -> Selection:
     """Choose tokens that are unlike one another, greedily.
 
     The first is the one of the least mean cosine with all open tokens, itself included. Each next one has the least
@@ -112,13 +117,14 @@ def disperse(x: Tensor, count: int | Tensor, open_: Tensor | None = None, object
         count: K for all rows, or ``(B,)``; rows with fewer open tokens give what they have.
         open_: ``(B, N)`` bool, the tokens that can be chosen. Default: all.
         objective: ``"sum"`` or ``"min"``.
+        most: the most tokens that any row gives, where that is known; None has it looked up.
 
     Raises:
         ValueError: if ``count`` is negative or no whole number, or for another objective.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
-    steps, limit = _limits(x, count, open_)
+    steps, limit = _limits(x, count, open_, most)
     x, free = unit(x, open_), _all_open(x, open_)
     gram = x @ x.transpose(1, 2) if steps * GRAM_PAYS > x.shape[1] else None
     rows = torch.arange(x.shape[0], device=x.device)
@@ -138,14 +144,31 @@ def disperse(x: Tensor, count: int | Tensor, open_: Tensor | None = None, object
     return Selection(_cut(chosen, limit), x.shape[1])
 
 
-def keep_only(view: TokenView, chosen: Selection, left: int | None = None) -> MergePlan:
+def keeps_everything(view: TokenView, count: Tensor, kept: Sequence[int] | None) -> bool:
+    """Whether a budget leaves every row as it is: ``count (B,)``, on the host as ``kept`` where it is known."""
+    if kept is None or view.known is None:
+        return bool((count >= view.valid.sum(-1)).all())
+    return all(some >= there for some, there in zip(kept, view.known.valid, strict=True))
+
+
+def most_chosen(view: TokenView, kept: Sequence[int] | None) -> int | None:
+    """The most tokens that are chosen in any row beside its protected ones, where the host knows it."""
+    if kept is None or view.known is None:
+        return None
+    return max(max(0, some - fixed) for some, fixed in zip(kept, view.known.protected, strict=True))
+
+
+def keep_only(
+    view: TokenView, chosen: Selection, left: int | None = None, kept: Sequence[int] | None = None
+) -> MergePlan:
     """The plan that keeps the chosen and the protected tokens, drops the rest, and knows the order of the choice.
 
     With ``left``, how many are kept of every row of a view with a ``prefix``, prefix and all, the choice is among the
     tokens behind the prefix, and nothing is looked up.
     """
     if left is None or view.prefix is None:
-        return replace(MergePlan.from_anchors(view, chosen.mask & view.valid), order=chosen.order)
+        plan = MergePlan.from_anchors(view, chosen.mask & view.valid, kept=kept)
+        return replace(plan, order=chosen.order)
     p = view.prefix
     gone = (~chosen.mask).long().argsort(dim=-1, descending=True, stable=True)
     plan = MergePlan.from_moves(view, gone[:, : p + chosen.tokens - left] + p)
@@ -227,13 +250,13 @@ def _all_open(x: Tensor, open_: Tensor | None) -> Tensor:
     return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if open_ is None else open_
 
 
-def _limits(x: Tensor, count: int | Tensor, open_: Tensor | None) -> tuple[int, Tensor]:
-    """How many steps there are, and after how many each row ``(B,)`` is done."""
+def _limits(x: Tensor, count: int | Tensor, open_: Tensor | None, most: int | None = None) -> tuple[int, Tensor]:
+    """How many steps there are, ``most`` if that is known, and after how many each row ``(B,)`` is done."""
     n = x.shape[1]
     there = torch.full(x.shape[:1], n, device=x.device) if open_ is None else open_.sum(-1)
     if isinstance(count, Tensor):
         limit = torch.minimum(count.clamp_min(0), there)
-        return int(limit.max()), limit
+        return int(limit.max()) if most is None else most, limit
     count = whole_number("count", count, 0)
     return min(count, n), there.clamp_max(count)
 
@@ -257,4 +280,4 @@ def keep_best(view: TokenView, budget: Budget, score: Tensor, saliency: Tensor |
     if count is not None and view.prefix is not None:
         return MergePlan.from_moves(view, lowest(score, view.hidden.shape[1] - count, view.prefix))
     counts = budget.count(view, score if saliency is None else saliency)
-    return MergePlan.from_anchors(view, select(score, counts, view))
+    return MergePlan.from_anchors(view, select(score, counts, view), kept=known_count(budget, view))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from quickmerge.errors import whole_number
 from quickmerge.merge.tokens.saliency import AttentionTrace
+
+CHECKS = os.environ.get("QUICKMERGE_CHECKS", "0") != "0"
+"""Whether it is looked whether what the host knows is so, which waits for the device; the tests do."""
 
 
 def _tensors(held: Evidence | TokenView, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -95,6 +99,49 @@ NOTHING = Evidence()
 
 
 @dataclass(frozen=True)
+class Known:
+    """What the host knows of the rows of a view, so that nobody waits for a device to tell.
+
+    For each row: how many tokens are ``valid``, how many of these ``protected``, and how many of those ``exempt``; its
+    ``length`` in original tokens; and whether it ``ends`` in a valid token. Exempt tokens stand for one original token
+    each.
+    """
+
+    valid: tuple[int, ...]
+    protected: tuple[int, ...]
+    exempt: tuple[int, ...]
+    length: tuple[int, ...]
+    ends: tuple[bool, ...]
+
+    @property
+    def left(self) -> bool:
+        """What `TokenView.pads_left` says."""
+        return all(self.ends)
+
+    def rows(self, rows: Sequence[int]) -> Known:
+        """The same of some rows."""
+        return Known(*(tuple(getattr(self, f.name)[row] for row in rows) for f in fields(self)))
+
+    def merged(self, counts: Sequence[int]) -> Known:
+        """The same of the slots of a plan that has so many of each row."""
+        ends = [self.left or count == max(counts) for count in counts]
+        return replace(self, valid=tuple(counts), ends=tuple(ends))
+
+    def view(self) -> TokenView:
+        """A view on the host, without features, of rows of as many tokens of each kind, in another order."""
+        place = torch.arange(max(self.valid))
+
+        def first(some: Sequence[int]) -> Tensor:
+            return place < torch.tensor(some)[:, None]
+
+        valid = first(self.valid)
+        return TokenView(
+            torch.zeros(*valid.shape, 0), valid, first(self.protected), length=torch.tensor(self.length),
+            exempt=first(self.exempt), known=self,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class TokenView:
     """The tokens of a batch at one place of a model, as a reducer sees them.
 
@@ -118,6 +165,7 @@ class TokenView:
             ``prefix`` of each row are protected (class token, registers). Shapes are then known beforehand, so that a
             plan with a `Count` budget can be compiled, and nothing waits for a device. None: the masks decide.
         evidence: what is known beside the tokens, where a method asks for it.
+        known: what the host knows of these rows already; masks and sizes are then taken to be lawful. None: nothing.
 
     Raises:
         ValueError: if the shapes do not agree or a row has no valid token, and without a ``prefix``, where values may
@@ -136,6 +184,7 @@ class TokenView:
     exempt: Tensor | None = None
     latest: bool = True
     evidence: Evidence = field(default=None)  # type: ignore[assignment]
+    known: Known | None = None
 
     def __post_init__(self) -> None:
         if self.hidden.ndim != 3:
@@ -166,8 +215,9 @@ class TokenView:
         default("length", (self.size * self.valid).sum(-1))
         if self.length.shape != shape[:1]:
             raise ValueError(f"length must have shape {tuple(shape[:1])}, got {tuple(self.length.shape)}")
-        self.evidence.check(self.hidden, self.valid, look=self.prefix is None)
-        if self.prefix is None:
+        # Whoever says what is known has looked at the evidence too.
+        self.evidence.check(self.hidden, self.valid, look=self.prefix is None and (self.known is None or CHECKS))
+        if self.prefix is None and (self.known is None or CHECKS):
             self._check_values()
 
     def _check_values(self) -> None:
@@ -182,6 +232,10 @@ class TokenView:
             rules.append(("exempt must be protected tokens alone, got others among them", lawful))
         if self.evidence.text_valid is not None:
             rules.append((f"text_valid {empty}", self.evidence.text_valid.any(-1).all()))
+        if self.known is not None:
+            told = torch.tensor([self.known.valid, self.known.protected])
+            held = torch.stack([self.valid.sum(-1), (self.valid & self.protected).sum(-1)])
+            rules.append(("known must be so many tokens, got others", (told.to(held.device) == held).all()))
         if not bool(torch.stack([lawful for _, lawful in rules]).all()):
             raise ValueError(next(told for told, lawful in rules if not bool(lawful)))
 
@@ -196,11 +250,13 @@ class TokenView:
 
     def each_row(self, change: Callable[[Tensor], Tensor]) -> TokenView:
         """The view of other rows, its evidence too; see `Evidence.each_row`. Not with a ``prefix``."""
-        return replace(self, evidence=self.evidence.each_row(change), **_tensors(self, change))
+        return replace(self, known=None, evidence=self.evidence.each_row(change), **_tensors(self, change))
 
     def row(self, i: int) -> TokenView:
         """Row ``i``, as a view of one row."""
-        return self.each_row(lambda x: x[i : i + 1])
+        known = None if self.known is None else self.known.rows([i])
+        evidence = self.evidence.each_row(lambda x: x[i : i + 1])
+        return replace(self, known=known, evidence=evidence, **_tensors(self, lambda x: x[i : i + 1]))
 
     @property
     def counted(self) -> Tensor:
@@ -227,4 +283,6 @@ class TokenView:
         """
         if self.prefix is not None:
             return False
+        if self.known is not None:
+            return self.known.left
         return bool(self.valid[:, -1].all())

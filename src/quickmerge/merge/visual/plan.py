@@ -15,9 +15,10 @@ from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.tokens.plan import MergePlan, anchors_of
 from quickmerge.merge.tokens.saliency import AttentionTrace, attention_from, times_value_norm
-from quickmerge.merge.tokens.view import Evidence, TokenView
+from quickmerge.merge.tokens.view import Evidence, Known, TokenView
 from quickmerge.merge.visual.features import FeatureWatch, Piece, tensors_of
 from quickmerge.merge.visual.tower import Grid, Seen
+from quickmerge.models.moved import onto
 from quickmerge.models.vlm import Vlm
 
 KINDS = ("image", "video")
@@ -29,9 +30,9 @@ PIXELS = {"image": ("pixel_values",), "video": ("pixel_values_videos",)}
 class Image:
     """The visual tokens of one image (of one tile, where a model cuts images up in front of it) or video.
 
-    ``row`` of the batch and ``columns (n,)`` of the prompt as it was given; ``kind``, ``"image"`` or ``"video"``;
-    ``grid`` (T, H, W) of the tokens where they form one. ``plan``, once it was made, a plan of one row for the n
-    tokens, and ``view`` what the reducer saw when it first decided.
+    ``row`` of the batch and ``columns (n,)`` of the prompt as it was given, on the host; ``kind``, ``"image"`` or
+    ``"video"``; ``grid`` (T, H, W) of the tokens where they form one. ``plan``, once it was made, a plan of one row
+    for the n tokens, and ``view`` what the reducer saw when it first decided.
     """
 
     row: int
@@ -55,7 +56,9 @@ class Image:
         return self.count if self.plan is None else self.plan.slots
 
 
-def read_images(vlm: Vlm, inputs: dict[str, Any], features: FeatureWatch, embeds: Tensor) -> list[Image]:
+def read_images(
+    vlm: Vlm, inputs: dict[str, Any], features: FeatureWatch, embeds: Tensor, told: Tensor | None = None
+) -> list[Image]:
     """Every image and video of a prompt, in the order in which their features fill the placeholders.
 
     Args:
@@ -63,15 +66,18 @@ def read_images(vlm: Vlm, inputs: dict[str, Any], features: FeatureWatch, embeds
         inputs: what its base was called with, by name.
         features: knows what the features were made from.
         embeds: ``(B, N, D)``, what the language model is given.
+        told: the ids ``(B, N)`` on the host; None has them fetched.
 
     Raises:
         QuickmergeError: if there are no ids to find placeholders by, or what is given does not fit together.
         UnsupportedModelError: if features don't stand where the placeholders did.
     """
-    ids, given = inputs.get("input_ids"), inputs.get("mm_encoder_outputs") or {}
+    given = inputs.get("mm_encoder_outputs") or {}
     if isinstance(given, Tensor):
         raise QuickmergeError("mm_encoder_outputs must be a dict inside a quickmerge run, got a tensor")
     images: list[Image] = []
+    ids: Any = inputs.get("input_ids") if told is None else told
+    ids = None if ids is None else ids.cpu()
     for kind in KINDS:
         output = given.get(kind) or features.outputs.get(kind)
         if output is None:
@@ -89,7 +95,8 @@ def read_images(vlm: Vlm, inputs: dict[str, Any], features: FeatureWatch, embeds
                 f"input_ids must hold {sum(sizes)} {kind} placeholders, one for each feature, got {len(rows)}"
             )
         whole = torch.cat([each.flatten(0, -2) for each in vectors]).to(embeds.device, embeds.dtype)
-        if not _stand_there(vlm, kind, embeds[rows, columns], whole):
+        at = onto(torch.stack([rows, columns]), embeds.device)
+        if not _stand_there(vlm, kind, embeds[at[0], at[1]], whole):
             raise _elsewhere(vlm, kind, "are not what stands there in front of its language model")
         for piece, mine, places in zip(pieces, rows.split(sizes), columns.split(sizes), strict=True):
             if piece.runs:
@@ -156,7 +163,7 @@ def instruction(ids: Tensor, valid: Tensor, special: set[int], images: list[Imag
         special: the special ids.
         images: of the prompt.
     """
-    plain = valid & ~torch.isin(ids, torch.tensor(sorted(special), dtype=ids.dtype, device=ids.device))
+    plain = valid & ~torch.isin(ids, onto(torch.tensor(sorted(special), dtype=ids.dtype), ids.device))
     last = {image.row: int(image.columns[-1]) for image in images}
     found = []
     for row, there in enumerate(plain):
@@ -209,8 +216,18 @@ def decide(
         assert image.now is not None
         # What stands elsewhere than at first, after an earlier merge, has places of its own in the grid.
         groups[(len(image.now), image.count, image.grid)].append(image)
-    made = [(group, *_plan(reducer, whole, group, text, told)) for group in groups.values()]
+    views = [(group, _group_view(reducer, whole, group, text, told)) for group in groups.values()]
+    _check_told([view for _, view in views])
+    made = [(group, view, reducer.plan(view).counted()) for group, view in views]
     return _carried_out(whole, made, reducer)
+
+
+def _check_told(views: list[TokenView]) -> None:
+    """What was measured of images must be numbers: one look for all of them."""
+    told = [view.evidence.saliency for view in views if view.evidence.saliency is not None]
+    if told and not bool(torch.stack([(x.isfinite() & (x >= 0)).all() for x in told]).all()):
+        for view in views:
+            view.evidence.check(view.hidden, view.valid, look=True)
 
 
 def hand_on(whole: TokenView, images: list[Image]) -> Decision | None:
@@ -232,7 +249,8 @@ def hand_on(whole: TokenView, images: list[Image]) -> Decision | None:
             view = TokenView(whole.hidden.detach()[image.row : image.row + 1, image.columns])
             leader = leader.to(view.hidden.device)[None]
             leads = leader == torch.arange(image.count, device=leader.device)
-            made.append(([image], view, MergePlan.from_anchors(view, leads, torch.where(leads, -1, leader))))
+            plan = MergePlan.from_anchors(view, leads, torch.where(leads, -1, leader))
+            made.append(([image], view, plan))
     return _carried_out(whole, made, None) if made else None
 
 
@@ -246,30 +264,38 @@ def _carried_out(
     hidden = whole.hidden.gather(1, seat[..., None].expand(-1, -1, whole.hidden.shape[-1]))
     hidden = torch.where(sequence.valid[..., None], hidden, 0.0)
     for group, view, plan in made:
-        rows, columns = _places(group)
+        rows, columns = _places(group, hidden.device)
         anchors = anchors_of(plan, view)
         slots = sequence.slot[rows, columns].gather(1, anchors)
         there = plan.valid
         if reducer is not None:
             merged = reducer.combine(view, plan, whole.hidden[rows, columns]).to(hidden.dtype)
-            hidden = hidden.index_put((rows.expand_as(slots)[there], slots[there]), merged[there])
+            # Where no slot is padding, as for a share of images of one size, a mask would only have to be looked up.
+            some = _all(plan) or there
+            at = (rows.expand_as(slots), slots)
+            hidden = hidden.index_put((at[0][some], at[1][some]), merged[some])
         for i, image in enumerate(group):
             own = _row(plan, i)
             if reducer is not None:
                 image.view = view.row(i) if image.view is None else image.view
             image.plan = own if image.plan is None else image.plan.compose(own)
-            image.now = slots[i][there[i]]
+            image.now = slots[i] if _all(plan) else slots[i][there[i]]
     return Decision(sequence, hidden, seat)
 
 
-def _plan(
+def _all(plan: MergePlan) -> Any:
+    """What indexes all slots of a plan none of which is padding; None for another."""
+    return ... if plan.counts is not None and min(plan.counts) == plan.slots else None
+
+
+def _group_view(
     reducer: Reducer,
     whole: TokenView,
     group: list[Image],
     text: list[Tensor],
     told: Callable[[Image], Seen | None],
-) -> tuple[TokenView, MergePlan]:
-    rows, columns = _places(group)
+) -> TokenView:
+    rows, columns = _places(group, whole.hidden.device)
     hidden = whole.hidden.detach()[rows, columns]
     seen = [told(image) for image in group]
 
@@ -281,11 +307,15 @@ def _plan(
     question, there = None, None
     if "text" in reducer.needs.visual and all(len(text[image.row]) for image in group):
         at = torch.nn.utils.rnn.pad_sequence([text[image.row] for image in group], True, -1)
+        at = onto(at, whole.hidden.device)
         there = at >= 0
         question = whole.hidden.detach()[rows, at.clamp_min(0)]
+    count = (columns.shape[1],) * len(group)
+    none, length = (0,) * len(group), (group[0].count,) * len(group)
+    known = Known(count, none, none, length, (True,) * len(group))
     view = TokenView(
         hidden if features is None else features,
-        position=torch.stack([_cells(image) for image in group]).to(hidden.device),
+        position=torch.stack([_cells(image, hidden.device) for image in group]),
         size=whole.size[rows, columns],
         length=torch.full((len(group),), group[0].count, device=hidden.device),
         grid=group[0].grid,
@@ -297,25 +327,28 @@ def _plan(
             layer=whole.evidence.layer,
             depth=whole.evidence.depth,
         ),
+        known=known,
     )
-    return view, reducer.plan(view)
+    return view
 
 
-def _cells(image: Image) -> Tensor:
+def _cells(image: Image, device: torch.device) -> Tensor:
     """Where each of an image's present tokens stands among those that there were."""
     if image.plan is None:
-        return torch.arange(image.count)
-    return image.plan.position[0].cpu()
+        return torch.arange(image.count, device=device)
+    return image.plan.position[0].to(device)
 
 
 def _keeps_all(plan: MergePlan, view: TokenView) -> bool:
+    if plan.counts is not None and view.known is not None:
+        return plan.counts == view.known.valid
     return bool((plan.valid.sum(-1) == view.valid.sum(-1)).all())
 
 
-def _places(group: list[Image]) -> tuple[Tensor, Tensor]:
+def _places(group: list[Image], device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows ``(G, 1)`` and columns ``(G, n)`` of images with the same number of tokens."""
-    columns = torch.stack([image.now for image in group])  # type: ignore[misc]
-    return torch.tensor([[image.row] for image in group], device=columns.device), columns
+    columns = torch.stack([onto(image.now, device) for image in group if image.now is not None])
+    return onto(torch.tensor([[image.row] for image in group]), device), columns
 
 
 def _together(whole: TokenView, made: list[tuple[list[Image], TokenView, MergePlan]]) -> tuple[MergePlan, Tensor]:
@@ -325,7 +358,7 @@ def _together(whole: TokenView, made: list[tuple[list[Image], TokenView, MergePl
     leader = torch.full(shape, -1, dtype=torch.long, device=device)
     share = torch.ones(shape, dtype=torch.promote_types(whole.hidden.dtype, torch.float32), device=device)
     for group, view, plan in made:
-        rows, columns = _places(group)
+        rows, columns = _places(group, device)
         at = anchors_of(plan, view)
         stays = torch.zeros(columns.shape[0], columns.shape[1] + 1, dtype=torch.bool, device=device)
         stays = stays.scatter(1, torch.where(plan.valid, at, columns.shape[1]), True)[:, :-1]
@@ -333,7 +366,14 @@ def _together(whole: TokenView, made: list[tuple[list[Image], TokenView, MergePl
         to = columns.gather(1, at.gather(1, plan.slot.clamp_min(0)))
         leader[rows, columns] = torch.where((plan.slot >= 0) & ~stays, to, -1)
         share[rows, columns] = torch.where(plan.slot >= 0, plan.weight.to(share.dtype), 1.0)
-    plan = MergePlan.from_anchors(whole, anchor, leader, share)
+    kept = None if whole.known is None else list(whole.known.valid)
+    for group, view, plan in made:
+        for image, count in zip(group, plan.counts or (None,) * len(group), strict=True):
+            if kept is not None and count is not None:
+                kept[image.row] += count - view.hidden.shape[1]
+            else:
+                kept = None
+    plan = MergePlan.from_anchors(whole, anchor, leader, share, kept=kept)
     index = torch.arange(shape[1], device=device).expand(shape)
     seat = torch.zeros(shape[0], plan.slots + 1, dtype=torch.long, device=device)
     seat = seat.scatter(1, torch.where(anchor, plan.slot, plan.slots), index)[:, : plan.slots]
@@ -342,18 +382,21 @@ def _together(whole: TokenView, made: list[tuple[list[Image], TokenView, MergePl
 
 def _row(plan: MergePlan, i: int) -> MergePlan:
     """Row ``i`` of a plan as a plan of one row, without the slots that only pad it."""
-    there = plan.valid[i].nonzero().flatten()
-    slot = plan.slot[i : i + 1]
+    slot, first, there = plan.slot[i : i + 1], None, _all(plan)
+    if there is None:
+        there = plan.valid[i].nonzero().flatten()
+        first = there[0]
     return replace(
         plan,
-        slot=torch.where(slot >= 0, slot - there[0], -1),
+        slot=slot if first is None else torch.where(slot >= 0, slot - first, -1),
         weight=plan.weight[i : i + 1],
-        position=plan.position[i : i + 1, there],
-        size=plan.size[i : i + 1, there],
-        valid=plan.valid[i : i + 1, there],
+        position=plan.position[i : i + 1][:, there],
+        size=plan.size[i : i + 1][:, there],
+        valid=plan.valid[i : i + 1][:, there],
         seat=None,
         moved=None,
         order=None if plan.order is None else plan.order[i : i + 1],
+        counts=None if plan.counts is None else (plan.counts[i],),
     )
 
 
@@ -381,6 +424,7 @@ def told_inside(
             return None
         row, at = slice(image.row, image.row + 1), image.now
         assert at is not None
+        at = onto(at, view.hidden.device)
         key = trace.key[row].to(torch.promote_types(trace.key.dtype, torch.float32)).mean(1)[0, at]
         saliency = None
         kind = next(iter(asks & {"attention", "norm"}), None)

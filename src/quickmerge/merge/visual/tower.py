@@ -20,6 +20,7 @@ from quickmerge.merge.visual.merged_tower import TowerRun
 from quickmerge.models.attachment import stands_aside
 from quickmerge.models.decoder import AttentionFunction, watch_modules
 from quickmerge.models.encoder import pixels_of, prefix_of
+from quickmerge.models.moved import onto
 from quickmerge.models.vlm import Vlm
 
 Grid = tuple[int, int, int]
@@ -43,7 +44,7 @@ class Seen:
 
     def at(self, index: Tensor) -> Seen:
         """The same of some of its tokens, ``index (k,)``."""
-        told = [None if part is None else part[index.to(part.device)] for part in self.parts()]
+        told = [None if part is None else part[onto(index, part.device)] for part in self.parts()]
         return Seen(len(index), self.grid, *told)
 
     def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -126,7 +127,7 @@ def seen_of(
             return None
         by_square = squares(x, grid, merge, raster)
         out = by_square.sum(1) if how == "sum" else by_square.to(torch.promote_types(x.dtype, torch.float32)).mean(1)
-        return out if order is None else out[order.to(out.device)]
+        return out if order is None else out[onto(order, out.device)]
 
     shape = (grid[0], grid[1] // merge, grid[2] // merge)
     count = shape[0] * shape[1] * shape[2]
@@ -200,14 +201,14 @@ class TowerWatch:
     Args:
         vlm: the model that holds it.
         asks: what the reducer wants to know, of `MEASURED`; nothing else is measured.
-        clock: tells seconds.
+        clock: is read before and after, as `quickmerge.bench.harness.mark` is.
         beside: the run that merges patches inside this tower, if one does. It must be attached after this: what is
             measured is then what its slots really attend to. Every patch is given what was measured of its slot in the
             layer that is looked at, and nothing where it was dropped below.
     """
 
     def __init__(
-        self, vlm: Vlm, asks: frozenset[str], clock: Callable[[], float], beside: TowerRun | None = None
+        self, vlm: Vlm, asks: frozenset[str], clock: Callable[[], Any], beside: TowerRun | None = None
     ) -> None:
         self.vlm, self.asks, self.clock, self.beside = vlm, asks & MEASURED, clock, beside
         self.seen: list[Seen] = []
@@ -218,7 +219,7 @@ class TowerWatch:
         """How the patches at hand become visual tokens, where that is found out image by image."""
         self._parts: list[tuple[Tensor | None, Tensor | None]] = []
         self._states: list[Tensor] = []
-        self._began = 0.0
+        self._began: Any = 0.0
         self.layout = layout_of(vlm)
         """How the patches become visual tokens; that of the family, unless the first image has shown another."""
         every = [each.attention for each in vlm.blocks]

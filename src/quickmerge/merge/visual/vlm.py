@@ -23,7 +23,7 @@ from quickmerge.merge.text.rows import check_one_text, check_padding
 from quickmerge.merge.text.shortened import ShortCall, ShortenedRun, next_positions
 from quickmerge.merge.tokens.budget import Schedule
 from quickmerge.merge.tokens.plan import MergePlan
-from quickmerge.merge.tokens.view import Evidence, TokenView
+from quickmerge.merge.tokens.view import Evidence, Known, TokenView
 from quickmerge.merge.visual.features import FeatureWatch
 from quickmerge.merge.visual.handed import (
     both_ways,
@@ -48,26 +48,33 @@ from quickmerge.merge.visual.prompt import VisualPrompt
 from quickmerge.merge.visual.tower import Seen, TowerWatch
 from quickmerge.models.attachment import PerThread, stands_aside
 from quickmerge.models.compat import cache_name, given_cache
+from quickmerge.models.moved import onto, read
 from quickmerge.models.vlm import Vlm
 
 
 @dataclass
 class VisualCall(ShortCall):
-    """The state of one forward that reads images; ``text``: columns of each row's instruction."""
+    """The state of one forward that reads images.
+
+    ``text``: columns of each row's instruction; ``beginning``: what the host knows of the sequence as it was given.
+    """
 
     images: list[Image] = field(default_factory=list)
+    beginning: Known | None = None
     text: list[Tensor] = field(default_factory=list)
 
     def visual(self, valid: Tensor) -> Tensor:
         """Which tokens of a sequence like ``valid (B, n)`` are visual by now."""
         marks = torch.zeros_like(valid)
         for image in self.images:
-            marks[image.row, image.now] = True
+            assert image.now is not None
+            marks[image.row, onto(image.now, valid.device)] = True
         return marks
 
     def follow_text(self, plan: MergePlan) -> None:
         """The instruction stands elsewhere after a merge."""
-        self.text = [plan.slot[row, columns] for row, columns in enumerate(self.text)]
+        slot = plan.slot
+        self.text = [slot[row, onto(columns, slot.device)] for row, columns in enumerate(self.text)]
 
 
 class VlmRun(ShortenedRun):
@@ -217,38 +224,49 @@ class VlmRun(ShortenedRun):
         valid = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.bool()
         if valid.shape != shape:
             raise QuickmergeError(f"attention_mask must be {tuple(shape)}, got {tuple(valid.shape)}")
-        self._check_side(valid)
         ids = self._call.get("input_ids", inputs.get("input_ids"))
-        if self.reducers or self.eviction is not None:
-            check_padding(valid)
-            check_one_text(inputs, valid, cache is not None)
+        # What has to be known on the host, by one wait.
+        asks = self.reducers or self.eviction is not None
+        stands = inputs.get("position_ids") if asks else None
+        stands = stands if isinstance(stands, Tensor) and stands.ndim == 2 else None
+        there, tokens, places = read(None if mask is None else valid, ids, stands)
+        there = torch.ones(shape, dtype=torch.bool) if there is None else there
+        self._check_side(there)
+        if asks:
+            check_padding(there)
+            check_one_text({**inputs, "position_ids": places}, there, cache is not None)
         if own and both_ways(made) and (above := [layer for layer in self.stages if layer > 0]):
             raise UnsupportedModelError(
                 f"layer must be 0 for {self._name}, got {above}: it lets the tokens of an image see one another both "
                 "ways, by masks that are made in front of its language model"
             )
         self._check_lower(inputs)
-        images = read_images(self.vlm, self._call, self.features, embeds) if self._call and self._finds_images else []
-        text = [] if ids is None or not images else instruction(ids, valid, self._special, images)
+        finds = bool(self._call) and self._finds_images
+        images = read_images(self.vlm, self._call, self.features, embeds, tokens) if finds else []
+        text = [] if tokens is None or not images else instruction(tokens, there, self._special, images)
         stats, length = self.stats, valid.sum(-1)
         state = VisualPrompt(
             stats, width=shape[1], valid=valid, masked=mask is not None,
             recount=self.positions == "consecutive",
         )  # fmt: skip
-        visual = torch.zeros_like(valid)
+        seen = torch.zeros_like(there)
         for image in images:
-            visual[image.row, image.columns] = True
+            seen[image.row, image.columns] = True
+        each, fixed = tuple(there.sum(-1).tolist()), tuple((there & ~seen).sum(-1).tolist())
         call = VisualCall(
-            True, state, valid, valid & ~visual, length=length, images=images, text=text,
+            True, state, valid, valid & ~onto(seen, device), length=length, images=images, text=text,
             places=torch.arange(shape[1], device=device).expand(shape), ids=ids, given=length,
         )  # fmt: skip
+        call.lengths = each
+        call.beginning = Known(each, fixed, (0,) * len(each), each, tuple(there[:, -1].tolist()))
         self._now, self.images = call, images
-        stats.rows, stats.tokens_in = shape[0], float(length.float().mean())
+        stats.rows, stats.tokens_in = shape[0], float(there.sum(-1).float().mean())
         stats.images = len(images)
         stats.visual_in = sum(image.count for image in images) / shape[0]
         if not self._finds_images and ids is not None:
             kinds = [self.vlm.token(kind) for kind in KINDS]
-            stats.visual_in = sum(int((ids == token).sum()) for token in kinds if token is not None) / shape[0]
+            assert tokens is not None
+            stats.visual_in = sum(int((tokens == token).sum()) for token in kinds if token is not None) / shape[0]
         stats.visual_kept = stats.visual_in
         if self.tower_run is not None and stats.visual_in:
             stats.tower_tokens = self.tower_run.summary().tokens_per_block
@@ -311,7 +329,7 @@ class VlmRun(ShortenedRun):
             types = getattr(self.decoder.config, "layer_types", None) or []
             windows = dict(zip(types, self.decoder.windows, strict=False))
             changed["attention_mask"] = shorter_masks(self._name, masks, seat, plan.valid, windows)
-        state.masked = state.masked or not bool(plan.valid.all())
+        state.masked = state.masked or any(count != plan.slots for count in plan.counted().counts or ())
         call.valid = state.valid = plan.valid
         call.places, call.source[0] = plan.position, seat
         call.segments[0] = state.segments[0] = segment
@@ -337,6 +355,7 @@ class VlmRun(ShortenedRun):
             size=None if below is None else below.size,  # type: ignore[arg-type]
             length=call.length,  # type: ignore[arg-type]
             evidence=Evidence(layer=index, depth=len(self.decoder)),
+            known=call.beginning if below is None and index == 0 else None,
         )
 
     def _decide_visual(self, call: VisualCall, index: int, view: TokenView) -> Decision | None:

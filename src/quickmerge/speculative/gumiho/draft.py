@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from quickmerge.models.moved import onto
 from quickmerge.speculative.gumiho.network import Ends, GumihoNetwork, RowCache
 from quickmerge.speculative.tree import Ranked, Tree
 
@@ -102,7 +103,7 @@ def levels(
     chosen = torch.zeros(batch, 1, dtype=torch.long, device=device)
     pair, before, state = start.pair[:, None], start.before[:, None], start.guess[:, None]
     path = torch.ones(batch, 1, device=device)
-    text = torch.tensor(cache.length, device=device)[:, None]
+    text = onto(torch.tensor(cache.length), device)[:, None]
     free, columns = max(cache.length, default=0), chosen[..., :0]  # columns of each node's ancestors and of itself
     out: list[Level] = []
     for level in range(min(serial + (network.config.heads > 0), depth)):
@@ -177,7 +178,11 @@ def ranked(found: Sequence[Level], serial: int, *, borrow: bool = False) -> list
             that they were. This is the idea of Full Tree Attention, paths of parallel heads going on from one
             another's tokens, with nodes of their own for the borrowed tokens, so that it stays exact.
     """
-    told = [(level.chosen.tolist(), level.tokens.tolist(), level.prob.tolist()) for level in found]
+    # All at once: whole numbers of this size are exact in float64, and so are probabilities.
+    parts = [x for level in found for x in (level.chosen, level.tokens, level.prob)]
+    flat = torch.split(torch.cat([x.reshape(-1).double() for x in parts]).cpu(), [x.numel() for x in parts])
+    each = iter(part.view(x.shape).to(x.dtype).tolist() for part, x in zip(flat, parts, strict=True))
+    told = [(next(each), next(each), next(each)) for _ in found]
     rows: list[Ranked] = []
     for row in range(len(found[0].chosen)):
         made, paths = _Row(serial, borrow), [()]

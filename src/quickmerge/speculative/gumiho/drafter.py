@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from quickmerge.errors import QuickmergeError, near_match, whole_number
 from quickmerge.models.identity import hash_like, model_hash
 from quickmerge.models.kinds import KINDS
+from quickmerge.models.moved import onto, read
 from quickmerge.models.part import CONFIG, WEIGHTS, open_part, save_part
 from quickmerge.models.share import HubMixin, HubOptions, fetched
 from quickmerge.speculative.drafter import Drafter
@@ -186,8 +187,8 @@ class Gumiho(HubMixin, Drafter):
         self.check(model)
         self._begin(len(ids))
         assert features is not None
-        texts = list(zip(ids, features, valid, strict=True))
-        self.accept([row[there] for row, _, there in texts], [seen[there] for _, seen, there in texts])
+        told, there = (x for x in read(ids, valid) if x is not None)
+        self.accept([row[keep] for row, keep in zip(told, there, strict=True)], _where(features, there))
 
     def _begin(self, rows: int) -> None:
         self._cache = RowCache(rows)
@@ -207,7 +208,7 @@ class Gumiho(HubMixin, Drafter):
         kept = index.tolist()
         self._tokens, self._features = [self._tokens[row] for row in kept], [self._features[row] for row in kept]
         self._cache.rows(index)
-        self._pair = None if self._pair is None else self._pair[index]
+        self._pair = None if self._pair is None else self._pair[onto(index, self._pair.device)]
 
     @torch.no_grad()
     def draft(self, last: Tensor, nodes: int) -> list[Tree]:
@@ -224,21 +225,33 @@ class Gumiho(HubMixin, Drafter):
     def _read(self, network: GumihoNetwork, ends: Ends, last: Tensor) -> Start:
         """Let the serial head read the pairs that are new: each token with the feature before it."""
         count = [sum(len(part) for part in parts) for parts in self._features]
-        tokens = last.new_zeros(len(last), max(count))
-        features = self._features[0][0].new_zeros(len(last), max(count), self.config.features)
-        for row, n in enumerate(count):
-            tokens[row, :n] = torch.cat([*self._tokens[row], last[row : row + 1]])[1:]
-            features[row, :n] = torch.cat(self._features[row])
+        held, device = [part for parts in self._features for part in parts], self._features[0][0].device
+        # Each row's own to the left, zeros behind; the tokens are on the host, but for those of a prompt.
+        shift = [sum(count[:row]) for row in range(len(count))]
+        wide = range(max(count))
+        place = torch.tensor([[at + i if i < n else -1 for i in wide] for at, n in zip(shift, count, strict=True)])
+        there, place = onto(place >= 0, device), onto(place.clamp_min(0), device)
+        features = torch.where(there[..., None], torch.cat(held)[place], 0)
+        tokens = self._shifted(last, count, device)
         self._tokens, self._features = [[] for _ in count], [[] for _ in count]
         pairs = network.fuse(ends.embed(tokens), features.to(ends.dtype))
         earlier = torch.zeros_like(pairs[:, :1]) if self._pair is None else self._pair[:, None]
-        behind = torch.tensor(count, device=last.device)
-        every = torch.arange(len(count), device=last.device)
+        behind = onto(torch.tensor(count), device)
+        every = torch.arange(len(count), device=device)
         before, self._pair = torch.cat([earlier, pairs], 1)[every, behind - 1], pairs[every, behind - 1]
         guess = self._pair
         if self.config.serial:
             guess = self._extend(network, pairs, count)[every, behind - 1]
         return Start(guess, before, self._pair)
+
+    def _shifted(self, last: Tensor, count: list[int], device: torch.device) -> Tensor:
+        """``(B, K)``: the new tokens of each row but its first, and its ``last`` one; zeros behind the ``count``."""
+        rows = [torch.cat([*(each.cpu() for each in parts), last[row : row + 1].cpu()])[1:]
+                for row, parts in enumerate(self._tokens)]  # fmt: skip
+        tokens = torch.zeros(len(rows), max(count), dtype=torch.long)
+        for row, (each, n) in enumerate(zip(rows, count, strict=True)):
+            tokens[row, :n] = each
+        return onto(tokens, device)
 
     def _extend(self, network: GumihoNetwork, pairs: Tensor, count: list[int]) -> Tensor:
         """Put new pairs ``(B, K, H)``, of which the first ``count`` are a row's, behind what the serial head has read.
@@ -246,7 +259,7 @@ class Gumiho(HubMixin, Drafter):
         What lies behind a row's own pairs is read too, into columns that the next pairs of the row overwrite.
         """
         cache, device = self._cache, pairs.device
-        length = torch.tensor(cache.length, device=device)[:, None]
+        length = onto(torch.tensor(cache.length), device)[:, None]
         even = cache.length[0] if len(set(cache.length)) == 1 else None
         out = []
         for start in range(0, pairs.shape[1], CHUNK):
@@ -258,3 +271,11 @@ class Gumiho(HubMixin, Drafter):
             out.append(network.serial(part, at, see[:, None], cache))
         cache.length = [old + new for old, new in zip(cache.length, count, strict=True)]
         return torch.cat(out, 1)
+
+
+def _where(features: Tensor, there: Tensor) -> list[Tensor]:
+    """The features ``(k, H)`` of each row of ``(B, n, H)`` at its tokens, which are ``there (B, n)`` on the host."""
+    if bool(there.all()):
+        return list(features)
+    at = onto(there.flatten().nonzero().flatten(), features.device)
+    return list(torch.split(features.flatten(0, 1).index_select(0, at), there.sum(-1).tolist()))

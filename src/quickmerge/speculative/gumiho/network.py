@@ -12,6 +12,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from quickmerge.errors import QuickmergeError, UnsupportedModelError
 from quickmerge.models.compat import LlamaDecoderLayer, cache_argument
+from quickmerge.models.moved import onto
 from quickmerge.speculative.gumiho.config import GumihoConfig
 
 __all__ = ["Ends", "GumihoNetwork", "ParallelHeads", "RowCache", "check_fit", "check_target"]
@@ -74,8 +75,9 @@ class RowCache:
 
     def rows(self, index: Tensor) -> None:
         """Go on with the rows ``index (R,)`` alone, in this order."""
-        self._keys, self._values = [x[index] for x in self._keys], [x[index] for x in self._values]
         self.length = [self.length[row] for row in index.tolist()]
+        index = onto(index, self._keys[0].device) if self._keys else index
+        self._keys, self._values = [x[index] for x in self._keys], [x[index] for x in self._values]
 
 
 # The two ends of the target that its draft heads share: token embeddings, and the matrix that makes logits.
