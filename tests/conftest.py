@@ -30,7 +30,8 @@ QUICK = bool(os.environ.get("QUICKMERGE_QUICK"))
 
 PASSED_OVER = (
     "benchmarks", "cli", "fuzz", "kills", "merge/test_leaves_nothing.py", "merge/test_matrix.py", "merge/train",
-    "models/test_attachment.py", "models/test_hostile.py", "models/test_share.py", "multipole/test_triton.py", "serve", "smoke", "speculative/gumiho",
+    "models/test_attachment.py", "models/test_hostile.py", "models/test_share.py", "multipole/test_triton.py", "serve",
+    "smoke", "speculative/gumiho",
     "speculative/test_walk.py", "test_auto.py", "test_moved.py", "test_together.py",
     "training/test_kill.py", "training/test_processes.py", "training/test_sharding.py",
     "transplant/test_api.py", "transplant/test_templates.py", "viz/test_figures.py",
