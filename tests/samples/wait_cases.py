@@ -38,8 +38,9 @@ class Figures:
         return self.waits - self.plain
 
     def as_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return {**asdict(self), "more": self.more}
+        """For JSON; operations where they were counted."""
+        told = asdict(self) if self.operations else {"plain": self.plain, "waits": self.waits}
+        return {**told, "more": self.more}
 
 
 @cache
