@@ -29,6 +29,7 @@ from transplant_tables import TRANSPLANT
 from trust_tables import TRUST
 from vision_zoo_tables import vision_refused, vision_zoo
 from vlm_zoo_tables import VLM_ZOO
+from wait_tables import WAITS
 
 from quickmerge.bench.stats import ratio_interval
 from quickmerge.bench.table import Cell, Column, Table, interval, number, plus_minus, text, unless
@@ -517,7 +518,7 @@ TABLES: dict[str, Callable[[], Table | None]] = {
 }  # fmt: skip
 TABLES["prior_kinds"] = partial(kinds, "prior_recovery", 1)
 TABLES |= BUDGETS | VLM_ZOO | HARNESS | LITERALS
-MADE = OWN | MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST | RECIPES | SERVER
+MADE = OWN | MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST | RECIPES | SERVER | WAITS
 TABLES |= {name: partial(made_of, *of) for name, of in MADE.items()}
 
 
