@@ -275,7 +275,7 @@ def calm(
     ] = "both",
     autoencoder: Annotated[
         str | None,
-        typer.Option("--autoencoder", help="model, discrete: a folder, a hub id. Default: OUT/autoencoder."),
+        typer.Option("--autoencoder", help="A folder, a hub id. Default: OUT/autoencoder."),
     ] = None,
     tokenizer: Annotated[
         str | None,

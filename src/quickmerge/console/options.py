@@ -53,10 +53,12 @@ MIN_TOKENS = Annotated[
         rich_help_panel=FEWER,
     ),
 ]
+_PROTECT_HELP = "literals: numbers, names and paths stay as they are."
 PROTECT = Annotated[
     str | None,
-    typer.Option("--protect", help="literals: numbers, names and paths stay as they are.", rich_help_panel=FEWER),
+    typer.Option("--protect", help=_PROTECT_HELP, rich_help_panel=FEWER),
 ]
+RARE_PROTECT = Annotated[str | None, typer.Option("--protect", help=_PROTECT_HELP, rich_help_panel=FEWER, hidden=True)]
 PRIOR = Annotated[
     str | None,
     typer.Option(

@@ -52,7 +52,7 @@ DRAFTER = Annotated[
     str | None,
     typer.Option(
         "--drafter",
-        help="lookup, suffix, smollm2-135m (its heads), a folder of train gumiho, a hub id.",
+        help="lookup, suffix, smollm2-135m (its heads), a folder of heads, a hub id.",
         rich_help_panel=CHEAPER,
     ),
 ]
