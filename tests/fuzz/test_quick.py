@@ -40,7 +40,7 @@ import sys, os, time, types
 sys.path.insert(0, {str(HERE)!r})
 import fuzz_worker as worker
 from pathlib import Path
-worker.SECONDS = {1 if kind == "hangs" else 30}
+worker.SECONDS = {4 if kind == "hangs" else 30}
 from quickmerge.errors import QuickmergeError
 import quickmerge.cli as cli
 from quickmerge.console.ending import end
