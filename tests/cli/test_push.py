@@ -24,6 +24,14 @@ from quickmerge.models import load
 from quickmerge.models.kinds import KINDS
 
 
+def bench_calm(run: Any, models: str, folder: Path) -> Any:
+    """Measure CALMs on the text in a folder, the results beside it."""
+    return run(
+        "bench", "calm", "--model", models, "--text", folder / "a.txt", "--context", 48, "--limit", 6, "--samples", 4,
+        "--batch", "", "--json", folder / "b.json",
+    )  # fmt: skip
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with hub_at(monkeypatch, str(tmp_path / "cache")) as hub:
@@ -80,24 +88,7 @@ def test_a_benchmarks_json_stands_on_the_card(run: Any, hub: Hub, tmp_path: Path
     for name in ("two", "plain"):
         save(tiny_calm(2) if name == "two" else tiny_discrete(), tmp_path / name)
     (tmp_path / "a.txt").write_text(texts(1, 80)[0])
-    code, _, err = run(
-        "bench",
-        "calm",
-        "--model",
-        f"{tmp_path / 'two'},{tmp_path / 'plain'}",
-        "--text",
-        tmp_path / "a.txt",
-        "--context",
-        48,
-        "--limit",
-        6,
-        "--samples",
-        4,
-        "--batch",
-        "",
-        "--json",
-        tmp_path / "b.json",
-    )
+    code, _, err = bench_calm(run, f"{tmp_path / 'two'},{tmp_path / 'plain'}", tmp_path)
     assert code == 0, err
     code, _, err = run("push", tmp_path / "prior", "ann/prior", "--results", tmp_path / "b.json")
     assert code == 0, err
@@ -219,24 +210,7 @@ def test_calm_commands_take_an_id(run: Any, hub: Hub, tmp_path: Path) -> None:
     code, _, err = run("push", saved_at, "ann/two")
     assert code == 0, err
     (tmp_path / "a.txt").write_text(texts(1, 80)[0])
-    code, out, err = run(
-        "bench",
-        "calm",
-        "--model",
-        f"ann/two,here={saved_at}",
-        "--text",
-        tmp_path / "a.txt",
-        "--context",
-        48,
-        "--limit",
-        6,
-        "--samples",
-        4,
-        "--batch",
-        "",
-        "--json",
-        tmp_path / "b.json",
-    )
+    code, out, err = bench_calm(run, f"ann/two,here={saved_at}", tmp_path)
     assert code == 0, err
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["two", "here"] and rows[0]["brier_lm"] == rows[1]["brier_lm"]

@@ -41,7 +41,7 @@ from quickmerge.console.options import (
     write_json,
 )
 from quickmerge.errors import QuickmergeError
-from quickmerge.merge.cli.options import add_prior, parse_budget, parse_cache, parse_reducer
+from quickmerge.merge.cli.options import parse_budget, parse_cache, parse_reducer
 from quickmerge.merge.cli.vlm import check_vlm, load_vlm
 from quickmerge.multipole.cli import NAME as MULTIPOLE
 from quickmerge.recipe.options import (
@@ -50,8 +50,11 @@ from quickmerge.recipe.options import (
     CACHE,
     DRAFTER,
     IMAGE_CACHE,
+    KEEP,
     RECIPE,
+    REDUCER,
     SAVE_RECIPE,
+    SHARE,
     TREE,
     check_alone,
     check_folder,
@@ -59,8 +62,10 @@ from quickmerge.recipe.options import (
     given_names,
     load_recipe,
     make_recipe,
+    place,
     record,
     save_recipe,
+    text_merge,
 )
 from quickmerge.speculative.cli import generate_drafter
 
@@ -73,10 +78,8 @@ if TYPE_CHECKING:
 
 TEXT_EXAMPLE = 'Example: quickmerge generate text report.txt --prompt "Summarise." --keep 0.4 --compare'
 IMAGE_EXAMPLE = 'Example: quickmerge generate image a.jpg --model runs/vlm --tokens 64 --prompt "What is it?"'
-SHARE = 0.4
-"""Of the tokens of a text that is kept where nobody says."""
 IMAGE_SHARE = 0.25
-"""The same of visual tokens."""
+"""Of the visual tokens that is kept where nobody says."""
 
 
 def text(
@@ -86,16 +89,8 @@ def text(
         list[str] | None, typer.Option("--ask", help="In its place, once for each question: the file is read once.")
     ] = None,
     model: MODEL = "smollm2-135m",
-    reducer: Annotated[
-        str | None,
-        typer.Option(
-            "--reducer", help="See quickmerge ls; settings follow. Default: quickmerge.", rich_help_panel=FEWER
-        ),
-    ] = None,
-    keep: Annotated[
-        float | None,
-        typer.Option("--keep", help=f"Share of the tokens kept, in (0, 1]. Default: {SHARE:g}.", rich_help_panel=FEWER),
-    ] = None,
+    reducer: REDUCER = None,
+    keep: KEEP = None,
     layer: LAYER = None,
     prior: PRIOR = None,
     min_tokens: MIN_TOKENS = None,
@@ -198,11 +193,10 @@ def _recipe(
     """The recipe that was named, or that options say; ``merged`` are those of merging that were given."""
     if recipe is not None:
         return load_recipe(recipe)
-    method = None
+    merge = None
     if merged or (cache is None and attention is None and drafter is None):
-        method = parse_reducer(reducer or "quickmerge", SHARE if keep is None else keep)
-        method = method if prior is None else add_prior(method, prior)
-    if method is None and protect is not None:
+        merge = text_merge(reducer, keep, parse_layer(layer), prior, min_tokens, protect)
+    if merge is None and protect is not None:
         from dataclasses import replace
 
         evictor = parse_cache(cache)
@@ -210,20 +204,7 @@ def _recipe(
         return make_recipe(
             cache=replace(evictor, protect=protect), attention=attention, budget=budget, drafter=drafter, tree=tree
         )
-    return make_recipe(
-        merge=None if method is None else _place(method, parse_layer(layer), min_tokens, protect), cache=cache,
-        attention=attention, budget=budget, drafter=drafter, tree=tree,
-    )  # fmt: skip
-
-
-def _place(method: Any, depth: Any, min_tokens: int | None, protect: str | None = None) -> Any:
-    from quickmerge.console.options import one_sentence
-    from quickmerge.merge.place import Merge
-    from quickmerge.merge.text.modes import Prefix
-
-    with one_sentence():
-        given = {**told_min_tokens(min_tokens), **({} if protect is None else {"protect": protect})}
-        return Merge(method, depth, Prefix(**given) if given else None)
+    return make_recipe(merge=merge, cache=cache, attention=attention, budget=budget, drafter=drafter, tree=tree)
 
 
 def _squares(recipe: Recipe, vlm: Any) -> Recipe:
@@ -351,10 +332,10 @@ def image(
         if given_names(merging) or not given_names(cheaper):
             method = parse_reducer(reducer or "scope", parse_budget(keep, tokens, IMAGE_SHARE), "visual")
             depth = parse_layer(layer)
-        words = None if text_keep is None else _place(parse_reducer("quickmerge", text_keep), None, min_tokens)
-        patches = None if tower_keep is None else _place(parse_reducer("tome", tower_keep, "vision"), None, None)
+        words = None if text_keep is None else place(parse_reducer("quickmerge", text_keep), None, min_tokens)
+        patches = None if tower_keep is None else place(parse_reducer("tome", tower_keep, "vision"), None, None)
         made = make_recipe(
-            tower=patches, merge=words, visual=None if method is None else _place(method, depth, None),
+            tower=patches, merge=words, visual=None if method is None else place(method, depth, None),
             cache=cache, attention=attention, budget=budget, drafter=drafter, tree=tree,
         )  # fmt: skip
     pictures = [open_image(path) for path in image]

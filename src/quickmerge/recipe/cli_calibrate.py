@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quickmerge.console.options import (
-    FEWER,
     JSON,
     LAYER,
     MODEL,
@@ -27,7 +26,7 @@ from quickmerge.console.options import (
 )
 from quickmerge.errors import QuickmergeError, clean_name
 from quickmerge.merge.cli.options import add_prior, parse_method
-from quickmerge.recipe.options import RECIPE, check_alone, check_folder, given_names, load_recipe
+from quickmerge.recipe.options import RECIPE, REDUCER, check_alone, check_folder, given_names, load_recipe, place
 
 if TYPE_CHECKING:
     from quickmerge.recipe import Recipe
@@ -57,12 +56,7 @@ def calibrate(
     literals: Annotated[int, typer.Option("--literals", min=1, help="Of each document.", hidden=True)] = 8,
     seed: Annotated[int, typer.Option("--seed", help="Of what is held out.", hidden=True)] = 0,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Precision: bfloat16, float32 or float16.")] = None,
-    reducer: Annotated[
-        str | None,
-        typer.Option(
-            "--reducer", help="See quickmerge ls; settings follow. Default: quickmerge.", rich_help_panel=FEWER
-        ),
-    ] = None,
+    reducer: REDUCER = None,
     layer: LAYER = None,
     prior: PRIOR = None,
     protect: PROTECT = None,
@@ -129,8 +123,6 @@ def _recipe(reducer: str | None, layer: str | None, prior: str | None, protect: 
     from dataclasses import replace
 
     from quickmerge.merge.cache import Evictor
-    from quickmerge.merge.place import Merge
-    from quickmerge.merge.text.modes import Prefix
     from quickmerge.recipe import Recipe
 
     method = parse_method(reducer or "quickmerge", 0.5)
@@ -142,8 +134,7 @@ def _recipe(reducer: str | None, layer: str | None, prior: str | None, protect: 
         return Recipe(cache=replace(method, min_tokens=type(method).min_tokens, protect=protect or method.protect))
     if prior is not None:
         method = add_prior(method, prior)
-    with one_sentence():
-        return Recipe(merge=Merge(method, parse_layer(layer), None if protect is None else Prefix(protect=protect)))
+    return Recipe(merge=place(method, parse_layer(layer), None, protect))
 
 
 def _texts(paths: list[Path]) -> list[str]:

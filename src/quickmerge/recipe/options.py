@@ -9,20 +9,51 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quickmerge.console.options import CHEAPER, FEWER, OUTPUT, one_sentence
+from quickmerge.console.options import CHEAPER, FEWER, OUTPUT, one_sentence, told_min_tokens
 from quickmerge.errors import QuickmergeError
 from quickmerge.files import check_output
 
 if TYPE_CHECKING:
     from quickmerge.merge.cache import Evictor
+    from quickmerge.merge.place import Merge
     from quickmerge.recipe import Recipe
 
 __all__ = [
-    "ATTENTION", "BUDGET", "CACHE", "DRAFTER", "IMAGE_CACHE", "RECIPE", "SAVE_RECIPE", "TREE", "check_alone",
-    "check_folder", "check_helpers", "given_names", "load_recipe", "make_recipe", "record", "record_ingredients",
+    "ATTENTION",
+    "BUDGET",
+    "CACHE",
+    "DRAFTER",
+    "IMAGE_CACHE",
+    "KEEP",
+    "RECIPE",
+    "REDUCER",
+    "SAVE_RECIPE",
+    "SHARE",
+    "TREE",
+    "check_alone",
+    "check_folder",
+    "check_helpers",
+    "given_names",
+    "load_recipe",
+    "make_recipe",
+    "place",
+    "record",
+    "record_ingredients",
     "save_recipe",
-]  # fmt: skip
+    "text_merge",
+]
 
+SHARE = 0.4
+"""Of the tokens of a text that is kept where nobody says."""
+
+REDUCER = Annotated[
+    str | None,
+    typer.Option("--reducer", help="See quickmerge ls; settings follow. Default: quickmerge.", rich_help_panel=FEWER),
+]
+KEEP = Annotated[
+    float | None,
+    typer.Option("--keep", help=f"Share of the tokens kept, in (0, 1]. Default: {SHARE:g}.", rich_help_panel=FEWER),
+]
 RECIPE = Annotated[
     str | None,
     typer.Option(
@@ -125,6 +156,31 @@ def make_recipe(
         decoding = None if drafter is None else Speculation(load_drafter(drafter), tree=parse_tree(tree))
         evictor = parse_cache(cache) if isinstance(cache, str) else cache
         return Recipe(**places, cache=evictor, attention=settings, decoding=decoding)
+
+
+def text_merge(
+    reducer: str | None, keep: float | None, layer: int | list[int] | None, prior: str | None,
+    min_tokens: int | None, protect: str | None = None,
+) -> Merge:  # fmt: skip
+    """How a text is merged by what ``--reducer``, ``--keep``, ``--layer`` (parsed), ``--prior`` and so on say.
+
+    Raises:
+        QuickmergeError: a setting is unknown or out of range.
+    """
+    from quickmerge.merge.cli.options import add_prior, parse_reducer
+
+    method = parse_reducer(reducer or "quickmerge", SHARE if keep is None else keep)
+    return place(method if prior is None else add_prior(method, prior), layer, min_tokens, protect)
+
+
+def place(method: Any, layer: int | list[int] | None, min_tokens: int | None, protect: str | None = None) -> Merge:
+    """Where and how a reducer acts; None leaves a setting to its default."""
+    from quickmerge.merge.place import Merge
+    from quickmerge.merge.text.modes import Prefix
+
+    with one_sentence():
+        given = {**told_min_tokens(min_tokens), **({} if protect is None else {"protect": protect})}
+        return Merge(method, layer, Prefix(**given) if given else None)
 
 
 def save_recipe(folder: Path | None, recipe: Recipe) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quickmerge.console.options import (
-    FEWER,
     LAYER,
     MIN_TOKENS,
     OUTPUT,
@@ -19,27 +18,27 @@ from quickmerge.console.options import (
     quiet,
 )
 from quickmerge.errors import QuickmergeError, clean_name, near_match
-from quickmerge.merge.cli.options import add_prior, parse_reducer
 from quickmerge.recipe.options import (
     ATTENTION,
     BUDGET,
     CACHE,
     DRAFTER,
+    KEEP,
     RECIPE,
+    REDUCER,
     TREE,
     check_alone,
     check_helpers,
     given_names,
     load_recipe,
     make_recipe,
+    text_merge,
 )
 
 if TYPE_CHECKING:
-    from quickmerge.recipe import Recipe
+    pass
 
 EXAMPLE = "Example: quickmerge package --model smollm2-135m --keep 0.4 --out served"
-SHARE = 0.4
-"""Of the tokens of a text that is kept where nobody says."""
 LINKS = ("hard", "symbolic")
 
 
@@ -49,14 +48,8 @@ def package(
     ],
     out: Annotated[Path, typer.Option("--out", help="The new folder.", rich_help_panel=OUTPUT)],
     recipe: RECIPE = None,
-    reducer: Annotated[
-        str | None,
-        typer.Option("--reducer", help="See quickmerge ls. Default: quickmerge.", rich_help_panel=FEWER),
-    ] = None,
-    keep: Annotated[
-        float | None,
-        typer.Option("--keep", help=f"Share of the tokens kept, in (0, 1]. Default: {SHARE:g}.", rich_help_panel=FEWER),
-    ] = None,
+    reducer: REDUCER = None,
+    keep: KEEP = None,
     layer: LAYER = None,
     prior: PRIOR = None,
     min_tokens: MIN_TOKENS = None,
@@ -90,7 +83,7 @@ def package(
         made = load_recipe(recipe)
     else:
         asked = given_names(merging) or not given_names(helpers)
-        merge = _merge(reducer, keep, depth, prior, min_tokens) if asked else None
+        merge = text_merge(reducer, keep, depth, prior, min_tokens) if asked else None
         made = make_recipe(merge=merge, cache=cache, attention=attention, budget=budget, drafter=drafter, tree=tree)
     quiet()
     from quickmerge.serve.package import package as write
@@ -98,21 +91,6 @@ def package(
     with one_sentence():
         done = write(model, made, out, link="copy" if copy else link or "auto")  # type: ignore[arg-type]
     how = {"hard": "hard links", "symbolic": "symbolic links", "copy": "copies"}[done.linked]
-    print(f"{clean_name(str(out))}: {done.model}, {_label(made)}; {done.weights / 2**20:.0f} MiB of weights as {how}")
+    size = f"{done.weights / 2**20:.0f} MiB of weights as {how}"
+    print(f"{clean_name(str(out))}: {done.model}, {clean_name(made.label)}; {size}")
     print(f"serve it: transformers serve {clean_name(str(out))} --trust-remote-code")
-
-
-def _label(recipe: Recipe) -> str:
-    return clean_name(recipe.label)
-
-
-def _merge(
-    reducer: str | None, keep: float | None, depth: int | list[int] | None, prior: str | None, min_tokens: int | None
-) -> object:
-    from quickmerge.merge.place import Merge
-    from quickmerge.merge.text.modes import Prefix
-
-    method = parse_reducer(reducer or "quickmerge", SHARE if keep is None else keep)
-    method = method if prior is None else add_prior(method, prior)
-    with one_sentence():
-        return Merge(method, depth, None if min_tokens is None else Prefix(min_tokens=min_tokens))

@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quickmerge.errors import QuickmergeError
+from quickmerge.models.moved import read
 from quickmerge.speculative.tree import Tree
 
 if TYPE_CHECKING:
     from quickmerge.speculative.cost import Cost
 
-__all__ = ["Drafter", "Stats", "serving"]
+__all__ = ["Drafter", "Stats", "serving", "texts_of"]
 
 
 @dataclass
@@ -197,6 +198,13 @@ class Drafter(ABC):
     @abstractmethod
     def rows(self, index: Tensor) -> None:
         """Go on with the rows ``index (R,)`` long, on the host, alone, in this order; the others are finished."""
+
+
+def texts_of(ids: Tensor, valid: Tensor) -> list[list[int]]:
+    """The tokens of each row ``ids (B, n)`` that are ``valid (B, n)``, by one wait for the device."""
+    there, real = read(ids, valid)
+    assert there is not None and real is not None
+    return [row[keep].tolist() for row, keep in zip(there, real, strict=True)]
 
 
 @contextmanager

@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quickmerge.errors import whole_number
-from quickmerge.models.moved import read
-from quickmerge.speculative.drafter import Drafter
+from quickmerge.speculative.drafter import Drafter, texts_of
 from quickmerge.speculative.tree import Tree, best_first
 
 __all__ = ["PromptLookup", "TextIndex"]
@@ -56,8 +55,7 @@ class PromptLookup(Drafter):
         self, model: PreTrainedModel, ids: Tensor, valid: Tensor, features: Tensor | None, positions: Tensor
     ) -> None:
         """Index the prompts."""
-        texts = zip(*(x for x in read(ids, valid) if x is not None), strict=True)
-        self._texts = [TextIndex(row[keep].tolist(), self.ngram) for row, keep in texts]
+        self._texts = [TextIndex(text, self.ngram) for text in texts_of(ids, valid)]
         self._drafts, self._written = [], []
         self._tried = [2] * (self.ngram + self.length)
         self._right = [1] * (self.ngram + self.length)
@@ -111,15 +109,9 @@ class PromptLookup(Drafter):
 
     def _learn(self, draft: _Draft, follows: Sequence[int]) -> None:
         """Count how far a draft was right about what follows its root, whatever the target has read of it."""
-        children, node = draft.tree.children(), 0
-        for step, token in enumerate(follows):
-            if not children[node]:
-                return
+        for step, right in enumerate(draft.tree.came_true(follows)):
             self._tried[draft.matched + step] += 1
-            if token not in children[node]:
-                return
-            self._right[draft.matched + step] += 1
-            node = children[node][token]
+            self._right[draft.matched + step] += right
 
 
 @dataclass(frozen=True)

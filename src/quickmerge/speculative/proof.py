@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from weakref import WeakKeyDictionary
 
 import torch
@@ -209,13 +210,14 @@ def _near(model: PreTrainedModel, text: Tensor) -> float:
 
 
 def _apart(found: Tensor, wanted: Tensor) -> float:
+    """How far logits are apart, of how far the wanted ones differ among themselves."""
     scale = float((wanted - wanted.mean()).abs().mean())
-    return float((found - wanted).abs().mean()) / scale if scale else 0.0
+    apart = float((found - wanted).abs().mean())
+    return apart / scale if scale else math.inf if apart else 0.0
 
 
 def _alike(found: Tensor, wanted: Tensor, near: float) -> bool:
-    scale = float((wanted - wanted.mean()).abs().mean())
-    return float((found - wanted).abs().mean()) <= near * scale
+    return _apart(found, wanted) <= near
 
 
 def _first_line(error: Exception) -> str:

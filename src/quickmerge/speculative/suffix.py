@@ -173,16 +173,10 @@ class _Row:
     def learn(self, last: int, tried: list[float], right: list[float]) -> None:
         """Count how far the draft was right about what follows its root, whatever the target has read of it."""
         if self.draft is not None and self.written:
-            children, node = self.draft.tree.children(), 0
-            for step, token in enumerate([*self.written[1:], last]):
-                if not children[node]:
-                    break
+            for step, came in enumerate(self.draft.tree.came_true([*self.written[1:], last])):
                 at = _class(self.draft.size + step)
                 tried[at] += 1
-                if token not in children[node]:
-                    break
-                right[at] += 1
-                node = children[node][token]
+                right[at] += came
         self.written = []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -91,6 +91,17 @@ class Tree:
         for a, b in self.extra:
             out[a].setdefault(self.tokens[b], b)
         return out
+
+    def came_true(self, follows: Sequence[int]) -> Iterator[bool]:
+        """Of each token behind the root whether it was drafted there; up to the first that was not, or had no draft."""
+        children, node = self.children(), 0
+        for token in follows:
+            if not children[node]:
+                return
+            yield token in children[node]
+            if token not in children[node]:
+                return
+            node = children[node][token]
 
     def best(self, nodes: int) -> Tree:
         """The ``nodes`` most probable nodes, ties to the earlier one, in the order in which they stand; connected."""

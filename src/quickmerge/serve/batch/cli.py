@@ -10,7 +10,6 @@ import typer
 
 from quickmerge.calm.cli import is_calm
 from quickmerge.console.options import (
-    FEWER,
     LAYER,
     MAX_NEW_TOKENS,
     MIN_TOKENS,
@@ -29,19 +28,21 @@ from quickmerge.console.options import (
     quiet,
 )
 from quickmerge.errors import QuickmergeError, near_match
-from quickmerge.merge.cli.options import add_prior, parse_reducer
 from quickmerge.recipe.options import (
     ATTENTION,
     BUDGET,
     CACHE,
     DRAFTER,
+    KEEP,
     RECIPE,
+    REDUCER,
     TREE,
     check_alone,
     check_helpers,
     given_names,
     load_recipe,
     make_recipe,
+    text_merge,
 )
 from quickmerge.serve.batch.job import SAVE_SECONDS, Cluster, Progress, need_ray, run_job, try_out
 from quickmerge.serve.batch.rows import Columns, Row, read_rows
@@ -51,8 +52,6 @@ if TYPE_CHECKING:
     from quickmerge.recipe import Recipe
 
 EXAMPLE = "Example: quickmerge batch --input prompts.jsonl --recipe runs/recipe --out runs/answers --workers 2"
-SHARE = 0.4
-"""Of the tokens of a prompt that is kept where nobody says."""
 SOME_FAILED = 3
 """The exit code where all is done but some rows can't be answered."""
 MODES, DTYPES, DEVICES = ("chat", "completion"), ("float32", "bfloat16", "float16"), ("cpu", "cuda")
@@ -99,16 +98,8 @@ def batch(
     ] = None,
     id: Annotated[str | None, typer.Option("--id", help="Column of the rows' names. Default: id.", hidden=True)] = None,
     mode: Annotated[str, typer.Option("--mode", help="chat: by the chat template; completion.")] = MODES[0],
-    reducer: Annotated[
-        str | None,
-        typer.Option(
-            "--reducer", help="See quickmerge ls; settings follow. Default: quickmerge.", rich_help_panel=FEWER
-        ),
-    ] = None,
-    keep: Annotated[
-        float | None,
-        typer.Option("--keep", help=f"Share of the tokens kept, in (0, 1]. Default: {SHARE:g}.", rich_help_panel=FEWER),
-    ] = None,
+    reducer: REDUCER = None,
+    keep: KEEP = None,
     layer: _RARE_LAYER = None,
     prior: _RARE_PRIOR = None,
     min_tokens: _RARE_MIN_TOKENS = None,
@@ -175,7 +166,6 @@ def batch(
         raise QuickmergeError(f"{model} is a CALM: let it write with quickmerge generate calm")
     merging = {"--reducer": reducer, "--keep": keep, "--layer": layer, "--prior": prior, "--min-tokens": min_tokens}
     cheaper = {"--cache": cache, "--attention": attention, "--budget": budget, "--drafter": drafter, "--tree": tree}
-    merged = given_names(merging)
     check_alone(recipe, given_names({**merging, **cheaper}))
     check_helpers(attention, budget, drafter, tree)
     check_folder(out)
@@ -185,7 +175,10 @@ def batch(
     if recipe is not None:
         made = load_recipe(recipe)
     else:
-        made = _recipe(reducer, keep, layer, prior, min_tokens, cache, attention, budget, drafter, tree, merged)
+        merge = None
+        if given_names(merging) or (cache is None and attention is None and drafter is None):
+            merge = text_merge(reducer, keep, parse_layer(layer), prior, min_tokens)
+        made = make_recipe(merge=merge, cache=cache, attention=attention, budget=budget, drafter=drafter, tree=tree)
     cluster = Cluster(workers, ray_address, cpus, 1 if device == "cuda" else 0)
     known = str(Path(model).resolve()) if Path(model).is_dir() else model
     _go(
@@ -193,24 +186,6 @@ def batch(
         documents=question is not None or prompt is not None, max_new_tokens=max_new_tokens, sample=sample,
         temperature=temperature, seed=seed, dtype=dtype, device=device, format=format,
     )  # fmt: skip
-
-
-def _recipe(
-    reducer: str | None, keep: float | None, layer: str | None, prior: str | None, min_tokens: int | None,
-    cache: str | None, attention: str | None, budget: int | None, drafter: str | None, tree: str | None,
-    merged: list[str],
-) -> Recipe:  # fmt: skip
-    """The recipe that options say; ``merged`` are those of merging that were given."""
-    from quickmerge.merge.place import Merge
-    from quickmerge.merge.text.modes import Prefix
-
-    place = None
-    if merged or (cache is None and attention is None and drafter is None):
-        method = parse_reducer(reducer or "quickmerge", SHARE if keep is None else keep)
-        method = method if prior is None else add_prior(method, prior)
-        with one_sentence():
-            place = Merge(method, parse_layer(layer), None if min_tokens is None else Prefix(min_tokens=min_tokens))
-    return make_recipe(merge=place, cache=cache, attention=attention, budget=budget, drafter=drafter, tree=tree)
 
 
 def _go(
