@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # errors only: the steps are announced here
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
-.PHONY: help setup demo test quick lint slow kills fuzz bench compat docs vllm release clean
+.PHONY: help setup demo test quick lint slow kills fuzz bench compat docs vllm gpu release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make compat  try the built wheel with the oldest and the newest transformers, in environments of their own"
 	@echo "make docs    build the pages of docs/ into build/site, in an environment of their own; a broken link fails"
 	@echo "make vllm    try vLLM's CPU build with our models and drafts, in an environment of its own (4 GB, an hour)"
+	@echo "make gpu     run what needs a GPU, in eight minutes at most: tests, kernels, curves; WHEELS=FOLDER brings packages"
 	@echo "make release build the wheel and the sdist, check them, and install both in environments of each Python at hand"
 	@echo "make bench   set up, gather the benchmark documents, then measure"
 	@echo "make clean   remove the environment and what the tools left"
@@ -89,6 +90,12 @@ $(VLLM_STAMP): pyproject.toml
 
 vllm: $(VLLM_STAMP)
 	@$(VLLM)/bin/python tests/serve/vllm/run.py
+
+# No setup: a machine with a GPU has a torch of its own, and often no index.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu:
+	@"$(GPU_PYTHON)" benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS))
 
 kills: setup
 	@$(BIN)/python tests/kills/killed.py 216

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from budget_tables import BUDGETS
 from calm_tables import CALM
+from curve_tables import CURVES
 from gumiho_tables import GUMIHO
 from harness_tables import HARNESS
 from literal_tables import LITERALS
@@ -483,9 +484,12 @@ def families() -> Table:
     return Table([Column("family", text("family")), *map(of, CAPABILITIES)], found)
 
 
-def made_of(result: str, make: Callable[[Sequence[Row]], Table], key: str = "rows") -> Table | None:
-    """What ``make`` makes of the rows of a result file, or of another of its lists; None where it is missing."""
-    return make(rows_of(result, key)) if (HERE / "results" / f"{result}.json").is_file() else None
+def made_of(result: str, make: Callable[[Any], Table], key: str | None = "rows") -> Table | None:
+    """What ``make`` makes of the rows of a result file, another of its lists, or all of it; None: it is missing."""
+    file = HERE / "results" / f"{result}.json"
+    if not file.is_file():
+        return None
+    return make(json.loads(file.read_text(encoding="utf-8")) if key is None else rows_of(result, key))
 
 
 OWN: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {
@@ -518,7 +522,7 @@ TABLES: dict[str, Callable[[], Table | None]] = {
 }  # fmt: skip
 TABLES["prior_kinds"] = partial(kinds, "prior_recovery", 1)
 TABLES |= BUDGETS | VLM_ZOO | HARNESS | LITERALS
-MADE = OWN | MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST | RECIPES | SERVER | WAITS
+MADE = OWN | MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST | RECIPES | SERVER | WAITS | CURVES
 TABLES |= {name: partial(made_of, *of) for name, of in MADE.items()}
 
 

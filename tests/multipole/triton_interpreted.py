@@ -1,8 +1,12 @@
-"""What Triton's interpreter says of the kernels; `test_triton` runs this file in a process of its own."""
+"""What the kernels say: in Triton's interpreter, or on a GPU where there is one and nobody asked for the former.
+
+`test_triton` runs this file in a process of its own for the interpreter, and `benchmarks/gpu.py` for a GPU.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+from dataclasses import fields, is_dataclass, replace
 from random import Random
 from typing import Any
 
@@ -18,16 +22,49 @@ from quickmerge.multipole.attend import attend_and_count
 from quickmerge.multipole.clusters import Clusters
 from quickmerge.multipole.triton_decode import attend_triton
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def there(given: Any) -> Any:
+    """The same on the device of the kernels: tensors with their strides, and what holds tensors."""
+    if INTERPRETED:
+        return given
+    if isinstance(given, Tensor):
+        whole = torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=DEVICE)
+        return whole.copy_(given)
+    if is_dataclass(given) and not isinstance(given, type):
+        return replace(given, **{each.name: there(getattr(given, each.name)) for each in fields(given)})
+    return given
+
+
+def kernels(case: Case, told: Multipole | None = None, **more: Any) -> tuple[Tensor, Tensor]:
+    """What the kernels make of a case, here again: the output, and how many clustered rows were read."""
+    case = there(case)
+    more = {name: there(each) for name, each in more.items()}
+    got, counted = attend_triton(
+        case.query,
+        case.keys,
+        case.values,
+        case.size,
+        case.clusters,
+        told or case.settings,
+        scaling=case.scaling,
+        **more,
+    )
+    return got.cpu(), counted.cpu()
 
 
 def both(case: Case, query_for_centroids: Tensor | None = None, **changes: Any) -> tuple[Tensor, Tensor]:
     """The kernels' output after it was compared with torch's, and how much was read."""
     told = replace(case.settings, **changes)
-    given_ = (case.query, case.keys, case.values, case.size, case.clusters, told)
-    more = {"scaling": case.scaling, "query_for_centroids": query_for_centroids}
-    want, rows = attend_and_count(*given_, **more)
-    got, counted = attend_triton(*given_, **more)
+    want, rows = attend_and_count(
+        case.query, case.keys, case.values, case.size, case.clusters, told, scaling=case.scaling,
+        query_for_centroids=query_for_centroids,
+    )  # fmt: skip
+    got, counted = kernels(case, told, query_for_centroids=query_for_centroids)
     assert got.dtype == want.dtype and got.shape == want.shape
     assert torch.equal(counted, rows)
     tolerance = CLOSE[case.query.dtype]
@@ -81,9 +118,7 @@ def test_equals_the_paper_written_out(seed: int) -> None:
     rng = Random(seed)
     case = random_case(seed, dtype=torch.float32, queries=(1,), spread=rng.random() < 0.3)
     want, rows = literal_multipole(case)
-    got, counted = attend_triton(
-        case.query, case.keys, case.values, case.size, case.clusters, case.settings, scaling=case.scaling
-    )
+    got, counted = kernels(case)
     assert torch.equal(counted, rows)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
@@ -172,7 +207,8 @@ def test_nothing_behind_the_cache_is_read() -> None:
     keys[:, :, 100:], values[:, :, 100:] = torch.nan, torch.nan
     told = replace(case.settings, budget=10_000)
     for chosen in (told, replace(told, select="top_p", top_p=1.0)):
-        out, _ = attend_triton(case.query, keys[:, :, :100], values[:, :, :100], None, case.clusters, chosen)
+        held = there(keys)[:, :, :100], there(values)[:, :, :100]
+        out, _ = attend_triton(there(case.query), *held, None, there(case.clusters), chosen)
         assert out.isfinite().all()
 
 
