@@ -15,6 +15,7 @@ def waits(rows: Mapping[str, Mapping[str, Any]]) -> Table:
         Column("plain", number("plain", ".3g")),
         Column("with it", number("waits", ".3g")),
         Column("more", number("more", ".3g")),
+        Column("operations", lambda row: f"{row['operations']:.0f}" if row.get("operations") else ""),
     ]
     return Table(columns, [{"what": what, **row} for what, row in rows.items()])
 

@@ -94,8 +94,9 @@ def commit(cache: Cache, columns: Columns, paths: Sequence[Sequence[int]], read:
     step = torch.arange(most, device=device)
     there = step < count[:, None]
     even = len({len(path) for path in paths}) == 1
-    # Nodes in front of the first one that has to move, or that a row has not, are where they belong.
-    still = min(min(_in_place(path, most), len(path)) for path in paths)
+    # Nodes in front of the first one that has to move are where they belong. Behind the last one of a shorter path what
+    # was read and not accepted may stay: nobody looks at a hole. So chains are cut, and nothing of them moves.
+    still = min(_in_place(path, most) for path in paths)
     take_tail(cache, read - still, (index[:, still:] - still).clamp_min(0), None if even else there[:, still:])
     return replace(
         columns,
