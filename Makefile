@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # errors only: the steps are announced here
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
-.PHONY: help setup demo test quick lint slow kills fuzz bench compat docs vllm gpu release clean
+.PHONY: help setup demo test quick lint slow kills fuzz bench compat docs notebooks vllm gpu release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make fuzz    set up, then open a thousand hostile files and folders (ten minutes)"
 	@echo "make compat  try the built wheel with the oldest and the newest transformers, in environments of their own"
 	@echo "make docs    build the pages of docs/ into build/site, in an environment of their own; a broken link fails"
+	@echo "make notebooks set up, then run the notebooks and write their outputs anew"
 	@echo "make vllm    try vLLM's CPU build with our models and drafts, in an environment of its own (4 GB, an hour)"
 	@echo "make gpu     run what needs a GPU, in eight minutes at most: tests, kernels, curves; WHEELS=FOLDER brings packages"
 	@echo "make release build the wheel and the sdist, check them, and install both in environments of each Python at hand"
@@ -57,6 +58,10 @@ quick: setup
 
 slow: setup
 	@$(BIN)/python -m pytest -q -m slow
+
+# The outputs on GitHub are those of the last run; what libraries say on stderr is none of them.
+notebooks: setup
+	@$(BIN)/python notebooks/run.py
 
 fuzz: setup
 	@$(BIN)/python tests/fuzz/run.py

@@ -34,3 +34,13 @@ def test_the_map_names_every_folder() -> None:
     folders = {path.parent.name for path in (ROOT / "src" / "quickmerge").glob("*/__init__.py")}
     first = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
     assert {name.rstrip("/") for name in first.split("`")[1::2]} == folders
+
+
+def test_changelog_and_citation_tell_the_version() -> None:
+    import quickmerge as qm
+
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    newest = changes.split("\n## ")[1].split("\n")[0]
+    assert newest.split(" ")[0] == qm.__version__ and f"\nversion: {qm.__version__}\n" in citation
+    assert newest.split("(")[1].rstrip(")") in (citation.split('date-released: "')[1].split('"')[0], "unreleased")

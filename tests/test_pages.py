@@ -89,7 +89,9 @@ def test_what_is_not_run_says_why() -> None:
         assert not block.unrun or block.unrun in UNRUN, f"{block}: {block.unrun}"
         assert block.unrun != "measured" or block.language == "bash", f"{block} is no command"
         assert not (block.unrun and block.language == "python") or block.unrun in ("yours", "door"), block
-    unrun = [block for block in all_blocks() if block.unrun and block.unrun not in ("measured", "door")]
+    for block in all_blocks():
+        assert block.unrun or "pip install" not in block.code, f"{block} would install into the tests' environment"
+    unrun = [block for block in all_blocks() if block.unrun and block.unrun not in ("measured", "door", "fetches")]
     assert len(unrun) <= 25, [str(block) for block in unrun]
     asked = {each.strip() for page in pages() for group in SETUP.findall(page.read_text()) for each in group.split(",")}
     assert asked <= set(SETUPS)

@@ -24,7 +24,7 @@ from pathlib import Path
 from environments import IMPORTS, ROOT, TORCH, Step, others
 
 COMMANDS = (["--version"], ["ls"], ["plan", "--tokens", "4096", "--keep", "0.4"])
-NEVER = re.compile(r"(^|/)(\.venv|runs|__pycache__|\.git|site)(/|$)|\.(gguf|pt|bin)$")
+NEVER = re.compile(r"(^|/)(\.venv|runs|__pycache__|\.git|build)(/|$)|\.(gguf|pt|bin)$")
 """What no archive may hold."""
 
 
