@@ -5,6 +5,7 @@ Public names are loaded on first use, so that importing the package stays cheap.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from quickmerge import _moved
@@ -138,3 +139,6 @@ __getattr__, __dir__, __all__ = lazy(
 
 watch()
 _moved.watch()
+# transformers imports torchao with its models, where that is installed, and torch then notes what torchao will have to
+# change: two lines on stderr of every program, about which its user can do nothing.
+logging.getLogger("torch.utils._pytree").addFilter(lambda told: "is now natively supported" not in str(told.msg))

@@ -72,7 +72,7 @@ def test_where_no_share_will_do_the_code_tells_and_nothing_is_saved(
         (["--floor", "97"], "floor must be a number in (0, 1], got 97"),
         (["--score", "recal"], "score must be recovery, literals, or tasks of"),
         (["--protect", "numbers"], "--protect must be literals, got 'numbers'"),
-        (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (["--dtype", "int4"], "--dtype must be one of float32, bfloat16, float16, int8, auto, got 'int4'"),
         (["--reducer", "snapkv", "--layer", "3"], "--layer is for methods that merge, got snapkv"),
         (["--recipe", "x", "--protect", "literals"], "--protect can't be used with --recipe"),
     ],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quickmerge.console.options import (
+    DTYPE,
     JSON,
     LAYER,
     MODEL,
@@ -15,6 +16,7 @@ from quickmerge.console.options import (
     PRIOR,
     PROTECT,
     Alone,
+    check_dtype,
     check_output,
     check_protect,
     load_writer,
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 EXAMPLE = "Example: quickmerge calibrate --text mine/ --floor 0.97 --out runs/recipe"
 MISSED = 3
 """Exit code where no share stays above the floor."""
-PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def calibrate(
@@ -55,7 +56,7 @@ def calibrate(
     samples: Annotated[int, typer.Option("--samples", min=1, help="Of each task.", hidden=True)] = 24,
     literals: Annotated[int, typer.Option("--literals", min=1, help="Of each document.", hidden=True)] = 8,
     seed: Annotated[int, typer.Option("--seed", help="Of what is held out.", hidden=True)] = 0,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Precision: bfloat16, float32 or float16.")] = None,
+    dtype: DTYPE = "float32",
     reducer: REDUCER = None,
     layer: LAYER = None,
     prior: PRIOR = None,
@@ -81,8 +82,7 @@ def calibrate(
     check_protect(protect)
     given = {"--reducer": reducer, "--layer": layer, "--prior": prior, "--protect": protect}
     check_alone(recipe, given_names(given))
-    if dtype is not None and dtype not in PRECISIONS:
-        raise QuickmergeError(f"--dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}")
+    check_dtype(dtype)
     made = load_recipe(recipe) if recipe is not None else _recipe(reducer, layer, prior, protect)
     from quickmerge.recipe.calibration import calibrate as search
     from quickmerge.recipe.calibration import check_floor
@@ -92,12 +92,8 @@ def calibrate(
         if out is not None or json is not None:
             made.as_dict()  # what can't be saved is told before hours of work
     texts = _texts(text)
-    lm, tokenizer = load_writer(model)
+    lm, tokenizer = load_writer(model, dtype)
     with one_sentence(Alone.writing(lm, tokenizer)), progress() as bar:
-        if dtype is not None:
-            import torch
-
-            lm = lm.to(getattr(torch, dtype))
         kept, short = _long_enough(tokenizer, texts, score)
         task = bar.add_task("measuring", total=None)
         found = search(
