@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from quickmerge.recipe import Recipe as Recipe
     from quickmerge.recipe import Speculation as Speculation
     from quickmerge.recipe import apply as apply
+    from quickmerge.recipe import break_even as break_even
     from quickmerge.recipe import calibrate as calibrate
     from quickmerge.recipe import read as read
     from quickmerge.recognition import Recognizer as Recognizer
@@ -129,7 +130,7 @@ __getattr__, __dir__, __all__ = lazy(
         "models": ("load", "load_vision", "load_vlm"),
         "models.attachment": ("detach",),
         "multipole": ("Multipole", "MultipoleCache", "multipole"),
-        "recipe": ("Calibration", "Reading", "Recipe", "Speculation", "apply", "calibrate", "read"),
+        "recipe": ("Calibration", "Reading", "Recipe", "Speculation", "apply", "break_even", "calibrate", "read"),
         "recognition": ("Recognizer",),
         "speculative": ("BestOf", "PromptLookup", "SpeculativeDecoding", "SuffixDecoding"),
         "speculative.gumiho": ("Gumiho",),
