@@ -85,7 +85,10 @@ def test_where_no_share_will_do_the_code_tells_and_nothing_is_saved(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--speed", "--text", "x", "--reducer", "snapkv"], "--speed is for recipes that merge the text, got cache snapkv"),
+        (
+            ["--speed", "--text", "x", "--reducer", "snapkv"],
+            "--speed is for recipes that merge the text, got cache snapkv",
+        ),
         (["--text", "nowhere"], "--text must name files or folders, got nowhere, which is none"),
         (["--floor", "97"], "floor must be a number in (0, 1], got 97"),
         (["--score", "recal"], "score must be recovery, literals, or tasks of"),
