@@ -140,6 +140,8 @@ __getattr__, __dir__, __all__ = lazy(
 
 watch()
 _moved.watch()
-# transformers imports torchao with its models, where that is installed, and torch then notes what torchao will have to
-# change: two lines on stderr of every program, about which its user can do nothing.
+# transformers imports torchao with its models, where that is installed. torch then notes what torchao will have to
+# change, and torchao that its kernels for GPUs can't be loaded without one: lines on stderr of every program, about
+# which its user can do nothing.
 logging.getLogger("torch.utils._pytree").addFilter(lambda told: "is now natively supported" not in str(told.msg))
+logging.getLogger("torchao").addFilter(lambda told: "Failed to load " not in str(told.msg))
