@@ -453,6 +453,19 @@ def how_models_come(rows: Sequence[Row]) -> Table:
     return Table(columns, rows)
 
 
+def precision(rows: Sequence[Row]) -> Table:
+    """One model in several dtypes: quality, exact match with float32, and how many times as fast passes are."""
+    columns = [
+        Column("dtype", text("form")), RECOVERY, Column("NLL, all tokens", number("nll_full", ".3f")),
+        Column("tokens as float32", number("same_tokens", ".0f", scale=100, unit=" %")),
+        *(
+            Column(name, number(f"{key}_speedup", ".2f", unit="x"))
+            for name, key in (("a step", "step"), ("four tokens", "four"), ("a piece of a prompt", "piece"))
+        ),
+    ]  # fmt: skip
+    return Table(columns, rows)
+
+
 def matrix() -> Table:
     """The support matrix that the tests hold: families down, attention and cache across."""
     cells: dict[str, str] = json.loads((HERE.parent / "tests" / "merge" / "matrix.json").read_text(encoding="utf-8"))
@@ -497,6 +510,7 @@ OWN: dict[str, tuple[str, Callable[[Sequence[Row]], Table], str]] = {
     "prior_needle": ("prior_needle", needle, "rows"),
     "block_causal": ("block_causal", block_causal, "rows"),
     "how_models_come": ("how_models_come", how_models_come, "rows"),
+    "precision": ("precision", precision, "rows"),
     "prior_ablation": ("prior_ablation", prior_ablation, "rows"),
     "prior_cost": ("prior_cost", prior_cost, "rows"),
     "prior_budget": ("prior_budget", prior_budget, "rows"),

@@ -5,6 +5,7 @@ Public names are loaded on first use, so that importing the package stays cheap.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from quickmerge import _moved
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from quickmerge.recipe import Recipe as Recipe
     from quickmerge.recipe import Speculation as Speculation
     from quickmerge.recipe import apply as apply
+    from quickmerge.recipe import break_even as break_even
     from quickmerge.recipe import calibrate as calibrate
     from quickmerge.recipe import read as read
     from quickmerge.recognition import Recognizer as Recognizer
@@ -128,7 +130,7 @@ __getattr__, __dir__, __all__ = lazy(
         "models": ("load", "load_vision", "load_vlm"),
         "models.attachment": ("detach",),
         "multipole": ("Multipole", "MultipoleCache", "multipole"),
-        "recipe": ("Calibration", "Reading", "Recipe", "Speculation", "apply", "calibrate", "read"),
+        "recipe": ("Calibration", "Reading", "Recipe", "Speculation", "apply", "break_even", "calibrate", "read"),
         "recognition": ("Recognizer",),
         "speculative": ("BestOf", "PromptLookup", "SpeculativeDecoding", "SuffixDecoding"),
         "speculative.gumiho": ("Gumiho",),
@@ -138,3 +140,8 @@ __getattr__, __dir__, __all__ = lazy(
 
 watch()
 _moved.watch()
+# transformers imports torchao with its models, where that is installed. torch then notes what torchao will have to
+# change, and torchao that its kernels for GPUs can't be loaded without one: lines on stderr of every program, about
+# which its user can do nothing.
+logging.getLogger("torch.utils._pytree").addFilter(lambda told: "is now natively supported" not in str(told.msg))
+logging.getLogger("torchao").addFilter(lambda told: "Failed to load " not in str(told.msg))

@@ -58,7 +58,7 @@ def test_recipes_are_measured_by_their_names(folder: Path, tmp_path: Path) -> No
         (["--tasks", "needel"], r"--tasks must be one of needle, .*got 'needel' \(did you mean 'needle'\?\)"),
         (["--format", "chatty"], r"--format must be one of cue, bare, chat, got 'chatty'"),
         (["--mode", "late"], r"--mode must be one of last, first, both, later, got 'late'"),
-        (["--dtype", "int8"], r"--dtype must be one of bfloat16, float32, float16, got 'int8'"),
+        (["--dtype", "int4"], r"--dtype must be one of float32, bfloat16, float16, int8, auto, got 'int4'"),
         (["--seeds", "3:3"], r"--seeds must be two numbers, the first one smaller \(0:12\), or one, got '3:3'"),
         (["--seeds", "a"], r"--seeds must be two numbers"),
         (["--keep", "2"], r"--keep must be a number in \(0, 1\], got 2"),

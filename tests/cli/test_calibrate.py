@@ -52,6 +52,23 @@ def test_it_saves_a_recipe_that_remembers_and_shows_it(run: Any, counts: Path, m
     assert run(*given, "--records", records)[0] == 0 and records.stat().st_size == size
 
 
+def test_a_recipe_is_timed_with_or_without_texts(run: Any, counts: Path, mine: Path, tmp_path: Path) -> None:
+    """Half of a prompt costs half in this model, whose lower blocks are all that both ways read in full."""
+    one, two, table = tmp_path / "one", tmp_path / "two", tmp_path / "t.json"
+    qm.Recipe(merge=qm.Merge(qm.Truncate(keep=0.05), layer=1)).save_pretrained(one)
+    given = ["calibrate", "--speed", "--model", counts, "--recipe", one, "--out", two, "--json", table]
+    code, told, err = run(*given)
+    speed = json.loads(table.read_text())["speed"]
+    assert code == (3 if speed["tokens"] is None else 0), err  # seconds of this machine say which
+    assert "plain over merged prefill" in " ".join(told.split())
+    if code == 0:
+        made = qm.Recipe.from_pretrained(two)
+        assert made.merge.mode.min_tokens == made.break_even.tokens == speed["tokens"]
+        assert "break-even: measured" in told and "recipe.json" in told
+    else:
+        assert not (two / "recipe.json").exists()
+
+
 def test_where_no_share_will_do_the_code_tells_and_nothing_is_saved(
     run: Any, counts: Path, mine: Path, tmp_path: Path
 ) -> None:
@@ -68,11 +85,15 @@ def test_where_no_share_will_do_the_code_tells_and_nothing_is_saved(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        (
+            ["--speed", "--text", "x", "--reducer", "snapkv"],
+            "--speed is for recipes that merge the text, got cache snapkv",
+        ),
         (["--text", "nowhere"], "--text must name files or folders, got nowhere, which is none"),
         (["--floor", "97"], "floor must be a number in (0, 1], got 97"),
         (["--score", "recal"], "score must be recovery, literals, or tasks of"),
         (["--protect", "numbers"], "--protect must be literals, got 'numbers'"),
-        (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (["--dtype", "int4"], "--dtype must be one of float32, bfloat16, float16, int8, auto, got 'int4'"),
         (["--reducer", "snapkv", "--layer", "3"], "--layer is for methods that merge, got snapkv"),
         (["--recipe", "x", "--protect", "literals"], "--protect can't be used with --recipe"),
     ],

@@ -87,6 +87,19 @@ def test_plan_counts_before_running(run, tiny_folder, tmp_path) -> None:
     assert data["tokens_per_layer"] == [100, 50] and data["lossy"] is True and data["cache_ratio"] == 0.75
 
 
+def test_plan_measures_where_merging_pays(run, tiny_folder, tmp_path) -> None:
+    given = ["plan", "--model", tiny_folder, "--tokens", "100", "--keep", "0.5", "--layer", "1"]
+    code, out, _ = run(*given, "--json", tmp_path / "p.json")
+    assert code == 0 and "not measured (--measure)" in " ".join(out.split()) and "256 tokens, the default" in out
+    assert json.loads((tmp_path / "p.json").read_text())["break_even_measured"] is None
+    code, out, err = run(*given, "--measure", "--dtype", "auto", "--json", tmp_path / "p.json")
+    assert code == 0 and "plain over merged prefill" in " ".join(out.split()), err
+    assert err.count("dtype auto: ") == 1
+    found = json.loads((tmp_path / "p.json").read_text())["break_even_measured"]
+    assert found["points"] and found["dtype"] in ("float32", "bfloat16")
+    assert all(64 <= point["tokens"] <= 128 for point in found["points"])  # the model reads no more
+
+
 def test_show_writes_page_and_image(run, tiny_folder, text, tmp_path) -> None:
     outputs = ["--html", tmp_path / "m.html", "--figure", tmp_path / "m.png", "--json", tmp_path / "m.json"]
     settings = ["--limit", "60", "--keep", "0.5", "--layer", "1"]

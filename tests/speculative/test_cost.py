@@ -60,6 +60,16 @@ def test_a_small_pass_is_padded_to_a_larger_one_that_takes_less() -> None:
     assert float(Cost((1, 4), (2.0, 1.0)).of(np.array([100.0]))[0]) == 1.0  # beyond, it does not go on falling
 
 
+def test_a_curve_that_falls_again_is_taken_as_it_was_measured() -> None:
+    """As of float32 on a processor where two rows take 1.63 times as long as one, and four less than three."""
+    cost = Cost((1, 2, 3, 4), (1.0, 1.63, 1.9, 1.75))
+    assert cost.passes(1, 4).tolist() == [1.0, 1.63, 1.9, 1.75]  # not forced to rise, and padded for a tenth alone
+    assert best_size([[1.0, 0.5, 0.4, 0.3]], cost, 0.0) == 4  # neither two nor three would have paid
+    assert best_size([[1.0, 0.5, 0.4]], cost, 0.0) == 1
+    assert best_size([[1.0, 0.6, 0.5]], cost, 0.0) == 3
+    assert Cost((1, 2, 3, 4), (1.0, 1.63, 2.1, 1.75)).widths(1, 4).tolist() == [1, 2, 4, 4]
+
+
 def test_padding_changes_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny(), prompts([5, 9])
     wanted = greedy(model, inputs, 15)

@@ -32,7 +32,7 @@ def check_asked(file: Path | None, questions: Sequence[str]) -> str:
 
 def ask_each(
     model: str, document: str, questions: Sequence[str], recipe: Recipe, settings: dict[str, Any], *, compare: bool,
-    raw: bool, json: Path | None,
+    raw: bool, json: Path | None, dtype: str = "float32",
 ) -> None:  # fmt: skip
     """Read the document and answer every question, by a recipe and, if compared, by the model alone.
 
@@ -47,11 +47,13 @@ def ask_each(
         compare: ask the unmodified model, too.
         raw: print the answers as they are.
         json: the file of the results.
+        dtype: of the weights, as for `quickmerge.load`.
     """
+    from quickmerge.models.precision import dtype_name
     from quickmerge.recipe import read
     from quickmerge.terminal import Terminal
 
-    lm, tokenizer = load_writer(model)
+    lm, tokenizer = load_writer(model, dtype)
     alone, errors = Alone.writing(lm, tokenizer), Terminal(stderr=True)
     told: dict[str, Any] = {}
     for name, way in [("recipe", recipe), ("plain", None)][: 2 if compare else 1]:
@@ -76,4 +78,4 @@ def ask_each(
             "answers": answers,
         }  # fmt: skip
     if json is not None:
-        write_json(json, {"model": model, **record(recipe), **settings, **told})
+        write_json(json, {"model": model, "dtype": dtype_name(lm), **record(recipe), **settings, **told})

@@ -14,7 +14,9 @@ from quickmerge.console.options import (
     MAX_NEW_TOKENS,
     PRIOR,
     PROTECT,
+    RARE_DTYPE,
     REPORT,
+    check_dtype,
     check_output,
     one_sentence,
     progress,
@@ -69,6 +71,7 @@ def text(
         typer.Option("--literals", min=0, help="Ask for so many literals of each document, too."),
     ] = 0,
     max_new_tokens: MAX_NEW_TOKENS = 64,
+    dtype: RARE_DTYPE = "float32",
     out: REPORT = None,
     json: JSON = None,
 ) -> None:
@@ -77,14 +80,16 @@ def text(
     Of recipes, what is written behind the documents is measured too.
     """
     check_output(json, out / "report.html" if out is not None else None)
+    check_dtype(dtype)
     if not recipe:
         kind, colon, shares = (budget or "share").partition(":")
         if colon and keep is not None:
             raise QuickmergeError(f"--keep must be left out where --budget names a share, got {keep} and {budget}")
         kept = (shares if colon else keep) or KEEPS
         measure_text(
-            text, model, context, target, reducer or METHODS, kept, layer, prior, out, json, kind, protect, literals
-        )
+            text, model, context, target, reducer or METHODS, kept, layer, prior, out, json, kind, protect, literals,
+            dtype,
+        )  # fmt: skip
         return
     options = {
         "--protect": protect,
@@ -99,6 +104,7 @@ def text(
     if max_new_tokens < 2:
         raise QuickmergeError(f"--max-new-tokens must be at least 2 with --recipe, got {max_new_tokens}")
     from quickmerge.console.results import show_result
+    from quickmerge.models.precision import dtype_name
     from quickmerge.models.spans import tokenizer_of
     from quickmerge.recipe.bench import PLAIN, bench_recipes, recipes_report
 
@@ -106,7 +112,7 @@ def text(
     if twice := [name for name in names if [PLAIN.name, *names].count(name) > 1]:
         raise QuickmergeError(f"--recipe must give each recipe a name of its own, got {twice[0]!r} for two ways")
     recipes = {name: load_recipe(each) for name, each in zip(names, recipe, strict=True)}
-    lm, alone, documents = load_documents(text, model, context, target)
+    lm, alone, documents = load_documents(text, model, context, target, dtype)
     with progress() as bar, one_sentence(alone):
         task = bar.add_task("measuring", total=len(documents) * (1 + len(recipes)))
 
@@ -118,7 +124,7 @@ def text(
             tokenizer=tokenizer_of(lm) if literals else None, advance=advance,
         )  # fmt: skip
     found = found.about(
-        model=model, context=context, target=target, max_new_tokens=max_new_tokens,
+        model=model, dtype=dtype_name(lm), context=context, target=target, max_new_tokens=max_new_tokens,
         documents=[document.name for document in documents],
     )  # fmt: skip
     show_result(found, recipes_report(found.rows, found.meta), out=out, json=json, records="documents")

@@ -22,6 +22,7 @@ from quickmerge.console.options import (
     MIN_TOKENS,
     MODEL,
     PRIOR,
+    RARE_DTYPE,
     RARE_PROTECT,
     RAW,
     SAMPLE,
@@ -29,6 +30,7 @@ from quickmerge.console.options import (
     TEMPERATURE,
     TOKENS,
     Alone,
+    check_dtype,
     check_model,
     check_output,
     check_protect,
@@ -89,6 +91,7 @@ def text(
         list[str] | None, typer.Option("--ask", help="In its place, once for each question: the file is read once.")
     ] = None,
     model: MODEL = "smollm2-135m",
+    dtype: RARE_DTYPE = "float32",
     reducer: REDUCER = None,
     keep: KEEP = None,
     layer: LAYER = None,
@@ -112,10 +115,12 @@ def text(
 ) -> None:
     """Answer prompts about a document by fewer tokens, or tokens that cost less, or all of it together."""
     from quickmerge.models.chat import question
+    from quickmerge.models.precision import dtype_name
 
     if is_calm(model):
         raise QuickmergeError(f"{model} is a CALM: let it write with quickmerge generate calm")
     sample, temperature = parse_sampling(sample, temperature, seed)
+    check_dtype(dtype)
     merging = {"--reducer": reducer, "--keep": keep, "--layer": layer, "--prior": prior, "--min-tokens": min_tokens}
     check_protect(protect)
     cheaper = {"--cache": cache, "--attention": attention, "--budget": budget, "--drafter": drafter, "--tree": tree}
@@ -141,7 +146,7 @@ def text(
         made = _recipe(
             recipe, reducer, keep, layer, prior, min_tokens, cache, attention, budget, drafter, tree, merged, protect
         )
-        ask_each(model, document, ask, made, settings, compare=compare, raw=raw, json=json)
+        ask_each(model, document, ask, made, settings, dtype=dtype, compare=compare, raw=raw, json=json)
         save_recipe(save, made)
         return
     if prompt is None:
@@ -157,7 +162,17 @@ def text(
             return {} if json is None else record(made)
 
         generate_drafter(
-            drafter, tree, file, prompt, model, **settings, compare=compare, raw=raw, json=json, record=drafted
+            drafter,
+            tree,
+            file,
+            prompt,
+            model,
+            dtype=dtype,
+            **settings,
+            compare=compare,
+            raw=raw,
+            json=json,
+            record=drafted,
         )
         return
     check_output(json)
@@ -168,7 +183,7 @@ def text(
     made = _recipe(
         recipe, reducer, keep, layer, prior, min_tokens, cache, attention, budget, drafter, tree, merged, protect
     )
-    lm, tokenizer = load_writer(model)
+    lm, tokenizer = load_writer(model, dtype)
     alone = Alone.writing(lm, tokenizer)
     if recipe is not None or drafter is not None or cache is not None or protect is not None:
         from quickmerge.recipe.answer import answer
@@ -182,7 +197,7 @@ def text(
         told, extra = _merged(made, lm, tokenizer, document, prompt, depth, compare, raw, min_tokens, settings, alone)
     save_recipe(save, made)
     if json is not None:
-        write_json(json, {"model": model, **record(made), **extra, **told})
+        write_json(json, {"model": model, "dtype": dtype_name(lm), **record(made), **extra, **told})
 
 
 def _recipe(
@@ -266,6 +281,7 @@ def image(
     image: Annotated[list[Path], typer.Argument(help="Images that the prompt is about.", metavar="FILES")],
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask; never reduced.")],
     model: Annotated[str, typer.Option("--model", help="A vision-language model: a folder or a Hugging Face id.")],
+    dtype: RARE_DTYPE = "float32",
     reducer: Annotated[
         str | None,
         typer.Option("--reducer", help="See quickmerge ls; settings follow. Default: scope.", rich_help_panel=FEWER),
@@ -308,6 +324,7 @@ def image(
 ) -> None:
     """Answer a prompt about images, which are read with fewer tokens, or tokens that cost less."""
     sample, temperature = parse_sampling(sample, temperature, seed)
+    check_dtype(dtype)
     check_text("--prompt", prompt)
     merging = {"--reducer": reducer, "--keep": keep, "--tokens": tokens, "--layer": layer}
     cheaper = {
@@ -325,6 +342,7 @@ def image(
     from quickmerge.datasets.images import open_image
     from quickmerge.merge.bench.answer import answer_images as answer_reduced
     from quickmerge.merge.bench.answer import clamped
+    from quickmerge.models.precision import dtype_name
     from quickmerge.recipe.answer import answer_images
 
     made, method, depth = load_recipe(recipe) if recipe is not None else None, None, None
@@ -339,7 +357,7 @@ def image(
             cache=cache, attention=attention, budget=budget, drafter=drafter, tree=tree,
         )  # fmt: skip
     pictures = [open_image(path) for path in image]
-    vlm, processor = load_vlm(model)
+    vlm, processor = load_vlm(model, dtype)
     made = made if tower_keep is None else _squares(made, vlm)
     alone = Alone.asked(vlm, processor, pictures[0])
     settings: dict[str, Any] = {
@@ -360,4 +378,4 @@ def image(
         extra = {"reducer": method.label, "keep": keep, "tokens": tokens, **extra}
     save_recipe(save, made)
     if json is not None:
-        write_json(json, {"model": model, **record(made), **extra, **told})
+        write_json(json, {"model": model, "dtype": dtype_name(vlm), **record(made), **extra, **told})

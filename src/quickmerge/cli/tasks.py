@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quickmerge.console.options import (
+    DTYPE,
     FEWER,
     JSON,
     LAYER,
@@ -18,6 +19,7 @@ from quickmerge.console.options import (
     PROTECT,
     REPORT,
     Alone,
+    check_dtype,
     check_output,
     check_protect,
     load_writer,
@@ -41,7 +43,6 @@ EXAMPLE = (
 KEEPS, METHODS = "0.2,0.42", "quickmerge,random"
 USUAL = "needle,needles4,nearby,copy,labels,constant"
 """Tasks that the smallest model solves when it reads everything."""
-PRECISIONS = ("bfloat16", "float32", "float16")
 ASKED = {"last": 1, "first": 1, "later": 4}
 """Questions about a document: where each costs no prompt of its own there are more."""
 
@@ -63,7 +64,7 @@ def tasks(
     documents: Annotated[
         list[Path] | None, typer.Option("--documents", help="Text to hide facts in, once for each file.")
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Precision: bfloat16, float32 or float16.")] = PRECISIONS[0],
+    dtype: DTYPE = "bfloat16",
     reducer: Annotated[
         str | None,
         typer.Option(
@@ -101,12 +102,13 @@ def tasks(
     names = list(TASKS) if tasks == "all" else [name.strip() for name in tasks.split(",")]
     for option, given, allowed in (
         *(("--tasks", name, tuple(TASKS)) for name in names),
-        ("--format", format, FORMATS), ("--mode", mode, MODES), ("--dtype", dtype, PRECISIONS),
+        ("--format", format, FORMATS), ("--mode", mode, MODES),
     ):  # fmt: skip
         if given not in allowed:
             raise QuickmergeError(
                 f"{option} must be one of {', '.join(allowed)}, got {given!r}{near_match(given, allowed)}"
             )
+    check_dtype(dtype)
     chosen = _range("--seeds", seeds)
     texts = [read_text(path) for path in documents or ()]
     check_protect(protect)
@@ -114,11 +116,8 @@ def tasks(
     from quickmerge.console.results import show_result
     from quickmerge.recipe.tasks import bench_tasks, tasks_report
 
-    lm, tokenizer = load_writer(model)
+    lm, tokenizer = load_writer(model, dtype)
     with one_sentence(Alone.writing(lm, tokenizer)):
-        import torch
-
-        lm = lm.to(getattr(torch, dtype))
         maker = TaskMaker(tokenizer, tokens, texts, queries=questions or ASKED[mode])
         with progress() as bar:
             task = bar.add_task("measuring", total=len(names) * len(chosen) * (1 + len(ways)))

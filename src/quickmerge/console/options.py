@@ -23,6 +23,18 @@ FEWER, CHEAPER, WRITING, OUTPUT = "Fewer tokens", "Cheaper tokens", "What is wri
 """The groups in which a command's help shows its options."""
 
 MODEL = Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, or a Hugging Face id.")]
+DTYPE = Annotated[
+    str,
+    typer.Option("--dtype", help="Of the weights: float32, bfloat16, float16, int8, or auto: what is fastest here."),
+]
+RARE_DTYPE = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="Of the weights: float32, bfloat16, float16, int8, or auto: what is fastest here.",
+        hidden=True,
+    ),
+]
 REDUCER = Annotated[
     str,
     typer.Option(
@@ -223,17 +235,34 @@ def check_model(name: str, asked: Sequence[Any] = ()) -> None:
         try_folder(found, asked)
 
 
-def load_model(name: str) -> tuple[Any, Any]:
-    """Model and tokenizer, the libraries' own chatter kept quiet."""
+DTYPES = ("float32", "bfloat16", "float16", "int8", "auto")
+"""What ``--dtype`` may say: one of those that `quickmerge.load` takes."""
+
+
+def check_dtype(given: str) -> str:
+    """Give back ``--dtype``, if it is one that a command takes.
+
+    Raises:
+        QuickmergeError: it is another word.
+    """
+    if given not in DTYPES:
+        raise QuickmergeError(
+            f"--dtype must be one of {', '.join(DTYPES)}, got {given!r:.80}{near_match(given, DTYPES)}"
+        )
+    return given
+
+
+def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
+    """Model and tokenizer, the libraries' own chatter kept quiet; of ``"auto"`` a line says what was chosen."""
     quiet()
     from quickmerge.models import load
 
-    return load(name)
+    return load(name, dtype=dtype)
 
 
-def load_writer(name: str) -> tuple[Any, Any]:
+def load_writer(name: str, dtype: str = "float32") -> tuple[Any, Any]:
     """Model and tokenizer of a command that lets the model write; what its folder asks for beyond that is told."""
-    model, tokenizer = load_model(name)
+    model, tokenizer = load_model(name, dtype)
     take_generation(model)
     return model, tokenizer
 

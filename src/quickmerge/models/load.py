@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -26,6 +26,7 @@ from quickmerge.models.folder import CONFIG, check_files, check_model_folder
 from quickmerge.models.kinds import HUB_ID
 from quickmerge.models.read import check_causal, read, read_config, saying, transformers_silenced
 from quickmerge.models.weights import check_build, local_path, shown
+from quickmerge.terminal import say
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +50,13 @@ __all__ = [
 
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+AUTO, INT8 = "auto", "int8"
+WORDS = (*DTYPES, INT8, AUTO)
+"""What ``dtype`` may say of a model that writes text."""
 
 
-def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Give the torch dtype that is meant.
+def check_dtype(dtype: str | torch.dtype, allowed: Sequence[str] = DTYPES) -> torch.dtype:
+    """Give the torch dtype that is meant; ``allowed`` are the names that a message tells.
 
     Raises:
         QuickmergeError: it is not one that weights can be held in.
@@ -61,7 +65,7 @@ def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise QuickmergeError(f"dtype is {name!r}{near_match(name, DTYPES)}, but must be one of: {', '.join(DTYPES)}")
+        raise QuickmergeError(f"dtype is {name!r}{near_match(name, allowed)}, but must be one of: {', '.join(allowed)}")
     resolved: torch.dtype = getattr(torch, name)
     return resolved
 
@@ -153,7 +157,11 @@ def load(
 
     Args:
         name_or_path: an embedded name (`"smollm2-135m"`), a local model folder, or a hub id (`"owner/name"`).
-        dtype: what the weights are held in, as `torch.bfloat16` or `"bfloat16"`.
+        dtype: what the weights are held in, as `torch.bfloat16` or `"bfloat16"`. `"auto"` takes bfloat16 where a
+            measurement of at most two seconds says that it is faster on this machine, see
+            `quickmerge.models.precision.choose`, and float32 elsewhere; what it chose is told where there is progress.
+            `"int8"` packs the weights of linear layers by torchao, in a model that computes in bfloat16; it saves
+            memory, and on a CPU it is slower than bfloat16.
         device: where the weights are held, as `"cpu"`, `"cuda"` or `"cuda:1"`.
         attn_implementation: `"sdpa"`, `"eager"` or another that transformers knows; None lets it choose.
         cache_dir: where embedded models are kept; None means `$QUICKMERGE_CACHE`, else the user's cache folder.
@@ -186,6 +194,7 @@ def load_from(
     attn_implementation: str | None,
     cache_dir: str | os.PathLike[str] | None,
     progress: bool,
+    writes: bool = True,
 ) -> tuple[PreTrainedModel, T]:
     """Load a model of any kind and what goes with it.
 
@@ -193,6 +202,7 @@ def load_from(
         name_or_path: as for `load`, as are the settings.
         embedded: the embedded models of this kind.
         read: reads a folder or hub id with settings of `from_pretrained`.
+        writes: whether models of this kind write text, for which ``"auto"`` and ``"int8"`` are.
 
     It raises what `load` raises, and what ``read`` does.
     """
@@ -202,9 +212,19 @@ def load_from(
             f"name_or_path must be a name, a folder or a hub id, got {what}: a model that is there already goes "
             "straight to quickmerge.reduce or quickmerge.multipole"
         )
+    from quickmerge.models.precision import choose
+    from quickmerge.models.quantized import int8_packer, pack_int8
+
     name = os.fspath(name_or_path)
     placement = check_device(device)
-    options: dict[str, Any] = {"dtype": check_dtype(dtype)}
+    # What takes seconds to find out comes last, and what is only a name at once.
+    asked = dtype if writes and isinstance(dtype, str) and dtype in (AUTO, INT8) else None
+    options: dict[str, Any] = {}
+    if asked is None:
+        options["dtype"] = check_dtype(dtype, WORDS if writes else DTYPES)
+    elif asked == INT8:
+        int8_packer()
+        options["dtype"] = check_dtype("bfloat16")
     if attn_implementation is not None:
         options["attn_implementation"] = check_attention(attn_implementation)
     if name in embedded:
@@ -213,6 +233,14 @@ def load_from(
         source = find_model(name, embedded)
         if not Path(source).is_dir():
             source = _fetched(source, progress)
+    if asked == AUTO:
+        with saying("measuring float32 and bfloat16", progress=progress, only_on_terminal=True):
+            with transformers_silenced():
+                config = read_config(source)
+            chosen = choose(config, placement)
+        options["dtype"] = check_dtype(chosen.dtype)
+        if progress:
+            say(str(chosen))
     with saying(f"loading {name}", progress=progress, only_on_terminal=True):
         try:
             model, companion = read(source, options)
@@ -221,6 +249,8 @@ def load_from(
                 EMBEDDED[name].check(Path(source))
             raise
         model = model.to(placement).eval()
+        if asked == INT8:
+            pack_int8(model)
         _NOTED[model] = getattr(companion, "tokenizer", companion)
         return model, companion
 

@@ -241,7 +241,7 @@ def load_vision(
         raise QuickmergeError(f"task is {task!r}{near_match(str(task), tasks)}, but must be one of: {', '.join(tasks)}")
     return load_from(
         name_or_path, VISION_MODELS, lambda source, options: read_vision(source, task, options), dtype=dtype,
-        device=device, attn_implementation=attn_implementation, cache_dir=cache_dir, progress=progress,
+        device=device, attn_implementation=attn_implementation, cache_dir=cache_dir, progress=progress, writes=False,
     )  # fmt: skip
 
 
@@ -260,7 +260,8 @@ def load_vlm(
 
     Args:
         name_or_path: a local model folder, as `quickmerge train vlm` writes it, or a hub id (`"owner/name"`).
-        dtype: what the weights are held in, as `torch.bfloat16` or `"bfloat16"`.
+        dtype: what the weights are held in, as `torch.bfloat16` or `"bfloat16"`; or `"auto"` or `"int8"`, as for
+            `quickmerge.load`.
         device: where the weights are held, as `"cpu"`, `"cuda"` or `"cuda:1"`.
         attn_implementation: `"sdpa"`, `"eager"` or another that transformers knows; None lets it choose.
         progress: whether to show on stderr what goes on.

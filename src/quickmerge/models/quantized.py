@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["packed", "reads_together"]
+from quickmerge.errors import QuickmergeError, first_sentence
+
+__all__ = ["int8_packer", "pack_int8", "packed", "reads_together"]
 
 _PACKED = (torch.int8, torch.uint8, torch.int32)
 """Dtypes that packed weights are held in."""
@@ -62,3 +64,30 @@ def reads_together(model: nn.Module) -> str | None:
 def _whole(settings: Any) -> bool:
     """Whether settings of activations ask for one range for a whole tensor."""
     return type(getattr(settings, "granularity", None)).__name__ == "PerTensor"
+
+
+def int8_packer() -> Any:
+    """Torchao's module that packs weights.
+
+    Raises:
+        QuickmergeError: it is not installed, or does not go with the torch that is.
+    """
+    try:
+        import torchao.quantization as ao
+    except ImportError as error:
+        raise QuickmergeError(
+            f"dtype 'int8' needs torchao ({first_sentence(error)}): pip install 'quickmerge[int8]', or name another one"
+        ) from error
+    return ao
+
+
+def pack_int8(model: nn.Module) -> None:
+    """Hold the weights of every linear layer of a model in eight bits, each row by a range of its own, in place.
+
+    Activations stay what they are, so that a token is read alone as beside others. Embeddings stay too: an output
+    matrix that was tied to them is one of its own afterwards. It saves memory and no time: torchao turns the weights
+    back into the model's dtype for every product, unless the model is compiled.
+    """
+    ao = int8_packer()
+    # without a change of the settings of torch.compile, which are the whole process's
+    ao.quantize_(model, ao.Int8WeightOnlyConfig(set_inductor_config=False))

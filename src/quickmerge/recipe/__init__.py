@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from quickmerge.recipe.calibration import Calibration as Calibration
     from quickmerge.recipe.calibration import calibrate as calibrate
     from quickmerge.recipe.measured import Measured as Measured
+    from quickmerge.recipe.measured import PaysFrom as PaysFrom
+    from quickmerge.recipe.pays import MeasuredRecipe as MeasuredRecipe
+    from quickmerge.recipe.pays import break_even as break_even
     from quickmerge.recipe.reading import Reading as Reading
     from quickmerge.recipe.reading import read as read
     from quickmerge.recipe.recipe import Recipe as Recipe
@@ -27,7 +30,8 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "calibration": ("Calibration", "calibrate"),
-        "measured": ("Measured",),
+        "measured": ("Measured", "PaysFrom"),
+        "pays": ("MeasuredRecipe", "break_even"),
         "reading": ("Reading", "read"),
         "recipe": ("Recipe", "apply"),
         "run": ("RecipeRun", "RecipeStats"),

@@ -25,6 +25,7 @@ from quickmerge.merge.cache import Evictor
 from quickmerge.merge.place import Merge
 from quickmerge.merge.reducers.base import Reducer
 from quickmerge.merge.text.modes import Prefix
+from quickmerge.models.precision import dtype_name
 from quickmerge.models.vlm import holds_vlm, unwrapped
 from quickmerge.recipe.measured import Measured
 from quickmerge.recipe.recipe import Recipe
@@ -189,7 +190,7 @@ def calibrate(
     items, scored = _scored(model, tokenizer, texts, score, tokens, target, literals, samples, seed)
     measure = _Measure(model, reads, scored, records, {
         "score": score, "model": _name(model, name), "tokens": tokens, "target": target, "seed": seed,
-        "literals": literals, "dtype": _dtype(model), "recipe": _told(recipe),
+        "literals": literals, "dtype": dtype_name(model), "recipe": _told(recipe),
     }, advance)  # fmt: skip
     mine, others, notes = _halves(items, seed)
     few = len(mine) < FEW
@@ -217,7 +218,7 @@ def calibrate(
         found = replace(found, calibration=Measured(
             label=found.label, model=_name(model, name), score=score, floor=floor, value=last.value, low=last.low,
             high=last.high, documents=last.documents, held_out=check is not None, confident=confident, tokens=tokens,
-            dtype=_dtype(model), texts=_digest(texts), seed=seed, quickmerge=__version__,
+            dtype=dtype_name(model), texts=_digest(texts), seed=seed, quickmerge=__version__,
             flops_ratio=last.flops_ratio, cache_ratio=last.cache_ratio,
         ))  # fmt: skip
     made = Calibration(score, floor, confident, every, chosen, check, found, tuple(notes))
@@ -384,10 +385,6 @@ def _remarks(made: Calibration) -> list[str]:
 
 def _name(model: Any, name: str | None) -> str:
     return name or Path(str(getattr(model, "name_or_path", "") or "")).name or type(model).__name__
-
-
-def _dtype(model: Any) -> str:
-    return str(model.dtype).removeprefix("torch.")
 
 
 def _told(recipe: Recipe) -> str:

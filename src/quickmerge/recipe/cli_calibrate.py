@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quickmerge.console.options import (
+    DTYPE,
     JSON,
     LAYER,
     MODEL,
@@ -15,6 +16,7 @@ from quickmerge.console.options import (
     PRIOR,
     PROTECT,
     Alone,
+    check_dtype,
     check_output,
     check_protect,
     load_writer,
@@ -29,24 +31,28 @@ from quickmerge.merge.cli.options import add_prior, parse_method
 from quickmerge.recipe.options import RECIPE, REDUCER, check_alone, check_folder, given_names, load_recipe, place
 
 if TYPE_CHECKING:
-    from quickmerge.recipe import Recipe
+    from quickmerge.recipe import MeasuredRecipe, Recipe
 
 EXAMPLE = "Example: quickmerge calibrate --text mine/ --floor 0.97 --out runs/recipe"
 MISSED = 3
-"""Exit code where no share stays above the floor."""
-PRECISIONS = ("float32", "bfloat16", "float16")
+"""Exit code where no share stays above the floor, or merging pays at no length."""
 
 
 def calibrate(
     text: Annotated[
-        list[Path], typer.Option("--text", help="A file or folder of UTF-8 texts, once for each.", metavar="PATH")
-    ],
+        list[Path] | None,
+        typer.Option("--text", help="A file or folder of UTF-8 texts, once for each.", metavar="PATH"),
+    ] = None,
     floor: Annotated[float, typer.Option("--floor", help="Share of the plain model's score, in (0, 1].")] = 0.97,
     score: Annotated[
         str, typer.Option("--score", help="recovery, literals, or tasks with commas: needle,copy.")
     ] = "recovery",
     confident: Annotated[
         bool, typer.Option("--confident", help="The lower end of the interval must stay above the floor.")
+    ] = False,
+    speed: Annotated[
+        bool,
+        typer.Option("--speed", help="Time from which length merging pays here; min_tokens is that. Or without texts."),
     ] = False,
     model: MODEL = "smollm2-135m",
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of each document that are read.")] = 1024,
@@ -55,7 +61,7 @@ def calibrate(
     samples: Annotated[int, typer.Option("--samples", min=1, help="Of each task.", hidden=True)] = 24,
     literals: Annotated[int, typer.Option("--literals", min=1, help="Of each document.", hidden=True)] = 8,
     seed: Annotated[int, typer.Option("--seed", help="Of what is held out.", hidden=True)] = 0,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Precision: bfloat16, float32 or float16.")] = None,
+    dtype: DTYPE = "float32",
     reducer: REDUCER = None,
     layer: LAYER = None,
     prior: PRIOR = None,
@@ -74,30 +80,41 @@ def calibrate(
 ) -> None:
     """Find the smallest share of the tokens at which quality stays above a floor on your own documents, and save it.
 
-    Ends with code 3 where no share below 1 does; nothing is saved then.
+    Ends with code 3 where no share below 1 does, or merging pays at no length; nothing is saved then.
     """
     check_output(json)
     check_folder(out)
     check_protect(protect)
     given = {"--reducer": reducer, "--layer": layer, "--prior": prior, "--protect": protect}
     check_alone(recipe, given_names(given))
-    if dtype is not None and dtype not in PRECISIONS:
-        raise QuickmergeError(f"--dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}")
+    check_dtype(dtype)
+    if not text and not speed:
+        raise QuickmergeError("--text must name files or folders, or --speed measure a recipe without, got neither")
+    if not text and recipe is None:
+        raise QuickmergeError("--speed without --text measures a recipe as it is: give it as --recipe")
     made = load_recipe(recipe) if recipe is not None else _recipe(reducer, layer, prior, protect)
+    from dataclasses import replace
+
     from quickmerge.recipe.calibration import calibrate as search
     from quickmerge.recipe.calibration import check_floor
 
     with one_sentence():
-        check_floor(floor, score, 0.05, step)
+        if text:
+            check_floor(floor, score, 0.05, step)
+        if speed and made.merges.get("merge") is None:
+            raise QuickmergeError(f"--speed is for recipes that merge the text, got {made.label}")
         if out is not None or json is not None:
             made.as_dict()  # what can't be saved is told before hours of work
+    if not text:
+        lm, tokenizer = load_writer(model, dtype)
+        timed = _timed(lm, tokenizer, made, model)
+        print(timed)
+        write_json(json, {"model": model, "speed": timed.as_dict()})
+        _save(timed.recipe, out)
+        return
     texts = _texts(text)
-    lm, tokenizer = load_writer(model)
+    lm, tokenizer = load_writer(model, dtype)
     with one_sentence(Alone.writing(lm, tokenizer)), progress() as bar:
-        if dtype is not None:
-            import torch
-
-            lm = lm.to(getattr(torch, dtype))
         kept, short = _long_enough(tokenizer, texts, score)
         task = bar.add_task("measuring", total=None)
         found = search(
@@ -105,16 +122,41 @@ def calibrate(
             step=step, samples=samples, literals=literals, seed=seed, name=clean_name(model), records=records,
             advance=lambda label: bar.update(task, advance=1, description=label),
         )  # fmt: skip
-    if found.recipe is not None and out is not None:
-        found.recipe.save_pretrained(out)
-    write_json(json, {"model": model, "documents": len(kept), "too_short": short, **found.as_dict()})
+    more = {}
+    if speed and found.recipe is not None:
+        timed = _timed(lm, tokenizer, found.recipe, model)
+        found, more = replace(found, recipe=timed.recipe), {"speed": timed.as_dict()}
+    write_json(json, {"model": model, "documents": len(kept), "too_short": short, **found.as_dict(), **more})
     if short:
         print(f"{short} of {len(texts)} documents have fewer than 1,000 tokens and are left out")
     print(found)
-    if found.recipe is None:
+    if more:
+        print(timed)
+    if found.recipe is not None and found.recipe.calibration is not None:
+        print(found.recipe.calibration)
+    _save(found.recipe, out)
+
+
+def _timed(lm: Any, tokenizer: Any, recipe: Recipe, model: str) -> MeasuredRecipe:
+    """The recipe with the length from which on it pays here."""
+    from quickmerge.recipe.pays import break_even
+
+    with one_sentence(Alone.writing(lm, tokenizer)), progress() as bar:
+        task = bar.add_task("measuring", total=None)
+        return break_even(
+            lm, tokenizer, recipe, name=clean_name(model),
+            advance=lambda label: bar.update(task, advance=1, description=f"prefill of {label}"),
+        )  # fmt: skip
+
+
+def _save(recipe: Recipe | None, out: Path | None) -> None:
+    """Write what was found, and tell; end with the code for it where nothing was."""
+    if recipe is None:
         raise typer.Exit(MISSED)
-    print(found.recipe.calibration)
+    if recipe.break_even is not None:
+        print(recipe.break_even)
     if out is not None:
+        recipe.save_pretrained(out)
         print(f"wrote {clean_name(out / 'recipe.json')}")
 
 

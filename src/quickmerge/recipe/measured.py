@@ -1,4 +1,4 @@
-"""What a recipe was calibrated by: a floor, and what was measured of the recipe on somebody's documents.
+"""What was measured of a recipe: its quality on somebody's documents, and from which length it pays on their machine.
 
 It says what is known of a recipe and does nothing: two recipes are the same whatever was measured of them.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from quickmerge.errors import QuickmergeError, near_match
 
-__all__ = ["Measured"]
+__all__ = ["Measured", "PaysFrom"]
 
 LONG = 1000
 """Characters of a text of it at most."""
@@ -63,24 +63,10 @@ class Measured:
     cache_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("label", "model", "score", "dtype", "texts", "quickmerge"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or len(value) > LONG:
-                raise QuickmergeError(f"{name} must be a text of at most {LONG} characters, got {value!r:.80}")
-        for name in ("held_out", "confident"):
-            if not isinstance(getattr(self, name), bool):
-                raise QuickmergeError(f"{name} must be true or false, got {getattr(self, name)!r:.80}")
-        for name, least in (("documents", 1), ("tokens", 1), ("seed", None)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-                wanted = "a whole number" + ("" if least is None else f" of at least {least}")
-                raise QuickmergeError(f"{name} must be {wanted}, got {value!r:.80}")
-        for name in ("floor", "value", "low", "high", "flops_ratio", "cache_ratio"):
-            value = getattr(self, name)
-            if value is None and name not in ("floor", "value"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise QuickmergeError(f"{name} must be a finite number, got {value!r:.80}")
+        _check_texts(self, "label", "model", "score", "dtype", "texts", "quickmerge")
+        _check_words(self, "held_out", "confident")
+        _check_counts(self, documents=1, tokens=1, seed=None)
+        _check_numbers(self, "floor", "value", "low", "high", "flops_ratio", "cache_ratio")
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -93,21 +79,7 @@ class Measured:
         Raises:
             QuickmergeError: naming what is missing, unknown or out of range.
         """
-        allowed = [f.name for f in fields(cls)]
-        if not isinstance(data, Mapping):
-            raise QuickmergeError(
-                f"calibration must be a table with {', '.join(allowed[:3])} and so on, got {data!r:.80}"
-            )
-        for name in data:
-            if name not in allowed:
-                raise QuickmergeError(f"calibration has the unknown entry {name!r:.80}{near_match(str(name), allowed)}")
-        for field in fields(cls):
-            if field.default is MISSING and field.name not in data:
-                raise QuickmergeError(f"calibration.{field.name} is missing")
-        try:
-            return cls(**data)
-        except QuickmergeError as error:
-            raise QuickmergeError(f"calibration.{error}") from error
+        return _made(cls, "calibration", data)
 
     def __str__(self) -> str:
         interval = "no interval" if self.low is None else f"{self.low:.3f} to {self.high:.3f}"
@@ -118,3 +90,120 @@ class Measured:
             f"calibrated: {self.score} {self.value:.3f} ({interval}) on {self.documents}{held} {noun} of {self.tokens} "
             f"tokens, {self.model} in {self.dtype}; floor {self.floor:g}{by}"
         )
+
+
+@dataclass(frozen=True)
+class PaysFrom:
+    """Where merging begins to pay as a recipe remembers it: `quickmerge.break_even` has set its ``min_tokens`` to it.
+
+    Args:
+        label: of the recipe that was measured. Of another one this says nothing, and a recipe drops it.
+        model: what the model is called.
+        tokens: of the shortest prompt that was read faster merged.
+        ratio: seconds of the plain prefill over those of the merged one at this length, the median.
+        low, high: its quartiles.
+        shortest, longest: lengths between which was looked.
+        dtype: of the model.
+        device: it was on.
+        cpu: of the machine, and its cores.
+        threads: of the CPU.
+        quickmerge: the version that measured.
+
+    Raises:
+        QuickmergeError: naming what is none of these.
+    """
+
+    label: str
+    model: str
+    tokens: int
+    ratio: float
+    low: float
+    high: float
+    shortest: int
+    longest: int
+    dtype: str
+    device: str
+    cpu: str
+    threads: int
+    quickmerge: str
+
+    def __post_init__(self) -> None:
+        _check_texts(self, "label", "model", "dtype", "device", "cpu", "quickmerge")
+        _check_counts(self, tokens=1, shortest=1, longest=1, threads=1)
+        _check_numbers(self, "ratio", "low", "high")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_data(cls, data: Any) -> PaysFrom:
+        """What `as_dict` gave.
+
+        Raises:
+            QuickmergeError: naming what is missing, unknown or out of range.
+        """
+        return _made(cls, "break_even", data)
+
+    def __str__(self) -> str:
+        noun = "thread" if self.threads == 1 else "threads"
+        return (
+            f"break-even: measured, merging pays from prompts of {self.tokens} tokens on ({self.ratio:.2f}x, quartiles "
+            f"{self.low:.2f} to {self.high:.2f}), {self.model} in {self.dtype} on {self.device}, {self.cpu}, "
+            f"{self.threads} {noun}"
+        )
+
+
+# What may stand in a file.
+
+
+def _check_texts(given: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(given, name)
+        if not isinstance(value, str) or len(value) > LONG:
+            raise QuickmergeError(f"{name} must be a text of at most {LONG} characters, got {value!r:.80}")
+
+
+def _check_words(given: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(given, name), bool):
+            raise QuickmergeError(f"{name} must be true or false, got {getattr(given, name)!r:.80}")
+
+
+def _check_counts(given: Any, **least: int | None) -> None:
+    for name, low in least.items():
+        value = getattr(given, name)
+        if isinstance(value, bool) or not isinstance(value, int) or (low is not None and value < low):
+            wanted = "a whole number" + ("" if low is None else f" of at least {low}")
+            raise QuickmergeError(f"{name} must be {wanted}, got {value!r:.80}")
+
+
+def _check_numbers(given: Any, *names: str) -> None:
+    """Numbers that are finite; None where it is the default."""
+    optional = {field.name for field in fields(given) if field.default is None}
+    for name in names:
+        value = getattr(given, name)
+        if value is None and name in optional:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise QuickmergeError(f"{name} must be a finite number, got {value!r:.80}")
+
+
+R = TypeVar("R", Measured, PaysFrom)
+
+
+def _made(kind: type[R], entry: str, data: Any) -> R:
+    """The record that an entry of a file holds; messages name the entry."""
+    allowed = [field.name for field in fields(kind)]
+    if not isinstance(data, Mapping):
+        raise QuickmergeError(f"{entry} must be a table with {', '.join(allowed[:3])} and so on, got {data!r:.80}")
+    for name in data:
+        if name not in allowed:
+            raise QuickmergeError(f"{entry} has the unknown entry {name!r:.80}{near_match(str(name), allowed)}")
+    for field in fields(kind):
+        if field.default is MISSING and field.name not in data:
+            raise QuickmergeError(f"{entry}.{field.name} is missing")
+    try:
+        return kind(**data)
+    except QuickmergeError as error:
+        raise QuickmergeError(f"{entry}.{error}") from error

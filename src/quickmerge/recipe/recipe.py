@@ -15,10 +15,10 @@ from quickmerge.models.share import HubMixin, HubOptions, fetched
 from quickmerge.models.vlm import unwrapped
 from quickmerge.recipe.card import card_sections
 from quickmerge.recipe.ingredients import NAMES, Ingredients
-from quickmerge.recipe.measured import Measured
+from quickmerge.recipe.measured import Measured, PaysFrom
 from quickmerge.recipe.parts import parts
 from quickmerge.recipe.run import RecipeRun
-from quickmerge.recipe.saving import TYPE, as_data, from_data, read, write
+from quickmerge.recipe.saving import RECORDS, TYPE, as_data, from_data, read, write
 from quickmerge.recipe.tell import Told, tell
 
 __all__ = ["Recipe", "apply"]
@@ -42,6 +42,8 @@ class Recipe(HubMixin, Ingredients):
             `AttentionNorm`.
         calibration: what was measured of just this recipe, see `quickmerge.calibrate`. It does nothing: recipes are
             equal whatever was measured of them. One that was made from another, with other settings, has none.
+        break_even: from which length of a prompt merging pays on a machine, see `quickmerge.break_even`; does nothing
+            either.
 
     Raises:
         QuickmergeError: naming the argument, what was given and what is allowed.
@@ -49,16 +51,18 @@ class Recipe(HubMixin, Ingredients):
 
     hub_kind: ClassVar[Kind] = KINDS["recipe"]
     calibration: Measured | None = None
+    break_even: PaysFrom | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.calibration is None:
-            return
-        if not isinstance(self.calibration, Measured):
-            raise QuickmergeError(f"calibration must be that of quickmerge.calibrate, or None, got "
-                                  f"{self.calibration!r:.200}")  # fmt: skip
-        if self.calibration.label != self.label:
-            object.__setattr__(self, "calibration", None)
+        for name, kind in RECORDS.items():
+            record, maker = getattr(self, name), "calibrate" if kind is Measured else name
+            if record is None:
+                continue
+            if not isinstance(record, kind):
+                raise QuickmergeError(f"{name} must be that of quickmerge.{maker}, or None, got {record!r:.200}")
+            if record.label != self.label:
+                object.__setattr__(self, name, None)
 
     def as_dict(self) -> dict[str, Any]:
         """What `save_pretrained` would write into recipe.json, for rows of results: JSON's own types alone.
@@ -70,7 +74,7 @@ class Recipe(HubMixin, Ingredients):
             QuickmergeError: an ingredient can't be written, such as a function of ``protect`` or a reducer
                 of your own.
         """
-        return as_data(self._given(), self.calibration)
+        return as_data(self._given(), self._records())
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write recipe.json, and trained parts beside it, into ``folder``: all of them or none; other files stay.
@@ -83,7 +87,7 @@ class Recipe(HubMixin, Ingredients):
                 of your own; or the disk
                 is full or not writable. What was there before is still there.
         """
-        write(self._given(), Path(folder), self.calibration)
+        write(self._given(), Path(folder), self._records())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -124,12 +128,12 @@ class Recipe(HubMixin, Ingredients):
             made = cls(**found)
         except QuickmergeError as error:
             raise QuickmergeError(f"{given}: {error}") from error
-        measured = found.get("calibration")
-        if measured is not None and made.calibration is None:
-            raise QuickmergeError(
-                f"{given}: calibration is of another recipe, {measured.label!r:.200}, and this is {made.label!r:.200}: "
-                "leave it out, or calibrate again"
-            )
+        for name in RECORDS:
+            if name in found and getattr(made, name) is None:
+                raise QuickmergeError(
+                    f"{given}: {name} is of another recipe, {found[name].label!r:.200}, and this is "
+                    f"{made.label!r:.200}: leave it out, or calibrate again"
+                )
         return made
 
     def push_to_hub(
@@ -189,7 +193,10 @@ class Recipe(HubMixin, Ingredients):
             UnsupportedModelError: for a model that has no such place, or can't be served.
             QuickmergeError: for a number out of range, or a setting that does not fit the model's shapes.
         """
-        return replace(tell(self, model, tokens, visual), calibration=self.calibration)
+        return replace(tell(self, model, tokens, visual), **self._records())
+
+    def _records(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in RECORDS}
 
     def _given(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in NAMES}

@@ -27,7 +27,7 @@ from quickmerge.models.part import CONFIG, WEIGHTS, file_hash
 from quickmerge.models.part import read_settings as read_config
 from quickmerge.models.weights import local_path
 from quickmerge.recipe.ingredients import NAMES
-from quickmerge.recipe.measured import Measured
+from quickmerge.recipe.measured import Measured, PaysFrom
 from quickmerge.recipe.plain import Held, UnknownEntryError, decode, encode, state_of
 from quickmerge.speculative.gumiho import Gumiho, GumihoNetwork
 from quickmerge.together import complete, write_together
@@ -39,7 +39,7 @@ TYPE = "quickmerge.recipe"
 VERSION = 1
 """Of the format. It rises when what an older quickmerge would read would be wrong."""
 
-CALIBRATION = "calibration"
+RECORDS: dict[str, type[Measured] | type[PaysFrom]] = {"calibration": Measured, "break_even": PaysFrom}
 """What was measured of the ingredients, see `quickmerge.recipe.measured`."""
 
 MOST = 10_000
@@ -54,21 +54,21 @@ _STALE = re.compile(r"(merge|visual|tower|decoding)(-[a-z]+)+/(config\.json|mode
 # Writing ------------------------------------------------------------------------------------------------------------
 
 
-def as_data(ingredients: Mapping[str, Any], calibration: Measured | None = None) -> dict[str, Any]:
+def as_data(ingredients: Mapping[str, Any], records: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What recipe.json would hold of these ingredients; nothing is written.
 
     Args:
         ingredients: by the argument that names them; None for those that there aren't.
-        calibration: what was measured of them.
+        records: what was measured of them, by the names of `RECORDS`; None for what was not.
 
     Raises:
         QuickmergeError: one holds what can't be written, such as a function.
     """
     with tempfile.TemporaryDirectory(prefix="quickmerge-") as folder:
-        return _lay_out(ingredients, Path(folder), calibration)
+        return _lay_out(ingredients, Path(folder), records or {})
 
 
-def write(ingredients: Mapping[str, Any], folder: Path | str, calibration: Measured | None = None) -> None:
+def write(ingredients: Mapping[str, Any], folder: Path | str, records: Mapping[str, Any] | None = None) -> None:
     """Write recipe.json and the trained parts, all of them or none; other files of the folder stay.
 
     Raises:
@@ -76,12 +76,12 @@ def write(ingredients: Mapping[str, Any], folder: Path | str, calibration: Measu
     """
 
     def fill(work: Path) -> None:
-        write_json(work / RECIPE, _lay_out(ingredients, work, calibration))
+        write_json(work / RECIPE, _lay_out(ingredients, work, records or {}))
 
     write_together(local_path("recipe", folder), fill, _STALE)
 
 
-def _lay_out(ingredients: Mapping[str, Any], work: Path, calibration: Measured | None) -> dict[str, Any]:
+def _lay_out(ingredients: Mapping[str, Any], work: Path, records: Mapping[str, Any]) -> dict[str, Any]:
     """Write the parts into ``work`` and say what recipe.json has to hold."""
 
     def part(where: str, held: Held) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _lay_out(ingredients: Mapping[str, Any], work: Path, calibration: Measured |
     told = {
         name: encode(_short(given), name, part, _refuse) for name, given in ingredients.items() if given is not None
     }
-    measured = {} if calibration is None else {CALIBRATION: calibration.as_dict()}
+    measured = {name: record.as_dict() for name, record in records.items() if record is not None}
     return {"type": TYPE, "version": VERSION, "quickmerge": __version__, **told, **measured}
 
 
@@ -203,14 +203,14 @@ def from_data(data: Mapping[str, Any], file: Path | None, home: Path | None = No
     other = "" if writer == __version__ else f": {by}"
     out: dict[str, Any] = {}
     for name, value in data.items():
-        if name == CALIBRATION:
+        if name in RECORDS:
             try:
-                out[name] = Measured.from_data(value)
+                out[name] = RECORDS[name].from_data(value)
             except QuickmergeError as error:
                 raise QuickmergeError(f"{path}: {error}{other}") from error
             continue
         if name not in NAMES:
-            hint = near_match(name, (*NAMES, CALIBRATION))
+            hint = near_match(name, (*NAMES, *RECORDS))
             raise QuickmergeError(f"{path} has the unknown entry {clean_name(name)[:80]!r}{hint}{other}")
         try:
             out[name] = decode(value, name, lambda where, kind, spec: _load_part(where, kind, spec, parent, home))

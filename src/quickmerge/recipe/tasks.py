@@ -33,6 +33,7 @@ from quickmerge.merge.place import Merge
 from quickmerge.merge.run import ObserveRun, cache_bytes, observe
 from quickmerge.models.columns import keeps_columns
 from quickmerge.models.compat import cache_argument
+from quickmerge.models.precision import dtype_name
 from quickmerge.recipe.recipe import Recipe, apply
 from quickmerge.recipe.run import RecipeRun
 
@@ -102,7 +103,7 @@ def bench_tasks(
     ways: dict[str, Recipe | None] = {PLAIN: None, **recipes}
     settings = {
         "tokens": maker.tokens, "filler": maker.fingerprint, "format": format, "mode": mode,
-        "dtype": str(model.dtype).removeprefix("torch."), **(about or {}),
+        "dtype": dtype_name(model), **(about or {}),
     }  # fmt: skip
     kept = Records(records, settings, KEY)
     hashes = {name: _hash(recipe) for name, recipe in ways.items()}

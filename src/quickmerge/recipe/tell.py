@@ -15,7 +15,7 @@ from quickmerge.merge.bench.vision_cost import vision_shape
 from quickmerge.merge.cache.evictor import Evictor, layer_counts
 from quickmerge.merge.place import Merge
 from quickmerge.merge.run import layer_runs
-from quickmerge.merge.text.modes import BlockCausal, Prefix
+from quickmerge.merge.text.modes import MIN_TOKENS, BlockCausal, Prefix
 from quickmerge.merge.tokens.budget import Budget, Count, Ratio, Schedule, as_budget
 from quickmerge.merge.tokens.removal import Removal, removal_for
 from quickmerge.merge.vision.run import schedule_for
@@ -23,7 +23,7 @@ from quickmerge.models.encoder import Encoder, find_encoder, holds_encoder, hold
 from quickmerge.models.vlm import check_kind, holds_vlm, unwrapped
 from quickmerge.multipole.settings import Multipole
 from quickmerge.recipe.ingredients import Ingredients
-from quickmerge.recipe.measured import Measured
+from quickmerge.recipe.measured import Measured, PaysFrom
 from quickmerge.recipe.parts import check_places
 from quickmerge.recipe.speculation import Speculation
 from quickmerge.speculative.gumiho import Gumiho
@@ -71,6 +71,8 @@ class Told:
         cache_bytes: keys and values of the prompt; None in a vision transformer.
         cache_bytes_full: of the model alone.
         calibration: what was measured of the recipe, where it was calibrated.
+        break_even: from which length merging pays, where that was measured.
+        min_tokens: of prompts that are merged, fewer of which are read in full; None where no prompt is.
     """
 
     model: str
@@ -82,6 +84,8 @@ class Told:
     cache_bytes: float | None
     cache_bytes_full: float | None
     calibration: Measured | None = None
+    break_even: PaysFrom | None = None
+    min_tokens: int | None = None
 
     @property
     def lossless(self) -> bool:
@@ -92,7 +96,8 @@ class Told:
         """Everything, for JSON."""
         out: dict[str, Any] = {**self.__dict__, "lossless": self.lossless}
         out["effects"] = [{**effect.__dict__, "lines": list(effect.lines)} for effect in self.effects]
-        out["calibration"] = None if self.calibration is None else self.calibration.as_dict()
+        for name in ("calibration", "break_even"):
+            out[name] = None if (record := getattr(self, name)) is None else record.as_dict()
         out["tokens_per_layer"] = None if self.tokens_per_layer is None else list(self.tokens_per_layer)
         return out
 
@@ -105,6 +110,12 @@ class Told:
             lines += [f"  {line}" for line in effect.lines]
         if self.calibration is not None:
             lines.append(str(self.calibration))
+        if self.break_even is not None:
+            lines.append(str(self.break_even))
+        elif self.min_tokens:
+            usual = ", the default" if self.min_tokens == MIN_TOKENS else ""
+            lines.append(f"break-even: not measured; shorter prompts than {self.min_tokens} tokens{usual}, are read in "
+                         "full (calibrate --speed measures)")  # fmt: skip
         if self.tokens_per_layer is None or self.flops is None:
             lines.append("tokens, FLOPs and cache depend on what is read")
             return "\n".join(lines)
@@ -167,7 +178,14 @@ class _Prompt:
             type(self.model).__name__, self.tokens, tuple(effects), None if self.layers is None else tuple(self.layers),
             None if self.layers is None else self.shape.prefill_flops(self.layers) + self.own,
             shape.prefill_flops(full), None if held is None else shape.cache_bytes(held), shape.cache_bytes(full),
+            min_tokens=self._least(),
         )  # fmt: skip
+
+    def _least(self) -> int | None:
+        """Tokens of a prompt, fewer of which are read in full; None where nothing of it is merged."""
+        merge = self.recipe.merges.get("merge")
+        mode = None if merge is None else merge.mode or Prefix()
+        return mode.min_tokens if isinstance(mode, Prefix) else None
 
     def _tower(self, merge: Merge) -> Effect:
         lines = ["patches are merged inside the vision tower"]

@@ -11,11 +11,13 @@ import typer
 
 from quickmerge.console.answers import print_answers
 from quickmerge.console.options import (
+    DTYPE,
     JSON,
     MODEL,
     REPORT,
     WRITING,
     Alone,
+    check_dtype,
     check_model,
     check_output,
     load_writer,
@@ -48,6 +50,7 @@ def generate_drafter(
     prompt: str,
     model: str,
     *,
+    dtype: str,
     max_new_tokens: int,
     sample: bool,
     temperature: float | None,
@@ -68,12 +71,13 @@ def generate_drafter(
     document, prompt = parse_question(prompt, file)
     check_model(model, question(document, prompt))
     # what takes seconds to import comes after what can be told at once
+    from quickmerge.models.precision import dtype_name
     from quickmerge.speculative.bench import PLAIN, draft_arm, prepare, prompt_ids, write
     from quickmerge.terminal import Terminal
 
     drafts = load_drafter(drafter)
     arm = draft_arm(drafter_name(drafter), drafts, nodes)
-    lm, tokenizer = load_writer(model)
+    lm, tokenizer = load_writer(model, dtype)
     alone, errors = Alone.writing(lm, tokenizer), Terminal(stderr=True)
     with errors.status("measuring what a pass costs (once)"), one_sentence(alone):
         ids = prompt_ids(lm, tokenizer, document, prompt, max_new_tokens)
@@ -91,8 +95,8 @@ def generate_drafter(
         print(_compared(results["drafted"], results["plain"]), file=errors.file)
     more = record(drafts, nodes)
     write_json(json, {
-        "model": model, **more, "drafter": arm.name, "tree": nodes, "prompt": prompt, "sample": sample,
-        "temperature": temperature, **{name: found.as_dict() for name, found in results.items()},
+        "model": model, "dtype": dtype_name(lm), **more, "drafter": arm.name, "tree": nodes, "prompt": prompt,
+        "sample": sample, "temperature": temperature, **{name: found.as_dict() for name, found in results.items()},
     })  # fmt: skip
 
 
@@ -195,6 +199,7 @@ def decode(
         typer.Option("--drafter", help="lookup, suffix, smollm2-135m, folders of train gumiho, hub ids; with commas."),
     ] = LOOKUP,
     model: MODEL = "smollm2-135m",
+    dtype: DTYPE = "float32",
     prompts: Annotated[
         Path | None,
         typer.Option("--prompts", help="A prompt a line, or .jsonl. Default: a shipped dozen."),
@@ -212,10 +217,12 @@ def decode(
 ) -> None:
     """Tokens for each pass of the model, and speed, of drafters beside plain decoding of the same prompts."""
     from quickmerge.console.results import recorded, show_result
+    from quickmerge.models.precision import dtype_name
     from quickmerge.speculative.bench import PLAIN, bench_drafters, draft_arm
     from quickmerge.speculative.report import drafters_report
 
     check_output(json, out / "report.html" if out is not None else None)
+    check_dtype(dtype)
     nodes = parse_tree(tree)
     temperatures = parse_temperatures(temperature)
     given = [name.strip() for name in drafter.split(",")]
@@ -225,7 +232,7 @@ def decode(
         raise QuickmergeError(f"--drafter must give each drafter a name of its own, got {twice[0]!r} for two ways")
     arms = [draft_arm(name, load_drafter(source), nodes) for name, source in zip(names, given, strict=True)]
     asked = _prompts(prompts)[:limit]
-    lm, tokenizer = load_writer(model)
+    lm, tokenizer = load_writer(model, dtype)
     with progress() as bar, one_sentence(Alone.writing(lm, tokenizer)):
         task = bar.add_task("measuring", total=(1 + len(arms)) * len(asked) * len(temperatures))
 
@@ -236,7 +243,7 @@ def decode(
             lm, tokenizer, asked, arms, temperatures=temperatures, max_new_tokens=max_new_tokens, advance=advance
         )
     found = recorded(found, arms).about(
-        model=model, prompts=len(asked), max_new_tokens=max_new_tokens,
+        model=model, dtype=dtype_name(lm), prompts=len(asked), max_new_tokens=max_new_tokens,
         prompts_file=prompts.name if prompts is not None else "about the shipped document",
     )  # fmt: skip
     show_result(found, drafters_report(found.rows, found.meta), out=out, json=json, records="prompts")

@@ -46,13 +46,15 @@ IMAGES = Annotated[int, typer.Option("--limit", min=1, help="Images to read, eve
 ROUNDS = Annotated[int, typer.Option("--rounds", min=2, help="How often the methods take turns.")]
 
 
-def load_documents(text: list[Path], model: str, context: int, target: int) -> tuple[Any, Alone, list[Document]]:
+def load_documents(
+    text: list[Path], model: str, context: int, target: int, dtype: str = "float32"
+) -> tuple[Any, Alone, list[Document]]:
     """The model, the model alone, and what of each file is read as a context and scored behind it."""
     from quickmerge.datasets.text import LEAST, split_document
 
     # no token that matters stands further on, see split_document
     texts = [read_text(path, first=256 * (context + target + LEAST)) for path in text]
-    lm, tokenizer = load_writer(model)
+    lm, tokenizer = load_writer(model, dtype)
     # Documents sorted into several folders are told apart by the folder's name in the tables.
     parents = [path.absolute().parent.name for path in text]
     kinds = parents if len(set(parents)) > 1 else [None] * len(text)
@@ -71,7 +73,7 @@ def load_documents(text: list[Path], model: str, context: int, target: int) -> t
 def measure_text(
     text: list[Path], model: str, context: int, target: int, reducer: str, keep: str, layer: str | None,
     prior: str | None, out: Path | None, json: Path | None, budget: str = "share", protect: str | None = None,
-    literals: int = 0,
+    literals: int = 0, dtype: str = "float32",
 ) -> None:  # fmt: skip
     """Context recovery and cost of every reducer at every keep, a ``"share"`` or the mean share of an ``"entropy"``."""
     from quickmerge.console.results import show_result
@@ -80,6 +82,7 @@ def measure_text(
     from quickmerge.merge.cache import Evictor
     from quickmerge.merge.reducers import Reducer
     from quickmerge.merge.text.modes import Prefix
+    from quickmerge.models.precision import dtype_name
     from quickmerge.models.spans import tokenizer_of
 
     check_output(json, out / "report.html" if out is not None else None)
@@ -96,7 +99,7 @@ def measure_text(
             f"--budget entropy is for methods that merge, got {wrong[0]}, which evicts from the cache"
         )
     depth = parse_layer(layer)
-    lm, alone, documents = load_documents(text, model, context, target)
+    lm, alone, documents = load_documents(text, model, context, target, dtype)
     kept: dict[tuple[str, float], Reducer | Evictor] = {
         (each.label, keep): replace(each, keep=keep) for each in methods for keep in keeps
     }
@@ -133,7 +136,7 @@ def measure_text(
             )
             row.update(record_of(at))
     found = found.about(
-        model=model, context=context, target=target, layer=layer or "default", budget=budget,
+        model=model, dtype=dtype_name(lm), context=context, target=target, layer=layer or "default", budget=budget,
         protect=protect or "nothing",
         documents=[document.name for document in documents], reducers={m.label: repr(m) for m in methods},
     )  # fmt: skip

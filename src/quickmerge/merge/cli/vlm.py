@@ -44,12 +44,12 @@ def check_vlm(name: str, images: int, prompt: str) -> None:
         try_folder(found, question_on([None] * images, prompt))
 
 
-def load_vlm(name: str) -> tuple[Any, Any]:
+def load_vlm(name: str, dtype: str = "float32") -> tuple[Any, Any]:
     """Model and processor, the libraries' own chatter kept quiet."""
     from quickmerge.models.load_vision import load_vlm as load
 
     quiet()
-    vlm, processor = load(name)
+    vlm, processor = load(name, dtype=dtype)
     take_generation(vlm)
     return vlm, processor
 
