@@ -5,7 +5,6 @@ Public names are loaded on first use, so that importing the package stays cheap.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 from quickmerge import _moved
@@ -140,8 +139,3 @@ __getattr__, __dir__, __all__ = lazy(
 
 watch()
 _moved.watch()
-# transformers imports torchao with its models, where that is installed. torch then notes what torchao will have to
-# change, and torchao that its kernels for GPUs can't be loaded without one: lines on stderr of every program, about
-# which its user can do nothing.
-logging.getLogger("torch.utils._pytree").addFilter(lambda told: "is now natively supported" not in str(told.msg))
-logging.getLogger("torchao").addFilter(lambda told: "Failed to load " not in str(told.msg))

@@ -279,12 +279,25 @@ def take_generation(model: Any) -> None:
 
 
 def quiet() -> None:
-    """Keep transformers' bars and notices out of the output."""
+    """Keep transformers' bars and notices out of the output, and those of torchao, which it imports where it can."""
+    from logging import getLogger
+
     from quickmerge.models.compat import library_logging
 
+    # That its kernels for GPUs can't be loaded without one, and what it will have to change for torch some day.
+    getLogger("torchao").addFilter(_no_loading)
+    getLogger("torch.utils._pytree").addFilter(_no_registering)
     logging = library_logging()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _no_loading(told: Any) -> bool:
+    return "Failed to load " not in str(told.msg)
+
+
+def _no_registering(told: Any) -> bool:
+    return "is now natively supported" not in str(told.msg)
 
 
 def progress() -> Progress:
