@@ -97,23 +97,29 @@ def test_clusters_are_the_same_whenever_they_were_found(seed: int) -> None:
 
 
 def test_what_was_found_is_what_is_taken() -> None:
-    """Nothing is clustered at the token that needs it: neither the first one nor that of any group."""
-    told = Multipole(ratio=0.25, sink=2, interval=8, block=16)
+    """Nothing is clustered at the token that needs it, be it the first one or that of a group; and nothing twice."""
+    told = Multipole(ratio=0.25, sink=2, interval=8, block=400)
     layer, draws = MultipoleLayer(), generator(0)
+    asked: list[tuple[int, int, int, int]] = []
+
+    def keys(rows: Any, first: Any, length: int, heads: slice) -> torch.Tensor:
+        asked.extend((row, at, length, heads.start) for row, at in zip(rows, first, strict=True))
+        return torch.stack([layer.keys[row, heads, at : at + length] for row, at in zip(rows, first, strict=True)])
+
     layer.update(*new(1, 60, draws))
-    prepare(layer, 60, None, told, layer.keys)
+    prepare(layer, 60, None, told, keys)
     assert layer.clusters is None and layer.ahead.take() > 0
     joined = 0
     for _ in range(60):
         layer.update(*new(1, 1, draws))
         before, made = layer.clusters, layer.ahead.made
-        refresh(layer, 1, None, told, layer.keys)
+        refresh(layer, 1, None, told, keys)
         if layer.clusters is not before:
             joined += 1
             assert made is not None and layer.clusters is made.clusters
         # A head of a block at a time, and for this layer alone each in its turn.
         assert layer.ahead.take() <= 1
-    assert joined == 8
+    assert joined == 8 and len(asked) == len(set(asked))
 
 
 def test_columns_that_were_taken_back_are_looked_at_again() -> None:

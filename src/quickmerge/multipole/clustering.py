@@ -334,9 +334,8 @@ def _with(
         for place, (task, _) in enumerate(wanted[alike[0]][1]):
             own = {row: wanted[row][1][place][1] for row in alike}
             for heads in together(source.values):
-                found = {
-                    row: ready[row][key] for row in alike if ready and (key := (own[row], heads.start)) in ready[row]
-                }
+                known = {row: ready[row].get((task, own[row], heads.start)) for row in alike} if ready else {}
+                found = {row: part for row, part in known.items() if part is not None}
                 left = [row for row in alike if row not in found]
                 if left:
                     part = solve(source, left, task, [own[row] for row in left], heads, settings, old)
