@@ -136,6 +136,22 @@ def generate(rows: Sequence[Row]) -> Table:
     return Table(columns, rows)
 
 
+def waits(rows: Sequence[Row]) -> Table:
+    """How long single tokens take, by processor time."""
+
+    def milliseconds(key: str, heading: str) -> Column:
+        return Column(heading, number(key, ".0f", scale=1e3, unit=" ms"))
+
+    columns = [
+        Column("clustering", text("name")), milliseconds("first", "first token"), milliseconds("p50", "median"),
+        milliseconds("p95", "95 %"), milliseconds("p99", "99 %"), milliseconds("max", "longest"),
+        Column("longest by median", number("max_by_median", ".2f", unit="x")),
+        Column("by the clock: median, longest", lambda r: f"{1e3 * r['wall_p50']:.0f}, {1e3 * r['wall_max']:.0f} ms"),
+        Column("blocks clustered for one token", number("most_at_once", ".1f")),
+    ]  # fmt: skip
+    return Table(columns, rows)
+
+
 def at(key: Any, cell: Cell) -> Cell:
     """A cell of the row that a line has at ``key``."""
     return lambda line: cell(line["at"][key])

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from quickmerge.errors import QuickmergeError
 from quickmerge.multipole import Multipole, MultipoleCache, MultipoleLayer
-from quickmerge.multipole.cache import refresh
+from quickmerge.multipole.upkeep import refresh
 
 
 @given(seeds)

@@ -262,20 +262,25 @@ def test_few_different_keys(sized: bool) -> None:
 
 def test_keys_can_be_computed_when_they_are_asked_for() -> None:
     keys, values = lumps((2, 2, 200), 4, 0), lumps((2, 2, 200), 3, 1)
-    asked: list[tuple[list[int], list[int], int]] = []
+    asked: list[tuple[list[int], list[int], int, int]] = []
 
-    def on_demand(rows: Sequence[int], first: Sequence[int], length: int) -> Tensor:
-        asked.append((list(rows), list(first), length))
-        return torch.stack([keys[row, :, at : at + length] for row, at in zip(rows, first, strict=True)])
+    def on_demand(rows: Sequence[int], first: Sequence[int], length: int, heads: slice) -> Tensor:
+        asked.append((list(rows), list(first), length, heads.start))
+        return torch.stack([keys[row, heads, at : at + length] for row, at in zip(rows, first, strict=True)])
 
     now = cluster(on_demand, values, None, columns(3, 9), columns(120, 126), SMALL)
     want = cluster(keys, values, None, columns(3, 9), columns(120, 126), SMALL)
-    assert now is not None and want is not None and asked == [([0, 1], [3, 9], 64), ([0, 1], [67, 73], 53)]
+    assert (
+        now is not None
+        and want is not None
+        and asked
+        == [([0, 1], first, length, head) for first, length in (([3, 9], 64), ([67, 73], 53)) for head in (0, 1)]
+    )
     same(now, want)
     asked.clear()
     same(extend(now, on_demand, values, None, columns(120, 142), SMALL),
          extend(want, keys, values, None, columns(120, 142), SMALL))  # fmt: skip
-    assert asked == [([1], [73], 69)]
+    assert asked == [([1], [73], 69, 0), ([1], [73], 69, 1)]
 
 
 def test_half_precision_is_clustered_in_single() -> None:

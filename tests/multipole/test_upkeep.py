@@ -12,7 +12,7 @@ from run_samples import check_clusters
 from strategies import generator, prop, seeds
 
 from quickmerge.multipole import Multipole, MultipoleLayer
-from quickmerge.multipole.cache import refresh
+from quickmerge.multipole.upkeep import refresh
 
 
 @given(seeds)
@@ -120,9 +120,9 @@ def test_the_keys_of_closed_blocks_are_not_asked_for_again() -> None:
     draws = generator(0)
     layer.update(*new(1, 100, draws))
 
-    def keys(rows: Any, first: Any, length: int) -> torch.Tensor:
+    def keys(rows: Any, first: Any, length: int, heads: slice) -> torch.Tensor:
         asked.extend(first)
-        return torch.stack([layer.keys[row, :, at : at + length] for row, at in zip(rows, first, strict=True)])
+        return torch.stack([layer.keys[row, heads, at : at + length] for row, at in zip(rows, first, strict=True)])
 
     refresh(layer, 1, None, SETTINGS, keys)
     closed = layer.facts.start[0] + layer.clusters.blocks[0][-1].first

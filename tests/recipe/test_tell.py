@@ -68,12 +68,16 @@ def test_rows_that_multipole_attention_reads() -> None:
     line = next(line for line in recipe.told(model, N).effects[0].lines if "a new token reads about" in line)
     told = float(line.split("about ")[1].split()[0])
     assert told == pytest.approx(read / 2, rel=0.05)  # of each key that is read its value is, too
-    # Where it begins to pay, all that is read is just less than there is.
-    pays = recipe.told(model, N).effects[0].pays_from
-    assert pays is not None and recipe.told(model, pays).effects[0].pays_from == pays
-    for n, more in ((pays - 1, False), (pays, True)):
+    effect = recipe.told(model, N).effects[0]
+    fewer = int(next(line for line in effect.lines if line.startswith("reads less from")).split()[3])
+    for n, more in ((fewer - 1, False), (fewer, True)):
         exact = 2 + 1.5 * 8 + 32
         assert (exact + 0.25 * max(0, n - 2 - 12) < n) is more
+    # It costs more than what it reads, so it pays later than it reads less.
+    pays = effect.pays_from
+    assert pays is not None and pays > fewer and recipe.told(model, pays).effects[0].pays_from == pays
+    least = qm.Recipe(attention=qm.Multipole(min_tokens=2 * pays)).told(model, N).effects[0]
+    assert least.pays_from == 2 * pays and f"rows of fewer than {2 * pays} tokens are read in full" in least.lines
 
 
 def test_where_merging_pays_it_saves_flops() -> None:

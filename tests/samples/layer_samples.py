@@ -7,7 +7,7 @@ from attend_samples import generator
 from torch import Tensor
 
 from quickmerge.multipole import Multipole, MultipoleLayer
-from quickmerge.multipole.cache import refresh
+from quickmerge.multipole.upkeep import refresh
 
 SETTINGS = Multipole(ratio=0.25, sink=2, interval=4, block=16)
 H, D, DV = 2, 3, 5

@@ -453,16 +453,19 @@ def proportional_attention(
 ) -> Any:
     """Attention with log(size) added to the score of every key (ToMe, arXiv 2210.09461, eq. 1).
 
-    One more channel holds ``1`` in the query and ``log(size) / scaling`` in the key, so any fused kernel does it
-    without a bias matrix. ``args`` start with query, key and value; ``size (B, keys)``, or ``(B, G, keys)`` where key
-    heads hold entries of their own, counts original tokens. A run that computes the attention itself gets the sizes as
-    ``key_size`` in their place.
+    For one new token, or where scores are bounded, that is one row more to the mask. For several it would be a matrix:
+    then one more channel holds ``1`` in the query and ``log(size) / scaling`` in the key, so any fused kernel does it
+    without one. Keys and values are copied for that, which a single token should not wait for.
+
+    ``args`` start with query, key and value; ``size (B, keys)``, or ``(B, G, keys)`` where key heads hold entries of
+    their own, counts original tokens. A run that computes the attention itself gets the sizes as ``key_size`` in their
+    place.
     """
     if isinstance(call, Watched) and computes(call.watcher):
         return call(module, *args, **kwargs, key_size=size)
     query, key, value = args[:3]
-    if kwargs.get("softcap") is not None:
-        # What bounds the scores would bound the sizes with them, so these go into the mask, which comes behind it.
+    if kwargs.get("softcap") is not None or (query.shape[2] == 1 and size.ndim == 2):
+        # What bounds the scores would bound the sizes with them, too, if they weren't in the mask, which comes behind.
         masked = _with_sizes(kwargs.get("attention_mask") if len(args) < 4 else args[3], query, size)
         rest = {name: value for name, value in kwargs.items() if name != "attention_mask"}
         return call(module, query, key, value, masked, *args[4:], **rest)

@@ -14,9 +14,8 @@ from quickmerge.bench.harness import settled
 from quickmerge.errors import QuickmergeError
 from quickmerge.models.columns import slide_layer, slide_table, stored, take_tail_of_layer, take_tail_of_table
 from quickmerge.models.compat import DynamicLayer, cache_name
-from quickmerge.multipole.clustering import Columns, bounds, cluster, extend
+from quickmerge.multipole.ahead import Ahead
 from quickmerge.multipole.clusters import Clusters
-from quickmerge.multipole.exact import coarsen
 from quickmerge.multipole.settings import Multipole, MultipoleStats
 
 SPARE = 8
@@ -42,6 +41,16 @@ class Facts(NamedTuple):
     bytes: int
 
 
+def next_due(start: int, end: int, settings: Multipole) -> int:
+    """How many columns there must be for more of a row to be clustered than those from ``start`` to ``end``.
+
+    Clusters that were cut may end within a group.
+    """
+    step = settings.interval
+    due = start + (end - start) // step * step + 2 * step
+    return due if end > start else max(due, start - settings.sink + settings.min_tokens)
+
+
 class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
     """A cache layer for full attention: every key and value it was ever given, and the clusters made of them.
 
@@ -58,6 +67,8 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
     ``position (B, n)`` long: the place at which each key was rotated, if anybody noted it.
     ``reading``: the settings of the run that reads it; None outside of any.
     ``first``: the first column of each row that holds a token.
+    ``ahead``: what was clustered before it is due.
+    ``place``: which one it is of the layers of its cache that hold clusters, and how many there are: they take turns.
 
     Draft trees can be read from it (`quickmerge.models.columns`). Tokens are clustered by their places in a row, so
     there may be no holes between them, and no pass may go over the length at which the next ones are clustered.
@@ -82,6 +93,8 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
         self.position: Tensor | None = None
         self.reading: Multipole | None = None
         self.first: list[int] | None = None
+        self.ahead = Ahead()
+        self.place = (0, 1)
         self._rooms: list[Tensor | None] = [None, None]
         self._facts: Facts | None = None
 
@@ -89,8 +102,8 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
         """Append keys ``(B, H, q, D)`` and values ``(B, H, q, Dv)``; returns all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys, self._rooms[0] = _append(self.keys, self._rooms[0], key_states)
-        self.values, self._rooms[1] = _append(self.values, self._rooms[1], value_states)
+        self.keys, self._rooms[0] = _append(self.keys, self._rooms[0], key_states, self.place)
+        self.values, self._rooms[1] = _append(self.values, self._rooms[1], value_states, self.place)
         return self.keys, self.values
 
     def note_positions(self, position: Tensor) -> None:
@@ -113,6 +126,7 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
         """Drop the clusters; keys and values stay."""
         self.clusters = self.coarse = self.made_with = self._facts = None
         self.stale = True
+        self.ahead.drop()
 
     @property
     def facts(self) -> Facts | None:
@@ -132,14 +146,10 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
 
     def due(self, settings: Multipole) -> int:
         """How many columns there must be before the new tokens for another group to be clustered in some row."""
-        facts, step = self.facts, settings.interval
+        facts = self.facts
         if facts is None:
-            return settings.sink + 2 * step
-        # Clusters that were cut may end within a group.
-        return (
-            min(start + (end - start) // step * step for start, end in zip(facts.start, facts.end, strict=True))
-            + 2 * step
-        )
+            return max(settings.sink + 2 * settings.interval, settings.min_tokens)
+        return min(next_due(start, end, settings) for start, end in zip(facts.start, facts.end, strict=True))
 
     @property
     def bytes(self) -> int:
@@ -155,8 +165,10 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
         super().crop(tokens_to_remove)
         length = stored(self)
         left = None if self.clusters is None else self.clusters.crop(length)
+        self.ahead.crop(length)
         if left is not self.clusters:
             self.clusters, self.coarse, self.stale = left, None, True
+            self.ahead.drop()
         if self.position is not None:
             self.position = self.position[:, :length]
 
@@ -196,6 +208,8 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
             setattr(self, name, picked[:, :, :length])
         if self.clusters is not None:
             self.clusters = self.clusters.select_rows(index)
+        if self.ahead.parts:
+            self.ahead.select_rows(index.tolist(), self.clusters)
         if self.coarse is not None:
             self.coarse = self.coarse.select_rows(index)
         if self.position is not None:
@@ -210,10 +224,13 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
         settings, rows = self.reading, len(self.keys)
         if settings is None or not settings.update:
             return None
-        first, step, past = self.first or [0] * rows, settings.interval, stored(self)
+        first, step, past, facts = self.first or [0] * rows, settings.interval, stored(self), self.facts
         behind = [past - column - settings.sink for column in first]
         # Tokens are clustered once there are two groups of them, and then with each further group.
-        return [max(2, n // step + 1) * step - 1 - n for n in behind]
+        least = [max(2 * step, settings.min_tokens - settings.sink)] * rows
+        if facts is not None:
+            least = [2 * step if a < b else n for a, b, n in zip(facts.start, facts.end, least, strict=True)]
+        return [(m if n < m else (n // step + 1) * step) - 1 - n for n, m in zip(behind, least, strict=True)]
 
     def widest(self) -> int | None:
         """How many tokens are read by clusters at once."""
@@ -221,6 +238,7 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
 
     def take_tail(self, tail: int, index: Tensor, there: Tensor | None) -> None:
         """See `quickmerge.models.columns.take_tail`; the columns may not be clustered yet."""
+        self.ahead.crop(stored(self) - tail)
         take_tail_of_layer(self, tail, index, there)
         if self.position is not None:
             self.position = take_tail_of_table(self.position, tail, index)
@@ -232,6 +250,7 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
         if self.clusters is not None:
             start, end = self.clusters.start + step, self.clusters.end + step
             self.clusters = replace(self.clusters, start=start, end=end)
+        self.ahead.slide(by, self.clusters)
         if self.position is not None:
             self.position = slide_table(self.position, by)
         self.first = [a + b for a, b in zip(self.first or [0] * len(by), by, strict=True)]
@@ -263,8 +282,14 @@ def _views(held: Tensor | None, room: Tensor | None) -> bool:
     return same and held.shape[:2] == room.shape[:2] and held.shape[2] <= room.shape[2]
 
 
-def _append(held: Tensor, room: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor | None]:
-    """``held`` with ``new`` behind it, and the buffer that both are in; None if there is none."""
+def _append(
+    held: Tensor, room: Tensor | None, new: Tensor, place: tuple[int, int] = (0, 1)
+) -> tuple[Tensor, Tensor | None]:
+    """``held`` with ``new`` behind it, and the buffer that both are in; None if there is none.
+
+    Layers have as much room to spare as their ``place`` says, from half up to all of it, so that they don't all copy
+    their past for the same token.
+    """
     if torch.is_grad_enabled() and (new.requires_grad or held.requires_grad):
         return torch.cat([held, new], -2), None
     past = held.shape[2] if held.ndim == 4 else 0
@@ -272,7 +297,9 @@ def _append(held: Tensor, room: Tensor | None, new: Tensor) -> tuple[Tensor, Ten
     # A tensor that was made in inference mode may not be written to outside.
     closed = room is not None and room.is_inference() and not torch.is_inference_mode_enabled()
     if room is None or closed or room.shape[2] < need or not _views(held, room):
-        room = new.new_empty(*new.shape[:2], need + max(need // SPARE, LEAST), new.shape[3])
+        which, layers = place
+        spare = max(need // SPARE, LEAST) * (layers + which + 1) // (2 * layers)
+        room = new.new_empty(*new.shape[:2], need + spare, new.shape[3])
         if past:
             room[:, :, :past] = held
     room[:, :, past:need] = new
@@ -293,17 +320,30 @@ class Tally:
 
     def __init__(self, settings: Multipole, blocks: int, blocks_all: int) -> None:
         self.settings = settings
-        self._stats = MultipoleStats(settings=settings.label, blocks=blocks, blocks_all=blocks_all)
+        self._stats = MultipoleStats(
+            settings=settings.label, min_tokens=settings.min_tokens, blocks=blocks, blocks_all=blocks_all
+        )
         self._queries = 0
         self._dense = self._others = 0.0
         self._kept: Tensor | float = 0.0
+        self._worked = 0.0
 
-    def clustered(self, anew: bool, seconds: float) -> None:
-        """Clusters of one block were made ``anew``, or new tokens joined them."""
+    def clustered(self, held: MultipoleLayer, before: Clusters | None, seconds: float) -> None:
+        """A layer that had the clusters ``before`` got others in front of a token, or some of those to come."""
+        self._worked += held.ahead.take()
+        if before is None and held.clusters is not None:
+            self._stats.clustering_seconds += seconds
+            return
+        self._stats.updates += (held.clusters is not before) / self._stats.blocks
+        self._stats.update_seconds += seconds
+
+    def prepared(self, held: MultipoleLayer, seconds: float, anew: bool) -> None:
+        """What a layer will read behind a prompt was clustered with it, ``anew`` or behind what there was."""
+        held.ahead.take()
+        self._stats.prompt_seconds += seconds
         if anew:
             self._stats.clustering_seconds += seconds
         else:
-            self._stats.updates += 1 / self._stats.blocks
             self._stats.update_seconds += seconds
 
     def read(self, held: MultipoleLayer, new: int, kept: Tensor | None, seconds: float) -> None:
@@ -340,6 +380,8 @@ class Tally:
         if short:
             stats.decode_steps += 1
             stats.decode_seconds += seconds
+            stats.most_at_once = max(stats.most_at_once, self._worked)
+            self._worked = 0.0
         else:
             stats.prefill_seconds += seconds
         filled = [held for held in layers if stored(held)]
@@ -369,75 +411,3 @@ class Tally:
         stats.rows_dense = self._dense / queries
         stats.rows_read = self._others / queries + 2 * stats.kept
         return stats
-
-
-# When the clusters of a cache layer are made, and when new tokens join them.
-
-
-READING = ("budget", "select", "top_p", "replacement", "query_position", "update", "first", "queries")
-"""Settings that are of no account for what the clusters are."""
-
-
-def refresh(
-    held: MultipoleLayer,
-    new: int,
-    size: Tensor | None,
-    settings: Multipole,
-    keys: Columns,
-    values: Tensor | None = None,
-) -> None:
-    """Bring the clusters of a layer up to date, in front of the attention of ``new`` tokens that it already holds.
-
-    How many tokens are clustered depends on how many there were before the new ones, and not on how they came. Where
-    nothing is due it costs nothing. Clusters that were made with other settings are dropped first. No gradient goes
-    through the centroids.
-
-    Args:
-        held: the layer; its ``clusters`` are changed, and ``coarse`` with them.
-        new: how many of its last columns are the new tokens.
-        size: ``(B, n)`` tokens that each column stands for, 0 for padding. Default: one each.
-        settings: how to cluster.
-        keys: in the space of the clusters, see `quickmerge.multipole.clustering.cluster`.
-        values: ``(B, H, n, Dv)``, where attention reads others than the layer holds, as those that are made of a latent
-            vector. Default: the layer's.
-    """
-    if held.made_with not in (None, settings) and _kind(held.made_with) != _kind(settings):
-        held.forget_clusters()
-    old, coarse = held.clusters, held.coarse
-    with torch.no_grad():
-        if held.stale or settings.update:
-            held.clusters = _grown(
-                held, stored(held) - new, size, settings, keys, held.values if values is None else values
-            )
-        held.stale, held.made_with = False, settings
-        if held.clusters is None or settings.coarse is None:
-            held.coarse = None
-        elif coarse is None or held.clusters is not old:
-            before = None if old is None or coarse is None else (old, coarse)
-            held.coarse = coarsen(held.clusters, settings, before)
-
-
-def _grown(
-    held: MultipoleLayer, past: int, size: Tensor | None, settings: Multipole, keys: Columns, values: Tensor
-) -> Clusters | None:
-    """The clusters with every group in them that is due; the very same where none is."""
-    old = held.clusters
-    if past < held.due(settings):
-        return old
-    if old is None:
-        start, end = bounds(_first(size, held.keys), past, settings)
-        return cluster(keys, values, size, start, end, settings)
-    start, end = bounds(old.start - settings.sink, past, settings)
-    return extend(old, keys, values, size, torch.maximum(end, old.end), settings)
-
-
-def _first(size: Tensor | None, keys: Tensor) -> Tensor:
-    """``(B,)`` long: the first column of each row that holds a token."""
-    if size is None:
-        return torch.zeros(len(keys), dtype=torch.long, device=keys.device)
-    return (size > 0).to(torch.uint8).argmax(-1)
-
-
-def _kind(settings: Multipole) -> Multipole:
-    usual = Multipole()
-    return replace(settings, **{name: getattr(usual, name) for name in READING})

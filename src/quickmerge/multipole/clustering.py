@@ -3,85 +3,161 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quickmerge.multipole.clusters import Block, Clusters, Summary, join, summarise
+from quickmerge.multipole.clusters import Block, Clusters, Summary, join, side_by_side, summarise
 from quickmerge.multipole.settings import Multipole
 from quickmerge.multipole.weighted_kmeans import Draws, centred, group, lloyd, means, nearest, pick, remembered
 
-__all__ = ["Columns", "Work", "block_lengths", "bounds", "cluster", "extend", "newcomers"]
+__all__ = [
+    "Columns",
+    "Ready",
+    "Source",
+    "Task",
+    "block_lengths",
+    "bounds",
+    "cluster",
+    "extend",
+    "newcomers",
+    "solve",
+    "tasks",
+    "together",
+]
 
 
-Columns: TypeAlias = Tensor | Callable[[Sequence[int], Sequence[int], int], Tensor]
-"""``(B, H, n, D)``, or a function of rows, first columns and a length that returns ``(G, H, length, D)``.
+Columns: TypeAlias = Tensor | Callable[[Sequence[int], Sequence[int], int, slice], Tensor]
+"""``(B, H, n, D)``, or a function of rows, first columns, a length and some heads: ``(G, h, length, D)``.
 
-It is asked for no column twice but those of the open block, so a function may compute what it returns.
+It is asked for no column of a head twice but those of the open block, so a function may compute what it returns.
 """
 
+Ready: TypeAlias = "Sequence[dict[tuple[Task, Block, int], Summary]]"
+"""For each row what is known of blocks that it does not have yet, by task, block and first head; see `solve`."""
 
-@dataclass
-class Work:
-    """What is to be clustered, the blocks of each row so far, and the contents of those that are new."""
+
+@dataclass(frozen=True)
+class Source:
+    """What is clustered: keys, in the space in which they are compared, values, sizes, and each row's first column."""
 
     keys: Columns
-    values: Columns
+    values: Tensor
     size: Tensor | None
-    start: list[int]
-    settings: Multipole
-    blocks: list[list[Block]]
-    pieces: list[tuple[int, Block, Summary]] = field(default_factory=list)
+    start: Sequence[int]
 
-    def anew(self, rows: list[int], lengths: tuple[int, ...]) -> None:
-        """Cluster blocks of ``lengths`` from nothing, behind those that the rows have."""
-        for length in lengths:
-            new = []
-            for row in rows:
-                last = self.blocks[row][-1] if self.blocks[row] else Block(0, 0, 0, 0)
-                at, cluster = last.first + last.length, last.cluster + last.clusters
-                new.append(Block(at, length, cluster, self.settings.clusters(length)))
-            span = self._columns(rows, new)
-            x, weight, draws = span.points(self.settings.seed)
-            first = pick(x, draws.first(new[0].clusters, x))
-            label, settled = lloyd(x, first, self.settings.iterations, draws, weight)
-            self._note(rows, new, span, label, settled)
-
-    def grow(self, rows: list[int], clusters: Clusters, length: int) -> None:
-        """Let the open block of each row, all alike, grow to ``length`` columns."""
-        open_ = [clusters.blocks[row][-1] for row in rows]
-        held, had = open_[0].length, open_[0].clusters
-        more = min(max(0, self.settings.clusters(length) - had), length - held)
-        new = [block._replace(length=length, clusters=had + more) for block in open_]
-        span = self._columns(rows, new)
-        x, weight, draws = span.points(self.settings.seed)
-        label, settled = [], []
-        for row, block in zip(rows, open_, strict=True):
-            label.append(clusters.labels[row, :, block.first : block.first + held].long() - block.cluster)
-            if clusters.settled is not None:
-                settled.append(clusters.settled[row, :, block.cluster : block.cluster + had])
-        known = torch.cat(settled) if settled else torch.zeros(len(x), had, dtype=torch.bool, device=x.device)
-        centroids, state = newcomers(x, weight, torch.cat(label), known, draws, more)
-        final, now = lloyd(x, centroids, self.settings.update_iterations, draws, weight, state)
-        self._note(rows, new, span, final, now)
-
-    def _columns(self, rows: list[int], blocks: list[Block]) -> _Span:
+    def span(self, rows: list[int], blocks: Sequence[Block], heads: slice) -> _Span:
+        """The columns of a block of each row, blocks all alike, for some heads."""
         first = [self.start[row] + block.first for row, block in zip(rows, blocks, strict=True)]
         length = blocks[0].length
-        size = None if self.size is None else _take(self.size[:, None, :, None], rows, first, length)[:, 0, :, 0]
-        return _Span(_take(self.keys, rows, first, length), _take(self.values, rows, first, length), size)
+        size = None
+        if self.size is not None:
+            size = _take(self.size[:, None, :, None], rows, first, length, slice(None))[:, 0, :, 0]
+        keys, values = (_take(x, rows, first, length, heads) for x in (self.keys, self.values))
+        return _Span(keys, values, size)
 
-    def _note(self, rows: list[int], new: list[Block], span: _Span, label: Tensor, settled: Tensor) -> None:
-        """Put what follows from final labels ``(G * H, L)`` down as the next block of each row."""
-        shape = (len(rows), len(label) // len(rows), -1)
-        part = summarise(*span, label.view(shape), new[0].clusters, self.settings.variance)
-        part.settled = settled.view(shape)
-        for i, (row, block) in enumerate(zip(rows, new, strict=True)):
-            self.blocks[row].append(block)
-            self.pieces.append((row, block, part.row(i)))
+
+class Task(NamedTuple):
+    """A block that a row is to have: of ``length`` columns, of which ``held`` are in ``had`` clusters already.
+
+    With ``held`` of 0 it is clustered from nothing. Rows whose tasks are equal are worked at together.
+    """
+
+    length: int
+    held: int = 0
+    had: int = 0
+
+    def behind(self, last: Block | None, settings: Multipole) -> Block:
+        """The block, by the ``last`` one of those that the row keeps."""
+        first, cluster = (0, 0) if last is None else (last.first + last.length, last.cluster + last.clusters)
+        wanted = settings.clusters(self.length)
+        if self.held:
+            wanted = self.had + min(max(0, wanted - self.had), self.length - self.held)
+        return Block(first, self.length, cluster, wanted)
+
+
+def tasks(row: Sequence[Block], columns: int, settings: Multipole) -> tuple[int, list[tuple[Task, Block]]]:
+    """What is to be done for a row of these blocks to have ``columns`` clustered columns.
+
+    Returns:
+        How many of its blocks stay as they are, and what is made behind them, in order.
+
+    Raises:
+        ValueError: if it has more of them.
+    """
+    last = row[-1] if row else Block(0, 0, 0, 0)
+    held = last.first + last.length
+    if columns < held:
+        raise ValueError(f"new_end must lie at or behind the end of the clusters, got {columns} columns of {held}")
+    if columns == held:
+        return len(row), []
+    kept, lengths = len(row[:-1]), block_lengths(columns - last.first, settings.block)
+    if len(lengths) == 1 and last.length:
+        wanted = [Task(lengths[0], last.length, last.clusters)]
+    else:
+        wanted = [Task(length) for length in lengths]
+    found: list[tuple[Task, Block]] = []
+    before = row[kept - 1] if kept else None
+    for task in wanted:
+        before = task.behind(before, settings)
+        found.append((task, before))
+    return kept, found
+
+
+def together(values: Tensor) -> list[slice]:
+    """The key-value heads that are clustered at once: each alone, or on a device, which many small tasks keep waiting,
+    all of them.
+
+    Heads are clustered independently of one another. Those of other sizes of work would round differently, so this does
+    not depend on when the work is done.
+    """
+    heads = values.shape[1]
+    return [slice(h, h + 1) for h in range(heads)] if values.device.type == "cpu" else [slice(0, heads)]
+
+
+def solve(
+    source: Source,
+    rows: list[int],
+    task: Task,
+    blocks: Sequence[Block],
+    heads: slice,
+    settings: Multipole,
+    old: Clusters | None = None,
+) -> Summary:
+    """Cluster a block of some rows, all with the same ``task``, for some heads.
+
+    Args:
+        source: of keys and values.
+        rows: G of them.
+        task: what is to be done.
+        blocks: the block of each row.
+        heads: h of the key-value heads.
+        settings: see `cluster` and `extend`.
+        old: where the clusters are that a block of columns that are clustered already is grown from.
+    """
+    span = source.span(rows, blocks, heads)
+    x, weight, draws = span.points(settings.seed)
+    more = blocks[0].clusters - task.had
+    if not task.held:
+        first = pick(x, draws.first(more, x))
+        label, settled = lloyd(x, first, settings.iterations, draws, weight)
+    else:
+        assert old is not None
+        before, known = [], []
+        for row, block in zip(rows, blocks, strict=True):
+            before.append(old.labels[row, heads, block.first : block.first + task.held].long() - block.cluster)
+            if old.settled is not None:
+                known.append(old.settled[row, heads, block.cluster : block.cluster + task.had])
+        none = torch.zeros(len(x), task.had, dtype=torch.bool, device=x.device)
+        centroids, state = newcomers(x, weight, torch.cat(before), torch.cat(known) if known else none, draws, more)
+        label, settled = lloyd(x, centroids, settings.update_iterations, draws, weight, state)
+    shape = (len(rows), len(label) // len(rows), -1)
+    part = summarise(*span, label.view(shape), blocks[0].clusters, settings.variance)
+    part.settled = settled.view(shape)
+    return part
 
 
 class _Span(NamedTuple):
@@ -131,13 +207,13 @@ def newcomers(
     return centroids, (torch.cat([label, joined], 1), torch.cat([old, least], 1), moved)
 
 
-def _take(x: Columns, rows: list[int], first: list[int], length: int) -> Tensor:
-    """Columns of some rows: ``(G, H, length, D)``."""
+def _take(x: Columns, rows: list[int], first: list[int], length: int, heads: slice) -> Tensor:
+    """Columns of some rows and heads: ``(G, h, length, D)``."""
     if not isinstance(x, Tensor):
-        return x(rows, first, length)
+        return x(rows, first, length, heads)
     if len(rows) == 1:  # without a copy
-        return x[rows[0], None, :, first[0] : first[0] + length]
-    return torch.stack([x[row, :, at : at + length] for row, at in zip(rows, first, strict=True)])
+        return x[rows[0], None, heads, first[0] : first[0] + length]
+    return torch.stack([x[row, heads, at : at + length] for row, at in zip(rows, first, strict=True)])
 
 
 # Clustering the keys of a layer: a whole prompt block by block, and new tokens a few at a time.
@@ -149,16 +225,18 @@ def _take(x: Columns, rows: list[int], first: list[int], length: int) -> Tensor:
 def bounds(first: Tensor, length: int, settings: Multipole) -> tuple[Tensor, Tensor]:
     """Which columns of a cache should be clustered: ``start`` and ``end``, each ``(B,)`` long.
 
-    Not the sink, and not the newest tokens: ``interval`` of them up to twice as many, less one.
+    Not the sink, and not the newest tokens: ``interval`` of them up to twice as many, less one. In a row of fewer than
+    ``min_tokens`` none are.
 
     Args:
         first: ``(B,)`` long, the first column that holds a token.
         length: n, how many columns there are.
-        settings: ``sink`` and ``interval``.
+        settings: ``sink``, ``interval`` and ``min_tokens``.
     """
     start = first + settings.sink
     steps = torch.div(length - start, settings.interval, rounding_mode="floor") - 1
-    return start, start + steps.clamp_min(0) * settings.interval
+    steps = torch.where(length - first < settings.min_tokens, 0, steps.clamp_min(0))
+    return start, start + steps * settings.interval
 
 
 def block_lengths(tokens: int, block: int) -> list[int]:
@@ -170,7 +248,13 @@ def block_lengths(tokens: int, block: int) -> list[int]:
 
 
 def cluster(
-    keys: Columns, values: Columns, size: Tensor | None, start: Tensor, end: Tensor, settings: Multipole
+    keys: Columns,
+    values: Tensor,
+    size: Tensor | None,
+    start: Tensor,
+    end: Tensor,
+    settings: Multipole,
+    ready: Ready | None = None,
 ) -> Clusters | None:
     """Cluster the columns ``start`` to ``end`` of each row.
 
@@ -181,6 +265,7 @@ def cluster(
         start: ``(B,)`` first column.
         end: ``(B,)`` one past the last; a row with ``end`` equal to ``start`` has nothing to cluster.
         settings: ``ratio``, ``block``, ``iterations``, ``seed`` and ``variance``.
+        ready: what `solve` found before, of these settings and columns. Default: nothing.
 
     Returns:
         The clusters, or None where no row has anything to cluster: then all keys have to be read.
@@ -191,14 +276,18 @@ def cluster(
     lengths = _lengths(start, end, values)
     if not any(lengths):
         return None
-    work = Work(keys, values, size, start.tolist(), settings, [[] for _ in lengths])
-    for tail, rows in _alike([tuple(block_lengths(n, settings.block)) for n in lengths]):
-        work.anew(rows, tail)
-    return join(start, work.blocks, work.pieces)
+    source = Source(keys, values, size, start.tolist())
+    return _with(source, start, [[] for _ in lengths], lengths, settings, None, ready)
 
 
 def extend(
-    clusters: Clusters, keys: Columns, values: Columns, size: Tensor | None, new_end: Tensor, settings: Multipole
+    clusters: Clusters,
+    keys: Columns,
+    values: Tensor,
+    size: Tensor | None,
+    new_end: Tensor,
+    settings: Multipole,
+    ready: Ready | None = None,
 ) -> Clusters:
     """Let the columns behind the clustered ones join the last block of their row.
 
@@ -214,51 +303,66 @@ def extend(
         size: see `cluster`.
         new_end: ``(B,)``, at least ``clusters.end``.
         settings: as for `cluster`, and ``update_iterations``.
+        ready: see `cluster`; of these clusters, too.
 
     Raises:
         ValueError: if ``new_end`` lies before ``clusters.end``, or there are not so many columns.
     """
     lengths = _lengths(clusters.start, new_end, values)
-    jobs: list[tuple[int, ...]] = []
-    for row, length in zip(clusters.blocks, lengths, strict=True):
-        last = row[-1] if row else Block(0, 0, 0, 0)
-        held = last.first + last.length
-        if length < held:
-            raise ValueError(f"new_end must lie at or behind the end of the clusters, got {length} columns of {held}")
-        tail = block_lengths(length - last.first, settings.block) if length > held else []
-        # Nothing, or the lengths of blocks to make anew, or -1, how long the open block becomes, and what it was.
-        grows = len(tail) == 1 and last.length > 0
-        jobs.append((-1, tail[0], last.length, last.clusters) if grows else tuple(tail))
-    if not any(jobs):
-        return clusters
-    blocks = [list(row[:-1]) if job else list(row) for row, job in zip(clusters.blocks, jobs, strict=True)]
-    kept = [len(row) for row in blocks]
-    work = Work(keys, values, size, clusters.start.tolist(), settings, blocks)
-    for job, rows in _alike(jobs):
-        if job[0] < 0:
-            work.grow(rows, clusters, job[1])
-        else:
-            work.anew(rows, job)
-    return join(clusters.start, work.blocks, work.pieces, clusters, kept)
+    source = Source(keys, values, size, clusters.start.tolist())
+    return _with(source, clusters.start, clusters.blocks, lengths, settings, clusters, ready)
 
 
-def _alike(jobs: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], list[int]]]:
+def _with(
+    source: Source,
+    start: Tensor,
+    rows: Sequence[list[Block]],
+    lengths: Sequence[int],
+    settings: Multipole,
+    old: Clusters | None,
+    ready: Ready | None,
+) -> Clusters:
+    """Clusters of rows with these blocks and so many columns, of which ``ready`` may hold some."""
+    wanted = [tasks(row, length, settings) for row, length in zip(rows, lengths, strict=True)]
+    if old is not None and not any(found for _, found in wanted):
+        return old
+    kept = [n for n, _ in wanted]
+    blocks = [[*row[:n], *(block for _, block in found)] for row, (n, found) in zip(rows, wanted, strict=True)]
+    pieces: list[tuple[int, Block, Summary]] = []
+    parts: dict[tuple[int, Block], list[Summary]] = {}
+    for alike in _alike([tuple(task for task, _ in found) for _, found in wanted]):
+        for place, (task, _) in enumerate(wanted[alike[0]][1]):
+            own = {row: wanted[row][1][place][1] for row in alike}
+            for heads in together(source.values):
+                known = {row: ready[row].get((task, own[row], heads.start)) for row in alike} if ready else {}
+                found = {row: part for row, part in known.items() if part is not None}
+                left = [row for row in alike if row not in found]
+                if left:
+                    part = solve(source, left, task, [own[row] for row in left], heads, settings, old)
+                    found |= {row: part.row(i) for i, row in enumerate(left)}
+                for row in alike:
+                    parts.setdefault((row, own[row]), []).append(found[row])
+    pieces = [(row, block, side_by_side(found)) for (row, block), found in parts.items()]
+    return join(start, blocks, pieces, old, kept)
+
+
+def _alike(jobs: Sequence[tuple[Task, ...]]) -> list[list[int]]:
     """Rows for which the same is to be done, so that it is done at once; not those for which nothing is."""
-    rows: dict[tuple[int, ...], list[int]] = {}
+    rows: dict[tuple[Task, ...], list[int]] = {}
     for row, job in enumerate(jobs):
         if job:
             rows.setdefault(job, []).append(row)
-    return list(rows.items())
+    return list(rows.values())
 
 
-def _lengths(start: Tensor, end: Tensor, values: Columns) -> list[int]:
+def _lengths(start: Tensor, end: Tensor, values: Tensor) -> list[int]:
     """How many columns each row is to have clustered."""
     pairs = list(zip(start.tolist(), end.tolist(), strict=True))
-    limit = values.shape[2] if isinstance(values, Tensor) else None
+    limit = values.shape[2]
     for first, last in pairs:
-        if first < 0 or last < first or (limit is not None and last > limit and last > first):
+        if first < 0 or last < first or (last > limit and last > first):
             raise ValueError(
                 f"columns {first} to {last} cannot be clustered: they must begin at 0 or later, end no earlier than "
-                f"they begin, and lie within the cache{'' if limit is None else f' of {limit}'}"
+                f"they begin, and lie within the cache of {limit}"
             )
     return [last - first for first, last in pairs]

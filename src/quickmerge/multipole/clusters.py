@@ -14,7 +14,7 @@ from quickmerge.multipole.weighted_kmeans import group, means, pick
 COLUMNS = ("labels", "order")
 """The fields that have an entry for each column; the others have one for each cluster."""
 
-__all__ = ["Block", "Clusters", "Summary", "join", "summarise"]
+__all__ = ["Block", "Clusters", "Summary", "join", "side_by_side", "summarise"]
 
 
 class Block(NamedTuple):
@@ -201,6 +201,17 @@ def summarise(
         offset=groups.offset.view(g, h, -1).int(),
         spread=far,
     )
+
+
+def side_by_side(parts: Sequence[Summary]) -> Summary:
+    """Summaries of one block for some heads each, put together."""
+    if len(parts) == 1:
+        return parts[0]
+    whole: dict[str, Any] = {}
+    for field in fields(Summary):
+        each = [getattr(part, field.name) for part in parts]
+        whole[field.name] = None if each[0] is None else torch.cat(each, 1)
+    return Summary(**whole)
 
 
 def join(

@@ -115,9 +115,9 @@ class Space:
         if rotary is None or position is None:
             return every
 
-        def columns(rows: Sequence[int], first: Sequence[int], length: int) -> Tensor:
+        def columns(rows: Sequence[int], first: Sequence[int], length: int, heads: slice) -> Tensor:
             spans = [(row, slice(at, at + length)) for row, at in zip(rows, first, strict=True)]
-            keys = torch.stack([every[row, :, span] for row, span in spans])
+            keys = torch.stack([every[row, heads, span] for row, span in spans])
             return rotary.unrotate(keys, torch.stack([position[row, span] for row, span in spans]))
 
         return columns

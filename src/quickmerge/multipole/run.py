@@ -38,9 +38,10 @@ from quickmerge.models.rotary import Rotary
 from quickmerge.models.traits import FULL, BlockTraits
 from quickmerge.models.vlm import check_kind, find_vlm_decoder, has_grid_places, holds_vlm, unwrapped
 from quickmerge.multipole.attend import attend, attend_and_count
-from quickmerge.multipole.cache import MultipoleCache, MultipoleLayer, Tally, refresh
+from quickmerge.multipole.cache import MultipoleCache, MultipoleLayer, Tally
 from quickmerge.multipole.positions import Sizes, Space
 from quickmerge.multipole.settings import Multipole, MultipoleStats
+from quickmerge.multipole.upkeep import prepare, refresh
 
 __all__ = ["MultipoleRun", "multipole"]
 
@@ -215,6 +216,8 @@ class MultipoleRun(Attachment):
                 )
             layer.reading = self.settings
             held[block] = layer
+        for place, layer in enumerate(held.values()):
+            layer.place = (place, len(held))
         for block, layer in held.items():
             cache.layers[self.decoder.attention_in(block).layer_idx] = layer
         return held
@@ -243,11 +246,45 @@ class MultipoleRun(Attachment):
                     out = self._read(layer, query, key, value, size, see, kwargs)
                 if out is not None:
                     if key_size is None and module not in _PROVEN:
-                        self._prove(layer, call, module, args, kwargs, size, see)
+                        with torch.no_grad():
+                            wanted = call(module, *args, **kwargs)[0]
+                        clusters = self._held[self._makers[layer]].clusters
+                        self._prove(layer, module, query, key, value, size, see, kwargs, clusters, wanted)
                     return out, None
         if key_size is None:
-            return call(module, *args, **kwargs)
-        return proportional_attention(call, module, args, kwargs, key_size)
+            result = call(module, *args, **kwargs)
+        else:
+            result = proportional_attention(call, module, args, kwargs, key_size)
+        if held is not None and not self._short and self.settings.ahead:
+            size = self._sizes.of(mask, key_size, key)
+            self._prepare(layer, module, query, key, value, size, kwargs, result[0] if key_size is None else None)
+        return result
+
+    def _prepare(
+        self,
+        layer: int,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        size: Tensor | None,
+        kwargs: dict[str, Any],
+        out: Tensor | None,
+    ) -> None:
+        """Cluster a prompt that was read, ahead of the first token that reads its clusters.
+
+        ``out (B, q, Hq, D)`` is what the model's own attention made of it; None if it was asked for something else.
+        """
+        if torch.is_grad_enabled() and (key.requires_grad or query.requires_grad):
+            return  # somebody trains on it, and will read no further
+        held, space = self._held[self._makers[layer]], self.spaces[self._makers[layer]]
+        began = self.clock()
+        with torch.autocast(query.device.type, enabled=False):
+            prepare(held, query.shape[2], size, self.settings, space.keys(held, key), value)
+            made = held.ahead.made
+            self.tally.prepared(held, self.clock() - began, anew=held.clusters is None)
+            if made is not None and out is not None and module not in _PROVEN:
+                self._prove(layer, module, query[:, :, -1:], key, value, size, None, kwargs, made.clusters, out[:, -1:])
 
     def _read(
         self,
@@ -263,8 +300,8 @@ class MultipoleRun(Attachment):
         held, space = self._held[self._makers[layer]], self.spaces[self._makers[layer]]
         before, new, began = held.clusters, query.shape[2], self.clock()
         refresh(held, new, size, self.settings, space.keys(held, key), value)
-        if held.clusters is not before:
-            self.tally.clustered(before is None, self.clock() - began)
+        if held.clusters is not before or held.ahead.worked:
+            self.tally.clustered(held, before, self.clock() - began)
         if held.clusters is None:
             if counts():
                 self.tally.read(held, new, None, 0.0)
@@ -282,24 +319,24 @@ class MultipoleRun(Attachment):
     def _prove(
         self,
         layer: int,
-        call: AttentionFunction,
         module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         size: Tensor | None,
         see: Tensor | None,
+        kwargs: dict[str, Any],
+        clusters: Any,
+        wanted: Tensor,
     ) -> None:
-        """With a budget for every key it must be the model's own attention; tried out once for each module.
+        """With a budget for every key it must be ``wanted``, the model's own attention; tried out once for each module.
 
         Raises:
             UnsupportedModelError: it isn't, so the block computes something that nobody said.
         """
-        clusters = self._held[self._makers[layer]].clusters
-        assert clusters is not None
         everything = replace(self.settings, select="budget", budget=clusters.width, coarse=None)
-        with torch.autocast(args[0].device.type, enabled=False):
-            found = attend(args[0], args[1], args[2], size, clusters, everything, see=see, **_softmax(kwargs))
-        wanted = call(module, *args, **kwargs)[0]
+        with torch.autocast(query.device.type, enabled=False):
+            found = attend(query, key, value, size, clusters, everything, see=see, **_softmax(kwargs))
         if not bool(torch.isfinite(wanted).all()):
             return  # the model itself is lost here, and there is nothing to compare with
         # Rounding differs between the two ways, but what is computed otherwise differs by about as much as values do.

@@ -35,9 +35,13 @@ class Multipole:
         update_iterations: rounds of k-means over the last block for every ``interval`` new tokens.
         update: cluster what is generated. False: the clusters of the prompt stay, and later tokens are read exactly.
         first: so many blocks of the model, from the first on, keep their own attention.
+        min_tokens: a row of fewer tokens is read by the model's own attention until it has as many; 0: none is, but for
+            want of tokens to cluster. `quickmerge.multipole.cost.pays_from` says from how many on clusters pay.
         queries: a forward of at most so many tokens on a filled cache reads clusters; a longer one reads a prompt, with
             the model's own attention.
         seed: for the draws of k-means.
+        ahead: cluster a prompt while it is read, and what is generated a little for every token, before it is due.
+            False: all of it when it is due. The clusters are the same.
 
     Raises:
         ValueError: for a value that is none of these.
@@ -59,8 +63,10 @@ class Multipole:
     update_iterations: int = 3
     update: bool = True
     first: int = 0
+    min_tokens: int = 0
     queries: int = 128
     seed: int = 0
+    ahead: bool = True
 
     LEAST: ClassVar[dict[str, int]] = {
         "budget": 0,
@@ -71,6 +77,7 @@ class Multipole:
         "iterations": 1,
         "update_iterations": 0,
         "first": 0,
+        "min_tokens": 0,
         "queries": 1,
         "seed": 0,
     }
@@ -84,7 +91,7 @@ class Multipole:
             if given not in allowed:
                 hint = near_match(str(given), allowed)
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given!r}{hint}")
-        for name in ("replacement", "variance", "update"):
+        for name in ("replacement", "variance", "update", "ahead"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _share("top_p", self.top_p)
@@ -124,12 +131,15 @@ class MultipoleStats:
 
     ``prefill_seconds`` are the decoder's forwards that read a prompt, with its own attention. ``decode_steps`` forwards
     read clusters, in ``decode_seconds``, of which ``attention_seconds`` were attention (on a GPU, those in which it was
-    launched), ``clustering_seconds`` the first clustering, in front of the first of these forwards, and
-    ``update_seconds`` the clustering of new tokens, ``updates`` times a block. ``cache_bytes`` are keys and values of
-    these blocks with the room to spare, ``cluster_bytes`` everything that belongs to the clusters.
+    launched). ``clustering_seconds`` are the first clustering, ``update_seconds`` the clustering of new tokens, which
+    joined the clusters ``updates`` times a block; ``prompt_seconds`` of both were spent while a prompt was read.
+    ``most_at_once`` is how many of the layers' blocks of keys were clustered for one of these forwards at most, a head
+    or a row of one counted as its share. ``cache_bytes`` are keys and values of these blocks with the room to spare,
+    ``cluster_bytes`` everything that belongs to the clusters.
     """
 
     settings: str = "multipole"
+    min_tokens: int = 0
     rows: int = 0
     blocks: int = 0
     blocks_all: int = 0
@@ -143,6 +153,8 @@ class MultipoleStats:
     clustering_seconds: float = 0.0
     updates: float = 0.0
     update_seconds: float = 0.0
+    prompt_seconds: float = 0.0
+    most_at_once: float = 0.0
     decode_steps: int = 0
     decode_seconds: float = 0.0
     attention_seconds: float = 0.0
@@ -152,7 +164,8 @@ class MultipoleStats:
     @property
     def decode_seconds_per_step(self) -> float:
         """Seconds of the decoder for a forward that reads clusters, updates inside, the first clustering left out."""
-        return (self.decode_seconds - self.clustering_seconds) / self.decode_steps if self.decode_steps else 0.0
+        late = max(0.0, self.clustering_seconds - self.prompt_seconds)
+        return (self.decode_seconds - late) / self.decode_steps if self.decode_steps else 0.0
 
     @property
     def read_share(self) -> float:
@@ -169,7 +182,8 @@ class MultipoleStats:
         if not self.tokens:
             return f"{head}: nothing has been read yet"
         if not self.clusters:
-            return f"{head}, {self.tokens:g} tokens: too few to cluster, all of them read exactly"
+            why = f"fewer than min_tokens={self.min_tokens}" if self.tokens < self.min_tokens else "too few to cluster"
+            return f"{head}, {self.tokens:g} tokens: {why}, all of them read exactly"
         updated = f"; {self.updates:g} updates in {self.update_seconds:.3f} s" if self.updates else ""
         step, attention = self.decode_seconds_per_step, self.attention_seconds / max(1, self.decode_steps)
         return (

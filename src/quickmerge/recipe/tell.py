@@ -21,6 +21,7 @@ from quickmerge.merge.tokens.removal import Removal, removal_for
 from quickmerge.merge.vision.run import schedule_for
 from quickmerge.models.encoder import Encoder, find_encoder, holds_encoder, holds_timm
 from quickmerge.models.vlm import check_kind, holds_vlm, unwrapped
+from quickmerge.multipole.cost import clusters_of, least, pays_from, rows_read
 from quickmerge.multipole.settings import Multipole
 from quickmerge.recipe.ingredients import Ingredients
 from quickmerge.recipe.measured import Measured, PaysFrom
@@ -29,9 +30,6 @@ from quickmerge.recipe.speculation import Speculation
 from quickmerge.speculative.gumiho import Gumiho
 
 __all__ = ["Effect", "Told", "tell"]
-
-MOST = 2**20
-"""Tokens beyond which nobody looks for where something pays."""
 
 
 @dataclass(frozen=True)
@@ -293,19 +291,24 @@ class _Prompt:
                 f"attention needs blocks with full attention from first={settings.first} on, and "
                 f"{type(self.model).__name__} has none there"
             )
-        pays = _least(lambda n: _rows(settings, n) < n)
+        pays = pays_from(settings, shape.key_heads, shape.head_dim, shape.bytes_per_value)
         lines = [f"the prompt is read by the model's own attention; {len(full)} of {len(shape.windows)} blocks then "
                  "read clusters"]  # fmt: skip
         held = self.held or self.layers
         if held is not None:
             dense = sum(held[i] for i in full) / len(full)
-            rows = sum(min(held[i], _rows(settings, held[i])) for i in full) / len(full)
+            rows = sum(min(held[i], rows_read(settings, held[i])) for i in full) / len(full)
             lines.append(f"a new token reads about {rows:.0f} of {dense:.0f} keys for each key-value head "
                          f"({100 * rows / dense:.0f} %)")  # fmt: skip
             each = 2 * shape.key_heads * shape.head_dim * shape.bytes_per_value
-            extra = sum(_clusters(settings, held[i]) for i in full) * each
+            extra = sum(clusters_of(settings, held[i]) for i in full) * each
             lines.append(f"clusters take about {extra / 2**20:.1f} MiB beside the cache")
-        lines.append("never pays" if pays is None else f"pays from {pays} tokens in the cache on")
+        if settings.min_tokens:
+            lines.append(f"rows of fewer than {settings.min_tokens} tokens are read in full")
+        fewer = least(lambda n: rows_read(settings, n) < n)
+        if fewer is not None:
+            lines.append(f"reads less from {fewer} tokens in the cache on")
+        lines.append("never pays" if pays is None else f"pays from {pays} tokens in the cache on, as one core reads")
         return Effect("attention", settings.label, False, pays, tuple(lines))
 
 
@@ -420,26 +423,3 @@ def _chunked(tokens: int, budget: Ratio | Count, mode: BlockCausal) -> float:
     chunks = max(0, tokens - mode.window) // mode.chunk
     each = _left(budget, mode.chunk)
     return min(float(tokens), chunks * each + (tokens - chunks * mode.chunk))
-
-
-def _clusters(settings: Multipole, tokens: float) -> float:
-    """Clusters of so many keys, both levels."""
-    inside = max(0.0, tokens - settings.sink - 1.5 * settings.interval)
-    return inside * settings.ratio + (inside * settings.coarse if settings.coarse is not None else 0)
-
-
-def _rows(settings: Multipole, tokens: float) -> float:
-    """Rows that a new token reads of so many keys: first and newest ones, clusters, and what is read exactly."""
-    exact = settings.sink + 1.5 * settings.interval  # of the newest there are one to two intervals
-    return exact + _clusters(settings, tokens) + settings.budget
-
-
-def _least(pays: Any) -> int | None:
-    """The fewest tokens at which something pays that goes on to pay beyond them."""
-    if not pays(MOST):
-        return None
-    low, high = 1, MOST
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if pays(middle) else (middle + 1, high)
-    return low
