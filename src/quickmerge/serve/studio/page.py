@@ -37,7 +37,7 @@ def example() -> tuple[str, str]:
     document, asked = demo_document(), demo_question()
     parts = document.split("\n\n")
     at = next(i for i, part in enumerate(parts) if asked["answer"] in part)
-    return "\n\n".join([parts[0], *parts[max(1, at - 2) : at + 5]]), asked["question"]
+    return "\n\n".join(parts[at - 5 : at + 8]), asked["question"]
 
 
 def make_page(shelf: Shelf, further: Sequence[Way] = ()) -> gr.Blocks:
@@ -97,14 +97,14 @@ class Results:
 
 
 def _results(empty: str, answers: bool = True, recipe: bool = True) -> Results:
-    status = gr.HTML(shown.status("Ready."), js_on_load=None, elem_classes="qs-live")
-    said = gr.HTML("", js_on_load=None, visible=answers)
+    status = gr.HTML(shown.status("Ready."), js_on_load=None, elem_classes="qs-out")
+    said = gr.HTML("", js_on_load=None, visible=answers, elem_classes="qs-out")
     with gr.Row(visible=False, equal_height=True) as row:
         replay = gr.Slider(0.05, 1.0, value=0.4, step=0.01, label="Share kept, from the runs so far", scale=4,
                            info="Move it, or let it play: every run that is done is there at once.", buttons=[])  # fmt: skip
         play = gr.Button("Play", scale=1, min_width=90)
-    numbers = gr.HTML("", js_on_load=None)
-    drawn = gr.HTML(shown.nothing_yet(empty), js_on_load=None)
+    numbers = gr.HTML("", js_on_load=None, elem_classes="qs-out")
+    drawn = gr.HTML(shown.nothing_yet(empty), js_on_load=None, elem_classes="qs-out")
     with gr.Accordion("Take the recipe along", open=False, visible=recipe):
         python = gr.Code("", language="python", label="Python", lines=2, interactive=False, wrap_lines=True)
         command = gr.Code("", language="shell", label="Command", lines=2, interactive=False, wrap_lines=True)
@@ -211,11 +211,11 @@ def _done(session: Session, place: str, group: Any, run: Any) -> list[Any]:
     return [*_view(run), run.keep, gr.Row(visible=len(session.shown(place)) > 1)]
 
 
-def _buttons(every: bool) -> tuple[Any, Any, Any]:
+def _buttons() -> tuple[Any, Any, Any]:
     with gr.Row():
-        run = gr.Button("Run", variant="primary", min_width=90)
-        stop = gr.Button("Stop", variant="stop", min_width=90)
-        shares = gr.Button("Try every share", min_width=140, visible=every)
+        run = gr.Button("Run", variant="primary", min_width=80, scale=2)
+        stop = gr.Button("Stop", variant="stop", min_width=80, scale=2)
+        shares = gr.Button("Try every share", min_width=150, scale=3)
     return run, stop, shares
 
 
@@ -247,25 +247,24 @@ def _text_tab(shelf: Shelf, further: Sequence[Way], session: Any) -> None:
     text, asked = example()
     with gr.Row():
         with gr.Column(scale=5, min_width=300):
-            document = gr.Textbox(text, label="Text", lines=9, max_lines=13, placeholder="Paste a text here.",
-                                  info="What is read with fewer tokens.")  # fmt: skip
+            document = gr.Textbox(text, label="Text", lines=8, max_lines=8, placeholder="Paste a text here.")
             with gr.Row():
                 opened = gr.UploadButton("Open a file", file_types=list(OPENED), type="binary", size="sm",
                                          min_width=90)  # fmt: skip
                 short = gr.Button("Example", size="sm", min_width=90)
                 long = gr.Button("Long example", size="sm", min_width=90)
-            question = gr.Textbox(asked, label="Question", lines=1, max_lines=4, info="Never reduced.")
+            question = gr.Textbox(asked, label="Question, which is never reduced", lines=1, max_lines=4)
             with gr.Row():
                 model = gr.Dropdown([m.label for m in models], value=models[0].label, label="Model", min_width=140)
                 way = gr.Dropdown([w.label for w in ways], value=ways[0].label, label="Recipe", min_width=180)
-            about = gr.Markdown(ways[0].about)
-            keep = gr.Slider(0.05, 1.0, value=0.4, step=0.01, label="Keep", info="Share of the tokens that is kept.",
+            about = gr.Markdown(ways[0].about, elem_classes="qs-about")
+            keep = gr.Slider(0.05, 1.0, value=0.4, step=0.01, label="Keep: share of the tokens",
                              interactive=ways[0].shares, buttons=[])  # fmt: skip
             with gr.Accordion("More settings", open=False):
                 literals = gr.Checkbox(False, label="Keep numbers, names and paths whole")
                 recovery = gr.Checkbox(True, label="Measure recovery", info="Takes about as long as the answers.")
                 longest = gr.Slider(1, LONGEST, value=32, step=1, label="Longest answer", info="In tokens.", buttons=[])
-            run, stop, shares = _buttons(True)
+            run, stop, shares = _buttons()
         with gr.Column(scale=7, min_width=300):
             results = _results("Run, and the text is shown here as the model read it, token by token.")
 
@@ -360,13 +359,12 @@ def _image_tab(shelf: Shelf, session: Any) -> None:
         with gr.Column(scale=5, min_width=300):
             files = gr.File(label="Images", file_count="multiple", file_types=PICTURES, type="binary", height=150)
             model = gr.Dropdown([m.label for m in models], value=first.label, label="Model")
-            note = gr.Markdown(_says(first.kind))
+            note = gr.Markdown(_says(first.kind), elem_classes="qs-about")
             question = gr.Textbox(DESCRIBE, label="Question", visible=asks)
             methods = methods_for(first.kind)
             method = gr.Dropdown(methods, value=methods[0], label="Method")
-            keep = gr.Slider(0.05, 1.0, value=0.4, step=0.01, label="Keep", info="Share of the patches that is kept.",
-                             buttons=[])  # fmt: skip
-            run, stop, shares = _buttons(True)
+            keep = gr.Slider(0.05, 1.0, value=0.4, step=0.01, label="Keep: share of the patches", buttons=[])
+            run, stop, shares = _buttons()
         with gr.Column(scale=7, min_width=300):
             results = _results("Drop an image and run: its patches are shown by the token that they became.")
 
@@ -416,12 +414,12 @@ def _video_tab(shelf: Shelf, session: Any) -> None:
             model = gr.Dropdown([m.label for m in models], value=models[0].label, label="Model")
             methods = methods_for("video")
             method = gr.Dropdown(methods, value=methods[0], label="Method", info="grid merges across time.")
-            keep = gr.Slider(0.05, 1.0, value=0.25, step=0.01, label="Keep", buttons=[],
-                             info="Share of the patches of all frames that is kept.")  # fmt: skip
+            keep = gr.Slider(0.05, 1.0, value=0.25, step=0.01, label="Keep: share of the patches of all frames",
+                             buttons=[])  # fmt: skip
             with gr.Row():
                 frames = gr.Slider(2, FRAMES, value=8, step=1, label="Frames", buttons=[], min_width=120)
                 stride = gr.Slider(1, 30, value=4, step=1, label="Take every", buttons=[], min_width=120)
-            run, stop, shares = _buttons(True)
+            run, stop, shares = _buttons()
         with gr.Column(scale=7, min_width=300):
             results = _results("Drop a video and run: patches that became one token have one colour in all frames.",
                                answers=False, recipe=False)  # fmt: skip

@@ -123,7 +123,9 @@ def _application(shelf: Shelf, further: Sequence[Way], listening: socket.socket)
     mounted = gr.mount_gradio_app(
         app, make_page(shelf, further), path="", server_name=host, server_port=port, footer_links=[],
         allowed_paths=[], show_error=False, max_file_size=UPLOAD, ssr_mode=False, enable_monitoring=False, pwa=False,
-        mcp_server=False, run_history=False, theme=_theme(), css_paths=[HERE / "studio.css"],
+        mcp_server=False, run_history=False, theme=_theme(),
+        # as it is: what gradio is given as css it rewrites
+        head=f"<style>{(HERE / 'studio.css').read_text(encoding='utf-8')}</style>",
         favicon_path=str(HERE / "studio.svg"),
     )  # fmt: skip
     return Guarded(mounted)
@@ -137,6 +139,13 @@ def _theme() -> Any:
         primary_hue="blue", neutral_hue="slate", radius_size="lg",
         font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"],
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"],
+    ).set(
+        # gradio's own greys are too pale to read
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_400",
+        block_title_text_color="*neutral_700", block_title_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_700", block_label_text_color_dark="*neutral_300",
+        slider_color="*primary_600",
     )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def _cards(run: Any) -> list[tuple[str, str, str]]:
         before, after = run.plain.ttft_seconds, run.reduced.ttft_seconds
         if before > 0 and after > 0:
             note = f"{seconds(after)}, and {seconds(before)} with all tokens"
-            made.append(("time to first token", _times(before / after), note))
+            made.append(("first token", _times(before / after), note))
         if run.plain.cache_bytes and run.reduced.cache_bytes:
             part = run.reduced.cache_bytes / run.plain.cache_bytes
             note = f"{size(run.reduced.cache_bytes)} of {size(run.plain.cache_bytes)}"
@@ -132,9 +132,9 @@ def token_map(cells: Sequence[TokenCell], keep: float | None, remark: str = "") 
     if not cells:
         return nothing_yet(remark or "No tokens were merged or dropped: the model read all of them.")
     kept = sum(cell.anchor for cell in cells)
-    title = f"{count(kept)} of {count(len(cells))} tokens kept" + (f" at keep {share(keep)}" if keep else "")
-    caption = "As most blocks behind the merge read it. Point at a token, or tap it, to see its slot."
-    block = token_map_html(cells, title=title, caption=caption, fold_after=FOLD)
+    mean = "" if keep is None else f" Keep {share(keep)} is the mean over all of those blocks."
+    caption = f"Most blocks behind the merge read {count(kept)} of {count(len(cells))} tokens.{mean}"
+    block = token_map_html(cells, title="Token map", caption=caption, fold_after=FOLD)
     return frame("Token map", inset("Token map", block))
 
 
