@@ -99,9 +99,9 @@ class Results:
 def _results(empty: str, answers: bool = True, recipe: bool = True) -> Results:
     status = gr.HTML(shown.status("Ready."), js_on_load=None, elem_classes="qs-out")
     said = gr.HTML("", js_on_load=None, visible=answers, elem_classes="qs-out")
-    with gr.Row(visible=False, equal_height=True) as row:
+    with gr.Row(visible=False, equal_height=False, elem_classes="qs-replay") as row:
         replay = gr.Slider(0.05, 1.0, value=0.4, step=0.01, label="Share kept, from the runs so far", scale=4,
-                           info="Move it, or let it play: every run that is done is there at once.", buttons=[])  # fmt: skip
+                           buttons=[])  # fmt: skip
         play = gr.Button("Play", scale=1, min_width=90)
     numbers = gr.HTML("", js_on_load=None, elem_classes="qs-out")
     drawn = gr.HTML(shown.nothing_yet(empty), js_on_load=None, elem_classes="qs-out")

@@ -121,7 +121,7 @@ def _application(shelf: Shelf, further: Sequence[Way], listening: socket.socket)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     host, port = listening.getsockname()[:2]
     mounted = gr.mount_gradio_app(
-        app, make_page(shelf, further), path="", server_name=host, server_port=port, footer_links=[],
+        app, make_page(shelf, further), path="/", server_name=host, server_port=port, footer_links=[],
         allowed_paths=[], show_error=False, max_file_size=UPLOAD, ssr_mode=False, enable_monitoring=False, pwa=False,
         mcp_server=False, run_history=False, theme=_theme(),
         # as it is: what gradio is given as css it rewrites
