@@ -20,7 +20,9 @@ pytest.importorskip("playwright", reason="the studio's browser is led by playwri
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt-get install chromium")
 PATIENCE = 60_000
 """Milliseconds; a busy machine is slow."""
@@ -88,7 +90,8 @@ def write(page: Page, document: str = DOCUMENT, question: str = QUESTION) -> Non
 
 def run(page: Page) -> None:
     button(page, "Run").click()
-    page.locator(".qs-good").locator("visible=true").wait_for()
+    page.locator(".qs-good, .qs-error").locator("visible=true").wait_for()
+    assert page.locator(".qs-error").locator("visible=true").all_inner_texts() == []
 
 
 def no_wider_than_the_window(page: Page) -> None:
@@ -106,7 +109,7 @@ def test_a_text(opened: Any, tmp_path: Path) -> None:
     assert page.locator(".qs .cards li").count() >= 3
     assert {"time to first token", "cache after the prompt"} <= set(page.locator(".qs tbody th").all_inner_texts())
     tokens = page.frame_locator(".qs-frame").locator(".qm-text .t")
-    assert tokens.count() > 300
+    assert tokens.count() > 250
     tokens.nth(60).hover()  # the map's own script runs in its frame
     assert "token 60" in page.frame_locator(".qs-frame").locator(".qm-read").inner_text()
     page.get_by_role("button", name="Take the recipe along").click()
@@ -148,7 +151,7 @@ def test_a_hostile_document_runs_nothing_and_breaks_nothing(opened: Any) -> None
     page = opened()
     page.on("dialog", lambda dialog: pytest.fail(f"a dialog opened: {dialog.message}"))
     title = page.title()
-    write(page, HOSTILE * 4 + DOCUMENT, HOSTILE.replace("\x00", ""))
+    write(page, HOSTILE + DOCUMENT, HOSTILE.replace("\x00", ""))
     run(page)
     frame = page.frame_locator(".qs-frame")
     assert "onerror" in frame.locator(".qm-text").first.inner_text().replace("\n", "")
@@ -179,7 +182,7 @@ def test_a_phones_width(opened: Any) -> None:
     frame = page.locator(".qs-frame")
     frame.scroll_into_view_if_needed()
     box = frame.bounding_box()
-    assert box is not None and 0 <= box["x"] and box["x"] + box["width"] <= 360
+    assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= 360
     inside = page.frames[-1]
     assert inside.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
@@ -198,7 +201,8 @@ def test_the_keyboard_alone(opened: Any) -> None:
 
     tab_to("Text")
     for name, text in (("Text", DOCUMENT), ("Question", QUESTION)):
-        tab_to(name) if page.evaluate("document.activeElement.tagName") != "TEXTAREA" or name != "Text" else None
+        if name != "Text":
+            tab_to(name)
         page.keyboard.press("Control+a")
         page.keyboard.insert_text(text)
     tab_to("Run")
@@ -218,8 +222,8 @@ def test_dark_mode(opened: Any) -> None:
 
     def light(where: Any, selector: str) -> float:
         found = where.evaluate(
-            "s => {let e = document.querySelector(s), c; do { c = getComputedStyle(e).backgroundColor; e = e.parentElement }"
-            " while (e && /, 0\\)$|transparent/.test(c)); return c}", selector)  # fmt: skip
+            "s => {let e = document.querySelector(s), c;"
+            " do { c = getComputedStyle(e).backgroundColor; e = e.parentElement } while (e && /, 0\\)$|transparent/.test(c)); return c}", selector)  # fmt: skip
         return sum(float(part) for part in re.findall(r"[\d.]+", found)[:3]) / 3
 
     assert light(page, ".qs .sides section") < 80
@@ -228,14 +232,14 @@ def test_dark_mode(opened: Any) -> None:
 
 def test_two_users_see_their_own(opened: Any) -> None:
     pages = [opened(), opened()]
-    words = ("harbour", "lighthouse")
+    words = ("zebra", "giraffe")
     for page, word in zip(pages, words, strict=True):
         write(page, f"{word} {DOCUMENT}")
         button(page, "Run").click()
     for page, word in zip(pages, words, strict=True):
         page.locator(".qs-good").locator("visible=true").wait_for()
         text = page.frame_locator(".qs-frame").locator(".qm-text").first.inner_text()
-        assert word in text and not set(words) - {word} & set(text.split())
+        assert [word in text for word in words] == [word == own for own in words]
 
 
 def test_a_run_is_stopped(opened: Any) -> None:

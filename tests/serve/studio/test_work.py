@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from video_samples import write_frames
 
 import quickmerge as qm
 from quickmerge.recipe.answer import answer
-from quickmerge.serve.studio import Session, Shelf, Stopped, Teller, answer_text, look, look_video
+from quickmerge.serve.studio import Session, Shelf, StoppedError, Teller, answer_text, look, look_video
 
 ASKED: dict[str, Any] = {
     "model": "writer", "document": DOCUMENT, "question": QUESTION, "way": "QuickMerge", "keep": 0.4, "longest": 4
@@ -118,7 +117,7 @@ def test_a_run_is_stopped_in_the_middle_and_leaves_the_model_as_it_was(shelf: Sh
         return answer_text(shelf, session, tell, **ASKED)
 
     job = session.begin(work)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         job.finish()
     assert job.stopped and job.result is None and not session.stop()
     with shelf.using("writer", Teller()) as (_, lm, _):
@@ -134,7 +133,7 @@ def test_a_prompt_is_stopped_between_blocks(shelf: Shelf) -> None:
             block.register_forward_hook(lambda *_, n=number: (seen.append(n), stop.set() if n == 1 else None)[-1])
             for number, block in enumerate(blocks)
         ]
-        with pytest.raises(Stopped), Teller(stop).inside(lm), torch.inference_mode():
+        with pytest.raises(StoppedError), Teller(stop).inside(lm), torch.inference_mode():
             lm(torch.ones(1, 8, dtype=torch.long))
         for hook in hooks:
             hook.remove()
@@ -173,7 +172,9 @@ def test_one_user_has_one_run_at_a_time(shelf: Shelf) -> None:
 
 
 def test_two_users_at_once_get_what_each_gets_alone(shelf: Shelf) -> None:
-    asks = [{**ASKED, "document": " ".join(DOCUMENT.split()[first:]), "keep": keep} for first, keep in ((0, 0.3), (9, 0.6))]
+    asks = [
+        {**ASKED, "document": " ".join(DOCUMENT.split()[first:]), "keep": keep} for first, keep in ((0, 0.3), (9, 0.6))
+    ]
     alone = [answer_text(shelf, Session(), Teller(), **each) for each in asks]
     users = [Session(), Session()]
     jobs = [
@@ -265,5 +266,3 @@ def test_a_video_is_merged_across_time(shelf: Shelf, tmp_path: Path) -> None:
     assert str(tmp_path) not in str(told.value) and "quickmerge-" not in str(told.value)
     with pytest.raises(qm.QuickmergeError, match="drop a video first"):
         look_video(shelf, Session(), Teller(), video=b"", **given)
-
-

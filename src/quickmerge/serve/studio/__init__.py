@@ -12,7 +12,7 @@ from quickmerge._lazy import lazy
 
 if TYPE_CHECKING:
     from quickmerge.serve.studio.jobs import Job as Job
-    from quickmerge.serve.studio.jobs import Stopped as Stopped
+    from quickmerge.serve.studio.jobs import StoppedError as StoppedError
     from quickmerge.serve.studio.jobs import Teller as Teller
     from quickmerge.serve.studio.server import serve as serve
     from quickmerge.serve.studio.sessions import Session as Session
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "jobs": ("Job", "Stopped", "Teller"),
+        "jobs": ("Job", "StoppedError", "Teller"),
         "server": ("serve",),
         "sessions": ("Session",),
         "shelf": ("Shelf",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -45,8 +46,6 @@ def studio(
     def ready(address: str, _: object) -> None:
         print(f"quickmerge studio: {address} (Ctrl-C ends it)", flush=True)
 
-    try:
+    with suppress(KeyboardInterrupt):
         serve(shelf, ways, host=host, port=port, ready=ready)
-    except KeyboardInterrupt:
-        pass
     print("quickmerge studio: ended")

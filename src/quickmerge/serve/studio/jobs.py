@@ -11,15 +11,15 @@ from typing import Any, Generic, TypeVar
 from quickmerge.console.ending import one_sentence
 from quickmerge.errors import QuickmergeError, first_sentence
 
-__all__ = ["Job", "Stopped", "Teller"]
+__all__ = ["Job", "StoppedError", "Teller"]
 
 T = TypeVar("T")
 EVERY = 0.2
 """Seconds between two looks at what a job says."""
 
 
-class Stopped(Exception):
-    """The user does not want the rest."""
+class StoppedError(BaseException):
+    """The user does not want the rest. As an interruption it is nobody's fault, and no Exception that is looked into."""
 
 
 class Teller:
@@ -40,7 +40,7 @@ class Teller:
         """Tell what goes on, and which share of all is done.
 
         Raises:
-            Stopped: it shall stop.
+            StoppedError: it shall stop.
         """
         self.check()
         self.words, self.done = words, min(1.0, max(0.0, done))
@@ -50,16 +50,16 @@ class Teller:
         """Hand out what is there already, by name; a later one takes the place of an earlier one.
 
         Raises:
-            Stopped: it shall stop.
+            StoppedError: it shall stop.
         """
         self.check()
         self.parts = {**self.parts, **parts}
         self.version += 1
 
     def check(self) -> None:
-        """Raise Stopped if it shall stop."""
+        """Raise StoppedError if it shall stop."""
         if self.stop.is_set():
-            raise Stopped
+            raise StoppedError
 
     @contextmanager
     def inside(self, model: Any) -> Iterator[None]:
@@ -101,7 +101,7 @@ class Job(Generic[T]):
         try:
             with one_sentence():
                 self.result = work(self.tell)
-        except Stopped:
+        except StoppedError:
             self.stopped = True
         except QuickmergeError as error:
             self.error = str(error)
@@ -145,13 +145,13 @@ class Job(Generic[T]):
         """Do it all, and give the result.
 
         Raises:
-            Stopped: it was stopped.
+            StoppedError: it was stopped.
             QuickmergeError: something that was given can't be used.
         """
         for _ in self.watch():
             pass
         if self.stopped:
-            raise Stopped
+            raise StoppedError
         if self.fault is not None:
             raise self.fault
         if self.error:

@@ -155,9 +155,7 @@ def _follow(job: Job[Any], finish: Callable[[Any], list[Any]]) -> Iterator[list[
         yield finish(job.result)
 
 
-def _work(
-    session: Session, work: Callable[[Teller], Any], finish: Callable[[Any], list[Any]]
-) -> Iterator[list[Any]]:
+def _work(session: Session, work: Callable[[Teller], Any], finish: Callable[[Any], list[Any]]) -> Iterator[list[Any]]:
     try:
         job = session.begin(work)
     except QuickmergeError as error:
@@ -219,8 +217,9 @@ def _buttons() -> tuple[Any, Any, Any]:
     return run, stop, shares
 
 
-def _stop(session: Session) -> str:
-    return shown.status("Stopping …" if session.stop() else "Nothing is at work.")
+def _stop(session: Session) -> Any:
+    # What is at work says by itself that it ends.
+    return gr.skip() if session.stop() else shown.status("Nothing is at work.")
 
 
 def _wire(run: Any, stop: Any, shares: Any, work: Any, inputs: list[Any], results: Results, session: Any) -> None:
@@ -299,7 +298,9 @@ def _text_tab(shelf: Shelf, further: Sequence[Way], session: Any) -> None:
     long.click(lambda: (demo_document(), asked), None, [document, question], **quiet)
     way.change(pick_way, [way, model], [about, keep], **quiet)
     model.change(pick_model, [model, way], [way], **quiet)
-    _wire(run, stop, shares, work, [document, question, model, way, keep, literals, recovery, longest], results, session)
+    _wire(
+        run, stop, shares, work, [document, question, model, way, keep, literals, recovery, longest], results, session
+    )
     question.submit(lambda *given: (yield from work(given[0], None, *given[1:])),
                     [session, document, question, model, way, keep, literals, recovery, longest], results.all,
                     **quiet)  # fmt: skip

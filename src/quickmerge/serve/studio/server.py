@@ -1,4 +1,4 @@
-"""The server of the page: this machine alone unless told otherwise, nothing fetched from elsewhere, an end by Ctrl-C."""
+"""The server of the page: at loopback unless told otherwise, nothing fetched from elsewhere, an end by Ctrl-C."""
 
 from __future__ import annotations
 

@@ -48,6 +48,9 @@ class Session:
     def stop(self) -> bool:
         """Stop what is at work; False if nothing is."""
         working = self._job is not None and self._job.alive
+        if working and self._job is not None:
+            self._job.tell.words = "stopping"
+            self._job.tell.version += 1
         self._stop.set()
         return working
 

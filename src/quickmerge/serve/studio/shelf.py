@@ -115,7 +115,7 @@ class Shelf:
 
         Raises:
             QuickmergeError: there is none, or it can't be loaded.
-            Stopped: the user stopped it while it waited.
+            StoppedError: the user stopped it while it waited.
         """
         wanted = self.called(label)
         while not self._turn.acquire(timeout=0.1):

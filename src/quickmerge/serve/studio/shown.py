@@ -70,7 +70,8 @@ def numbers(run: TextRun | ImageRun) -> str:
 def _cards(run: Any) -> list[tuple[str, str, str]]:
     made = []
     if hasattr(run, "tokens") and hasattr(run, "kept"):
-        made.append(("tokens kept", percent(run.kept / max(1, run.tokens)), f"{count(run.kept)} of {count(run.tokens)}"))
+        note = f"{count(run.kept)} of {count(run.tokens)}"
+        made.append(("tokens kept", percent(run.kept / max(1, run.tokens)), note))
     elif run.reduced.read:
         mean = sum(run.reduced.read) / len(run.reduced.read)
         note = f"{count(mean)} of {count(run.tokens)}, mean over the layers"
@@ -158,4 +159,3 @@ def download(content: str) -> str:
     data = base64.b64encode(clean(content).encode()).decode()
     made = '<a class="qs-save" download="recipe.json" href="data:application/json;base64,{}">Save recipe.json</a>'
     return str(Markup(made).format(data))
-

@@ -116,7 +116,7 @@ def answer_text(
 
     Raises:
         QuickmergeError: naming what was given and what is allowed.
-        Stopped: the user stopped it.
+        StoppedError: the user stopped it.
     """
     longest = _checked(document, question, keep, longest)
     wanted = shelf.called(model)
@@ -124,10 +124,13 @@ def answer_text(
         raise QuickmergeError(f"the model must be one that reads text alone, got {wanted.label}")
     chosen = way_called(way, ways_of(wanted.name, further))
     made = chosen.made(keep, literals)
-    with shelf.using(model, tell) as (_, lm, tokenizer), tell.inside(lm):
-        with one_sentence(Alone.writing(lm, tokenizer)):
-            return _run(session, tell, wanted.label, wanted.name, lm, tokenizer, document, question, chosen, made,
-                        keep, literals, longest, recovery)  # fmt: skip
+    with (
+        shelf.using(model, tell) as (_, lm, tokenizer),
+        tell.inside(lm),
+        one_sentence(Alone.writing(lm, tokenizer)),
+    ):
+        return _run(session, tell, wanted.label, wanted.name, lm, tokenizer, document, question, chosen, made,
+                    keep, literals, longest, recovery)  # fmt: skip
 
 
 def _checked(document: str, question: str, keep: float, longest: int) -> int:

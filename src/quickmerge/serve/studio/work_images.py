@@ -115,7 +115,7 @@ def look(
 
     Raises:
         QuickmergeError: naming what was given and what is allowed.
-        Stopped: the user stopped it.
+        StoppedError: the user stopped it.
     """
     wanted = shelf.called(model)
     if wanted.kind == "text":
@@ -249,7 +249,7 @@ def look_video(
 
     Raises:
         QuickmergeError: naming what was given and what is allowed.
-        Stopped: the user stopped it.
+        StoppedError: the user stopped it.
     """
     from quickmerge.datasets.video import VideoClips
 
