@@ -221,9 +221,16 @@ def test_dark_mode(opened: Any) -> None:
     run(page)
 
     def light(where: Any, selector: str) -> float:
+        # of the element itself, or of what lies behind it
         found = where.evaluate(
-            "s => {let e = document.querySelector(s), c;"
-            " do { c = getComputedStyle(e).backgroundColor; e = e.parentElement } while (e && /, 0\\)$|transparent/.test(c)); return c}", selector)  # fmt: skip
+            """selector => {
+                let element = document.querySelector(selector), colour;
+                do { colour = getComputedStyle(element).backgroundColor; element = element.parentElement }
+                while (element && /, 0\\)$|transparent/.test(colour));
+                return colour;
+            }""",
+            selector,
+        )
         return sum(float(part) for part in re.findall(r"[\d.]+", found)[:3]) / 3
 
     assert light(page, ".qs .sides section") < 80

@@ -34,7 +34,7 @@ def test_a_port_in_use_is_one_sentence() -> None:
 
 @pytest.mark.parametrize("host", ["no such host", "203.0.113.7", "\ud800"])
 def test_an_address_of_nobody_is_one_sentence(host: str) -> None:
-    with pytest.raises(qm.QuickmergeError, match="--host must be an address|can't be used"):
+    with pytest.raises(qm.QuickmergeError, match=r"--host must be an address|can't be used"):
         socket_at(host, 0)
 
 

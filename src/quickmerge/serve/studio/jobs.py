@@ -19,7 +19,7 @@ EVERY = 0.2
 
 
 class StoppedError(BaseException):
-    """The user does not want the rest. As an interruption it is nobody's fault, and no Exception that is looked into."""
+    """The user does not want the rest. As an interruption it is nobody's fault, and not looked into."""
 
 
 class Teller:

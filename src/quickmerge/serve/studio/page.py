@@ -62,7 +62,7 @@ def make_page(shelf: Shelf, further: Sequence[Way] = ()) -> gr.Blocks:
             with gr.Tab("Video"):
                 _video_tab(shelf, session)
         page.queue(default_concurrency_limit=16, api_open=False)
-    return page  # type: ignore[no-any-return]
+    return page
 
 
 # What every tab shows ------------------------------------------------------------------------------------------------
@@ -224,7 +224,8 @@ def _stop(session: Session) -> Any:
 
 def _wire(run: Any, stop: Any, shares: Any, work: Any, inputs: list[Any], results: Results, session: Any) -> None:
     """Let the buttons work; ``work`` gets the session, the shares to try (None for the one chosen), and the inputs."""
-    usual: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    # A click counts although the page has not heard yet that the last run is over; the session refuses a second run.
+    usual: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "multiple"}
 
     def one(held: Session, *given: Any) -> Iterator[list[Any]]:
         yield from work(held, None, *given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +145,8 @@ def _checked(document: str, question: str, keep: float, longest: int) -> int:
     if isinstance(keep, bool) or not isinstance(keep, (int, float)):
         raise QuickmergeError(f"keep must be a number in (0, 1], got {keep!r:.80}")
     check_share("keep", keep)
-    number = as_index(int(longest) if isinstance(longest, float) and longest.is_integer() else longest)
+    given: Any = longest  # a slider gives 32.0 as it likes
+    number = as_index(int(given) if isinstance(given, float) and given.is_integer() else given)
     if number is None or not 1 <= number <= LONGEST:
         raise QuickmergeError(f"the longest answer must be a whole number from 1 to {LONGEST}, got {longest!r:.80}")
     return number
@@ -177,7 +178,7 @@ def _run(
             lm, tokenizer, document, question, recipe, max_new_tokens=longest, watch=follow(part, first, last)
         )
 
-    asked: Hashable = (name, document, question, longest)
+    asked = (name, document, question, longest)
     # The first pass of a process pays for allocation and threads; neither side is to pay for it.
     session.once(("warm", name), lambda: _warm(lm, tokenizer, tell))
     reduced = ask(made, "reduced", 0.05, 0.4)

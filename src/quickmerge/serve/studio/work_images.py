@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +181,7 @@ def _patches(
             continue
         seen = as_image(pixels[0], form)
         about = f"image {number}: {stages[-1].tokens} of {stats.tokens_in} tokens left by {method}"
-        sheets.append(_drawn(lambda dark, seen=seen, stages=stages: merged_image(seen, stages, dark=dark), about))
+        sheets.append(_drawn(partial(merged_image, seen, stages), about))
         tell.show(sheets=tuple(sheets))
     remark = "" if sheets else "All patches were kept: choose a smaller share to see some merge."
     return ImageRun(label, method, keep, tuple(sheets), tokens, kept, remark=remark, told=told)
@@ -200,7 +201,7 @@ def _asked(
         kept += round(stats.visual_kept)
         if stage is not None:
             about = f"image {number}: {stage.tokens} of {stats.visual_in:g} visual tokens left by {method}"
-            sheets.append(_drawn(lambda dark, seen=seen, stage=stage: merged_image(seen, stage, dark=dark), about))
+            sheets.append(_drawn(partial(merged_image, seen, stage), about))
             tell.show(sheets=tuple(sheets))
 
     def ask(way: Any, part: str, words: str, first: float) -> RecipeAnswer:
@@ -281,7 +282,7 @@ def look_video(
                 stage = frame_stage(net, pixels, across)
             seen = [as_image(frame, form) for frame in pixels[0]]
             about = f"{stage.tokens} of {stage.groups.size} tokens left of {len(seen)} frames by {method}"
-            sheets = [_drawn(lambda dark: video_strip(seen, stage, dark=dark, width=1600), about)]
+            sheets = [_drawn(partial(video_strip, seen, stage, width=1600), about)]
             tell.say("drawing", 0.7)
             sheets.append(_moving(seen, stage, Path(folder), f"the same, moving: {about}"))
     return ImageRun(wanted.label, method, keep, tuple(sheets), int(stage.groups.size), stage.tokens)
@@ -299,8 +300,8 @@ def _unnamed(path: Path) -> Iterator[None]:
 # Drawings -----------------------------------------------------------------------------------------------------------
 
 
-def _drawn(draw: Callable[[bool], Image.Image], label: str) -> Sheet:
-    return Sheet(_data(draw(False)), _data(draw(True)), label)
+def _drawn(draw: Callable[..., Image.Image], label: str) -> Sheet:
+    return Sheet(_data(draw(dark=False)), _data(draw(dark=True)), label)
 
 
 def _data(picture: Image.Image) -> str:
@@ -314,7 +315,8 @@ def _moving(seen: Sequence[Image.Image], stage: Any, folder: Path, label: str) -
     for dark in (False, True):
         path = video_animation(seen, stage, folder / f"moving-{dark}.webp", 0.25, dark=dark, max_bytes=2_000_000)
         made.append(_as_url(path.read_bytes()))
-    return Sheet(*made, label)
+    light, dim = made
+    return Sheet(light, dim, label)
 
 
 def _as_url(data: bytes) -> str:
