@@ -123,6 +123,8 @@ def test_a_text(opened: Any, tmp_path: Path) -> None:
     keep = page.get_by_label(re.compile("number input for Keep")).locator("visible=true").first
     keep.fill("0.2")
     keep.press("Tab")
+    # a program is faster than a hand: the page tells its server of a slider a moment later
+    page.wait_for_timeout(1000)
     button(page, "Run").click()
     page.locator(".qs-good", has_text="keep 20%").wait_for()
     button(page, "Play").click()
