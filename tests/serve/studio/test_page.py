@@ -102,6 +102,7 @@ def test_a_text(opened: Any, tmp_path: Path) -> None:
     page = opened()
     write(page)
     button(page, "Example").click()
+    page.wait_for_function("[...document.querySelectorAll('textarea')].some(box => box.value.includes('turquoise'))")
     write(page)
     run(page)
     sides = page.locator(".qs .sides section")
