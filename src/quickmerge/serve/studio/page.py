@@ -190,7 +190,8 @@ def _wire_replay(place: str, results: Results, session: Any) -> None:
         rest = [share for share in shares if share > keep + 1e-6]
         if not rest:
             return [gr.Button("Play"), gr.Timer(active=False), gr.skip(), *[gr.skip()] * 8]
-        return [gr.skip(), gr.Timer(active=len(rest) > 1) if len(rest) == 1 else gr.skip(), rest[0],
+        last = len(rest) == 1
+        return [gr.Button("Play") if last else gr.skip(), gr.Timer(active=False) if last else gr.skip(), rest[0],
                 *_replayed(held, place, rest[0])]  # fmt: skip
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
