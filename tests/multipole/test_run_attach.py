@@ -217,14 +217,15 @@ def test_the_summary_says_what_was_read() -> None:
     with qm.multipole(model, budget=24, sink=3, interval=8, ratio=0.25, block=32) as run:
         assert "nothing has been read yet" in str(run.summary())
         out = generate(model, tokens(1, 100), 2)
-    stats, layer = run.summary(), held(out).layers[0]
+    stats, layers = run.summary(), held(out).layers
     # One step: 101 columns, 10 groups of 8 clustered behind the sink, the others read; kept are at most 24 of those.
     assert stats.tokens == 101 and stats.clustered == 88 and stats.decode_steps == 1 and stats.updates == 0
     assert stats.clusters == 3 * 8 - 2 and stats.rows_dense == 202
     assert 0 < stats.kept <= 24
     assert stats.rows_read == pytest.approx(2 * (stats.clusters + stats.kept + 101 - 88))
-    assert stats.cache_bytes == DEPTH * layer.bytes > DEPTH * 2 * layer.keys.numel() * 8
-    assert stats.cluster_bytes == sum(each.clusters.bytes for each in held(out).layers)
+    # Layers have room for more tokens, and not all the same.
+    assert stats.cache_bytes == sum(each.bytes for each in layers) > DEPTH * 2 * layers[0].keys.numel() * 8
+    assert stats.cluster_bytes == sum(each.clusters.bytes for each in layers)
     assert stats.as_dict()["read_share"] == stats.rows_read / 202
     text = str(stats)
     assert "22 of 88 of 101 tokens" in text and "4 of 4 blocks, 1 row(s)" in text

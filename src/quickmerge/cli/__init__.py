@@ -63,6 +63,7 @@ def _register() -> None:
     from quickmerge.recognition import cli as recognition
     from quickmerge.serve import cli as serve
     from quickmerge.serve.batch import cli as batch
+    from quickmerge.serve.studio import cli as studio
     from quickmerge.speculative import cli as speculative
     from quickmerge.speculative.gumiho import cli_export as export
     from quickmerge.transplant import cli as transplant
@@ -105,6 +106,7 @@ def _register() -> None:
     add(app, "calibrate", floors.calibrate, floors.EXAMPLE)
     add(app, "package", serve.package, serve.EXAMPLE)
     add(app, "batch", batch.batch, batch.EXAMPLE)
+    add(app, "studio", studio.studio, studio.EXAMPLE)
     add(app, "recognize", recognition.recognize, recognition.EXAMPLE)
     add(app, "transplant", transplant.transplant, transplant.EXAMPLE)
     add(app, "plan", plan.plan, plan.EXAMPLE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -18,7 +19,10 @@ from quickmerge.models.load_vision import ask_inputs
 from quickmerge.recipe.recipe import Recipe, apply
 from quickmerge.recipe.run import RecipeRun, RecipeStats
 
-__all__ = ["RecipeAnswer", "answer", "answer_images", "compared"]
+__all__ = ["RecipeAnswer", "Watch", "answer", "answer_images", "compared"]
+
+Watch = Callable[[RecipeRun | ObserveRun, Tensor], bool]
+"""Is shown the run and the ids ``(1, N)`` of prompt and answer whenever the answer has grown; True ends it there."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,12 @@ def answer(
     sample: bool = False,
     temperature: float | None = None,
     seed: int = 0,
+    watch: Watch | None = None,
 ) -> RecipeAnswer:
     """Generate an answer to ``prompt`` about ``document`` by a recipe; None is the model alone, by the same code.
 
     Where the recipe merges in prefix mode and protects nothing itself but literals, only the document is merged:
-    template and prompt stay alone. With no document the prompt itself is.
+    template and prompt stay alone. With no document the prompt itself is. ``watch`` follows the answer and may end it.
 
     Raises:
         QuickmergeError: the text and the answer are too long for the model, or the recipe does not fit it.
@@ -86,6 +91,7 @@ def answer(
         sample=sample,
         temperature=temperature,
         seed=seed,
+        watch=watch,
     )
 
 
@@ -100,21 +106,23 @@ def answer_images(
     sample: bool = False,
     temperature: float | None = None,
     seed: int = 0,
+    watch: Watch | None = None,
 ) -> RecipeAnswer:
     """The same about ``images``, all in one message. Seconds to the first token include the vision tower."""
     inputs = ask_inputs(processor, list(images), prompt).to(model.device, model.dtype)
     check_fits(model, "the images, the prompt", inputs["input_ids"], max_new_tokens)
     return _respond(
         model, processor.tokenizer, inputs, recipe, max_new_tokens=max_new_tokens, sample=sample,
-        temperature=temperature, seed=seed,
+        temperature=temperature, seed=seed, watch=watch,
     )  # fmt: skip
 
 
 def _respond(
-    model: Any, tokenizer: Any, inputs: Mapping[str, Any], recipe: Recipe | None, **settings: Any
+    model: Any, tokenizer: Any, inputs: Mapping[str, Any], recipe: Recipe | None, watch: Watch | None, **settings: Any
 ) -> RecipeAnswer:
     run: RecipeRun | ObserveRun = observe(model) if recipe is None else apply(model, recipe)
-    ids, first, seconds = written(model, tokenizer, inputs, run, **settings)
+    seen = None if watch is None else partial(watch, run)
+    ids, first, seconds = written(model, tokenizer, inputs, run, watch=seen, **settings)
     text, stats = tokenizer.decode(ids, skip_special_tokens=True).strip(), run.summary()
     # What a pass takes is measured once for each model, and not for this answer.
     once = behind = 0.0

@@ -158,6 +158,18 @@ def page(title: str, blocks: Sequence[str], *, subtitle: str = "") -> Markup:
     return render("page.html", title=title, subtitle=subtitle, blocks_of_page=list(map(Markup, blocks)))
 
 
+def inset(title: str, block: str) -> Markup:
+    """Return a whole HTML document for a frame inside another page: ``block`` (markup of this package) and no header.
+
+    It has the policy of `page`: nothing is fetched, and nothing runs that was not written here.
+
+    Args:
+        title: of the document, for who can't see it.
+        block: what it shows.
+    """
+    return render("inset.html", title=title, block=Markup(block))
+
+
 def write_page(path: str | os.PathLike[str], html: str) -> Path:
     """Write ``html`` to ``path`` whole or not at all, creating the folders on the way.
 

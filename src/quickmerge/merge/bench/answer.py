@@ -152,8 +152,12 @@ def written(
     sample: bool,
     temperature: float | None = None,
     seed: int,
+    watch: Callable[[Tensor], bool] | None = None,
 ) -> tuple[Tensor, float, float]:
-    """The same: the ids ``(n,)`` of the answer, seconds to the first of them, and seconds to the last."""
+    """The same: the ids ``(n,)`` of the answer, seconds to the first of them, and seconds to the last.
+
+    ``watch`` is shown the ids ``(1, N)`` of prompt and answer whenever the answer has grown, and ends it by True.
+    """
     if temperature is not None:
         check_temperature("temperature", temperature)
     torch.manual_seed(seed)
@@ -165,7 +169,7 @@ def written(
             do_sample=sample,
             **({} if temperature is None else {"temperature": temperature}),
             pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=[clock],
+            stopping_criteria=[clock] if watch is None else [clock, Watched(watch)],
         )
     seconds = time.perf_counter() - clock.began
     return out[0, inputs["input_ids"].shape[1] :], clock.seconds, seconds
@@ -181,6 +185,21 @@ class FirstToken:
         """False for every row of ``ids (B, N)``."""
         self.seconds = self.seconds or time.perf_counter() - self.began
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+
+class Watched:
+    """A stopping criterion that shows the ids to somebody, who may end the text.
+
+    Args:
+        watch: gets the ids ``(B, N)``; True ends every row.
+    """
+
+    def __init__(self, watch: Callable[[Tensor], bool]) -> None:
+        self.watch = watch
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """What ``watch`` says of ``ids (B, N)``, for every row."""
+        return torch.full((len(ids),), self.watch(ids), dtype=torch.bool, device=ids.device)
 
 
 # One answer about images, with what it cost.
