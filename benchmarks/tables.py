@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from budget_tables import BUDGETS
 from calm_tables import CALM
+from cpu_tables import CPU
 from curve_tables import CURVES
 from gumiho_tables import GUMIHO
 from harness_tables import HARNESS
@@ -536,7 +537,7 @@ TABLES: dict[str, Callable[[], Table | None]] = {
 }  # fmt: skip
 TABLES["prior_kinds"] = partial(kinds, "prior_recovery", 1)
 TABLES |= BUDGETS | VLM_ZOO | HARNESS | LITERALS
-MADE = OWN | MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST | RECIPES | SERVER | WAITS | CURVES
+MADE = OWN | MULTIPOLE | GUMIHO | CALM | TRANSPLANT | TRUST | RECIPES | SERVER | WAITS | CURVES | CPU
 TABLES |= {name: partial(made_of, *of) for name, of in MADE.items()}
 
 
