@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TORCH = "torch==2.13.0"
 MINORS = (11, 12, 13)
-TESTED = ["tests/smoke", "tests/test_readme.py"]
+TESTED = ["tests/smoke", "tests/test_readme.py", "tests/test_pages.py::test_the_python_of_a_page_runs[README.md]"]
 COMPILES = "import compileall, quickmerge; assert compileall.compile_dir(quickmerge.__path__[0], force=True, quiet=1)"
 IMPORTS = "import quickmerge, sys; assert 'torch' not in sys.modules and quickmerge.__version__"
 QUIET = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "TRANSFORMERS_VERBOSITY": "warning", "OMP_NUM_THREADS": "2"}
@@ -92,7 +92,7 @@ def full(step: Step, python: str, wheel: Path, work: Path) -> None:
     if not (
         step.run(f"Python {name}: a new environment with {TORCH}", [python, "-m", "venv", home])
         and step.run(f"Python {name}: {TORCH}", [*pip, TORCH])
-        and step.run(f"Python {name}: the wheel, with no constraints", [*pip, wheel, "pytest", "hypothesis"])
+        and step.run(f"Python {name}: the wheel, with no constraints", [*pip, wheel, "onnx", "pytest", "hypothesis"])
     ):
         return
     command = [inside, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *TESTED]
