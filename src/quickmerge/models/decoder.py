@@ -492,7 +492,9 @@ def _with_sizes(mask: Tensor | None, query: Tensor, size: Tensor) -> Tensor:
         zero = torch.zeros((), dtype=query.dtype, device=query.device)
         mask = zero.where(mask, torch.finfo(query.dtype).min)
     bias = size.clamp_min(1).to(torch.promote_types(mask.dtype, torch.float32)).log().to(mask.dtype)
-    return mask[..., :n] + (bias[:, None, None] if bias.ndim == 2 else bias[:, :, None])
+    # As many heads of queries go by a key head's own sizes as go by its keys.
+    bias = bias[:, None] if bias.ndim == 2 else bias.repeat_interleave(query.shape[1] // bias.shape[1], 1)
+    return mask[..., :n] + bias[:, :, None]
 
 
 def decoder_mask(decoder: Decoder, **settings: Any) -> Any:
