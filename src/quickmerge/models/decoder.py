@@ -458,8 +458,7 @@ def proportional_attention(
     without one. Keys and values are copied for that, which a single token should not wait for.
 
     ``args`` start with query, key and value; ``size (B, keys)``, or ``(B, G, keys)`` where key heads hold entries of
-    their own, counts original tokens. A run that computes the attention itself gets the sizes as ``key_size`` in their
-    place.
+    their own, counts original tokens. A run that computes the attention itself gets the sizes as ``key_size`` instead.
     """
     if isinstance(call, Watched) and computes(call.watcher):
         return call(module, *args, **kwargs, key_size=size)
@@ -489,8 +488,7 @@ def _with_sizes(mask: Tensor | None, query: Tensor, size: Tensor) -> Tensor:
     if mask is None:
         mask = torch.ones(q, n, dtype=torch.bool, device=query.device).tril(n - q)[None, None]
     if mask.dtype == torch.bool:
-        zero = torch.zeros((), dtype=query.dtype, device=query.device)
-        mask = zero.where(mask, torch.finfo(query.dtype).min)
+        mask = query.new_zeros(()).where(mask, torch.finfo(query.dtype).min)
     bias = size.clamp_min(1).to(torch.promote_types(mask.dtype, torch.float32)).log().to(mask.dtype)
     # As many heads of queries go by a key head's own sizes as go by its keys.
     bias = bias[:, None] if bias.ndim == 2 else bias.repeat_interleave(query.shape[1] // bias.shape[1], 1)
