@@ -57,6 +57,7 @@ quick: setup
 	@QUICKMERGE_QUICK=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 slow: setup
+	@command -v chromium > /dev/null || apt-get install -y -qq chromium > /dev/null || echo "no Chromium: the studio is not tried in a browser"
 	@$(BIN)/python -m pytest -q -m slow
 
 # The outputs on GitHub are those of the last run; what libraries say on stderr is none of them.
