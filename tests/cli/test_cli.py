@@ -13,7 +13,7 @@ import torch
 
 from quickmerge.cli import app
 
-COMMANDS = ["batch", "calibrate", "demo", "package", "push", "recognize", "transplant", "plan", "ls"]
+COMMANDS = ["batch", "calibrate", "demo", "package", "push", "recognize", "studio", "transplant", "plan", "ls"]
 CHOICES = {
     "generate": ["text", "image", "calm"], "bench": ["text", "tasks", "image", "vlm", "decode", "calm"],
     "show": ["text", "image", "video"], "recipe": ["show", "check"],
@@ -44,7 +44,7 @@ def test_every_command_has_help_with_an_example(run, monkeypatch, command: str) 
     code, out, _ = run(*command.split(), "--help")
     assert code == 0 and f"Example: quickmerge {command}" in re.sub(r"\s+", " ", out)
     writes = "--out" if command.startswith(("train", "batch", "export", "package")) else "--json"
-    assert ("--dry-run" if command == "push" else writes) in out
+    assert {"push": "--dry-run", "studio": "--port"}.get(command, writes) in out
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ def test_a_folder_loads_as_it_was_saved(folder: Path) -> None:
 def test_how_it_is_held_can_be_chosen(folder: Path) -> None:
     model, _ = load_vlm(folder, dtype="bfloat16", attn_implementation="eager", progress=False)
     assert model.dtype == torch.bfloat16 and model.config.text_config._attn_implementation == "eager"
-    with pytest.raises(QuickmergeError, match="dtype is 'int8'"):
-        load_vlm(folder, dtype="int8", progress=False)
+    with pytest.raises(QuickmergeError, match="dtype is 'int4'"):
+        load_vlm(folder, dtype="int4", progress=False)
 
 
 def test_other_families_load(tmp_path: Path) -> None:

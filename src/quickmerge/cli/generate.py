@@ -115,7 +115,6 @@ def text(
 ) -> None:
     """Answer prompts about a document by fewer tokens, or tokens that cost less, or all of it together."""
     from quickmerge.models.chat import question
-    from quickmerge.models.precision import dtype_name
 
     if is_calm(model):
         raise QuickmergeError(f"{model} is a CALM: let it write with quickmerge generate calm")
@@ -197,6 +196,8 @@ def text(
         told, extra = _merged(made, lm, tokenizer, document, prompt, depth, compare, raw, min_tokens, settings, alone)
     save_recipe(save, made)
     if json is not None:
+        from quickmerge.models.precision import dtype_name
+
         write_json(json, {"model": model, "dtype": dtype_name(lm), **record(made), **extra, **told})
 
 

@@ -31,7 +31,7 @@ RARE_DTYPE = Annotated[
     str,
     typer.Option(
         "--dtype",
-        help="Of the weights: float32, bfloat16, float16, int8, or auto: what is fastest here.",
+        help="Of the weights: float32, bfloat16, float16, int8, auto.",
         hidden=True,
     ),
 ]

@@ -44,7 +44,7 @@ __all__ = [
 class Moves(Protocol):
     """A cache layer that moves its own columns, because it keeps more of each than a key and a value."""
 
-    def take_tail(self, tail: int, index: Tensor, there: Tensor | None) -> None:
+    def take_tail(self, tail: int, index: Tensor, there: Tensor | None, still: int = 0) -> None:
         """See `take_tail`."""
         ...
 
@@ -122,7 +122,7 @@ def _told(layer: Any, name: str) -> Any:
     return None if tell is None else tell()
 
 
-def take_tail(cache: Cache, tail: int, index: Tensor, there: Tensor | None = None) -> None:
+def take_tail(cache: Cache, tail: int, index: Tensor, there: Tensor | None = None, still: int = 0) -> None:
     """Put some of the last columns of every layer in the place of all of these.
 
     Args:
@@ -130,14 +130,16 @@ def take_tail(cache: Cache, tail: int, index: Tensor, there: Tensor | None = Non
         tail: how many columns are looked at, from the end.
         index: ``(B, k)`` long, which of them stand there afterwards, counted from the first of them.
         there: ``(B, k)`` bool; where False there is no token, and zeros are put there. Default: everywhere.
+        still: so many of the k stand where they are put already, in every row that has them. Nothing is moved for these,
+            and where there is no token, what was read is left in its place.
     """
     for layer in cache.layers:
         if not layer.is_initialized:
             continue
         if isinstance(layer, Moves):
-            layer.take_tail(tail, index, there)
+            layer.take_tail(tail, index, there, still)
         else:
-            take_tail_of_layer(layer, tail, index, there)
+            take_tail_of_layer(layer, tail, index, there, still)
 
 
 def slide(cache: Cache, by: Sequence[int]) -> None:
@@ -159,8 +161,11 @@ def slide(cache: Cache, by: Sequence[int]) -> None:
 # For keys and values (B, H, n, D), and for tables (B, n).
 
 
-def take_tail_of_layer(layer: Any, tail: int, index: Tensor, there: Tensor | None) -> None:
+def take_tail_of_layer(layer: Any, tail: int, index: Tensor, there: Tensor | None, still: int = 0) -> None:
     """`take_tail` for the keys and values of one layer."""
+    if still:
+        tail, index = tail - still, (index[:, still:] - still).clamp_min(0)
+        there = None if there is None else there[:, still:]
     layer.keys = _take_tail(layer.keys, tail, index, there)
     layer.values = _take_tail(layer.values, tail, index, there)
 

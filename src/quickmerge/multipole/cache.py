@@ -236,10 +236,10 @@ class MultipoleLayer(DynamicLayer):  # type: ignore[misc]
         """How many tokens are read by clusters at once."""
         return None if self.reading is None else self.reading.queries
 
-    def take_tail(self, tail: int, index: Tensor, there: Tensor | None) -> None:
+    def take_tail(self, tail: int, index: Tensor, there: Tensor | None, still: int = 0) -> None:
         """See `quickmerge.models.columns.take_tail`; the columns may not be clustered yet."""
         self.ahead.crop(stored(self) - tail)
-        take_tail_of_layer(self, tail, index, there)
+        take_tail_of_layer(self, tail, index, there, still)
         if self.position is not None:
             self.position = take_tail_of_table(self.position, tail, index)
 

@@ -94,10 +94,11 @@ def commit(cache: Cache, columns: Columns, paths: Sequence[Sequence[int]], read:
     step = torch.arange(most, device=device)
     there = step < count[:, None]
     even = len({len(path) for path in paths}) == 1
-    # Nodes in front of the first one that has to move are where they belong. Behind the last one of a shorter path what
-    # was read and not accepted may stay: nobody looks at a hole. So chains are cut, and nothing of them moves.
-    still = min(_in_place(path, most) for path in paths)
-    take_tail(cache, read - still, (index[:, still:] - still).clamp_min(0), None if even else there[:, still:])
+    # Before a row ends nothing changes; before a node has to move keys and values don't, and a hole keeps what was read.
+    fixed = min(_in_place(path, most) for path in paths)
+    still = min(fixed, *(len(path) for path in paths))
+    holes = None if even else there[:, still:]
+    take_tail(cache, read - still, (index[:, still:] - still).clamp_min(0), holes, fixed - still)
     return replace(
         columns,
         valid=torch.cat([columns.valid, there], 1),

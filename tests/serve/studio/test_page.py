@@ -142,8 +142,14 @@ def test_images(opened: Any) -> None:
     files = page.locator("input[type=file]").locator("xpath=self::*[contains(@accept, 'image')]")
     name = "<img src=x onerror=window.hit=1>.png"
     files.set_input_files([{"name": name, "mimeType": "image/png", "buffer": image()}])
-    page.wait_for_function("document.querySelectorAll('.file-preview tr, .file-preview li, .file').length > 0")
-    run(page)
+    error = page.locator(".qs-error").locator("visible=true")
+    for _ in range(30):  # what is still on its way up is not there yet
+        button(page, "Run").click()
+        page.locator(".qs-good, .qs-error").locator("visible=true").first.wait_for()
+        if error.filter(has_text="drop an image first").count() == 0:
+            break
+        page.wait_for_timeout(1000)
+    assert error.all_inner_texts() == []
     assert page.locator(".qs-sheet").locator("visible=true").count() == 1
     shown = page.locator(".qs-sheet img").locator("visible=true")
     assert shown.count() == 1 and shown.evaluate("image => image.complete && image.naturalWidth > 300")
@@ -193,16 +199,18 @@ def test_a_phones_width(opened: Any) -> None:
 def test_the_keyboard_alone(opened: Any) -> None:
     page = opened()
 
-    def tab_to(name: str) -> None:
+    def tab_to(name: str, kind: str = "") -> None:
         for _ in range(40):
             page.keyboard.press("Tab")
+            if kind and page.evaluate("document.activeElement.localName") != kind:
+                continue
             here = page.evaluate("(document.activeElement.ariaLabel || document.activeElement.innerText || "
                                  "document.activeElement.closest('label')?.innerText || '').trim()")  # fmt: skip
             if here.startswith(name):
                 return
         pytest.fail(f"Tab does not come to {name!r}")
 
-    tab_to("Text")
+    tab_to("Text", "textarea")  # and not the tab of that name
     for name, text in (("Text", DOCUMENT), ("Question", QUESTION)):
         if name != "Text":
             tab_to(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -400,11 +401,11 @@ def _carrying(kind: Any, name: str) -> Any:
             if self.moves and self.prompt is not None:
                 self.prompt.each_row(change)
 
-        def take_tail(self, tail: int, index: Tensor, there: Tensor | None) -> None:
+        def take_tail(self, tail: int, index: Tensor, there: Tensor | None, still: int = 0) -> None:
             """See `quickmerge.models.columns.take_tail`."""
             unpack(self)
             move = getattr(super(), "take_tail", None)
-            take_tail_of_layer(self, tail, index, there) if move is None else move(tail, index, there)
+            (partial(take_tail_of_layer, self) if move is None else move)(tail, index, there, still)
             if self.heads is not None:
                 self.heads = self.heads.take_tail(tail, index, there)
                 pack(self)
