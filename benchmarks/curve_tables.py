@@ -16,6 +16,7 @@ def curves(data: Mapping[str, Any], shape: str | None = None, batched: bool | No
         row for row in data["rows"]
         if shape in (None, row["shape"]) and batched in (None, row["batch"] > 1)
     ]  # fmt: skip
+    peak = all("peak_bytes" in row for row in rows)
     columns = [
         Column("shape", text("shape")) if shape is None else None,
         Column("tokens", number("tokens", ",")),
@@ -28,7 +29,7 @@ def curves(data: Mapping[str, Any], shape: str | None = None, batched: bool | No
         Column("speed-up (quartiles)", interval("step_speedup", ".2f", unit="x")),
         Column("bytes allow", number("step_allowed", ".2f", unit="x")),
         Column("cache", number("cache_bytes", ".1f", scale=MIB, unit=" MiB")),
-        Column("peak", number("peak_bytes", ".0f", scale=MIB, unit=" MiB")),
+        Column("peak", number("peak_bytes", ".0f", scale=MIB, unit=" MiB")) if peak else None,
     ]
     return Table([column for column in columns if column], rows)
 

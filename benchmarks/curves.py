@@ -13,7 +13,6 @@ weights and cache that it has to read.
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ class Found:
     cache: int
     """Bytes of keys and values at the end."""
     peak: int
-    """Most bytes held beyond what was held before; 0 where nobody counts them."""
+    """Most bytes that a GPU held beyond what it held before; 0 on a CPU."""
     read: float
     """Share of the cache's rows that attention reads in a step."""
     passes: float
@@ -116,7 +115,6 @@ def measured(args: argparse.Namespace) -> Row:
             bar.update(task, description=f"{shape}, {tokens} tokens, batch {batch}")
             if shape != name:
                 model = None
-                gc.collect()
                 (model, text), name = made(shape, args), shape
             rows += at(model, shape, prompt(text, tokens, batch).to(args.device), args)
             bar.update(task, advance=1)
@@ -148,8 +146,8 @@ def prompt(text: Tensor, tokens: int, batch: int) -> Tensor:
     return torch.stack([text[(room * row // batch) :][:tokens] for row in range(batch)])
 
 
-def ways(model: Any, shape: str, keep: float) -> list[Arm]:
-    """The plain model, each method alone, and together; drafts only where the text is one: random weights loop."""
+def ways(model: Any, shape: str, keep: float, batch: int = 1) -> list[Arm]:
+    """The plain model, each method alone, and together; drafts for one row whose text is one: random weights loop."""
     merge, attention, lookup = qm.QuickMerge(keep=keep), qm.Multipole(), qm.PromptLookup()
     parts: dict[str, dict[str, Any]] = {
         PLAIN: {},
@@ -157,7 +155,7 @@ def ways(model: Any, shape: str, keep: float) -> list[Arm]:
         "Multipole": {"attention": attention},
         "merge, Multipole": {"merge": merge, "attention": attention},
     }
-    if shape == "smollm2":
+    if shape == "smollm2" and batch == 1:
         parts["lookup"] = {"decoding": lookup}
         parts["merge, lookup"] = {"merge": merge, "decoding": lookup}
         parts["merge, Multipole, lookup"] = {"merge": merge, "attention": attention, "decoding": lookup}
@@ -185,24 +183,20 @@ def turn(model: Any, ids: Tensor, new: int, arm: Arm, least: bool = False) -> Fo
 
 
 def held_bytes(cuda: bool, anew: bool = False) -> int:
-    """The most memory that was held, since it was asked anew: the device's, or the process's where Linux tells it."""
-    if cuda:
-        if anew:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    try:
-        if anew:
-            gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
+    """The most memory of the GPU that was held since it was asked anew; 0 without one.
+
+    A CPU's allocator keeps what was freed, so the most that a process held says nothing of one turn.
+    """
+    if not cuda:
         return 0
+    if anew:
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated()
 
 
 def at(model: Any, shape: str, ids: Tensor, args: argparse.Namespace) -> list[Row]:
     """All ways at one length and batch."""
-    (batch, tokens), arms = ids.shape, ways(model, shape, args.keep)
+    (batch, tokens), arms = ids.shape, ways(model, shape, args.keep, ids.shape[0])
     rounds = max(1, args.rounds - max(0, int(math.log2(max(1, tokens / 4096)))))
     found = interleave(
         arms, [ids], lambda arm, ids, number: turn(model, ids, args.new, arm), rounds=rounds,
@@ -225,7 +219,8 @@ def at(model: Any, shape: str, ids: Tensor, args: argparse.Namespace) -> list[Ro
             **spread("step_speedup", [a.step / b.step for a, b in zip(found[0], each, strict=True)]),
             "step_allowed": (weights + whole) / read * median(one.passes for one in each),
             "tokens_a_pass": median(one.passes for one in each),
-            "cache_bytes": median(one.cache for one in each), "peak_bytes": median(one.peak for one in each),
+            "cache_bytes": median(one.cache for one in each),
+            **({"peak_bytes": median(one.peak for one in each)} if ids.is_cuda else {}),
             "read_share": median(one.read for one in each),
         })  # fmt: skip
     return rows

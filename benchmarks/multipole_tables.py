@@ -190,5 +190,6 @@ MULTIPOLE: dict[str, tuple[str, Callable[[Sequence[Row]], Table]]] = {
     "multipole_step": ("multipole_speed", step),
     "multipole_prompt": ("multipole_speed", prompt),
     "multipole_generate": ("multipole_generate", generate),
+    "multipole_waits": ("multipole_waits", waits),
 }
 """Which result each table is made of, and how."""

@@ -80,7 +80,11 @@ def test_arguments_flags_and_several_values_are_in_it_too(run, tiny_folder: Path
     ("settings", "message"),
     [
         ({"tokns": 3}, "holds an unknown setting 'tokns' (did you mean 'tokens'?)"),
-        ({"xyz": 3}, "holds an unknown setting 'xyz': quickmerge plan knows tokens, model, reducer, keep, layer, measure, dtype, json"),
+        (
+            {"xyz": 3},
+            "holds an unknown setting 'xyz': quickmerge plan knows tokens, model, reducer, keep, layer, measure, "
+            "dtype, json",
+        ),
         ({"config": "x"}, "holds an unknown setting 'config'"),
         ({"tokens": "many"}, "c.yaml: Invalid value for '--tokens': "),
         ({"tokens": [1, 2]}, "c.yaml: Invalid value for '--tokens': "),

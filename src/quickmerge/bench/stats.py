@@ -71,9 +71,9 @@ def mean_interval(values: Sequence[float], *, resamples: int = 2000, seed: int =
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile; a single value is all three."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
+    """Lower quartile, median and upper quartile; of fewer than three values the least, the median and the most."""
+    if len(values) < 3:  # quartiles would lie outside of them
+        return min(values), median(values), max(values)
     low, _, high = quantiles(values, n=4)
     return low, median(values), high
 

@@ -25,13 +25,13 @@ FEWER, CHEAPER, WRITING, OUTPUT = "Fewer tokens", "Cheaper tokens", "What is wri
 MODEL = Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, or a Hugging Face id.")]
 DTYPE = Annotated[
     str,
-    typer.Option("--dtype", help="Of the weights: float32, bfloat16, float16, int8, or auto: what is fastest here."),
+    typer.Option("--dtype", help="Of the weights: float32, bfloat16, float16, int8 or auto."),
 ]
 RARE_DTYPE = Annotated[
     str,
     typer.Option(
         "--dtype",
-        help="Of the weights: float32, bfloat16, float16, int8, auto.",
+        help="Of the weights: float32, bfloat16, float16, int8 or auto.",
         hidden=True,
     ),
 ]

@@ -130,8 +130,8 @@ def take_tail(cache: Cache, tail: int, index: Tensor, there: Tensor | None = Non
         tail: how many columns are looked at, from the end.
         index: ``(B, k)`` long, which of them stand there afterwards, counted from the first of them.
         there: ``(B, k)`` bool; where False there is no token, and zeros are put there. Default: everywhere.
-        still: so many of the k stand where they are put already, in every row that has them. Nothing is moved for these,
-            and where there is no token, what was read is left in its place.
+        still: so many of the k stand where they are put already, in every row that has them. Nothing is moved for
+            these, and where there is no token, what was read is left in its place.
     """
     for layer in cache.layers:
         if not layer.is_initialized:
@@ -163,6 +163,10 @@ def slide(cache: Cache, by: Sequence[int]) -> None:
 
 def take_tail_of_layer(layer: Any, tail: int, index: Tensor, there: Tensor | None, still: int = 0) -> None:
     """`take_tail` for the keys and values of one layer."""
+    if still and still == index.shape[1]:
+        end = layer.keys.shape[2] - tail + still
+        layer.keys, layer.values = layer.keys[:, :, :end], layer.values[:, :, :end]
+        return
     if still:
         tail, index = tail - still, (index[:, still:] - still).clamp_min(0)
         there = None if there is None else there[:, still:]

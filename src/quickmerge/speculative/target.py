@@ -94,7 +94,7 @@ def commit(cache: Cache, columns: Columns, paths: Sequence[Sequence[int]], read:
     step = torch.arange(most, device=device)
     there = step < count[:, None]
     even = len({len(path) for path in paths}) == 1
-    # Before a row ends nothing changes; before a node has to move keys and values don't, and a hole keeps what was read.
+    # Before a row ends nothing changes. Before a node has to move keys and values don't: a hole keeps what was read.
     fixed = min(_in_place(path, most) for path in paths)
     still = min(fixed, *(len(path) for path in paths))
     holes = None if even else there[:, still:]
