@@ -23,18 +23,9 @@ FEWER, CHEAPER, WRITING, OUTPUT = "Fewer tokens", "Cheaper tokens", "What is wri
 """The groups in which a command's help shows its options."""
 
 MODEL = Annotated[str, typer.Option("--model", help="smollm2-135m, a folder, or a Hugging Face id.")]
-DTYPE = Annotated[
-    str,
-    typer.Option("--dtype", help="Of the weights: float32, bfloat16, float16, int8 or auto."),
-]
-RARE_DTYPE = Annotated[
-    str,
-    typer.Option(
-        "--dtype",
-        help="Of the weights: float32, bfloat16, float16, int8 or auto.",
-        hidden=True,
-    ),
-]
+_DTYPE_HELP = "Of the weights: float32, bfloat16, float16, int8 or auto."
+DTYPE = Annotated[str, typer.Option("--dtype", help=_DTYPE_HELP)]
+RARE_DTYPE = Annotated[str, typer.Option("--dtype", help=_DTYPE_HELP, hidden=True)]
 REDUCER = Annotated[
     str,
     typer.Option(

@@ -8,18 +8,55 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self
 
 from quickmerge.errors import QuickmergeError, near_match
 
-__all__ = ["Measured", "PaysFrom"]
+__all__ = ["Measured", "PaysFrom", "Record"]
 
 LONG = 1000
 """Characters of a text of it at most."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class Record:
+    """One thing that was measured, as an entry of a recipe's file.
+
+    ``entry`` is what the file calls it, and ``label`` the recipe that was measured.
+    """
+
+    entry: ClassVar[str]
+    label: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_data(cls, data: Any) -> Self:
+        """What `as_dict` gave.
+
+        Raises:
+            QuickmergeError: naming what is missing, unknown or out of range.
+        """
+        allowed = [field.name for field in fields(cls)]
+        if not isinstance(data, Mapping):
+            some = ", ".join(allowed[:3])
+            raise QuickmergeError(f"{cls.entry} must be a table with {some} and so on, got {data!r:.80}")
+        for name in data:
+            if name not in allowed:
+                raise QuickmergeError(f"{cls.entry} has the unknown entry {name!r:.80}{near_match(str(name), allowed)}")
+        for field in fields(cls):
+            if field.default is MISSING and field.name not in data:
+                raise QuickmergeError(f"{cls.entry}.{field.name} is missing")
+        try:
+            return cls(**data)
+        except QuickmergeError as error:
+            raise QuickmergeError(f"{cls.entry}.{error}") from error
+
+
+@dataclass(frozen=True)
+class Measured(Record):
     """A calibration as a recipe remembers it, without dates or places.
 
     Args:
@@ -44,7 +81,7 @@ class Measured:
         QuickmergeError: naming what is none of these.
     """
 
-    label: str
+    entry: ClassVar[str] = "calibration"
     model: str
     score: str
     floor: float
@@ -68,19 +105,6 @@ class Measured:
         _check_counts(self, documents=1, tokens=1, seed=None)
         _check_numbers(self, "floor", "value", "low", "high", "flops_ratio", "cache_ratio")
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_data(cls, data: Any) -> Measured:
-        """What `as_dict` gave.
-
-        Raises:
-            QuickmergeError: naming what is missing, unknown or out of range.
-        """
-        return _made(cls, "calibration", data)
-
     def __str__(self) -> str:
         interval = "no interval" if self.low is None else f"{self.low:.3f} to {self.high:.3f}"
         held = " held-out" if self.held_out else ""
@@ -93,7 +117,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class PaysFrom:
+class PaysFrom(Record):
     """Where merging begins to pay as a recipe remembers it: `quickmerge.break_even` has set its ``min_tokens`` to it.
 
     Args:
@@ -113,7 +137,7 @@ class PaysFrom:
         QuickmergeError: naming what is none of these.
     """
 
-    label: str
+    entry: ClassVar[str] = "break_even"
     model: str
     tokens: int
     ratio: float
@@ -131,19 +155,6 @@ class PaysFrom:
         _check_texts(self, "label", "model", "dtype", "device", "cpu", "quickmerge")
         _check_counts(self, tokens=1, shortest=1, longest=1, threads=1)
         _check_numbers(self, "ratio", "low", "high")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_data(cls, data: Any) -> PaysFrom:
-        """What `as_dict` gave.
-
-        Raises:
-            QuickmergeError: naming what is missing, unknown or out of range.
-        """
-        return _made(cls, "break_even", data)
 
     def __str__(self) -> str:
         noun = "thread" if self.threads == 1 else "threads"
@@ -187,23 +198,3 @@ def _check_numbers(given: Any, *names: str) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise QuickmergeError(f"{name} must be a finite number, got {value!r:.80}")
-
-
-R = TypeVar("R", Measured, PaysFrom)
-
-
-def _made(kind: type[R], entry: str, data: Any) -> R:
-    """The record that an entry of a file holds; messages name the entry."""
-    allowed = [field.name for field in fields(kind)]
-    if not isinstance(data, Mapping):
-        raise QuickmergeError(f"{entry} must be a table with {', '.join(allowed[:3])} and so on, got {data!r:.80}")
-    for name in data:
-        if name not in allowed:
-            raise QuickmergeError(f"{entry} has the unknown entry {name!r:.80}{near_match(str(name), allowed)}")
-    for field in fields(kind):
-        if field.default is MISSING and field.name not in data:
-            raise QuickmergeError(f"{entry}.{field.name} is missing")
-    try:
-        return kind(**data)
-    except QuickmergeError as error:
-        raise QuickmergeError(f"{entry}.{error}") from error

@@ -27,7 +27,7 @@ from quickmerge.models.part import CONFIG, WEIGHTS, file_hash
 from quickmerge.models.part import read_settings as read_config
 from quickmerge.models.weights import local_path
 from quickmerge.recipe.ingredients import NAMES
-from quickmerge.recipe.measured import Measured, PaysFrom
+from quickmerge.recipe.measured import Measured, PaysFrom, Record
 from quickmerge.recipe.plain import Held, UnknownEntryError, decode, encode, state_of
 from quickmerge.speculative.gumiho import Gumiho, GumihoNetwork
 from quickmerge.together import complete, write_together
@@ -39,7 +39,7 @@ TYPE = "quickmerge.recipe"
 VERSION = 1
 """Of the format. It rises when what an older quickmerge would read would be wrong."""
 
-RECORDS: dict[str, type[Measured] | type[PaysFrom]] = {"calibration": Measured, "break_even": PaysFrom}
+RECORDS: dict[str, type[Record]] = {kind.entry: kind for kind in (Measured, PaysFrom)}
 """What was measured of the ingredients, see `quickmerge.recipe.measured`."""
 
 MOST = 10_000

@@ -15,7 +15,7 @@ from quickmerge.datasets.text import Document, start_of
 from quickmerge.errors import QuickmergeError, as_index
 from quickmerge.merge.collect import plan_cells
 from quickmerge.recipe import Recipe, apply
-from quickmerge.recipe.answer import RecipeAnswer, answer
+from quickmerge.recipe.answer import RecipeAnswer, Watch, answer
 from quickmerge.serve.studio.ways import Told, told_text, way_called, ways_of
 from quickmerge.viz.tokenmap import TokenCell
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from quickmerge.serve.studio.shelf import Shelf
     from quickmerge.serve.studio.ways import Way
 
-__all__ = ["LONGEST", "MOST_LETTERS", "Side", "TextRun", "answer_text", "side_of"]
+__all__ = ["LONGEST", "MOST_LETTERS", "NAMES", "Side", "TextRun", "answer_text", "following", "side_of"]
 
 MOST_LETTERS = 2_000_000
 """Characters of a text that is read at all; what a model has no positions for it refuses itself."""
@@ -158,25 +158,13 @@ def _run(
 ) -> TextRun:  # fmt: skip
     found: dict[str, Any] = {"cells": [], "tokens": 0}
 
-    def follow(part: str, first: float, last: float) -> Callable[[Any, Tensor], bool]:
-        def look(run: Any, ids: Tensor) -> bool:
-            if part not in found:
-                found[part] = ids.shape[1] - 1  # of the prompt; drafts may have added several at once
-                _look_at_plan(run, tokenizer, ids, found, tell)
-            wrote = ids.shape[1] - found[part]
-            text = tokenizer.decode(ids[0, found[part] :], skip_special_tokens=True).strip()
-            tell.show(**{part: text})
-            tell.say(f"answering, {NAMES[part]}: {wrote} of at most {longest} tokens",
-                     first + (last - first) * (0.6 + 0.4 * wrote / longest))  # fmt: skip
-            return False
-
-        return look
+    def begun(run: Any, ids: Tensor) -> None:
+        _look_at_plan(run, tokenizer, ids, found, tell)
 
     def ask(recipe: Recipe | None, part: str, first: float, last: float) -> RecipeAnswer:
         tell.say(f"reading, {NAMES[part]}", first)
-        return answer(
-            lm, tokenizer, document, question, recipe, max_new_tokens=longest, watch=follow(part, first, last)
-        )
+        watch = following(tell, tokenizer, part, longest, first + 0.6 * (last - first), last, begun)
+        return answer(lm, tokenizer, document, question, recipe, max_new_tokens=longest, watch=watch)
 
     asked = (name, document, question, longest)
     # The first pass of a process pays for allocation and threads; neither side is to pay for it.
@@ -196,6 +184,36 @@ def _run(
 
 
 NAMES = {"reduced": "by the recipe", "plain": "with all tokens"}
+
+
+def following(
+    tell: Teller, tokenizer: Any, part: str, longest: int, first: float, last: float,
+    begun: Callable[[Any, Tensor], None] = lambda run, ids: None,
+) -> Watch:  # fmt: skip
+    """What shows an answer while it is written.
+
+    Args:
+        tell: is shown the text so far by the name of the part, and how far that is from ``first`` to ``last``.
+        tokenizer: of the model.
+        part: one of `NAMES`.
+        longest: tokens of the answer.
+        first: the share of all work that is done when the answer begins.
+        last: the share that is done at its end.
+        begun: gets the run and the ids ``(1, N)`` once, when the first token is there.
+    """
+    prompt: list[int] = []
+
+    def watch(run: Any, ids: Tensor) -> bool:
+        if not prompt:
+            prompt.append(ids.shape[1] - 1)  # drafts may have added several at once
+            begun(run, ids)
+        wrote = ids.shape[1] - prompt[0]
+        tell.show(**{part: tokenizer.decode(ids[0, prompt[0] :], skip_special_tokens=True).strip()})
+        tell.say(f"answering, {NAMES[part]}: {wrote} of at most {longest} tokens",
+                 first + (last - first) * wrote / longest)  # fmt: skip
+        return False
+
+    return watch
 
 
 def _warm(lm: Any, tokenizer: Any, tell: Teller) -> bool:

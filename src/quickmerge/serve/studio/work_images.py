@@ -27,7 +27,7 @@ from quickmerge.merge.reducers.pooling import GridMerge
 from quickmerge.models.encoder import find_encoder
 from quickmerge.recipe.answer import RecipeAnswer, answer_images
 from quickmerge.serve.studio.ways import Told, told_image
-from quickmerge.serve.studio.work import LONGEST, Side, side_of
+from quickmerge.serve.studio.work import LONGEST, NAMES, Side, following, side_of
 from quickmerge.viz.patchmap_sheet import merged_image
 from quickmerge.viz.patchmap_video import video_animation, video_strip
 
@@ -204,22 +204,13 @@ def _asked(
             sheets.append(_drawn(partial(merged_image, seen, stage), about))
             tell.show(sheets=tuple(sheets))
 
-    def ask(way: Any, part: str, words: str, first: float) -> RecipeAnswer:
-        begun: list[int] = []
-
-        def watch(_: Any, ids: Any) -> bool:
-            begun.append(ids.shape[1] - 1)
-            text = processor.tokenizer.decode(ids[0, begun[0] :], skip_special_tokens=True).strip()
-            tell.show(**{part: text})
-            tell.say(f"answering, {words}: {len(begun)} of at most {longest} tokens",
-                     first + 0.3 * len(begun) / longest)  # fmt: skip
-            return False
-
-        tell.say(f"reading, {words}", first)
+    def ask(way: Any, part: str, first: float) -> RecipeAnswer:
+        tell.say(f"reading, {NAMES[part]}", first)
+        watch = following(tell, processor.tokenizer, part, longest, first, first + 0.3)
         return answer_images(net, processor, photos, question, way, max_new_tokens=longest, watch=watch)
 
-    reduced = ask(recipe, "reduced", "by the recipe", 0.35)
-    plain = session.once(("plain image", *key), lambda: ask(None, "plain", "with all tokens", 0.65))
+    reduced = ask(recipe, "reduced", 0.35)
+    plain = session.once(("plain image", *key), lambda: ask(None, "plain", 0.65))
     side = side_of(plain)
     remark = "" if sheets else "All visual tokens were kept: choose a smaller share to see some merge."
     return ImageRun(
